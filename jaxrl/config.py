@@ -1,0 +1,307 @@
+"""Every knob of jaxrl, as frozen dataclasses that gin binds, and nothing else is configurable.
+
+A recipe (``configs/*.gin``) binds fields as ``Section.field = value``; ``--set Section.field=value`` on the
+command line binds on top. ``load`` checks every key and every type before anything is compiled.
+"""
+
+import dataclasses
+import difflib
+import importlib.resources
+import os
+import pathlib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from typing import Literal
+
+import gin
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the value, the limit and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. With ``path`` set, the architecture is read from that folder's config.json instead."""
+
+    path: str = ""
+    """Hugging Face folder to start from; empty initialises from scratch."""
+    family: Literal["qwen2", "qwen3"] = "qwen3"
+    """Qwen2 has biases on q, k, v; Qwen3 has RMS norms on q and k."""
+    vocab_size: int = 0
+    """Rows of the embedding; 0 takes the tokenizer's size rounded up to a multiple of 8."""
+    layers: int = 4
+    width: int = 128
+    """Model width D."""
+    query_heads: int = 4
+    kv_heads: int = 2
+    head_width: int = 32
+    ffn_width: int = 384
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    sliding_window: int = 0
+    """Query i sees keys j with 0 <= i - j < window on the layers that slide; 0 = no window."""
+    sliding_layers: tuple[int, ...] = ()
+    """Indices of the layers that slide."""
+    max_positions: int = 32_768
+    init_scale: float = 0.02
+    """Standard deviation of the initial weights."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type the trainer keeps the weights in."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products, in training and in rollout alike."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass recomputes: nothing, everything in a layer, or all but matrix products."""
+    logprob_chunk: int = 1024
+    """Tokens whose logits exist at once when log-probabilities are computed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Where the tokenizer comes from."""
+
+    path: str = ""
+    """A tokenizer.json, a sentencepiece .model, or a folder with one; empty trains sentencepiece on the demonstrations
+    (or takes the one in ModelConfig.path)."""
+    vocab_size: int = 512
+    """Pieces to train, special tokens included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig:
+    """How a conversation becomes tokens (ChatML with Hermes tool calls)."""
+
+    system: str = ""
+    """System message; empty leaves the system turn out unless tool schemas are shown."""
+    show_tools: bool = True
+    """List the tool schemas in the system turn."""
+    preamble: str = ""
+    """Text put before the problem in the user turn."""
+    open_reason: bool = True
+    """Begin every assistant turn with an opened <reason> tag that the environment writes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Problems to train and evaluate on."""
+
+    train: str = "stories"
+    """"stories" makes problems on the spot; anything else is a path to a JSONL file (comma-separated for several)."""
+    eval: str = "stories"
+    """As ``train``, for problems never trained on; empty keeps back ``eval_problems`` rows of ``train``."""
+    train_problems: int = 4096
+    """How many stories to make (files are used whole)."""
+    eval_problems: int = 128
+    """How many problems an evaluation uses at most."""
+    seed: int = 0
+    """Of the stories and of the shuffling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Cold start on demonstrations."""
+
+    demonstrations: str = "stories"
+    """"stories" or "gsm8k" (calculator notes of DataConfig.train turned into Python calls); empty skips the cold start."""
+    count: int = 8192
+    """Demonstrations to make (all there are, for a file)."""
+    wrong_share: float = 0.4
+    """Stories: share of demonstrations with a wrong operation or operand."""
+    repair_share: float = 0.25
+    """Stories: share of demonstrations whose first call fails and is then repaired."""
+    steps: int = 300
+    rows: int = 32
+    """Packed rows in one update."""
+    row_tokens: int = 256
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """The rollout engine: decode slots, KV pages, compiled shapes."""
+
+    slots: int = 64
+    """Sequences that decode together."""
+    page_size: int = 16
+    """Tokens in a KV page."""
+    pages: int = 0
+    """KV pages; 0 gives every slot its longest sequence."""
+    round_steps: int = 16
+    """Decode steps in one jitted round."""
+    prefill_rows: int = 8
+    prefill_chunk: int = 64
+    """Tokens of a row that one prefill call takes; longer texts take several calls."""
+    max_prompt_tokens: int = 256
+    max_response_tokens: int = 256
+    """Response tokens of all turns together, tool output included."""
+    temperature: float = 1.0
+    reserve_quantile: float = 1.0
+    """Admission reserves this quantile of recent response lengths; 1 = the longest possible, never preempts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SandboxConfig:
+    """Where tool code runs."""
+
+    workers: int = 2
+    """Template processes."""
+    slots: int = 4
+    """Calls that run at once, over all workers."""
+    queue: int = 4096
+    """Calls that may wait before submitting blocks."""
+    cpu_seconds: float = 4.0
+    wall_seconds: float = 8.0
+    memory_mib: int = 512
+    output_kib: int = 64
+    """Kept of stdout and of stderr, head and tail."""
+    preload: tuple[str, ...] = ("numpy", "scipy", "sympy")
+    """Modules every call finds already imported."""
+    unsafe: bool = False
+    """Run tool code without isolation. Named in every result. For machines without namespaces, at your own risk."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvConfig:
+    """Limits of one episode."""
+
+    max_turns: int = 4
+    """Policy turns."""
+    max_turn_tokens: int = 0
+    """Tokens of one policy turn; 0 = only the response budget."""
+    max_tool_tokens: int = 64
+    """A tool's output is cut once, in the middle, to this many tokens."""
+    max_parallel_calls: int = 1
+    """Calls of one turn that run; the rest are answered with an error."""
+    wall_seconds: float = 60.0
+    infra_retries: int = 2
+    """Fresh tries of a call after a fault of ours; then the trajectory leaves the batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """Grading."""
+
+    workers: int = 1
+    """Verifier processes."""
+    seconds: float = 5.0
+    """Hard deadline for one answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+    """Selection, advantages and loss (GRPO-RoC unless changed)."""
+
+    reject_equal: bool = True
+    """Drop groups in which all answers are right or all are wrong."""
+    roc: Literal["off", "greedy", "inverse"] = "greedy"
+    """Resample on Correct: greedy keeps the cleanest correct trajectories, inverse draws them with weight 1/(penalty + roc_epsilon)."""
+    keep: int = 8
+    """Trajectories kept of every group (with roc = off the first ``keep`` by sample index)."""
+    min_positive: int = 2
+    min_negative: int = 2
+    roc_epsilon: float = 0.1
+    error_penalty: bool = True
+    format_penalty: bool = True
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 3.0
+    """Bound of the loss for negative advantages; 0 = off."""
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    kl_coefficient: float = 0.0
+    """Weight of the KL to the reference (the policy RL started from); 0 keeps no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW for the RL updates."""
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 20
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    seed: int = 0
+    steps: int = 100
+    problems: int = 16
+    """Problems a step trains on."""
+    samples: int = 16
+    """Trajectories played for each problem."""
+    max_draws: int = 4
+    """When nothing survives selection, problems are drawn again at most this many times before the step is skipped."""
+    prefetch_groups: int = 0
+    """Groups of the next step that are played, with the present weights, while stragglers of this step wait for tools."""
+    updates_per_step: int = 1
+    """Optimizer updates on one collected batch (mini-batches)."""
+    rows: int = 16
+    """Packed rows in one micro-batch."""
+    row_tokens: int = 512
+    """Tokens in a packed row; must hold the longest prompt and response."""
+    eval_every: int = 20
+    """Steps between evaluations; 0 = only before and after."""
+    dump_episodes: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training and by ``jaxrl eval``."""
+
+    samples: int = 8
+    """Samples for each problem."""
+    temperature: float = 1.0
+    """0 = greedy."""
+    k: tuple[int, ...] = (1, 8)
+    """Values of k for pass@k; maj@k uses all samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    every: int = 20
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints kept, beside the best by pass rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Device mesh; -1 on one axis takes all devices that remain."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All sections of one run."""
+
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    chat: ChatConfig = ChatConfig()
+    data: DataConfig = DataConfig()
+    sft: SftConfig = SftConfig()
+    engine: EngineConfig = EngineConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    env: EnvConfig = EnvConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()

@@ -1,0 +1,175 @@
+"""The records that flow through one iteration: Problem → Trajectory → Group → Batch.
+
+Host-side records are frozen dataclasses that hold numpy arrays; ``Batch`` is the one pytree that goes to
+the device. A trajectory is token-in, token-out: ids are appended as they are sampled or rendered and are
+never re-tokenised, so the ids here are the ids the trainer scores.
+"""
+
+import dataclasses
+import enum
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+
+class ToolStatus(enum.StrEnum):
+    """How one tool call ended. Decided by the trusted side, never by what the called code printed."""
+
+    OK = "ok"
+    ERROR = "error"  # the code raised, or left with a non-zero exit status or a signal
+    TIMEOUT = "timeout"
+    OUT_OF_MEMORY = "out_of_memory"
+    OUTPUT_LIMIT = "output_limit"
+    PARSE_ERROR = "parse_error"  # the call itself could not be read
+    UNKNOWN_TOOL = "unknown_tool"
+    BAD_ARGUMENTS = "bad_arguments"
+    INFRA_ERROR = "infra_error"  # ours, not the model's: retried, then the trajectory leaves the batch
+
+
+class StopReason(enum.StrEnum):
+    """Why a trajectory ended."""
+
+    ANSWERED = "answered"  # the last turn made no call and holds an answer
+    NO_CALL = "no_call"  # the last turn made no call and holds no answer
+    MAX_TURNS = "max_turns"
+    MAX_TOKENS = "max_tokens"
+    WALL_CLOCK = "wall_clock"
+    INFRA_ERROR = "infra_error"
+
+
+class RewardStatus(enum.StrEnum):
+    """What the verifier could say. Only the first three may train."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"
+    VERIFIER_TIMEOUT = "verifier_timeout"
+    VERIFIER_CRASH = "verifier_crash"
+
+    @property
+    def trainable(self) -> bool:
+        return self in (RewardStatus.CORRECT, RewardStatus.WRONG, RewardStatus.NO_ANSWER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One question with the answer it is graded against."""
+
+    id: str  # unique within its source, e.g. "gsm8k/17"
+    question: str
+    answer: str
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+    """A worked solution for supervised training: what the policy would write, and what its tools would say.
+
+    ``turns`` alternates policy text and tool output text, beginning and ending with policy text.
+    """
+
+    problem: Problem
+    turns: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+    """One tool call and its outcome."""
+
+    name: str
+    arguments: dict[str, Any]
+    status: ToolStatus
+    stdout: str = ""
+    stderr: str = ""
+    seconds: float = 0.0  # execution alone; time spent in a queue is never part of it
+    queue_seconds: float = 0.0
+    attempts: int = 1
+    isolation: str = ""  # how the sandbox held the code ("" where no code ran)
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A span ``[start, end)`` of a trajectory's response tokens."""
+
+    start: int
+    end: int
+    author: str  # "policy" or "tool"
+    calls: tuple[ToolCall, ...] = ()  # the calls this policy turn made, in order
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """One played episode. Per-token arrays run over the response; the prompt is kept apart.
+
+    Attributes:
+        mask: 1 where the policy sampled the token, 0 where the environment wrote it.
+        logprobs: behaviour log-probability of each sampled token under the untruncated, temperature-scaled
+            distribution (nats); 0 where mask is 0.
+        versions: weight version that sampled each token; -1 where mask is 0.
+        reward: scalar outcome; meaningless unless ``reward_status.trainable``.
+    """
+
+    problem: Problem
+    draw: int  # which draw of the run's problem stream this is; with ``sample`` it names the random key
+    sample: int  # index within the group
+    prompt_ids: np.ndarray  # [prompt tokens] int32
+    ids: np.ndarray  # [T] int32
+    mask: np.ndarray  # [T] int8
+    logprobs: np.ndarray  # [T] float32
+    versions: np.ndarray  # [T] int32
+    turns: tuple[Turn, ...]
+    stop_reason: StopReason
+    text: str = ""  # the decoded response, special tokens kept
+    answer: str | None = None  # the last answer the policy wrote, as graded
+    answer_tags: int = 0  # closed answer tags in policy-written text
+    balanced_tags: bool = True  # every answer tag that was opened was closed, in order
+    reward: float = 0.0
+    reward_status: RewardStatus = RewardStatus.NO_ANSWER
+    seconds: float = 0.0
+    tool_seconds: float = 0.0
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        return tuple(call for turn in self.turns for call in turn.calls)
+
+    @property
+    def policy_turns(self) -> int:
+        return sum(turn.author == "policy" for turn in self.turns)
+
+    @property
+    def correct(self) -> bool:
+        return self.reward_status is RewardStatus.CORRECT
+
+    @property
+    def trainable(self) -> bool:
+        """False where our own machinery failed: such a trajectory is left out and counted, never scored 0."""
+        return self.stop_reason is not StopReason.INFRA_ERROR and self.reward_status.trainable
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """All trajectories of one draw of a problem."""
+
+    problem: Problem
+    draw: int
+    trajectories: tuple[Trajectory, ...]
+
+
+@flax.struct.dataclass
+class Batch:
+    """Packed rows on the device. ``x[b, t]`` of every field belongs to token ``tokens[b, t]``.
+
+    The loss of a batch is ``sum(weights * per_token_loss)``: the aggregation (token, sequence, constant
+    length) and its global denominator are already in ``weights``, so any split into micro-batches sums to
+    the same loss.
+    """
+
+    tokens: jax.Array  # [B, T] int32
+    positions: jax.Array  # [B, T] int32, restarts in every segment
+    segment_ids: jax.Array  # [B, T] int32, 0 = padding, 1.. = segments in order
+    mask: jax.Array  # [B, T] float32, 1 where the policy sampled the token
+    weights: jax.Array  # [B, T] float32, aggregation weight; 0 where mask is 0
+    advantages: jax.Array  # [B, T] float32
+    behaviour_logprobs: jax.Array  # [B, T] float32
