@@ -305,3 +305,178 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+
+
+SECTIONS: dict[str, type] = {
+    type(field.default).__name__: type(field.default) for field in dataclasses.fields(Config)
+}
+_BOUND = {
+    name: gin.external_configurable(section, name=name, module="jaxrl") for name, section in SECTIONS.items()
+}
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with jaxrl."""
+    folder = importlib.resources.files("jaxrl_configs")
+    return sorted(entry.name.removesuffix(".gin") for entry in folder.iterdir() if entry.name.endswith(".gin"))
+
+
+def read_recipe(name: str) -> str:
+    """The text of a recipe, given by path or by the name of one that comes with jaxrl.
+
+    Raises:
+        ConfigError: no such file and no such name; the message lists the nearest names.
+    """
+    if name.endswith(".gin") or os.sep in name:
+        path = pathlib.Path(name)
+        if not path.is_file():
+            raise ConfigError(f"no recipe file {name}; give the path of a .gin file or one of: {', '.join(recipe_names())}")
+        return path.read_text(encoding="utf-8")
+    if name not in recipe_names():
+        raise ConfigError(f"no recipe called {name!r}{_nearest(name, recipe_names())}; recipes: {', '.join(recipe_names())}")
+    return (importlib.resources.files("jaxrl_configs") / f"{name}.gin").read_text(encoding="utf-8")
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Resolve a recipe and overrides into a checked configuration.
+
+    Args:
+        recipe: name of a shipped recipe, path of a .gin file, or "" for the defaults.
+        overrides: ``Section.field=value`` bindings that win over the recipe; a bare word is taken as a string.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest valid one), a value of the wrong type, or values that
+            contradict each other.
+    """
+    return parse([read_recipe(recipe) if recipe else ""], overrides)
+
+
+def parse(texts: Sequence[str], overrides: Sequence[str] = ()) -> Config:
+    """As ``load``, from gin text."""
+    gin.clear_config()
+    try:
+        for text in texts:
+            _parse_gin(text)
+        for override in overrides:
+            _parse_override(override)
+        sections = {}
+        for field in dataclasses.fields(Config):
+            section = type(field.default)
+            bound = _BOUND[section.__name__]()
+            sections[field.name] = section(
+                **{f.name: _typed(section, f, getattr(bound, f.name)) for f in dataclasses.fields(section)}
+            )
+    finally:
+        gin.clear_config()
+    config = Config(**sections)
+    check(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """Every value of every section as gin text; ``parse([dump(config)]) == config``."""
+    lines = []
+    for field in dataclasses.fields(Config):
+        section = getattr(config, field.name)
+        lines += [f"{type(section).__name__}.{f.name} = {getattr(section, f.name)!r}" for f in dataclasses.fields(section)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def check(config: Config) -> None:
+    """Refuse values that contradict each other.
+
+    Raises:
+        ConfigError: naming the values, the limit and the remedy.
+    """
+    algorithm, engine, train = config.algorithm, config.engine, config.train
+    if algorithm.keep > train.samples:
+        raise ConfigError(
+            f"AlgorithmConfig.keep={algorithm.keep} is more than TrainConfig.samples={train.samples}; "
+            "lower keep or play more samples"
+        )
+    if algorithm.min_positive + algorithm.min_negative > algorithm.keep:
+        raise ConfigError(
+            f"AlgorithmConfig.min_positive={algorithm.min_positive} and min_negative={algorithm.min_negative} exceed "
+            f"keep={algorithm.keep}; lower them or raise keep"
+        )
+    longest = engine.max_prompt_tokens + engine.max_response_tokens
+    if train.row_tokens < longest:
+        raise ConfigError(
+            f"TrainConfig.row_tokens={train.row_tokens} cannot hold the longest trajectory of {longest} tokens "
+            "(EngineConfig.max_prompt_tokens + max_response_tokens); raise row_tokens"
+        )
+    if config.model.query_heads % config.model.kv_heads:
+        raise ConfigError(
+            f"ModelConfig.query_heads={config.model.query_heads} is no multiple of kv_heads={config.model.kv_heads}"
+        )
+    if not 0 < engine.reserve_quantile <= 1:
+        raise ConfigError(f"EngineConfig.reserve_quantile={engine.reserve_quantile} is outside (0, 1]")
+    positive = {
+        "EngineConfig.slots": engine.slots, "EngineConfig.page_size": engine.page_size,
+        "EngineConfig.round_steps": engine.round_steps, "TrainConfig.problems": train.problems,
+        "TrainConfig.samples": train.samples, "TrainConfig.max_draws": train.max_draws,
+        "TrainConfig.updates_per_step": train.updates_per_step, "AlgorithmConfig.keep": algorithm.keep,
+        "EvalConfig.samples": config.eval.samples, "EnvConfig.max_turns": config.env.max_turns,
+        "CheckpointConfig.every": config.checkpoint.every, "CheckpointConfig.keep": config.checkpoint.keep,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1")
+
+
+def _parse_gin(text: str) -> None:
+    try:
+        gin.parse_config(text)
+    except ValueError as error:
+        raise ConfigError(_explain(str(error))) from error
+    except (SyntaxError, TypeError, AttributeError, OSError) as error:
+        raise ConfigError(f"cannot read the configuration: {str(error).splitlines()[0]}") from error
+
+
+def _parse_override(override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r} has no value; write --set Section.field=value")
+    try:
+        _parse_gin(f"{key.strip()} = {value.strip()}")
+    except ConfigError as error:
+        if not isinstance(error.__cause__, SyntaxError):
+            raise
+        _parse_gin(f"{key.strip()} = {value.strip()!r}")
+
+
+def _explain(message: str) -> str:
+    """Turn gin's complaint about a name into one with the nearest valid name."""
+    if match := re.search(r"Configurable '(\w+)' doesn't have a parameter named '(\w+)'", message):
+        section, name = match.groups()
+        fields = [field.name for field in dataclasses.fields(SECTIONS[section])]
+        return f"unknown key {section}.{name}{_nearest(name, fields, prefix=section + '.')}"
+    if match := re.search(r"No configurable matching '([\w.]+)'", message):
+        return f"unknown section {match.group(1)!r}{_nearest(match.group(1), SECTIONS)}; sections: {', '.join(SECTIONS)}"
+    return message.splitlines()[0]
+
+
+def _nearest(name: str, valid: typing.Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _typed(section: type, field: dataclasses.Field, value: object) -> object:
+    """``value`` as the field's type; an int serves as a float, a list as a tuple, nothing else is converted."""
+    wanted = typing.get_type_hints(section)[field.name]
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is Literal:
+        if value not in arguments:
+            nearest = _nearest(str(value), [str(a) for a in arguments])
+            raise ConfigError(f"{section.__name__}.{field.name}={value!r} is none of {', '.join(map(repr, arguments))}{nearest}")
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        if all(type(item) is arguments[0] for item in value):
+            return tuple(value)
+    elif wanted is float and type(value) is int:
+        return float(value)
+    elif isinstance(wanted, type) and not isinstance(wanted, types.GenericAlias) and type(value) is wanted:
+        return value
+    name = f"tuple of {arguments[0].__name__}" if origin is tuple else wanted.__name__
+    raise ConfigError(f"{section.__name__}.{field.name}={value!r} has type {type(value).__name__}; it must be {name}")

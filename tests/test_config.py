@@ -1,0 +1,61 @@
+"""Promise 10: every configuration key is checked before anything is compiled."""
+
+import dataclasses
+
+import pytest
+
+from jaxrl import config as configuration
+from jaxrl.config import Config, ConfigError
+
+
+def test_defaults_and_dump_round_trip() -> None:
+    config = configuration.parse(["ModelConfig.layers = 3\nSftConfig.learning_rate = 1"])
+    assert config.model.layers == 3
+    assert config.sft.learning_rate == 1.0 and isinstance(config.sft.learning_rate, float)
+    assert configuration.parse([configuration.dump(config)]) == config
+    assert config != Config()
+
+
+def test_every_field_has_a_type_the_loader_can_check() -> None:
+    for name, section in configuration.SECTIONS.items():
+        for field in dataclasses.fields(section):
+            with pytest.raises(ConfigError, match=rf"{name}\.{field.name}"):
+                configuration.parse([f"{name}.{field.name} = {{'a': 1}}"])
+
+
+def test_overrides_win_and_bare_words_are_strings() -> None:
+    config = configuration.load("", ["TrainConfig.steps=7", "ModelConfig.family=qwen2", "EvalConfig.k=(1, 4)"])
+    assert (config.train.steps, config.model.family, config.eval.k) == (7, "qwen2", (1, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("TrainConfig.step = 1", r"unknown key TrainConfig.step; did you mean TrainConfig.steps\?"),
+        ("TrainConfg.steps = 1", r"unknown section 'TrainConfg'; did you mean TrainConfig\?"),
+        ("TrainConfig.steps = 1.5", r"TrainConfig.steps=1.5 has type float; it must be int"),
+        ("TrainConfig.steps = True", r"TrainConfig.steps=True has type bool; it must be int"),
+        ("ModelConfig.family = 'qwen4'", r"is none of 'qwen2', 'qwen3'; did you mean qwen"),
+        ("SandboxConfig.preload = ('numpy', 3)", r"SandboxConfig.preload=.* must be tuple of str"),
+        ("AlgorithmConfig.keep = 64", r"keep=64 is more than TrainConfig.samples=16"),
+        ("TrainConfig.row_tokens = 100", r"row_tokens=100 cannot hold the longest trajectory of 512"),
+        ("EngineConfig.slots = 0", r"EngineConfig.slots=0 must be at least 1"),
+    ],
+)
+def test_bad_configuration_is_refused_with_a_remedy(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configuration.parse([text])
+
+
+def test_unknown_override_names_the_nearest_key() -> None:
+    with pytest.raises(ConfigError, match="did you mean ModelConfig.layers"):
+        configuration.load("", ["ModelConfig.layer=3"])
+    with pytest.raises(ConfigError, match="has no value"):
+        configuration.load("", ["ModelConfig.layers"])
+
+
+def test_unknown_recipe_lists_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean quickstart"):
+        configuration.load("quikstart")
+    with pytest.raises(ConfigError, match="no recipe file nowhere/x.gin"):
+        configuration.load("nowhere/x.gin")
