@@ -1,0 +1,67 @@
+# make quickstart   train a small model to use a Python tool, start to finish
+# make help         the other targets
+
+PYTHON ?= python3
+JOBS ?= 2
+PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
+PYTEST := .venv/bin/python -m pytest
+
+.PHONY: help quickstart test test-fast test-slow lint bench clean
+
+help:
+	@echo "make quickstart   install into .venv, then train: cold start and GRPO-RoC on problems made on the spot"
+	@echo "make test         every test: first the fast ones on JOBS=$(JOBS) processes, then the slow ones one by one"
+	@echo "make test-fast    only the fast ones"
+	@echo "make test-slow    only the slow ones (wheel, kill and resume, learning)"
+	@echo "make lint         ruff, and the contract which room may import which"
+	@echo "make bench        the benchmarks, one JSON object a line"
+	@echo "make clean        remove .venv, caches and build leftovers (runs/ stays)"
+	@echo "Another interpreter: make quickstart PYTHON=python3.12"
+
+quickstart: .venv/installed
+	@.venv/bin/jaxrl train quickstart
+
+test: test-fast test-slow
+
+test-fast: .venv/installed-test
+	$(PYTEST) -n $(JOBS) -m "not slow"
+
+test-slow: .venv/installed-test
+	$(PYTEST) -m slow
+
+lint: .venv/installed-test
+	.venv/bin/ruff check .
+	.venv/bin/lint-imports --no-cache
+
+bench: .venv/installed-test
+	@for file in benchmarks/*.py; do \
+		test -e "$$file" || continue; \
+		echo "== $$file" >&2; .venv/bin/python "$$file" --json || exit 1; \
+	done
+
+clean:
+	rm -rf .venv build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis
+	find jaxrl kernels configs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The stamps are newer than pyproject.toml while nothing has to be installed again.
+.venv/installed: pyproject.toml setup.py | .venv/bin/python
+	@echo "jaxrl: installing jaxrl and its dependencies into .venv (once; a few minutes on a slow line) ..."
+	@$(PIP) install --editable .
+	@touch $@
+	@echo "jaxrl: installed."
+
+.venv/installed-test: pyproject.toml setup.py | .venv/bin/python
+	@echo "jaxrl: installing jaxrl and what its tests need into .venv (once; torch is the large one) ..."
+	@$(PIP) install --editable ".[test]"
+	@touch .venv/installed $@
+	@echo "jaxrl: installed."
+
+.venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "jaxrl: there is no '$(PYTHON)' here; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "jaxrl: $$($(PYTHON) --version) is too old; jaxrl needs 3.11 or newer. Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "jaxrl: $(PYTHON) comes without the venv module; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "jaxrl: creating .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
