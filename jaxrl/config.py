@@ -256,6 +256,21 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StagesConfig:
+    """Stages of one run with their own limits. Every tuple has one entry a stage; all empty = a single stage."""
+
+    until: tuple[int, ...] = ()
+    """Cumulative step at which each stage ends."""
+    max_response_tokens: tuple[int, ...] = ()
+    """At most EngineConfig.max_response_tokens, for which everything is compiled."""
+    max_turns: tuple[int, ...] = ()
+    drop_solved: tuple[int, ...] = ()
+    """On entering the stage play every problem this often and drop those always solved; 0 keeps all."""
+    reset_optimizer: tuple[bool, ...] = ()
+    """Begin the stage with a fresh optimizer, and the present policy as the reference."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation during training and by ``jaxrl eval``."""
 
@@ -302,6 +317,7 @@ class Config:
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    stages: StagesConfig = StagesConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
@@ -322,7 +338,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str) -> str:
-    """The text of a recipe, given by path or by the name of one that comes with jaxrl.
+    """The text of a recipe, given by path or by the name of one that comes with jaxrl, its includes expanded.
 
     Raises:
         ConfigError: no such file and no such name; the message lists the nearest names.
@@ -331,10 +347,15 @@ def read_recipe(name: str) -> str:
         path = pathlib.Path(name)
         if not path.is_file():
             raise ConfigError(f"no recipe file {name}; give the path of a .gin file or one of: {', '.join(recipe_names())}")
-        return path.read_text(encoding="utf-8")
+        return _expand(path.read_text(encoding="utf-8"))
     if name not in recipe_names():
         raise ConfigError(f"no recipe called {name!r}{_nearest(name, recipe_names())}; recipes: {', '.join(recipe_names())}")
-    return (importlib.resources.files("jaxrl_configs") / f"{name}.gin").read_text(encoding="utf-8")
+    return _expand((importlib.resources.files("jaxrl_configs") / f"{name}.gin").read_text(encoding="utf-8"))
+
+
+def _expand(text: str) -> str:
+    """Replace every ``include 'name'`` line by that recipe's text."""
+    return re.sub(r"^include\s+['\"](.+?)['\"]\s*$", lambda match: read_recipe(match.group(1)), text, flags=re.MULTILINE)
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -390,6 +411,10 @@ def check(config: Config) -> None:
         ConfigError: naming the values, the limit and the remedy.
     """
     algorithm, engine, train = config.algorithm, config.engine, config.train
+    for section in (getattr(config, field.name) for field in dataclasses.fields(config)):
+        for field in dataclasses.fields(section):
+            if getattr(section, field.name) == "REQUIRED":
+                raise ConfigError(f"{type(section).__name__}.{field.name} must be set; add --set {type(section).__name__}.{field.name}=…")
     if algorithm.keep > train.samples:
         raise ConfigError(
             f"AlgorithmConfig.keep={algorithm.keep} is more than TrainConfig.samples={train.samples}; "
@@ -410,6 +435,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"ModelConfig.query_heads={config.model.query_heads} is no multiple of kv_heads={config.model.kv_heads}"
         )
+    _check_stages(config)
     if not 0 < engine.reserve_quantile <= 1:
         raise ConfigError(f"EngineConfig.reserve_quantile={engine.reserve_quantile} is outside (0, 1]")
     positive = {
@@ -423,6 +449,25 @@ def check(config: Config) -> None:
     for name, value in positive.items():
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
+
+
+def _check_stages(config: Config) -> None:
+    stages = config.stages
+    for field in dataclasses.fields(stages):
+        if len(getattr(stages, field.name)) != len(stages.until):
+            raise ConfigError(
+                f"StagesConfig.{field.name}={getattr(stages, field.name)} has not one entry for each of the "
+                f"{len(stages.until)} stages of StagesConfig.until={stages.until}"
+            )
+    if list(stages.until) != sorted(set(stages.until)):
+        raise ConfigError(f"StagesConfig.until={stages.until} must rise from stage to stage")
+    if stages.until and stages.until[-1] != config.train.steps:
+        raise ConfigError(f"the last stage ends at step {stages.until[-1]} but TrainConfig.steps={config.train.steps}")
+    if stages.until and max(stages.max_response_tokens) > config.engine.max_response_tokens:
+        raise ConfigError(
+            f"StagesConfig.max_response_tokens={stages.max_response_tokens} exceeds "
+            f"EngineConfig.max_response_tokens={config.engine.max_response_tokens}; raise the latter"
+        )
 
 
 def _parse_gin(text: str) -> None:

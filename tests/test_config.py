@@ -59,3 +59,20 @@ def test_unknown_recipe_lists_the_nearest() -> None:
         configuration.load("quikstart")
     with pytest.raises(ConfigError, match="no recipe file nowhere/x.gin"):
         configuration.load("nowhere/x.gin")
+
+
+def test_a_value_the_recipe_requires_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"DataConfig.train must be set; add --set DataConfig.train=…"):
+        configuration.load("gsm8k_tool")
+
+
+@pytest.mark.parametrize("name", configuration.recipe_names())
+def test_every_recipe_resolves(name: str) -> None:
+    config = configuration.load(name, ["DataConfig.train=a.jsonl", "DataConfig.eval=b.jsonl"])
+    assert config.data.train == "a.jsonl"
+
+
+def test_include_is_expanded_and_overridden() -> None:
+    quickstart, smoke = configuration.load("quickstart"), configuration.load("smoke")
+    assert smoke.chat == quickstart.chat
+    assert smoke.model.layers < quickstart.model.layers

@@ -1,0 +1,1 @@
+"""Training: the cold start, the reinforcement loop, and what makes both resumable."""

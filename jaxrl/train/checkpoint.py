@@ -1,0 +1,106 @@
+"""Checkpoints of everything a resumed run needs, written in the background and marked complete last.
+
+A checkpoint holds the train state, the reference parameters where a KL is used, and one JSON of host state:
+stage, weight version, data position, pending groups, counters, alarm history. Random keys are functions of
+(seed, draw, sample, position) and of nothing else, so the draw counter is all there is to save of them.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+
+from jaxrl.config import CheckpointConfig
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+class Checkpoints:
+    """The ``checkpoints`` folder of a run: keeps the newest ``keep`` and the best by pass rate."""
+
+    def __init__(self, folder: pathlib.Path, config: CheckpointConfig) -> None:
+        best = managers.BestN(get_metric_fn=lambda metrics: metrics["pass_rate"], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(config.keep), best]),
+            best_fn=lambda metrics: metrics["pass_rate"],
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, step: int, state: Any, reference: Any | None, host: dict[str, Any], pass_rate: float | None) -> None:
+        """Begin writing; returns once the arrays are copied. A fault of an earlier write is raised here.
+
+        Args:
+            step: the run's global step (cold start and reinforcement counted through).
+            pass_rate: of the latest evaluation of these weights, or None if they were not evaluated.
+        """
+        items = {"state": ocp.args.StandardSave(state), "host": ocp.args.JsonSave(host)}
+        if reference is not None:
+            items["reference"] = ocp.args.StandardSave(reference)
+        metrics = None if pass_rate is None else {"pass_rate": pass_rate}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        except OSError as error:
+            raise CheckpointError(_disk_message(step, error)) from error
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """Step of the checkpoint with the best pass rate."""
+        return self._manager.best_step()
+
+    def host(self, step: int) -> dict[str, Any]:
+        """The host state alone."""
+        return self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+
+    def restore(self, step: int, abstract_state: Any, abstract_reference: Any | None) -> tuple[Any, Any | None]:
+        """State and reference parameters, placed as the abstract trees' shardings say (any mesh).
+
+        Raises:
+            CheckpointError: the checkpoint holds another model, or cannot be read.
+        """
+        items = {"state": ocp.args.StandardRestore(abstract_state)}
+        if abstract_reference is not None:
+            items["reference"] = ocp.args.StandardRestore(abstract_reference)
+        self._check_shapes(step, abstract_state)
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, OSError) as error:
+            raise CheckpointError(f"checkpoint {step} in {self._manager.directory} cannot be restored: {error}") from error
+        return restored["state"], restored.get("reference")
+
+    def wait(self) -> None:
+        """Until the last write is complete."""
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise CheckpointError(_disk_message(self._manager.latest_step(), error)) from error
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _check_shapes(self, step: int, abstract_state: Any) -> None:
+        metadata = self._manager.item_metadata(step)["state"]
+        saved = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(metadata)}
+        wanted = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(abstract_state)}
+        for name, shape in wanted.items():
+            if saved.get(name) != shape:
+                found = f"shape {saved[name]}" if name in saved else "nothing"
+                raise CheckpointError(
+                    f"checkpoint {step} in {self._manager.directory} is of another model: {name} should have shape {shape} "
+                    f"but holds {found}; use the configuration it was made with, or another run folder"
+                )
+
+
+def _name(path: tuple) -> str:
+    return "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
+
+
+def _disk_message(step: int | None, error: OSError) -> str:
+    return f"checkpoint after step {step} could not be written ({error}); the older checkpoints are intact: free space and resume"

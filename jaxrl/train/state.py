@@ -1,0 +1,59 @@
+"""What an optimizer step changes: parameters, optimizer state, step count."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl import mesh as meshes
+from jaxrl.config import OptimizerConfig, SftConfig
+from jaxrl.model import spec
+
+
+@flax.struct.dataclass
+class TrainState:
+    """One pytree; every leaf of ``params`` and of the moments rests where ``mesh.PARAM_RULES`` puts it."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array  # [] int32, optimizer updates done
+
+
+def rl_optimizer(config: OptimizerConfig, specs: Any) -> optax.GradientTransformation:
+    """AdamW with linear warm-up to a constant rate, global-norm clipping, and no decay on norms and biases."""
+    rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            rate if config.warmup_steps else config.learning_rate,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=spec.decay_mask(specs),
+        ),
+    )
+
+
+def sft_optimizer(config: SftConfig, optimizer: OptimizerConfig, specs: Any) -> optax.GradientTransformation:
+    """AdamW with linear warm-up and cosine decay to a tenth of the rate."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, max(config.steps, config.warmup_steps + 1), 0.1 * config.learning_rate
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        optax.adamw(rate, b1=optimizer.beta1, b2=0.95, weight_decay=optimizer.weight_decay, mask=spec.decay_mask(specs)),
+    )
+
+
+def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0; the moments take the shardings of ``params``."""
+    return TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
+
+
+def initial_params(specs: Any, mesh: jax.sharding.Mesh, seed: int) -> Any:
+    """Random parameters, made directly where they will rest."""
+    shardings = spec.shardings(specs, mesh, meshes.PARAM_RULES)
+    return jax.jit(lambda key: spec.initialize(specs, key), out_shardings=shardings)(jax.random.key(seed))

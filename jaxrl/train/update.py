@@ -1,0 +1,123 @@
+"""One optimizer step: gradients summed over micro-batches, then applied once.
+
+The trainer does not know the algorithm. What a token contributes is ``weights`` and ``advantages`` of the
+batch; the aggregation's global denominator is already in ``weights``, so micro-batches simply add up.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl.config import AlgorithmConfig, ModelConfig
+from jaxrl.model import logprob
+from jaxrl.records import Batch
+from jaxrl.rl import losses, mismatch
+from jaxrl.train.state import TrainState
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
+LossFunction = Callable[[Any, Batch, Any], tuple[jax.Array, Metrics]]  # parameters, batch, reference parameters or None
+
+
+def cross_entropy_loss(model: ModelConfig) -> LossFunction:
+    """Weighted negative log-likelihood of the masked tokens, for demonstrations."""
+
+    def loss(params: Any, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
+        del reference
+        stats = logprob.sequence_logprobs(params, model, batch.tokens, batch.positions, batch.segment_ids)
+        count = batch.mask.sum()
+        metrics = {
+            "nll": (-(batch.mask * stats.logprobs).sum(), count),
+            "entropy": ((batch.mask * stats.entropy).sum(), count),
+        }
+        return -(batch.weights * stats.logprobs).sum(), metrics
+
+    return loss
+
+
+def policy_gradient_loss(model: ModelConfig, algorithm: AlgorithmConfig, temperature: float) -> LossFunction:
+    """Clipped policy gradient against the behaviour policy, with a KL to the reference if its coefficient is not 0.
+
+    Args:
+        temperature: the sampler's; log-probabilities are those of the temperature-scaled distribution.
+    """
+
+    def loss(params: Any, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
+        score = functools.partial(
+            logprob.sequence_logprobs,
+            config=model,
+            tokens=batch.tokens,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+            temperature=temperature,
+        )
+        stats = score(params)
+        surrogate = losses.policy_loss(
+            stats.logprobs,
+            batch.behaviour_logprobs,
+            batch.advantages,
+            batch.mask,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
+        )
+        count = batch.mask.sum()
+        per_token = surrogate.loss
+        metrics = {
+            "loss": ((batch.weights * surrogate.loss).sum(), jnp.ones(())),
+            "entropy": ((batch.mask * stats.entropy).sum(), count),
+            "clip_fraction": ((batch.mask * surrogate.clipped).sum(), count),
+            **mismatch.gap(stats.logprobs, batch.behaviour_logprobs, batch.mask),
+        }
+        if algorithm.kl_coefficient:
+            reference_stats = score(jax.lax.stop_gradient(reference))
+            divergence = losses.kl(stats.logprobs, reference_stats.logprobs, batch.mask, algorithm.kl_estimator)
+            per_token = per_token + algorithm.kl_coefficient * divergence
+            metrics["kl_to_reference"] = (divergence.sum(), count)
+        return (batch.weights * per_token).sum(), metrics
+
+    return loss
+
+
+class Updater:
+    """Compiled once for one micro-batch shape; ``step`` takes any number of micro-batches."""
+
+    def __init__(self, loss: LossFunction, optimizer: optax.GradientTransformation) -> None:
+        gradient = jax.grad(loss, has_aux=True)
+
+        def first(params: Any, batch: Batch, reference: Any) -> Any:
+            return gradient(params, batch, reference)
+
+        def more(total: Any, params: Any, batch: Batch, reference: Any) -> Any:
+            return jax.tree.map(jnp.add, total, gradient(params, batch, reference))
+
+        def apply(state: TrainState, gradients: Any) -> tuple[TrainState, jax.Array]:
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return TrainState(params, opt_state, state.step + 1), optax.global_norm(gradients)
+
+        self._first = jax.jit(first)
+        self._more = jax.jit(more, donate_argnums=0)
+        self._apply = jax.jit(apply, donate_argnums=(0, 1))
+
+    def step(
+        self, state: TrainState, batches: Iterable[Batch], reference: Any = None
+    ) -> tuple[TrainState, dict[str, float]]:
+        """Sum the gradients of all micro-batches, apply them once; ``state`` is consumed.
+
+        Returns:
+            The new state, and every metric as its mean, with ``grad_norm`` before clipping.
+        """
+        total = None
+        for batch in batches:
+            if total is None:
+                total = self._first(state.params, batch, reference)
+            else:
+                total = self._more(total, state.params, batch, reference)
+        gradients, metrics = total
+        state, norm = self._apply(state, gradients)
+        values = {name: float(value) / max(float(count), 1.0) for name, (value, count) in jax.device_get(metrics).items()}
+        return state, values | {"grad_norm": float(norm)}
