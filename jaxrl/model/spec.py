@@ -1,0 +1,128 @@
+"""One table describes every parameter; everything else about parameters is derived from it.
+
+A model is a nested dict of arrays. A tree of ``ParamSpec`` mirrors it, and initial values, abstract shapes,
+shardings, the weight-decay mask and the Hugging Face names are all read from that tree.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxrl.mesh import Rules, partition_spec
+
+LAYERS = "layers"
+"""Logical name of the leading axis on which the layers' parameters are stacked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter.
+
+    Attributes:
+        shape: of the array here; layer parameters have the layers on their first axis.
+        dtype: type the trainer keeps it in.
+        axes: logical name of every axis, see ``jaxrl.mesh``.
+        init: ``(key, shape, dtype) -> array``, as in ``jax.nn.initializers``.
+        hf_name: name of the tensor in a Hugging Face folder, with ``{layer}`` for stacked parameters.
+        hf_layout: for each axis of the Hugging Face tensor, the axes here that it merges, in order. A linear layer is
+            stored there as [outputs, inputs]: a query projection with axes ("layers", "embed", "query_heads", "head")
+            has the layout (("query_heads", "head"), ("embed",)).
+        decay: whether weight decay applies (not to norms and biases).
+    """
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: tuple[str, ...]
+    init: Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+    hf_name: str
+    hf_layout: tuple[tuple[str, ...], ...]
+    decay: bool = True
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the first axis runs over the layers."""
+        return self.axes[0] == LAYERS
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """Shape of the Hugging Face tensor (of one layer, for stacked parameters)."""
+        length = dict(zip(self.axes, self.shape, strict=True))
+        return tuple(math.prod(length[axis] for axis in merged) for merged in self.hf_layout)
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        """One layer's parameter (without the layer axis) as the Hugging Face tensor; inverse of ``from_hf``."""
+        axes = self.axes[1:] if self.stacked else self.axes
+        order = [axes.index(axis) for merged in self.hf_layout for axis in merged]
+        return np.ascontiguousarray(np.transpose(array, order)).reshape(self.hf_shape)
+
+    def from_hf(self, tensor: np.ndarray) -> np.ndarray:
+        """A Hugging Face tensor as one layer's parameter (without the layer axis).
+
+        Raises:
+            ValueError: the tensor's shape is not ``hf_shape``.
+        """
+        if tuple(tensor.shape) != self.hf_shape:
+            raise ValueError(f"{self.hf_name} has shape {tuple(tensor.shape)}; the configuration makes it {self.hf_shape}")
+        length = dict(zip(self.axes, self.shape, strict=True))
+        flat = [axis for merged in self.hf_layout for axis in merged]
+        axes = self.axes[1:] if self.stacked else self.axes
+        split = tensor.reshape([length[axis] for axis in flat])
+        return np.ascontiguousarray(np.transpose(split, [flat.index(axis) for axis in axes]))
+
+
+Specs = dict[str, Any]
+"""A nested dict with ParamSpec leaves."""
+
+
+def initialize(specs: Specs, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters. Each depends on ``key`` and its own path only, so another parameter changes nothing here."""
+
+    def draw(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
+        own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return spec.init(own_key, spec.shape, spec.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, specs)
+
+
+def abstract(specs: Specs) -> dict[str, Any]:
+    """Shapes and types without values, for ahead-of-time compilation and checkpoint targets."""
+    return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
+
+
+def shardings(specs: Specs, mesh: Mesh, rules: Rules) -> dict[str, Any]:
+    """The NamedSharding of every parameter under a rule table.
+
+    Raises:
+        ValueError: a mesh axis does not divide the parameter axis it splits.
+    """
+
+    def sharding(spec: ParamSpec) -> NamedSharding:
+        partition = partition_spec(spec.axes, rules, mesh)
+        for axis, length, part in zip(spec.axes, spec.shape, partition, strict=True):
+            parts = (part,) if isinstance(part, str) else part or ()
+            pieces = math.prod(mesh.shape[name] for name in parts)
+            if length % pieces:
+                raise ValueError(
+                    f"{spec.hf_name}: axis {axis!r} of length {length} cannot be split over {' x '.join(parts)} = {pieces} "
+                    "devices; choose a mesh axis length that divides it"
+                )
+        return NamedSharding(mesh, partition)
+
+    return jax.tree.map(sharding, specs)
+
+
+def decay_mask(specs: Specs) -> dict[str, Any]:
+    """True where weight decay applies."""
+    return jax.tree.map(lambda spec: spec.decay, specs)
+
+
+def count(specs: Specs) -> int:
+    """Number of parameters."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs))
