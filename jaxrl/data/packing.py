@@ -1,0 +1,176 @@
+"""Packs texts of many lengths into rows of one fixed shape, so that the trainer compiles once.
+
+Rows are filled by best-fit decreasing (asymptotically within 11/9 of the fewest possible rows; Johnson et al., 1974).
+The result depends on what is packed, not on the order it came in, so a batch does not depend on which episode ended
+first.
+"""
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from jaxrl.records import Batch, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+    """One text to place, with one value a token in every array [T]."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    weights: np.ndarray
+    advantages: np.ndarray
+    behaviour_logprobs: np.ndarray
+
+
+def pack_trajectories(
+    trajectories: Sequence[Trajectory],
+    advantages: Sequence[float | np.ndarray],
+    weights: Sequence[np.ndarray],
+    *,
+    rows: int,
+    row_tokens: int,
+) -> list[Batch]:
+    """Pack the trajectories of one optimizer update, prompt and response each, into micro-batches.
+
+    Args:
+        trajectories: distinct by (draw, sample).
+        advantages: of each trajectory, one value or [T] over its response.
+        weights: of each trajectory, [T] over its response, as ``aggregation_weights`` makes them.
+        rows: rows of a micro-batch.
+        row_tokens: tokens of a row.
+
+    Returns:
+        Micro-batches of numpy arrays, all [rows, row_tokens]; as few as the packing needs, none for no trajectories.
+        Rows and tokens left over hold zeros, segment id 0.
+
+    Raises:
+        ValueError: a trajectory does not fit into a row, or has no prompt.
+    """
+    remedy = "raise TrainConfig.row_tokens or lower EngineConfig.max_response_tokens"
+    together = zip(trajectories, advantages, weights, strict=True)
+    segments = []
+    for trajectory, advantage, weight in sorted(together, key=lambda item: (item[0].draw, item[0].sample)):
+        tokens = np.concatenate([trajectory.prompt_ids, trajectory.ids])
+        name = f'problem "{trajectory.problem.id}" (draw {trajectory.draw}, sample {trajectory.sample})'
+        _check_fit(name, len(tokens), row_tokens, remedy)
+        before = len(trajectory.prompt_ids)
+        segments.append(
+            _Segment(
+                tokens=tokens,
+                mask=_after(before, trajectory.mask),
+                weights=_after(before, weight),
+                advantages=_after(before, advantage * trajectory.mask.astype(np.float32)),
+                behaviour_logprobs=_after(before, trajectory.logprobs),
+            )
+        )
+        _check_first(name, segments[-1].mask)
+    return _pack(segments, rows, row_tokens)
+
+
+def pack_sequences(
+    sequences: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    rows: int,
+    row_tokens: int,
+    update: Literal["all", "batch"] = "all",
+) -> list[Batch]:
+    """Pack demonstrations into batches; every token to be learned weighs the same within one update.
+
+    Args:
+        sequences: (ids, mask), both [T]; mask 1 on the tokens to be learned.
+        rows: rows of a batch.
+        row_tokens: tokens of a row.
+        update: what one optimizer update sums over and the weights therefore sum to 1 over: "all" batches
+            (they are micro-batches) or each "batch" alone.
+
+    Returns:
+        Batches of numpy arrays, all [rows, row_tokens]. Long and short sequences are spread evenly over them.
+
+    Raises:
+        ValueError: a sequence does not fit into a row, or its first token is to be learned.
+    """
+    segments = []
+    for index, (ids, mask) in enumerate(sequences):
+        _check_fit(f"demonstration {index}", len(ids), row_tokens, "raise SftConfig.row_tokens or leave it out")
+        learned = np.asarray(mask, np.float32)
+        _check_first(f"demonstration {index}", learned)
+        nothing = np.zeros(len(ids), np.float32)
+        segments.append(_Segment(np.asarray(ids), learned, learned, nothing, nothing))
+    segments.sort(key=lambda segment: (segment.tokens.tobytes(), segment.mask.tobytes()))
+    batches = _pack(segments, rows, row_tokens)
+    total = sum(float(segment.mask.sum()) for segment in segments)
+    return [
+        batch.replace(weights=batch.weights / np.float32(max(total if update == "all" else batch.mask.sum(), 1.0)))
+        for batch in batches
+    ]
+
+
+def _pack(segments: Sequence[_Segment], rows: int, row_tokens: int) -> list[Batch]:
+    filled = _assign([len(segment.tokens) for segment in segments], row_tokens)
+    count = math.ceil(len(filled) / rows)
+    # Every count-th row: the rows of the longest segments come first and would crowd into the first batches.
+    return [_batch([[segments[i] for i in row] for row in filled[b::count]], rows, row_tokens) for b in range(count)]
+
+
+def _assign(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Indices of the segments in each row: longest first, each into the fullest row that still holds it."""
+    filled: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect.bisect_left(free, (lengths[index], -1))
+        if place < len(free):
+            room, row = free.pop(place)
+        else:
+            room, row = row_tokens, len(filled)
+            filled.append([])
+        filled[row].append(index)
+        bisect.insort(free, (room - lengths[index], row))
+    return filled
+
+
+def _batch(filled: Sequence[Sequence[_Segment]], rows: int, row_tokens: int) -> Batch:
+    def zeros(dtype: type) -> np.ndarray:
+        return np.zeros((rows, row_tokens), dtype)
+
+    batch = Batch(
+        tokens=zeros(np.int32),
+        positions=zeros(np.int32),
+        segment_ids=zeros(np.int32),
+        mask=zeros(np.float32),
+        weights=zeros(np.float32),
+        advantages=zeros(np.float32),
+        behaviour_logprobs=zeros(np.float32),
+    )
+    for row, segments in enumerate(filled):
+        start = 0
+        for number, segment in enumerate(segments, 1):
+            span = row, slice(start, start + len(segment.tokens))
+            batch.tokens[span] = segment.tokens
+            batch.positions[span] = np.arange(len(segment.tokens))
+            batch.segment_ids[span] = number
+            batch.mask[span] = segment.mask
+            batch.weights[span] = segment.weights
+            batch.advantages[span] = segment.advantages
+            batch.behaviour_logprobs[span] = segment.behaviour_logprobs
+            start += len(segment.tokens)
+    return batch
+
+
+def _after(prompt_tokens: int, values: np.ndarray) -> np.ndarray:
+    """``values`` [T] of the response behind zeros for the prompt, as float32."""
+    return np.concatenate([np.zeros(prompt_tokens, np.float32), np.asarray(values, np.float32)])
+
+
+def _check_fit(name: str, tokens: int, row_tokens: int, remedy: str) -> None:
+    if tokens > row_tokens:
+        raise ValueError(f"{name} has {tokens} tokens but a packed row holds row_tokens={row_tokens}; {remedy}")
+
+
+def _check_first(name: str, mask: np.ndarray) -> None:
+    if len(mask) and mask[0]:
+        raise ValueError(f"the first token of {name} is to be learned but nothing precedes it; put a prompt before it")
