@@ -1,0 +1,1 @@
+"""What a run shows and writes: metrics, the terminal view, episode files, the final report, alarms."""
