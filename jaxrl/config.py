@@ -41,6 +41,8 @@ class ModelConfig:
     ffn_width: int = 384
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    attention_bias: bool = False
+    """Qwen3: add biases to q, k, v and the output projection. Qwen2's biases on q, k, v are always there."""
     tie_embeddings: bool = True
     sliding_window: int = 0
     """Query i sees keys j with 0 <= i - j < window on the layers that slide; 0 = no window."""
@@ -176,7 +178,12 @@ class EnvConfig:
     """A tool's output is cut once, in the middle, to this many tokens."""
     max_parallel_calls: int = 1
     """Calls of one turn that run; the rest are answered with an error."""
+    traceback: Literal["last", "full"] = "last"
+    """What the policy reads of an error: its final message, or the whole traceback."""
     wall_seconds: float = 60.0
+    """From admission by the engine on, without time in the queues of engine and sandbox."""
+    queue_seconds: float = 600.0
+    """A call that has no result after this, on top of its run time, counts as a fault of ours."""
     infra_retries: int = 2
     """Fresh tries of a call after a fault of ours; then the trajectory leaves the batch."""
 

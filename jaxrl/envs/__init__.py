@@ -1,0 +1,1 @@
+"""Environments: the tools that a policy may call, and the text it reads in return."""

@@ -1,0 +1,1 @@
+"""Evaluation: how often a policy is right, and how sure that figure is."""

@@ -1,0 +1,1 @@
+"""Grading: what the policy answered, and whether it is right."""
