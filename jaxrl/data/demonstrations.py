@@ -26,9 +26,7 @@ _TOLERANCE = 1e-6  # of a float against the answer it stands for
 _OPERAND_SHARE = 0.3  # of wrong stories: wrong in an operand rather than in an operation
 
 
-def make_demonstrations(
-    sft: SftConfig, data: DataConfig, train: Sequence[Problem]
-) -> tuple[Demonstration, ...]:
+def load(sft: SftConfig, data: DataConfig, train: Sequence[Problem]) -> tuple[Demonstration, ...]:
     """The demonstrations that ``sft.demonstrations`` names.
 
     Args:
@@ -44,7 +42,7 @@ def make_demonstrations(
         raise ValueError(f'SftConfig.demonstrations="{sft.demonstrations}" is none of "stories", "gsm8k", ""')
     files = ",".join(part for part in data.train.split(",") if part.strip() != STORIES)
     if not files:
-        raise ValueError(f'SftConfig.demonstrations="gsm8k" needs files, but DataConfig.train="{data.train}" names none')
+        raise ValueError(f'SftConfig.demonstrations="gsm8k" needs files; DataConfig.train="{data.train}" has none')
     allowed = {(problem.source, problem.id) for problem in train}
     rows = [row for row in read_rows(files) if (row.path.stem, row_problem(row).id) in allowed]
     made = gsm8k_demonstrations(rows)
@@ -56,9 +54,7 @@ def make_demonstrations(
     return made[: sft.count]
 
 
-def story_demonstrations(
-    count: int, wrong_share: float, repair_share: float, seed: int
-) -> tuple[Demonstration, ...]:
+def story_demonstrations(count: int, wrong_share: float, repair_share: float, seed: int) -> tuple[Demonstration, ...]:
     """Solutions of training stories in several manners, so that a policy has manners to choose between.
 
     Args:

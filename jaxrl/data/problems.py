@@ -83,15 +83,23 @@ def load_problems(spec: str, *, count: int, seed: int, split: str = "train") -> 
         split: "train" or "eval", of the stories.
 
     Raises:
-        FileNotFoundError, DataError: see ``read_rows`` and ``row_problem``; also two rows of a file with one id.
+        FileNotFoundError, DataError: see ``read_rows`` and ``row_problem``; also two problems with one id.
     """
-    problems: list[Problem] = []
+    problems: dict[str, Problem] = {}
+    places: dict[str, str] = {}
     for part in map(str.strip, spec.split(",")):
         if part == STORIES:
-            problems += [story.problem for story in make_stories(count, seed, split)]
-        else:
-            problems += _unique(read_rows(part))
-    return tuple(problems)
+            problems |= {story.problem.id: story.problem for story in make_stories(count, seed, split)}
+            continue
+        for row in read_rows(part):
+            problem = row_problem(row)
+            if problem.id in places:
+                raise DataError(
+                    f'{row.place}: id "{problem.id}" is taken by {places[problem.id]}; ids must differ '
+                    "(a row without one is named after its file and line)"
+                )
+            problems[problem.id], places[problem.id] = problem, row.place
+    return tuple(problems.values())
 
 
 def load_split(config: DataConfig) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
@@ -124,7 +132,7 @@ def load_split(config: DataConfig) -> tuple[tuple[Problem, ...], tuple[Problem, 
         )
     if config.eval and len(kept) < len(train):
         warnings.warn(
-            f"{len(train) - len(kept)} problems of {config.train} are left out of training: they stand in {config.eval}",
+            f"{len(train) - len(kept)} problems of {config.train} are not trained on: they stand in {config.eval}",
             stacklevel=2,
         )
     return kept, held
@@ -190,18 +198,6 @@ def _read_file(path: pathlib.Path) -> list[Row]:
     if not rows:
         raise DataError(f"{path}: no rows")
     return rows
-
-
-def _unique(rows: Sequence[Row]) -> list[Problem]:
-    problems: dict[str, Problem] = {}
-    lines: dict[str, int] = {}
-    for row in rows:
-        problem = row_problem(row)
-        if problem.id in problems:
-            raise DataError(f'{row.place}: id "{problem.id}" was used before, on line {lines[problem.id]}; ids must differ')
-        problems[problem.id] = problem
-        lines[problem.id] = row.line
-    return list(problems.values())
 
 
 def _essence(problem: Problem) -> str:

@@ -17,7 +17,10 @@ SMALLEST, LARGEST = 2, 99
 OPERATORS = ("+", "-", "*", "//")
 _EVAL_SHARE = 8  # one text in eight
 
-_NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hugo", "Ines", "Jon", "Kira", "Leo", "Mia", "Noor", "Omar", "Pia")
+_NAMES = (
+    "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hugo", "Ines", "Jon", "Kira", "Leo", "Mia", "Noor", "Omar",
+    "Pia",
+)  # fmt: skip
 _THINGS = (
     "apples", "books", "cards", "coins", "cups", "eggs", "hats", "keys", "marbles", "nuts", "pears", "pens", "plums",
     "rings", "shells", "stamps", "stones", "toys",
@@ -37,7 +40,9 @@ _TEMPLATES = (
     _Template("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "{a}+{b}"),
     _Template("{name} had {a} {things} and gave {b} of them to {other}. How many {things} are left?", "{a}-{b}"),
     _Template("There are {a} boxes with {b} {things} in each. How many {things} are there in all?", "{a}*{b}"),
-    _Template("{name} shares {a} {things} equally among {b} friends. How many {things} does each get?", "{a}//{b}", True),
+    _Template(
+        "{name} shares {a} {things} equally among {b} friends. How many {things} does each get?", "{a}//{b}", True
+    ),
     _Template("{name} packs {a} {things} into bags of {b}. How many bags are full?", "{a}//{b}"),
     _Template("{name} has {a} {things}. {other} has {b} fewer. How many {things} does {other} have?", "{a}-{b}"),
     _Template("{name} reads {a} pages a day for {b} days. How many pages is that?", "{a}*{b}"),
@@ -56,13 +61,23 @@ _TEMPLATES = (
         True,
     ),
     _Template("In {a} boxes there are {b} red and {c} blue {things} each. How many {things} is that?", "{a}*({b}+{c})"),
-    _Template("Of {a} {things} {b} broke. {name} packs the rest into bags of {c}. How many bags are full?", "({a}-{b})//{c}"),
-    _Template("{name} had {a} dollars and bought {b} {things} for {c} dollars each. How many dollars are left?", "{a}-{b}*{c}"),
     _Template(
-        "{name} puts {a} {things} into {b} equal piles and adds {c} to the first. How many are in it?", "{a}//{b}+{c}", True
+        "Of {a} {things} {b} broke. {name} packs the rest into bags of {c}. How many bags are full?", "({a}-{b})//{c}"
     ),
-    _Template("{a} friends bring {b} {things} each and pack them into bags of {c}. How many bags are full?", "{a}*{b}//{c}"),
-    _Template("{name} earns {a} dollars a day and spends {b}. How many dollars are left after {c} days?", "({a}-{b})*{c}"),
+    _Template(
+        "{name} had {a} dollars and bought {b} {things} for {c} dollars each. How many dollars are left?", "{a}-{b}*{c}"
+    ),
+    _Template(
+        "{name} puts {a} {things} into {b} equal piles and adds {c} to the first. How many are in it?",
+        "{a}//{b}+{c}",
+        True,
+    ),
+    _Template(
+        "{a} friends bring {b} {things} each and pack them into bags of {c}. How many bags are full?", "{a}*{b}//{c}"
+    ),
+    _Template(
+        "{name} earns {a} dollars a day and spends {b}. How many dollars are left after {c} days?", "({a}-{b})*{c}"
+    ),
     _Template("{name} has {a} {things}. {other} has {b} times as many. How many do they have together?", "{a}+{a}*{b}"),
 )
 

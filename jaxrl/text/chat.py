@@ -118,7 +118,9 @@ class ChatFormat:
             else:
                 written, sampled = self._encode(text), 1
                 if not self.tokenizer.control_ids.isdisjoint(written):
-                    raise ValueError(f'demonstration "{name}": policy turn {index} holds a ChatML control token; remove it')
+                    raise ValueError(
+                        f'demonstration "{name}": policy turn {index} holds a ChatML control token; remove it'
+                    )
                 written.append(self.tokenizer.end_id)
             ids += written
             mask += [sampled] * len(written)

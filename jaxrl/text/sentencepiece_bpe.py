@@ -136,7 +136,9 @@ def _normal_ids(processor: sentencepiece.SentencePieceProcessor) -> range:
     count = 1 - round(processor.get_score(size - 1))
     ids = range(size - count, size)
     if not 0 < count <= size or any(processor.get_score(i) != -rank for rank, i in enumerate(ids)):
-        raise ValueError("this sentencepiece model is not BPE; use its tokenizer.json, or train one with model_type=bpe")
+        raise ValueError(
+            "this sentencepiece model is not BPE; use its tokenizer.json, or train one with model_type=bpe"
+        )
     return ids
 
 

@@ -132,7 +132,9 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     if path.is_dir():
         path = _tokenizer_file(path)
     elif not path.exists():
-        raise FileNotFoundError(f"no tokenizer at {path}; give a tokenizer.json, a sentencepiece .model, or their folder")
+        raise FileNotFoundError(
+            f"no tokenizer at {path}; give a tokenizer.json, a sentencepiece .model, or their folder"
+        )
     settings_path = path.parent / "tokenizer_config.json"
     try:
         if path.suffix == ".model":
