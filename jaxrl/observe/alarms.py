@@ -27,8 +27,8 @@ def pass_rate_falling(history: History) -> str | None:
     if not windows or max(windows) - windows[-1] <= PASS_RATE_FALL:
         return None
     return (
-        f"pass rate fell from {max(windows):.0%} to {windows[-1]:.0%} (means of {WINDOW} steps, limit {PASS_RATE_FALL:.0%}); "
-        "lower OptimizerConfig.learning_rate, or go back to the best checkpoint"
+        f"pass rate fell from {max(windows):.0%} to {windows[-1]:.0%} (means of {WINDOW} steps, limit "
+        f"{PASS_RATE_FALL:.0%}); lower OptimizerConfig.learning_rate, or go back to the best checkpoint"
     )
 
 
@@ -38,8 +38,8 @@ def tool_calls_vanishing(history: History) -> str | None:
     if not windows or windows[-1] >= CALLS_LEFT * max(windows):
         return None
     return (
-        f"tool calls fell from {max(windows):.2f} to {windows[-1]:.2f} an episode (means of {WINDOW} steps); the policy gives "
-        "up on its tool: read the episodes, check that calls succeed and that reward needs them"
+        f"tool calls fell from {max(windows):.2f} to {windows[-1]:.2f} an episode (means of {WINDOW} steps); "
+        "the policy gives up on its tool: read the episodes, check that calls succeed and that reward needs them"
     )
 
 
@@ -49,8 +49,8 @@ def lengths_at_cap(history: History) -> str | None:
     if not windows or windows[-1] <= CAPPED_SHARE:
         return None
     return (
-        f"{windows[-1]:.0%} of the responses are cut off at the token budget (mean of {WINDOW} steps, limit {CAPPED_SHARE:.0%}); "
-        "raise EngineConfig.max_response_tokens, or look for endless repetition in the episodes"
+        f"{windows[-1]:.0%} of the responses are cut off at the token budget (mean of {WINDOW} steps, limit "
+        f"{CAPPED_SHARE:.0%}); raise EngineConfig.max_response_tokens, or look for endless repetition in the episodes"
     )
 
 
@@ -60,8 +60,8 @@ def calls_repeated(history: History) -> str | None:
     if not windows or windows[-1] <= REPEATED_CALL_SHARE:
         return None
     return (
-        f"{windows[-1]:.0%} of the tool calls repeat an earlier call of their episode to the letter (mean of {WINDOW} steps, "
-        f"limit {REPEATED_CALL_SHARE:.0%}); read the episodes: is the tool's answer cut, or empty?"
+        f"{windows[-1]:.0%} of the tool calls repeat an earlier call of their episode to the letter (mean of "
+        f"{WINDOW} steps, limit {REPEATED_CALL_SHARE:.0%}); read the episodes: is the tool's answer cut, or empty?"
     )
 
 
@@ -71,7 +71,8 @@ def not_finite(history: History) -> str | None:
     for name in ("loss", "grad_norm"):
         value = last.get(name, 0.0)
         if value is None or not math.isfinite(value):
-            return f"{name} is {'not finite' if value is None else value}; lower OptimizerConfig.learning_rate and resume from the last checkpoint"
+            shown = "not finite" if value is None else value
+            return f"{name} is {shown}; lower OptimizerConfig.learning_rate and resume from the last checkpoint"
     return None
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
+from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -19,11 +20,31 @@ from jaxrl.observe.metrics import phase_seconds
 from jaxrl.observe.terminal import PLAIN_WIDTH, beginning, outcome, printable
 from jaxrl.records import Trajectory
 
-HISTORY = 32
+HISTORY = 20
 """Steps that a trend line shows."""
 SHOWN_EPISODES = 3
 HEARTBEAT_SECONDS = 30.0
 """Plain lines: the longest silence before a line says what is going on; and how often an episode is quoted."""
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _whole_percent(value: float) -> str:
+    return f"{100 * value:.0f}%"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,35 +53,25 @@ class Figure:
 
     metric: str
     label: str  # in the live view
-    short: str  # in plain lines
+    line: str  # in plain lines, with {} for the value
     show: Callable[[float], str]
+    show_short: Callable[[float], str]
     unit: str = ""
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
-
-
 FIGURES = (
-    Figure("pass_rate", "pass rate", "pass", _percent),
-    Figure("tool_error_share", "failed tool calls", "tool-err", _percent),
-    Figure("response_tokens", "response length", "len", _count, "tokens"),
-    Figure("capped_share", "cut off at the cap", "cut", _percent),
-    Figure("loss", "loss", "loss", _number),
-    Figure("grad_norm", "gradient norm", "grad", _number),
-    Figure("tokens_per_second", "speed", "tok/s", _count, "tokens/s"),
+    Figure("pass_rate", "pass rate", "pass {}", _percent, _percent),
+    Figure("tool_error_share", "failed tool calls", "tool-err {}", _percent, _whole_percent),
+    Figure("response_tokens", "response length", "len {}", _count, _count, "tokens"),
+    Figure("capped_share", "cut off at the cap", "cut {}", _percent, _whole_percent),
+    Figure("loss", "loss", "loss {}", _number, _number),
+    Figure("grad_norm", "gradient norm", "grad {}", _number, _number),
+    Figure("tokens_per_second", "speed", "{} tok/s", _count, _whole, "tokens/s"),
 )
-"""Shown in this order; where a plain line grows too long, ``_DISPENSABLE`` are dropped first."""
+"""Shown in this order."""
 
-_DISPENSABLE = ("grad_norm", "loss", "capped_share")
+_DISPENSABLE = ("loss", "grad_norm", "capped_share")
+"""Left out of a plain line, in this order, until the seconds of two phases fit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +86,7 @@ class View:
     detail: str = ""
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     history: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
-    episodes: tuple[str, ...] = ()
+    episodes: tuple[Trajectory, ...] = ()
     stage_seconds: float = 0.0
     phase_seconds: float = 0.0
 
@@ -91,14 +102,16 @@ class Progress:
     """
 
     def __init__(
-        self, title: str, *, file: TextIO | None = None, live: bool | None = None, heartbeat: float = HEARTBEAT_SECONDS,
+        self,
+        title: str,
+        *,
+        file: TextIO | None = None,
+        live: bool | None = None,
+        heartbeat: float = HEARTBEAT_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = Console(file=file or sys.stdout, highlight=False)
         is_terminal = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._live = Live(
-            console=self._console, get_renderable=self._render, refresh_per_second=4, vertical_overflow="visible"
-        ) if (is_terminal if live is None else live) else None
         self._heartbeat, self._clock = heartbeat, clock
         self._lock = threading.RLock()
         self._view = View(title)
@@ -108,6 +121,11 @@ class Progress:
         self._every = 1
         self._stopped = threading.Event()
         self._pulse = threading.Thread(target=self._beat, name="progress heartbeat", daemon=True)
+        self._live = (
+            Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
+            if (is_terminal if live is None else live)
+            else None
+        )
 
     def __enter__(self) -> "Progress":
         if self._live:
@@ -152,17 +170,21 @@ class Progress:
         with self._lock:
             for figure in FIGURES:
                 if figure.metric in metrics:
-                    self._history.setdefault(figure.metric, collections.deque(maxlen=HISTORY)).append(metrics[figure.metric])
-            quotes = tuple(quote(episode) for episode in episodes[-SHOWN_EPISODES:])
+                    past = self._history.setdefault(figure.metric, collections.deque(maxlen=HISTORY))
+                    past.append(metrics[figure.metric])
+            latest = tuple(episodes[-SHOWN_EPISODES:])
             self._view = view = dataclasses.replace(
-                self._view, step=self._view.step + 1, metrics=dict(metrics), episodes=quotes or self._view.episodes,
+                self._view,
+                step=self._view.step + 1,
+                metrics=dict(metrics),
+                episodes=latest or self._view.episodes,
                 history={name: tuple(values) for name, values in self._history.items()},
             )
         if self._live is None and (view.step % self._every == 0 or view.step == view.steps):
             self._line(step_line(view))
-            if quotes and self._clock() - self._last_quote >= self._heartbeat:
+            if latest and self._clock() - self._last_quote >= self._heartbeat:
                 self._last_quote = self._clock()
-                self._line("  " + beginning(quotes[-1], PLAIN_WIDTH - 2))
+                self._line("  " + quote(latest[-1], PLAIN_WIDTH - 2))
 
     def phase(self, name: str) -> None:
         """What goes on from now on; "" for nothing in particular. Fits ``PhaseTimer(on_phase=progress.phase)``."""
@@ -191,7 +213,7 @@ class Progress:
             )
 
     def _render(self) -> RenderableType:
-        return live_view(self._timed_view(), self._first_step)
+        return live_view(self._timed_view(), self._first_step, min(self._console.width, PLAIN_WIDTH))
 
     def _line(self, text: str) -> None:
         with self._lock:
@@ -208,11 +230,18 @@ class Progress:
                 self._line("  ... " + _activity(view))
 
 
-def quote(episode: Trajectory) -> str:
+def quote(episode: Trajectory, width: int) -> str:
     """An episode in one line: how it went, its calls, its beginning."""
+    return beginning(", ".join(_summary(episode)) + ": " + _opening(episode), width)
+
+
+def _summary(episode: Trajectory) -> tuple[str, str]:
     calls = len(episode.calls)
-    text = episode.text.removeprefix("<reason>").strip()
-    return f"{outcome(episode):<9} {calls} call{'s' if calls != 1 else ' '} {printable(text[:400])}"
+    return outcome(episode), f"{calls} call{'' if calls == 1 else 's'}"
+
+
+def _opening(episode: Trajectory) -> str:
+    return episode.text.removeprefix("<reason>").lstrip()
 
 
 def duration(seconds: float) -> str:
@@ -245,7 +274,7 @@ def step_line(view: View) -> str:
     shown = [figure for figure in FIGURES if figure.metric in view.metrics]
     dropped = list(_DISPENSABLE)
     while True:
-        figures = "  ".join(f"{figure.short} {figure.show(view.metrics[figure.metric])}" for figure in shown)
+        figures = "  ".join(figure.line.format(figure.show_short(view.metrics[figure.metric])) for figure in shown)
         line = f"step {view.step:>{width}}/{view.steps}  {figures}"
         times = _times(seconds, PLAIN_WIDTH - len(line) - 2)
         if times is not None or not dropped:
@@ -255,14 +284,14 @@ def step_line(view: View) -> str:
 
 
 def _times(seconds: Sequence[tuple[str, float]], room: int) -> str | None:
-    """The longest phases by name and the rest as "other", in ``room`` columns; None if not even two fit."""
-    for named in range(len(seconds), -1, -1):
-        items = list(seconds[:named])
-        if named < len(seconds):
-            items.append(("other", sum(value for _, value in seconds[named:])))
-        text = " ".join(f"{name} {duration(value)}" for name, value in items)
+    """All seconds, then those of as many phases as fit in ``room`` columns, longest first; None if not even two fit."""
+    if not seconds:
+        return ""
+    for named in range(len(seconds), min(2, len(seconds)) - 1, -1):
+        phases = " ".join(f"{name} {duration(value)}" for name, value in seconds[:named])
+        text = f"{duration(sum(value for _, value in seconds))} ({phases})"
         if len(text) <= room:
-            return text if named >= min(2, len(seconds)) else None
+            return text
     return None
 
 
@@ -271,30 +300,31 @@ def _activity(view: View) -> str:
     return beginning(f"{view.phase} for {duration(view.phase_seconds)}{detail}", PLAIN_WIDTH - 6)
 
 
-def live_view(view: View, first_step: int = 0) -> RenderableType:
+def live_view(view: View, first_step: int = 0, width: int = PLAIN_WIDTH) -> RenderableType:
     """The picture on a terminal.
 
     Args:
         first_step: steps of the stage that were done before this process; the time left is estimated from the others.
+        width: columns.
     """
     parts: list[RenderableType] = [_bar(view, first_step)]
-    if view.metrics:
+    if view.metrics and width >= PLAIN_WIDTH:
+        parts += [Text(), Columns([_figures(view), _phases(view)], padding=(0, 3))]
+    elif view.metrics:
         parts += [Text(), _figures(view), Text(), _phases(view)]
     if view.episodes:
         parts += [Text(), _episodes(view.episodes)]
     if view.phase:
         parts += [Text(), Text.assemble(("now  ", "dim"), (_activity(view), "cyan"))]
-    return Panel(
-        Group(*parts), title=Text(f"jaxrl · {view.title}", "bold"), title_align="left", border_style="blue", padding=(0, 1),
-        width=PLAIN_WIDTH if view.steps else None,
-    )
+    title = Text(f"jaxrl · {printable(view.title)}", "bold")
+    return Panel(Group(*parts), title=title, title_align="left", border_style="blue", padding=(0, 1), width=width)
 
 
 def _bar(view: View, first_step: int) -> RenderableType:
     done = view.step - first_step
     left = ""
     if done and view.step < view.steps:
-        left = f"about {duration(view.stage_seconds / done * (view.steps - view.step))} left"
+        left = f", about {duration(view.stage_seconds / done * (view.steps - view.step))} left"
     row = Table.grid(padding=(0, 2), expand=True)
     row.add_column(no_wrap=True)
     row.add_column(ratio=1)
@@ -302,7 +332,7 @@ def _bar(view: View, first_step: int) -> RenderableType:
     row.add_row(
         Text.assemble((view.stage or "starting", "bold"), f"  step {view.step} of {view.steps}" if view.steps else ""),
         ProgressBar(total=max(view.steps, 1), completed=view.step, complete_style="green", finished_style="green"),
-        Text(f"{duration(view.stage_seconds)}  {left}".rstrip(), "dim"),
+        Text(f"{duration(view.stage_seconds)}{left}", "dim"),
     )
     return row
 
@@ -330,15 +360,21 @@ def _phases(view: View) -> RenderableType:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
-        cells = round(40 * value / total) if total else 0
+        cells = round(10 * value / total) if total else 0
         table.add_row(printable(name), duration(value), Text("━" * cells, "magenta"))
     return table
 
 
-def _episodes(episodes: Sequence[str]) -> RenderableType:
-    lines = [Text("last episodes", "dim")]
+_OUTCOME_STYLES = {"correct": "green", "wrong": "red", "no answer": "red"}
+
+
+def _episodes(episodes: Sequence[Trajectory]) -> RenderableType:
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     for episode in episodes:
-        style = "green" if episode.startswith("correct") else "red" if episode.startswith(("wrong", "no answer")) else "yellow"
-        line = beginning(episode, PLAIN_WIDTH - 4)
-        lines.append(Text.assemble((line[:9], style), line[9:], no_wrap=True, overflow="ellipsis"))
-    return Group(*lines)
+        how, calls = _summary(episode)
+        text = Text(beginning(_opening(episode), PLAIN_WIDTH))
+        table.add_row(Text(how, _OUTCOME_STYLES.get(how, "yellow")), calls, text)
+    return Group(Text("last episodes", "dim"), table)

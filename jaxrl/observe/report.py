@@ -92,9 +92,11 @@ def write_summary(folder: pathlib.Path, report: Report) -> pathlib.Path:
 
 def final_table(report: Report) -> RenderableType:
     """The report to print; at most 100 columns where the paths allow."""
-    parts: list[RenderableType] = [Rule(Text(f"jaxrl · {printable(report.title)} · {report.steps} steps done", "bold"), align="left")]
+    heading = Text(f"jaxrl · {printable(report.title)} · {report.steps} steps done", "bold")
+    parts: list[RenderableType] = [Rule(heading, align="left")]
     if report.comparisons:
-        parts += [_comparison_table(report.comparisons), Text("intervals: 95 %, on problems never trained on", "dim"), Text()]
+        caption = Text("95 % intervals, on problems never trained on", "dim")
+        parts += [_comparison_table(report.comparisons), caption, Text()]
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")

@@ -1,6 +1,7 @@
 """Episodes on disk and on the screen. The file format is described in docs/episodes.md."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -20,7 +21,11 @@ FORMAT = 1
 """Version of the file format; a reader refuses any other."""
 
 _ARRAYS = {
-    "prompt_ids": np.int32, "ids": np.int32, "mask": np.int8, "logprobs": np.float32, "versions": np.int32,
+    "prompt_ids": np.int32,
+    "ids": np.int32,
+    "mask": np.int8,
+    "logprobs": np.float32,
+    "versions": np.int32,
 }
 
 
@@ -111,8 +116,9 @@ def format_trajectory(trajectory: Trajectory, decode: Callable[[Sequence[int]], 
         decode: token ids to text, special tokens kept.
     """
     problem = trajectory.problem
+    heading = Text(f"{printable(problem.id)} · draw {trajectory.draw} · sample {trajectory.sample}", "bold")
     parts: list[RenderableType] = [
-        Rule(Text(f"{printable(problem.id)} · draw {trajectory.draw} · sample {trajectory.sample}", "bold"), align="left"),
+        Rule(heading, align="left"),
         _caption("prompt", f"{len(trajectory.prompt_ids)} tokens, written by the environment"),
         _block(decode(trajectory.prompt_ids.tolist()), sampled=False),
     ]
@@ -138,7 +144,7 @@ def _turn(row: dict[str, Any]) -> Turn:
 def _mask_runs(mask: np.ndarray, start: int, end: int) -> list[tuple[int, int, bool]]:
     """Maximal spans of equal mask within [start, end)."""
     changes = [start, *(start + 1 + np.flatnonzero(np.diff(mask[start:end]))).tolist(), end]
-    return [(a, b, bool(mask[a])) for a, b in zip(changes, changes[1:], strict=False) if a < b]
+    return [(a, b, bool(mask[a])) for a, b in itertools.pairwise(changes) if a < b]
 
 
 def _caption(label: str, facts: str, style: str = "bold") -> Text:
@@ -170,8 +176,10 @@ def _call_parts(number: int, call: ToolCall) -> list[RenderableType]:
     if call.isolation:
         facts.append(f"isolation {call.isolation}")
     head = Text.assemble(
-        (f"call {number}", "bold"), f"  {printable(call.name) or '(no name)'} ",
-        (str(call.status).replace("_", " "), "bold green" if good else "bold red"), ("  " + ", ".join(facts), "dim"),
+        (f"call {number}", "bold"),
+        f"  {printable(call.name) or '(no name)'} ",
+        (str(call.status).replace("_", " "), "bold green" if good else "bold red"),
+        ("  " + ", ".join(facts), "dim"),
     )
     parts: list[RenderableType] = [head]
     for name, value in call.arguments.items():
@@ -191,9 +199,11 @@ def _verdict(trajectory: Trajectory) -> Text:
     style = "bold green" if trajectory.correct else "bold yellow" if not trajectory.trainable else "bold red"
     answer = "no answer" if trajectory.answer is None else f"answer {printable(trajectory.answer)!r}"
     facts = [
-        answer, f"wanted {printable(trajectory.problem.answer)!r}",
+        answer,
+        f"wanted {printable(trajectory.problem.answer)!r}",
         f"stopped: {str(trajectory.stop_reason).replace('_', ' ')}",
-        f"{int(trajectory.mask.sum())} of {len(trajectory.ids)} tokens sampled", f"{trajectory.seconds:.2f} s",
+        f"{int(trajectory.mask.sum())} of {len(trajectory.ids)} tokens sampled",
+        f"{trajectory.seconds:.2f} s",
     ]
     reward = f"reward {trajectory.reward:g}" if trajectory.trainable else "no reward"
     return Text.assemble((f"{reward}, {outcome(trajectory)}", style), "  " + ", ".join(facts))

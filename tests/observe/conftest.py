@@ -15,7 +15,7 @@ from jaxrl.records import (
     Turn,
 )
 
-RESPONSE = 'I add them.<call>print(3 + 4)</call>|[7]||The sum is 7.|'
+RESPONSE = "I add them.<call>print(3 + 4)</call>|[7]||The sum is 7.|"
 """Text of the episode: 36 characters of policy, 4 of the environment, then policy again; one token a character."""
 
 
@@ -28,16 +28,32 @@ def episode() -> Trajectory:
     rng = np.random.default_rng(0)
     logprobs = np.where(mask, -rng.random(len(ids)), 0).astype(np.float32)
     call = ToolCall(
-        "python", {"code": "print(3 + 4)\n"}, ToolStatus.OK, stdout="7\n", seconds=0.004, queue_seconds=0.01, isolation="namespaces"
+        "python",
+        {"code": "print(3 + 4)\n"},
+        ToolStatus.OK,
+        stdout="7\n",
+        seconds=0.004,
+        queue_seconds=0.01,
+        isolation="namespaces",
     )
     return Trajectory(
         problem=Problem("stories/17", "3 apples and 4 apples?", "7", "stories"),
-        draw=5, sample=2,
+        draw=5,
+        sample=2,
         prompt_ids=np.array([ord(letter) for letter in "Q: 3 + 4?"], np.int32),
-        ids=ids, mask=mask, logprobs=logprobs, versions=np.where(mask, 3, -1).astype(np.int32),
+        ids=ids,
+        mask=mask,
+        logprobs=logprobs,
+        versions=np.where(mask, 3, -1).astype(np.int32),
         turns=(Turn(0, 37, "policy", (call,)), Turn(37, 41, "tool"), Turn(41, len(ids), "policy")),
-        stop_reason=StopReason.ANSWERED, text=RESPONSE, answer="7", answer_tags=1, reward=1.0,
-        reward_status=RewardStatus.CORRECT, seconds=1.5, tool_seconds=0.004,
+        stop_reason=StopReason.ANSWERED,
+        text=RESPONSE,
+        answer="7",
+        answer_tags=1,
+        reward=1.0,
+        reward_status=RewardStatus.CORRECT,
+        seconds=1.5,
+        tool_seconds=0.004,
     )
 
 
