@@ -1,0 +1,293 @@
+"""Losses and their gradients against verl and TRL, and the promises about masks and micro-batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl.rl import losses
+
+Golden = Callable[[str], list[dict[str, Any]]]
+VERL_MODES = {"token-mean": "token", "seq-mean-token-mean": "sequence", "seq-mean-token-sum-norm": "constant"}
+
+
+def weights_of(mask: np.ndarray, mode: Any, constant_length: int = 0) -> np.ndarray:
+    return np.stack(losses.aggregation_weights(list(mask), mode, constant_length))
+
+
+def close(got: Any, expected: Any, name: str, gradient: bool = False) -> None:
+    np.testing.assert_allclose(got, expected, rtol=1e-4 if gradient else 1e-5, atol=1e-6, err_msg=name)
+
+
+def test_policy_loss_matches_verl(golden: Golden) -> None:
+    checked = 0
+    for case in golden("verl/policy_losses"):
+        if case["loss"] != "vanilla":
+            continue
+        inputs, outputs, options = case["inputs"], case["outputs"], case["settings"]
+        mask = inputs["response_mask"]
+        correction = inputs.get("rollout_is_weights", np.ones_like(mask))
+
+        def per_token(
+            logprobs: jax.Array, inputs: Any = inputs, options: Any = options
+        ) -> tuple[jax.Array, losses.PolicyLoss]:
+            result = losses.policy_loss(
+                logprobs,
+                inputs["old_log_prob"],
+                inputs["advantages"],
+                inputs["response_mask"],
+                clip_low=options["clip_ratio_low"],
+                clip_high=options["clip_ratio_high"],
+                dual_clip=options.get("clip_ratio_c", 3.0),
+            )
+            return result.loss.sum(), result
+
+        gradient, result = jax.grad(per_token, has_aux=True)(inputs["log_prob"])  # elementwise: weights multiply it
+        close(result.loss * correction * mask, outputs["loss_mat"] * mask, case["id"])
+        close((result.clipped * mask).sum() / mask.sum(), outputs["metrics"]["actor/pg_clipfrac"], case["id"])
+        close(
+            (result.dual_clipped * mask).sum() / mask.sum(), outputs["metrics"]["actor/pg_clipfrac_lower"], case["id"]
+        )
+        weights = {name: weights_of(mask, mode, mask.shape[1]) for name, mode in VERL_MODES.items()}
+        weights["seq-mean-token-sum"] = weights_of(mask, "constant", 1)
+        weights["token-sum"] = weights_of(mask, "token") * mask.sum()
+        assert weights.keys() == outputs["loss"].keys()
+        for name, weight in weights.items():
+            close((weight * correction * result.loss).sum(), outputs["loss"][name], f"{case['id']} {name}")
+            close(weight * correction * gradient, outputs["grad"][name], f"{case['id']} {name}", gradient=True)
+        assert (np.asarray(gradient)[mask == 0] == 0).all()
+        checked += 1
+    assert checked == 16
+
+
+def test_kl_matches_verl(golden: Golden) -> None:
+    estimators = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+    checked = 0
+    for case in golden("verl/kl_penalty"):
+        estimator = estimators.get(case["settings"]["kl_penalty"])
+        if estimator is None:
+            continue
+        logprobs, reference = case["inputs"]["log_prob"], case["inputs"]["ref_log_prob"]
+        mask = np.ones_like(logprobs)
+        close(losses.kl(logprobs, reference, mask, estimator), case["outputs"]["kl"], case["id"])
+        gradient = jax.grad(lambda x, r=reference, m=mask, e=estimator: losses.kl(x, r, m, e).sum())(logprobs)
+        close(gradient, case["outputs"]["grad"], case["id"], gradient=True)
+        checked += 1
+    assert checked == 18
+
+
+def test_aggregation_matches_verl_with_global_denominators(golden: Golden) -> None:
+    checked = 0
+    for case in golden("verl/agg_loss"):
+        mode = VERL_MODES.get(case["settings"]["loss_agg_mode"])
+        if mode is None:
+            continue
+        options, outputs = case["settings"], case["outputs"]
+        matrix, mask = case["inputs"]["loss_mat"], case["inputs"]["loss_mask"]
+        length = options.get("loss_scale_factor", mask.shape[1])
+        # Trajectories on other devices: they make up the difference between local and global counts.
+        sequences = options.get("global_batch_size", 0) - np.count_nonzero(mask.sum(axis=1))
+        tokens = int(options.get("batch_num_tokens", 0) - mask.sum())
+        elsewhere = (
+            [np.ones(part.size) for part in np.array_split(np.arange(tokens), sequences)] if sequences > 0 else []
+        )
+        weights = np.stack(losses.aggregation_weights([*mask, *elsewhere], mode, length)[: len(mask)])
+        weights = weights * options.get("dp_size", 1)
+        close((weights * matrix).sum(), outputs["loss"], case["id"])
+        close(weights, outputs["grad"], case["id"], gradient=True)
+        checked += 1
+    assert checked == 36
+
+
+def test_grpo_family_matches_trl(golden: Golden) -> None:
+    modes = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant"}
+    ours = {"loss_type", "importance_sampling_level", "beta", "epsilon_high", "max_completion_length"}
+    ours |= {"use_tool_mask", "has_old", "is_ratio", "current_gradient_accumulation_steps"}
+    checked = 0
+    for case in golden("trl/grpo_losses"):
+        options, inputs = case["settings"], case["inputs"]
+        if case["loss"] not in modes or not options.keys() <= ours:
+            continue
+        if options.get("importance_sampling_level", "token") != "token":
+            continue
+        mask = inputs["completion_mask"] * (inputs["tool_mask"] if options.get("use_tool_mask", True) else 1)
+        logprobs, mode = inputs["per_token_logps"], modes[case["loss"]]
+        old = inputs["old_per_token_logps"] if options.get("has_old", True) else logprobs
+        correction = inputs[f"is_ratio_{options['is_ratio']}"] if "is_ratio" in options else 1.0
+        weights = weights_of(mask, mode, options.get("max_completion_length", 20))
+        if mode != "token":  # TRL also divides by trajectories without a token
+            weights = weights * (np.count_nonzero(mask.sum(axis=1)) / len(mask))
+        if case["loss"] != "dapo":
+            weights = weights / options.get("current_gradient_accumulation_steps", 1)
+
+        def loss_of(
+            x: jax.Array,
+            i: Any = inputs,
+            m: Any = mask,
+            w: Any = weights,
+            c: Any = correction,
+            o: Any = options,
+            old: Any = old,
+        ) -> jax.Array:
+            advantages = jnp.broadcast_to(i["advantages"][:, None], x.shape)
+            high = o.get("epsilon_high", 0.2)
+            per_token = losses.policy_loss(x, old, advantages, m, clip_low=0.2, clip_high=high).loss * c
+            divergence = losses.kl(x, i["ref_per_token_logps"], m, "k3")
+            return (w * (per_token + o.get("beta", 0.0) * divergence)).sum()
+
+        loss, gradient = jax.value_and_grad(loss_of)(logprobs)
+        close(loss, case["outputs"]["loss"], case["id"])
+        close(gradient, case["outputs"]["grad"], case["id"], gradient=True)
+        checked += 1
+    assert checked == 48
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected", "slope"),
+    [
+        (5.0, -1.0, 3.0, 0.0),  # dual clip
+        (0.5, -1.0, 0.8, 0.0),  # clip from below
+        (1.5, 1.0, -1.28, 0.0),  # clip from above
+        (1.0, 2.0, -2.0, -2.0),
+        (1.5, -1.0, 1.5, 1.5),  # a bad token grown likelier is pushed back in full
+        (0.5, 1.0, -0.5, -0.5),  # a good token grown unlikelier is pulled back in full
+    ],
+)
+def test_worked_tokens(ratio: float, advantage: float, expected: float, slope: float) -> None:
+    def loss(logprob: jax.Array) -> jax.Array:
+        one = jnp.ones((1, 1))
+        return losses.policy_loss(
+            logprob * one, 0 * one, advantage * one, one, clip_low=0.2, clip_high=0.28, dual_clip=3.0
+        ).loss.sum()
+
+    value, gradient = jax.value_and_grad(loss)(jnp.log(ratio))
+    np.testing.assert_allclose((value, gradient), (expected, slope), rtol=1e-6)
+
+
+def test_log_ratio_is_bounded_and_its_gradient_ends_there() -> None:
+    one = jnp.ones((1, 1))
+    value, gradient = jax.value_and_grad(
+        lambda x: losses.policy_loss(x * one, 0 * one, -one, one, clip_low=0.2, clip_high=0.2).loss.sum()
+    )(90.0)
+    assert value == pytest.approx(np.exp(20.0), rel=1e-5)
+    assert gradient == 0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_gradients_point_where_the_docstring_says(estimator: Any) -> None:
+    """Expected over all tokens of a small softmax: exact gradients, no sampling."""
+    logits = jnp.array([0.3, -0.5, 0.8, 0.0])
+    reference = jax.nn.log_softmax(jnp.array([-0.2, 0.4, 0.1, 0.6]))
+
+    def expected_estimate(x: jax.Array) -> jax.Array:
+        logprobs = jax.nn.log_softmax(x)
+        chance = jax.lax.stop_gradient(jnp.exp(logprobs))
+        return (chance * losses.kl(logprobs, reference, jnp.ones(4), estimator)).sum()
+
+    def forward(x: jax.Array) -> jax.Array:
+        logprobs = jax.nn.log_softmax(x)
+        return (jnp.exp(logprobs) * (logprobs - reference)).sum()
+
+    def backward(x: jax.Array) -> jax.Array:
+        return (jnp.exp(reference) * (reference - jax.nn.log_softmax(x))).sum()
+
+    value, gradient = jax.value_and_grad(expected_estimate)(logits)
+    wanted = {"k1": jnp.zeros(4), "k2": jax.grad(forward)(logits), "k3": jax.grad(backward)(logits)}[estimator]
+    np.testing.assert_allclose(gradient, wanted, atol=1e-6)
+    if estimator != "k2":  # k2 is biased in value
+        assert value == pytest.approx(float(forward(logits)), abs=1e-6)
+
+
+@pytest.mark.parametrize("rubbish", [0.0, np.nan, np.inf, -np.inf, 1e30])
+def test_promise_3_a_masked_token_has_exactly_zero_gradient_whatever_stands_in_it(rubbish: float) -> None:
+    rng = np.random.default_rng(0)
+    mask = rng.integers(0, 2, (3, 7)).astype(np.float32)
+    logprobs, old, reference, advantages = (rng.normal(size=(3, 7)).astype(np.float32) for _ in range(4))
+    weights = weights_of(mask, "sequence")
+
+    def loss(x: jax.Array, old: Any, reference: Any, advantages: Any) -> jax.Array:
+        surrogate = losses.policy_loss(x, old, advantages, mask, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+        divergences = sum(losses.kl(x, reference, mask, estimator) for estimator in ("k1", "k2", "k3"))
+        return (weights * (surrogate.loss + divergences)).sum()
+
+    clean = jax.value_and_grad(loss)(logprobs, old, reference, advantages)
+    spoilt = [np.where(mask > 0, array, np.float32(rubbish)) for array in (logprobs, old, reference, advantages)]
+    value, gradient = jax.value_and_grad(loss)(*spoilt)
+    assert value == clean[0]
+    np.testing.assert_array_equal(gradient, clean[1])
+    assert (np.asarray(gradient)[mask == 0] == 0).all()
+    assert (np.asarray(gradient)[mask > 0] != 0).any()
+
+
+def bigram_loss(
+    table: jax.Array, tokens: np.ndarray, mask: np.ndarray, weights: np.ndarray, advantages: np.ndarray
+) -> jax.Array:
+    """Policy gradient of a softmax over the next token given the previous one; ``table`` is [V, V], the rest [B, T]."""
+    logprobs = jax.nn.log_softmax(table)[tokens[:, :-1], tokens[:, 1:]]
+    old = jnp.sin(tokens[:, 1:] * 3.0 + tokens[:, :-1]) / 5 - 1.4
+    result = losses.policy_loss(
+        logprobs, old, advantages[:, 1:], mask[:, 1:], clip_low=0.2, clip_high=0.28, dual_clip=3.0
+    )
+    return (weights[:, 1:] * result.loss).sum()
+
+
+bigram_gradient = jax.jit(jax.value_and_grad(bigram_loss))
+
+
+def test_promise_3_only_what_follows_a_sampled_token_moves_the_softmax() -> None:
+    table = jnp.asarray(np.random.default_rng(1).normal(size=(5, 5)), jnp.float32)
+    tokens, mask = np.array([[0, 1, 2, 3, 4, 1]]), np.array([[0.0, 1.0, 0.0, 1.0, 0.0, 0.0]])
+    gradient = np.asarray(jax.grad(bigram_loss)(table, tokens, mask, mask / 2, np.full((1, 6), -1.0)))
+    # Sampled are the tokens after 0 and after 2: no other row of the table may move, not by a rounding error.
+    np.testing.assert_array_equal(np.abs(gradient).max(axis=1) > 0, [True, False, True, False, False])
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.lists(st.booleans(), min_size=6, max_size=6), st.integers(0, 2)), min_size=6, max_size=6),
+    st.sampled_from(["token", "sequence", "constant"]),
+)
+def test_promise_3_the_loss_does_not_depend_on_the_cut_into_micro_batches(
+    trajectories: list[tuple[list[bool], int]], mode: Any
+) -> None:
+    masks, cut = (np.array(column) for column in zip(*trajectories, strict=True))
+    masks[:, 0] = False
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(4, 4)).astype(np.float32)
+    tokens, advantages = rng.integers(0, 4, (6, 6)), rng.normal(size=(6, 6)).astype(np.float32)
+    weights = weights_of(masks, mode, 6)
+
+    def micro_batch(members: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        rows = members[:, None]  # rows of other micro-batches are padding here
+        return bigram_gradient(table, tokens * rows, masks * rows * 1.0, weights * rows, advantages)
+
+    whole = micro_batch(np.ones(6, bool))
+    parts = [micro_batch(cut == part) for part in range(3)]
+    np.testing.assert_allclose(sum(part[0] for part in parts), whole[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sum(part[1] for part in parts), whole[1], rtol=1e-5, atol=1e-6)
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=8), min_size=1, max_size=8))
+def test_weights_sum_to_what_their_mode_says(masks: list[list[bool]]) -> None:
+    arrays = [np.array(mask, bool) for mask in masks]
+    some = [mask for mask in arrays if mask.any()]
+    for mode, each in (("token", None), ("sequence", 1 / max(len(some), 1)), ("constant", None)):
+        weights = losses.aggregation_weights(arrays, mode, 8)
+        for mask, weight in zip(arrays, weights, strict=True):
+            assert weight.dtype == np.float32
+            assert ((weight > 0) == mask).all()
+            if each and mask.any():
+                assert weight.sum() == pytest.approx(each, rel=1e-5)
+        total = sum(float(weight.sum()) for weight in weights)
+        share = sum(mask.sum() for mask in some) / (8 * max(len(some), 1))
+        assert total == pytest.approx(share if mode == "constant" else float(bool(some)), rel=1e-5)
+
+
+def test_constant_aggregation_needs_a_length() -> None:
+    with pytest.raises(ValueError, match="constant_length=0 must be at least 1"):
+        losses.aggregation_weights([np.ones(3)], "constant")
