@@ -4,15 +4,25 @@ Training and scoring attend over packed rows; rollout attends over KV pages. Eve
 same weights, so the log-probabilities of both agree to rounding.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxrl_kernels import interval_attention, paged_attention, segment_ends
 
 from jaxrl.config import ModelConfig
+from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model.spec import ParamSpec, Specs
 
 Params = dict[str, Any]
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass may keep, by the name in ``ModelConfig.remat``; attention scores are never kept."""
 
 
 def param_specs(config: ModelConfig) -> Specs:
@@ -74,3 +84,198 @@ def param_specs(config: ModelConfig) -> Specs:
     if not config.tie_embeddings:
         specs["head"] = weight("lm_head.weight", "vocab embed", "vocab embed")
     return specs
+
+
+@flax.struct.dataclass
+class KVPages:
+    """Keys and values of all layers in pages that rows take and give back."""
+
+    keys: jax.Array  # [L, P, page, K, H]
+    values: jax.Array  # [L, P, page, K, H]
+
+
+KV_AXES = ("layers", "pages", None, "kv_heads", "head")
+"""Logical axes of both arrays of ``KVPages``."""
+
+
+def init_pages(config: ModelConfig, pages: int, page_size: int) -> KVPages:
+    """Empty KV pages in the compute type, ``page_size`` tokens each."""
+    shape = (config.layers, pages, page_size, config.kv_heads, config.head_width)
+    dtype = jnp.dtype(config.compute_dtype)
+    return KVPages(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+
+def hidden_states(
+    params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """Hidden states of packed rows, after the final norm: what the output head takes.
+
+    Args:
+        tokens: [B, T] int32.
+        positions: [B, T] int32, restarting in every segment.
+        segment_ids: [B, T] int32; a token sees the tokens before it in its own segment, 0 is padding.
+
+    Returns:
+        [B, T, D] in the compute type.
+    """
+    end = segment_ends(segment_ids)
+    rotation = _rotation(positions, config)
+
+    queries, keys = ("batch", None, "query_heads", None), ("batch", None, "kv_heads", None)
+    attention = per_shard(
+        lambda q, k, v, end, window: interval_attention(q, k, v, end, window=window),
+        [queries, keys, keys, ("batch", None), ()],
+        queries,
+    )
+
+    def layer(x: jax.Array, scanned: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
+        weights, window = scanned
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            return attention(q, k, v, end, window), None
+
+        x, _ = _layer(weights, config, x, rotation, attend, rows="batch")
+        return x, None
+
+    if config.remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat])
+    x = _embed(params, config, tokens, rows="batch")
+    x, _ = jax.lax.scan(layer, x, (params["layers"], _windows(config)))
+    return _rms_norm(x, params["final_norm"], config)
+
+
+def paged_hidden_states(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    kv_pages: KVPages,
+    page_table: jax.Array,
+) -> tuple[jax.Array, KVPages]:
+    """Hidden states of new tokens of rows whose earlier tokens are in KV pages; the new ones are written there too.
+
+    Decoding is C = 1 with a row for every slot, prefill has a chunk of C tokens. Donate ``kv_pages``: the pages ride
+    the scan over layers as its carry and are updated in place. A row's result does not depend on the other rows.
+
+    Args:
+        tokens: [R, C] int32.
+        positions: [R, C] int32, position of each token in its row; negative = no token: nothing is written, and the
+            hidden state means nothing.
+        kv_pages: the pages.
+        page_table: [R, M] int32, the pages of each row in order; it must cover the new positions.
+
+    Returns:
+        ([R, C, D] after the final norm in the compute type, the pages).
+    """
+    layers, pages, page_size = kv_pages.keys.shape[:3]
+    rotation = _rotation(positions, config)
+    held = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // page_size, axis=1, mode="clip")
+    target = jnp.where(positions >= 0, held, layers * pages)  # out of range: dropped by the update
+    offset = positions % page_size
+
+    def update_and_attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, *integers: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        page_table, positions, target, offset, window = integers
+        keys = keys.at[target, offset].set(k, mode="drop")
+        values = values.at[target, offset].set(v, mode="drop")
+        return paged_attention(q, keys, values, page_table, positions, window=window), keys, values
+
+    heads = [(None, None, axis, None) for axis in ("query_heads", *["kv_heads"] * 4)]
+    attention = per_shard(update_and_attend, [*heads, *[(None, None)] * 4, ()], [heads[0], *heads[3:]])
+
+    def layer(
+        carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[Params, jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+        x, keys, values = carry
+        weights, window, first_page = scanned
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            attended, new_keys, new_values = attention(
+                q, k, v, keys, values, page_table + first_page, positions, target + first_page, offset, window
+            )
+            return attended, (new_keys, new_values)
+
+        x, (keys, values) = _layer(weights, config, x, rotation, attend, rows=None)
+        return (x, keys, values), None
+
+    x = _embed(params, config, tokens, rows=None)
+    flat = (layers * pages, *kv_pages.keys.shape[2:])  # one pool, so that no layer's pages are ever sliced out
+    first_pages = jnp.arange(layers, dtype=jnp.int32) * pages
+    (x, keys, values), _ = jax.lax.scan(
+        layer,
+        (x, kv_pages.keys.reshape(flat), kv_pages.values.reshape(flat)),
+        (params["layers"], _windows(config), first_pages),
+    )
+    shape = kv_pages.keys.shape
+    return _rms_norm(x, params["final_norm"], config), KVPages(keys=keys.reshape(shape), values=values.reshape(shape))
+
+
+def _layer(
+    weights: Params,
+    config: ModelConfig,
+    x: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+    rows: str | None,
+) -> tuple[jax.Array, Any]:
+    """One decoder layer on [B, T, D]; ``attend(q, k, v)`` gives the attended values and what the caller carries."""
+
+    axes = {name: spec.axes[1:] for name, spec in param_specs(config)["layers"].items()}
+
+    def product(equation: str, x: jax.Array, name: str, out_axes: tuple[str | None, ...]) -> jax.Array:
+        weight = to_compute(weights[name].astype(x.dtype), axes[name])
+        return jnp.einsum(equation, x, weight, out_sharding=compute_spec((rows, None, *out_axes)))
+
+    normed = _rms_norm(x, weights["attention_norm"], config)
+    q = product("btd,dnh->btnh", normed, "query", ("query_heads", None))
+    k = product("btd,dkh->btkh", normed, "key", ("kv_heads", None))
+    v = product("btd,dkh->btkh", normed, "value", ("kv_heads", None))
+    if config.family == "qwen2":
+        q, k, v = (
+            y + to_compute(weights[name].astype(y.dtype), axes[name])
+            for y, name in ((q, "query_bias"), (k, "key_bias"), (v, "value_bias"))
+        )
+    if config.family == "qwen3":
+        q, k = _rms_norm(q, weights["query_norm"], config), _rms_norm(k, weights["key_norm"], config)
+    attended, state = attend(_rotate(q, rotation), _rotate(k, rotation), v)
+    x = x + product("btnh,nhd->btd", attended, "output", (None,))
+
+    normed = _rms_norm(x, weights["ffn_norm"], config)
+    gate = product("btd,df->btf", normed, "gate", ("ffn",))
+    up = product("btd,df->btf", normed, "up", ("ffn",))
+    return x + product("btf,fd->btd", jax.nn.silu(gate) * up, "down", (None,)), state
+
+
+def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: str | None) -> jax.Array:
+    """Rows of the embedding in the compute type; the table is gathered first, since a lookup in a split one is slow."""
+    table = to_compute(params["embedding"], (None, None))
+    embedded = table.at[to_compute(tokens, (rows, None))].get(mode="clip", out_sharding=compute_spec((rows, None, None)))
+    return embedded.astype(config.compute_dtype)
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
+    """Zhang and Sennrich 2019, equation 4, over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)
+    return (wide * to_compute(scale.astype(jnp.float32), (None,))).astype(x.dtype)
+
+
+def _rotation(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [B, T, 1, H/2] of every position's angles (Su et al. 2021, equation 15)."""
+    half = jnp.arange(config.head_width // 2, dtype=jnp.float32)
+    angles = positions[..., None, None].astype(jnp.float32) * config.rope_theta ** (-2.0 * half / config.head_width)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding with the pairs (i, i + H/2), as Hugging Face weights expect, in float32."""
+    cosine, sine = rotation
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
+
+
+def _windows(config: ModelConfig) -> jax.Array:
+    """[L] int32, the sliding window of every layer; 0 = none."""
+    windows = [config.sliding_window if layer in config.sliding_layers else 0 for layer in range(config.layers)]
+    return jnp.asarray(windows, jnp.int32)

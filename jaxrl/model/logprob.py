@@ -1,0 +1,105 @@
+"""Log-probabilities and entropies of tokens, without ever holding the logits of a long row."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxrl.config import ModelConfig
+from jaxrl.mesh import compute_spec, per_shard, to_compute
+from jaxrl.model.transformer import Params, hidden_states
+
+
+@flax.struct.dataclass
+class TokenStats:
+    """What the policy thinks of given tokens, in nats, float32."""
+
+    logprobs: jax.Array  # [B, T]
+    entropy: jax.Array  # [B, T], of the whole distribution at that place
+
+
+def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] of hidden states [..., D], rows and vocabulary unsplit: for few rows, as in sampling."""
+    head = to_compute(_head(params).astype(hidden.dtype), ("vocab", "embed"))
+    spec = compute_spec((*[None] * (hidden.ndim - 1), "vocab"))
+    split = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32, out_sharding=spec)
+    return to_compute(split, (None,) * hidden.ndim)
+
+
+def token_logprobs(
+    params: Params,
+    config: ModelConfig,
+    hidden: jax.Array,
+    targets: jax.Array,
+    temperature: float | jax.Array = 1.0,
+) -> TokenStats:
+    """Score ``targets[b, t]`` under the distribution that ``hidden[b, t]`` predicts.
+
+    The rows are flattened and scored ``ModelConfig.logprob_chunk`` tokens at a time; the backward pass computes each
+    chunk's logits again. On a mesh the tokens are split over all devices, and each has the whole vocabulary.
+
+    Args:
+        hidden: [B, T, D] from ``hidden_states``.
+        targets: [B, T] int32.
+        temperature: logits are divided by it; > 0.
+    """
+    tokens, head = ("batch", "token_shards"), _head(params).astype(hidden.dtype)
+    score = per_shard(
+        lambda hidden, head, targets, temperature: _score_chunks(hidden, head, targets, temperature, config.logprob_chunk),
+        [(*tokens, None), (None, None), tokens, ()],
+        [tokens, tokens],
+    )
+    logprobs, entropy = score(hidden, head, targets, jnp.asarray(temperature, jnp.float32))
+    return TokenStats(logprobs=to_compute(logprobs, ("batch", None)), entropy=to_compute(entropy, ("batch", None)))
+
+
+def sequence_logprobs(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    temperature: float | jax.Array = 1.0,
+) -> TokenStats:
+    """Score every token of packed rows given its prefix in its segment.
+
+    ``logprobs[b, t]`` and ``entropy[b, t]`` belong to ``tokens[b, t]``; both are 0 on the first token of a segment,
+    which nothing predicts, and on padding. Arguments as in ``hidden_states``.
+    """
+    hidden = hidden_states(params, config, tokens, positions, segment_ids)
+    stats = token_logprobs(params, config, hidden, jnp.roll(tokens, -1, axis=1), temperature)
+    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+    predicted = (segment_ids > 0) & (segment_ids == before)
+    return jax.tree.map(lambda x: jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0), stats)
+
+
+def _head(params: Params) -> jax.Array:
+    """The output matrix [V, D]; the embedding where the two are tied."""
+    return params["head"] if "head" in params else params["embedding"]
+
+
+def _score_chunks(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities and entropies, [B, T] each, of local rows."""
+    batch, tokens, width = hidden.shape
+    count = batch * tokens
+    chunk = min(chunk, count)
+    chunks = -(-count // chunk)
+
+    def cut(flat: jax.Array) -> jax.Array:
+        padded = jnp.pad(flat, ((0, chunks * chunk - count), *[(0, 0)] * (flat.ndim - 1)))
+        return padded.reshape(chunks, chunk, *flat.shape[1:])
+
+    @jax.checkpoint
+    def score(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scaled = jnp.einsum("td,vd->tv", hidden, head, preferred_element_type=jnp.float32) / temperature
+        log_total = jax.nn.logsumexp(scaled, axis=-1)
+        hit = targets[:, None] == jnp.arange(head.shape[0], dtype=targets.dtype)
+        logprob = jnp.sum(jnp.where(hit, scaled, 0.0), axis=-1) - log_total
+        mean = jnp.sum(jnp.exp(scaled - log_total[:, None]) * scaled, axis=-1)
+        return logprob, log_total - mean
+
+    _, (logprobs, entropy) = jax.lax.scan(
+        lambda _, piece: (None, score(*piece)), None, (cut(hidden.reshape(count, width)), cut(targets.reshape(count)))
+    )
+    return tuple(x.reshape(-1)[:count].reshape(batch, tokens) for x in (logprobs, entropy))

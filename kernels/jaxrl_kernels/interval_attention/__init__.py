@@ -1,0 +1,75 @@
+"""Causal attention under an interval mask: packed segments, shared prompts and trees from one integer per token.
+
+Key j is visible to query i of the same row iff ``j <= i < end[j]``.
+
+* packed segments: ``end[j]`` is the end of j's segment (``segment_ends``);
+* padding: ``end[j] = 0``, visible to nobody;
+* a group that shares its prompt: the prompt's tokens get the end of the whole group, a response its own end;
+* any trajectory tree in depth-first order: ``end[j]`` is the end of j's subtree.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_kernels.interval_attention import reference, xla
+
+Implementation = Literal["auto", "xla", "reference"]
+
+
+def interval_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    end: jax.Array,
+    *,
+    window: int | jax.Array = 0,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Attend with scale ``H ** -0.5``; softmax in float32. A query that sees no key gives zeros and has zero gradient.
+
+    Args:
+        q: [B, T, N, H] queries.
+        k: [B, T, K, H] keys; N is a multiple of K, and query heads ``g * N/K ... (g + 1) * N/K - 1`` share KV head g.
+        v: [B, T, K, H] values.
+        end: [B, T] int32, first query index that no longer sees key j; 0 where nobody does.
+        window: query i also needs ``i - j < window``; 0 = no window. An int, or a traced int32 scalar.
+        implementation: "xla" is plain JAX, linear in T in memory; "reference" builds the whole mask.
+
+    Returns:
+        [B, T, N, H] in q's type.
+
+    Raises:
+        ValueError: shapes do not fit together, or the implementation is unknown.
+    """
+    batch, tokens, heads, width = q.shape
+    if k.shape != v.shape or k.shape[:2] != (batch, tokens) or k.shape[3] != width or heads % k.shape[2]:
+        raise ValueError(
+            f"q {q.shape} [B, T, N, H] needs k and v of one shape [B, T, K, H] with K dividing N; got {k.shape}, {v.shape}"
+        )
+    if end.shape != (batch, tokens):
+        raise ValueError(f"end has shape {end.shape}; one integer per token needs {(batch, tokens)}")
+    window = jnp.asarray(window, jnp.int32)
+    match implementation:
+        case "auto" | "xla":
+            return xla.interval_attention(q, k, v, end, window)
+        case "reference":
+            return reference.interval_attention(q, k, v, end, window)
+    raise ValueError(f"implementation={implementation!r} is unknown; choose auto, xla or reference")
+
+
+def segment_ends(segment_ids: jax.Array) -> jax.Array:
+    """``end`` for packed rows.
+
+    Args:
+        segment_ids: [B, T] int32; equal neighbours form one segment, 0 is padding.
+
+    Returns:
+        [B, T] int32: index after the last token of each token's segment; 0 on padding.
+    """
+    tokens = segment_ids.shape[1]
+    last = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(segment_ids[:, :1], bool)], axis=1)
+    ends = jnp.where(last, jnp.arange(1, tokens + 1, dtype=jnp.int32), tokens)
+    ends = jax.lax.cummin(ends, axis=1, reverse=True)
+    return jnp.where(segment_ids > 0, ends, 0)

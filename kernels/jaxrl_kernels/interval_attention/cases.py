@@ -1,0 +1,77 @@
+"""The cases every backend of interval attention must pass, forward and backward, against the reference."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One shape and one mask. ``mask`` is causal, segments, padded, prefix, tree or nothing (all rows masked)."""
+
+    name: str
+    mask: str
+    batch: int = 2
+    tokens: int = 24
+    query_heads: int = 4
+    kv_heads: int = 2
+    head_width: int = 8
+    window: int = 0
+    dtype: str = "float32"
+
+    def ends(self) -> np.ndarray:
+        """[B, T] int32 of the mask."""
+        tokens = self.tokens
+        end = np.zeros((self.batch, tokens), np.int32)
+        match self.mask:
+            case "causal":
+                end[:] = tokens
+            case "segments":
+                for row, cut in zip(end, range(1, self.batch + 1), strict=True):
+                    edges = [0, cut, tokens // 3, tokens // 2 + cut, tokens]
+                    for left, right in zip(edges[:-1], edges[1:], strict=True):
+                        row[left:right] = right
+            case "padded":
+                for row, pad in zip(end, range(1, self.batch + 1), strict=True):
+                    row[: tokens - 3 * pad] = tokens - 3 * pad
+            case "prefix":
+                prompt, responses = tokens // 4, 3
+                size = (tokens - prompt) // responses
+                end[:, :prompt] = prompt + responses * size
+                for response in range(responses):
+                    left = prompt + response * size
+                    end[:, left : left + size] = left + size
+            case "tree":
+                self._tree(end, 0, tokens, np.random.default_rng(7))
+            case "nothing":
+                pass
+        return end
+
+    def _tree(self, end: np.ndarray, left: int, right: int, generator: np.random.Generator) -> None:
+        """A random tree in depth-first order: a run of tokens, then two subtrees."""
+        if right <= left:
+            return
+        run = left + int(generator.integers(1, max(2, (right - left) // 2 + 1)))
+        end[:, left:run] = right
+        middle = (run + right) // 2
+        self._tree(end, run, middle, generator)
+        self._tree(end, middle, right, generator)
+
+
+CASES = (
+    Case("one_token", "causal", batch=1, tokens=1),
+    Case("causal", "causal"),
+    Case("segments", "segments", batch=3),
+    Case("padded", "padded"),
+    Case("prefix", "prefix"),
+    Case("tree", "tree"),
+    Case("nothing", "nothing"),
+    Case("window", "segments", window=3),
+    Case("window_one", "causal", window=1),
+    Case("heads_equal", "segments", kv_heads=4),
+    Case("one_kv_head", "tree", kv_heads=1),
+    Case("bfloat16", "segments", dtype="bfloat16"),
+    Case("chunked_segments", "segments", tokens=300),
+    Case("chunked_padded", "padded", tokens=257, kv_heads=1),
+    Case("chunked_tree_window", "tree", batch=1, tokens=400, window=150),
+)

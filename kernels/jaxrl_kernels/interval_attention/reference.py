@@ -1,0 +1,20 @@
+"""Interval attention with the whole [T, T] mask, in float32. Slow and clear: what every backend is compared with."""
+
+import jax
+import jax.numpy as jnp
+
+
+def interval_attention(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array) -> jax.Array:
+    """As the contract says, one line per step."""
+    tokens, groups = q.shape[1], q.shape[2] // k.shape[2]
+    k = jnp.repeat(k, groups, axis=2).astype(jnp.float32)
+    v = jnp.repeat(v, groups, axis=2).astype(jnp.float32)
+    query, key = jnp.arange(tokens)[:, None], jnp.arange(tokens)[None, :]
+    visible = (key <= query) & (query < end[:, None, :]) & ((window == 0) | (query - key < window))  # [B, T, T]
+    visible = visible[:, None]
+    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k) / q.shape[3] ** 0.5
+    scores = jnp.where(visible, scores, -jnp.inf)
+    anything = visible.any(axis=-1, keepdims=True)
+    weights = jax.nn.softmax(jnp.where(anything, scores, 0.0), axis=-1)
+    weights = jnp.where(anything, weights, 0.0)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v).astype(q.dtype)

@@ -1,0 +1,36 @@
+"""The cases every backend of paged attention must pass against the reference."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One shape. ``lengths`` holds, for each row, the position of its last query; -1 = the row is empty."""
+
+    name: str
+    lengths: tuple[int, ...]
+    count: int = 1
+    page: int = 4
+    table: int = 10
+    query_heads: int = 4
+    kv_heads: int = 2
+    head_width: int = 8
+    window: int = 0
+    dtype: str = "float32"
+
+
+CASES = (
+    Case("first_token", (0,)),
+    Case("decode", (5, 0, 39, 17)),
+    Case("empty_rows", (-1, 12, -1)),
+    Case("all_empty", (-1, -1)),
+    Case("page_edges", (3, 4, 7, 8)),
+    Case("window", (30, 2, 11), window=5),
+    Case("heads_equal", (9, 21), kv_heads=4),
+    Case("one_kv_head", (9, 21), kv_heads=1),
+    Case("prefill", (15, 7, 38), count=8),
+    Case("prefill_partly_padded", (2, 20, -1), count=6),
+    Case("page_of_one", (6, 3), page=1),
+    Case("several_blocks", (270, 130, 5), page=16, table=20),
+    Case("bfloat16", (30, 12), dtype="bfloat16"),
+)

@@ -1,0 +1,30 @@
+"""Paged attention by gathering every row's whole table, in float32. Slow and clear."""
+
+import jax
+import jax.numpy as jnp
+
+
+def paged_attention(
+    q: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    page_table: jax.Array,
+    positions: jax.Array,
+    window: jax.Array,
+) -> jax.Array:
+    """As the contract says, one line per step."""
+    rows, width = q.shape[0], q.shape[3]
+    page, kv_heads = key_pages.shape[1:3]
+    groups = q.shape[2] // kv_heads
+    reach = page_table.shape[1] * page
+    k = key_pages[page_table].reshape(rows, reach, kv_heads, width).repeat(groups, axis=2).astype(jnp.float32)
+    v = value_pages[page_table].reshape(rows, reach, kv_heads, width).repeat(groups, axis=2).astype(jnp.float32)
+    query, key = positions[:, :, None], jnp.arange(reach)[None, None, :]
+    visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, C, S]
+    seen = visible.any(axis=1)[:, :, None, None]
+    k, v = jnp.where(seen, k, 0.0), jnp.where(seen, v, 0.0)
+    scores = jnp.einsum("rcnh,rsnh->rncs", q.astype(jnp.float32), k) / width**0.5
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    anything = visible.any(axis=-1)[:, None, :, None]
+    weights = jnp.where(anything, jax.nn.softmax(jnp.where(anything, scores, 0.0), axis=-1), 0.0)
+    return jnp.einsum("rncs,rsnh->rcnh", weights, v).astype(q.dtype)

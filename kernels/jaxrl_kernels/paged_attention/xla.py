@@ -1,0 +1,64 @@
+"""Paged attention in plain JAX: blocks of pages with an online softmax (Milakov and Gimelshein 2018, algorithm 3).
+
+Why a row's bits cannot depend on its neighbours:
+
+* Every row is cut into the same blocks of ``BLOCK`` tokens from position 0, whatever the batch looks like, and its
+  scores, sums and products are formed per row and per block; no sum runs over rows.
+* The loop runs to the longest row's last block. For a row that ended earlier such a block is an exact no-op: its
+  scores are MASKED, so the running maximum stays, the correction is exp(0) = 1, and what is added is exactly 0
+  (values that no query of the row sees are replaced by 0 before the product, so stale NaN cannot get in).
+* The compiled program is the same for every batch, since only the loop's length is dynamic.
+
+Time is proportional to the longest row present, not to the width of the page table.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_kernels.softmax import MASKED, round_up
+
+BLOCK = 128
+"""Tokens of a row that are looked at together (rounded to whole pages)."""
+
+
+def paged_attention(
+    q: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    page_table: jax.Array,
+    positions: jax.Array,
+    window: jax.Array,
+) -> jax.Array:
+    """As the contract says."""
+    rows, count, heads, width = q.shape
+    page, kv_heads = key_pages.shape[1:3]
+    pages = min(max(1, BLOCK // page), page_table.shape[1])
+    block = pages * page
+    page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))
+    q = (q * width**-0.5).astype(q.dtype).reshape(rows, count, kv_heads, heads // kv_heads, width)
+    last = positions.max(axis=1)
+
+    def look(index: jax.Array, running: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        top, total, output = running
+        ids = jax.lax.dynamic_slice_in_dim(page_table, index * pages, pages, axis=1)
+        key = index * block + jnp.arange(block, dtype=jnp.int32)
+        held = (key <= last[:, None])[:, :, None, None]
+        k = key_pages.at[ids].get(mode="clip").reshape(rows, block, kv_heads, width)
+        v = value_pages.at[ids].get(mode="clip").reshape(rows, block, kv_heads, width)
+        v = jnp.where(held, v, 0)
+        query = positions[:, None, None, :, None]
+        visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, 1, 1, C, S]
+        scores = jnp.einsum("rckgh,rskh->rkgcs", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(visible, scores, MASKED)
+        new_top = jnp.maximum(top, round_up(scores.max(axis=-1)))
+        weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
+        correction = jnp.exp(top - new_top)
+        product = jnp.einsum("rkgcs,rskh->rkgch", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return new_top, total * correction + weights.sum(axis=-1), output * correction[..., None] + product
+
+    shape = (rows, kv_heads, heads // kv_heads, count)
+    start = (round_up(jnp.full(shape, MASKED)), jnp.zeros(shape), jnp.zeros((*shape, width)))
+    blocks = (last.max() + block) // block
+    _, total, output = jax.lax.fori_loop(0, blocks, look, start)
+    output = output / jnp.where(total > 0, total, 1.0)[..., None]
+    return jnp.einsum("rkgch->rckgh", output).reshape(rows, count, heads, width).astype(q.dtype)
