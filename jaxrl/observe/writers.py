@@ -32,8 +32,11 @@ class MetricsWriter:
         if path.exists():
             _keep_rows(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
+        board = folder / TENSORBOARD_FOLDER
+        # Event files are named by the second they were opened in; two starts within one would write to one file.
+        opened_before = len(list(board.iterdir())) if board.is_dir() else 0
         self._board = SummaryWriter(
-            str(folder / TENSORBOARD_FOLDER), purge_step=resume_step + 1, write_to_disk=True, flush_secs=30
+            str(board), purge_step=resume_step + 1, filename_suffix=f".{opened_before}", flush_secs=30
         )
 
     def write(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
