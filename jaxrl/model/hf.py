@@ -329,7 +329,8 @@ def _converted(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
         converted = tensor.astype(dtype, copy=False)
     if dtype == np.float16 and not np.array_equal(np.isfinite(converted), np.isfinite(tensor)):
-        raise ConfigError(f"{name} has values above {np.finfo(np.float16).max}, the largest float16; export as bfloat16")
+        limit = np.finfo(np.float16).max
+        raise ConfigError(f"{name} has values above {limit}, the largest float16; export as bfloat16")
     return converted
 
 

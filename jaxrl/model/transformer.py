@@ -69,10 +69,12 @@ def param_specs(config: ModelConfig) -> Specs:
         "up": weight(layer + "mlp.up_proj.weight", "layers embed ffn", "ffn embed"),
         "down": weight(layer + "mlp.down_proj.weight", "layers ffn embed", "embed ffn"),
     }
-    if config.family == "qwen2":
+    if config.family == "qwen2" or config.attention_bias:
         layers["query_bias"] = vector(attention + "q_proj.bias", "layers query_heads head", zeros)
         layers["key_bias"] = vector(attention + "k_proj.bias", "layers kv_heads head", zeros)
         layers["value_bias"] = vector(attention + "v_proj.bias", "layers kv_heads head", zeros)
+    if config.attention_bias:
+        layers["output_bias"] = vector(attention + "o_proj.bias", "layers embed", zeros)
     if config.family == "qwen3":
         layers["query_norm"] = vector(attention + "q_norm.weight", "layers head", ones)
         layers["key_norm"] = vector(attention + "k_norm.weight", "layers head", ones)
@@ -231,7 +233,7 @@ def _layer(
     q = product("btd,dnh->btnh", normed, "query", ("query_heads", None))
     k = product("btd,dkh->btkh", normed, "key", ("kv_heads", None))
     v = product("btd,dkh->btkh", normed, "value", ("kv_heads", None))
-    if config.family == "qwen2":
+    if "query_bias" in weights:
         q, k, v = (
             y + to_compute(weights[name].astype(y.dtype), axes[name])
             for y, name in ((q, "query_bias"), (k, "key_bias"), (v, "value_bias"))
@@ -240,6 +242,8 @@ def _layer(
         q, k = _rms_norm(q, weights["query_norm"], config), _rms_norm(k, weights["key_norm"], config)
     attended, state = attend(_rotate(q, rotation), _rotate(k, rotation), v)
     x = x + product("btnh,nhd->btd", attended, "output", (None,))
+    if "output_bias" in weights:
+        x = x + to_compute(weights["output_bias"].astype(x.dtype), axes["output_bias"])
 
     normed = _rms_norm(x, weights["ffn_norm"], config)
     gate = product("btd,df->btf", normed, "gate", ("ffn",))
