@@ -86,6 +86,8 @@ def tokenizer_json(model: bytes) -> str:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
         raise ValueError(f"not a sentencepiece model: {error}") from error
+    if not model:
+        raise ValueError("not a sentencepiece model: it is empty")
     if processor.normalize(" \ufb01  x ") != f"{_SPACE}\ufb01{_SPACE}{_SPACE}x{_SPACE}":
         raise ValueError(
             "this sentencepiece model normalises text or adds a space, so token ids would not stand for the exact "
