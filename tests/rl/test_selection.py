@@ -280,7 +280,6 @@ def test_select_group_joins_penalties_quotas_and_order() -> None:
     assert statistics["kept_share_of_wrong"] == (2, 4)
     assert statistics["penalty_of_correct_kept"] == (0.5, 2)
     assert statistics["penalty_of_correct_dropped"] == (1.5, 2)
-    assert statistics["tool_error_share"] == (3, 8)
     assert statistics["tool_error_share_in_correct"] == (2, 4)
     assert statistics["tool_error_share_in_correct_kept"] == (1, 3)
     assert statistics["tool_error_share_in_wrong"] == (1, 4)
