@@ -85,7 +85,7 @@ def test_the_wheel_holds_every_package_and_recipe_and_nothing_else(wheel: pathli
 
 
 def test_the_wheel_is_imported_and_not_the_checkout(environment: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    program = "import jaxrl, jaxrl_kernels, jaxrl_configs as c; print(jaxrl.__file__, jaxrl_kernels.__file__, c.__file__)"
+    program = "import jaxrl as a, jaxrl_kernels as b, jaxrl_configs as c; print(a.__file__, b.__file__, c.__file__)"
     places = run(environment / "python", "-c", program, cwd=tmp_path).stdout.split()
     assert len(places) == 3 and all(place.startswith(str(environment.parent)) for place in places)
 
