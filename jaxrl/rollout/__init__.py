@@ -1,0 +1,1 @@
+"""The rollout engine: paged KV, sampling on the device, rounds of decoding, admission by free pages."""

@@ -1,0 +1,436 @@
+"""The rollout engine as its users see it: open a sequence, generate, append, close; rounds run in the background.
+
+All bookkeeping happens on the asyncio loop, between rounds; device work happens in one worker thread, so neither waits
+for the other and nothing needs a lock. Results are handed to their waiters before the next round is planned, so whoever
+goes on at once is in it, and what they do afterwards (parsing, tools, grading) runs beside it.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import AsyncIterator, Sequence as SequenceOf
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl.config import EngineConfig, ModelConfig
+from jaxrl.model.transformer import init_pages
+from jaxrl.rollout import rounds
+from jaxrl.rollout.scheduler import Cycle, Scheduler, Track
+
+SETTLE = 4
+"""Turns of the asyncio loop that waiters get, at most, to fill free slots before the next round is planned."""
+
+
+class PromptTooLong(ValueError):
+    """A prompt that the engine was not compiled for."""
+
+
+class EngineFailure(RuntimeError):
+    """The device work failed, or the engine is not serving; ``__cause__`` is the fault."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What one call of ``generate`` sampled.
+
+    Attributes:
+        logprobs: of each token under the untruncated distribution at the sequence's temperature (nats).
+        versions: weights that sampled each token.
+        stopped: a stop id was sampled; it is the last id.
+    """
+
+    ids: np.ndarray  # [T] int32
+    logprobs: np.ndarray  # [T] float32
+    versions: np.ndarray  # [T] int32
+    stopped: bool
+
+
+@dataclasses.dataclass
+class Counters:
+    """Sums since the engine was made; seconds are wall time."""
+
+    opened: int = 0
+    rounds: int = 0
+    decode_tokens: int = 0
+    decode_steps: int = 0
+    prefill_tokens: int = 0
+    prefill_calls: int = 0
+    decode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    serving_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    longest_queue_seconds: float = 0.0
+
+
+class Sequence:
+    """One prompt and its response, made by ``Engine.open``. Use it from the engine's asyncio loop."""
+
+    def __init__(self, engine: "Engine", track: Track) -> None:
+        self._engine = engine
+        self._track = track
+
+    @property
+    def remaining(self) -> int:
+        """Response tokens left of ``max_tokens``."""
+        return self._track.max_tokens - self._track.response_tokens
+
+    async def generate(self, max_new_tokens: int) -> Sample:
+        """Sample until a stop id, ``max_new_tokens``, or the end of the sequence's budget.
+
+        Cancelling the call closes the sequence.
+
+        Raises:
+            ValueError: the budget is used up, or the sequence is closed or already generating.
+            EngineFailure: the device work failed.
+        """
+        track = self._track
+        if track.closed or track.generating:
+            raise ValueError(f"sequence is {'closed' if track.closed else 'already generating'}")
+        if min(max_new_tokens, self.remaining) < 1:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} and {self.remaining} of max_tokens={track.max_tokens} left: "
+                "nothing can be sampled; close the sequence"
+            )
+        try:
+            return await self._engine._generate(track, min(max_new_tokens, self.remaining))
+        except asyncio.CancelledError:
+            self.close()
+            raise
+
+    def append(self, ids: SequenceOf[int] | np.ndarray) -> None:
+        """Add tokens the environment wrote; they are prefilled before the next ``generate``.
+
+        Raises:
+            ValueError: they exceed the sequence's budget, or the sequence is closed or generating.
+        """
+        track = self._track
+        if track.closed or track.generating:
+            raise ValueError(f"sequence is {'closed' if track.closed else 'generating'}; nothing can be appended")
+        if len(ids) > self.remaining:
+            raise ValueError(
+                f"{len(ids)} tokens to append but {self.remaining} of max_tokens={track.max_tokens} are left; "
+                "end the episode, or open the sequence with more"
+            )
+        self._engine._scheduler.append(track, np.asarray(ids, np.int32).tolist())
+
+    def close(self) -> None:
+        """Give pages and slot back. Idempotent."""
+        self._engine._close(self._track)
+
+
+@dataclasses.dataclass(eq=False)
+class _Waiting:
+    """A ``generate`` call in progress."""
+
+    future: asyncio.Future[Sample]
+    ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    versions: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """What came of a cycle."""
+
+    cycle: Cycle
+    tokens: np.ndarray  # [steps, S] int32, -1 = none
+    logprobs: np.ndarray  # [steps, S] float32
+    prefill_seconds: float
+    decode_seconds: float
+
+
+class Engine:
+    """Samples many sequences together on one device. One asyncio loop at a time uses it."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        params: Any,
+        *,
+        stop_ids: SequenceOf[int],
+        seed: int,
+        version: int = 0,
+        device: jax.Device | None = None,
+    ) -> None:
+        """Take device memory for the KV pages; nothing is compiled yet.
+
+        Args:
+            params: weights in the type the model computes in. They are used as they are, not copied: whoever donates
+                them elsewhere gives the engine a copy.
+            stop_ids: a sampled one ends the generation.
+            seed: with draw, sample and index in the response it is the random key of a token.
+            version: name of these weights.
+            device: where everything runs; the first one when None.
+
+        Raises:
+            ConfigError: the KV pages cannot hold one longest sequence.
+        """
+        self._config = config
+        self._model = model
+        self._scheduler = Scheduler(config)
+        self._stop_ids = tuple(int(stop) for stop in stop_ids)
+        self._device = device or jax.devices()[0]
+        self._params = jax.device_put(params, self._device)
+        self._version = version
+        self._next_weights: tuple[Any, int] | None = None
+        self._key = jax.device_put(jax.random.key(seed), self._device)
+        self._kv_pages = jax.device_put(init_pages(model, self._scheduler.total_pages, config.page_size), self._device)
+        self._counters = Counters()
+        self._tickets = itertools.count()
+        self._opening: dict[Track, asyncio.Future[None]] = {}
+        self._waiting: dict[Track, _Waiting] = {}
+        self._wake: asyncio.Event | None = None  # there is one while serving
+        self._serving_since = 0.0
+        self._failure: Exception | None = None
+
+    def compile(self) -> None:
+        """Compile everything that serving runs, by running it once on empty plans."""
+        config, width = self._config, self._scheduler.table_width
+        row = np.zeros((config.prefill_rows, rounds.ROW_TABLE + width + config.prefill_chunk), np.int32)
+        copies = np.full((2, config.slots), self._scheduler.total_pages, np.int32)
+        decode = np.zeros((config.slots, rounds.TABLE + width), np.int32)
+        self._run(Cycle((row,), (copies,), (), decode, 0, 0))
+
+    def set_weights(self, params: Any, version: int) -> None:
+        """Use other weights from the next round on. Running sequences go on; their tokens carry the version.
+
+        Raises:
+            ValueError: shapes or types differ from the weights the engine was compiled for.
+        """
+        have, want = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (params, self._params))
+        if have != want:
+            raise ValueError("the new weights have other names, shapes or types than those the engine was made with")
+        self._next_weights = (jax.device_put(params, self._device), version)
+        if self._wake is None:
+            self._swap_weights()
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator["Engine"]:
+        """Run rounds in the background while inside. On the way out whatever is still open is closed."""
+        if self._wake is not None:
+            raise EngineFailure("the engine is already serving")
+        self._wake = wake = asyncio.Event()
+        self._serving_since = time.perf_counter()
+        with ThreadPoolExecutor(1, thread_name_prefix="jaxrl-engine") as worker:
+            task = asyncio.create_task(self._serve(wake, worker))
+            try:
+                yield self
+            finally:
+                self._wake = None
+                wake.set()
+                await asyncio.wait([task])  # the round on the device ends first
+                self._counters.serving_seconds += time.perf_counter() - self._serving_since
+                self._fail(EngineFailure("the engine has stopped serving"))
+
+    async def open(
+        self,
+        prompt_ids: SequenceOf[int] | np.ndarray,
+        *,
+        draw: int,
+        sample: int,
+        max_tokens: int,
+        temperature: float | None = None,
+    ) -> Sequence:
+        """Begin a sequence; waits until the KV pages have room for it.
+
+        Args:
+            prompt_ids: [n] prompt tokens, at least one.
+            draw: draw of the problem stream and
+            sample: index in the group: together they name the sequence's random numbers.
+            max_tokens: response tokens, tool output included.
+            temperature: of sampling; the configuration's when None, 0 = greedy.
+
+        Raises:
+            PromptTooLong: before anything is queued.
+            ValueError: an empty prompt, or a ``max_tokens`` or temperature out of range.
+            EngineFailure: the device work failed, or the engine is not serving.
+        """
+        config = self._config
+        prompt = np.asarray(prompt_ids, np.int32)
+        temperature = config.temperature if temperature is None else temperature
+        if len(prompt) > config.max_prompt_tokens:
+            raise PromptTooLong(
+                f"max_prompt_tokens={config.max_prompt_tokens} but problem draw {draw} has {len(prompt)} tokens; "
+                "raise EngineConfig.max_prompt_tokens or filter"
+            )
+        if not len(prompt):
+            raise ValueError(f"the prompt of draw {draw} is empty; it needs at least one token")
+        if not 1 <= max_tokens <= config.max_response_tokens:
+            raise ValueError(
+                f"max_tokens={max_tokens} is outside 1 ... max_response_tokens={config.max_response_tokens}; "
+                "raise EngineConfig.max_response_tokens"
+            )
+        if not temperature >= 0.0:
+            raise ValueError(f"temperature={temperature} must be at least 0")
+        self._check_serving()
+        track = Track(
+            ticket=next(self._tickets), prompt=prompt, draw=_int32(draw), sample=_int32(sample), max_tokens=max_tokens,
+            temperature=temperature, key=prompt.tobytes(), tokens=prompt.tolist(),
+        )
+        queued = time.perf_counter()
+        future = self._opening[track] = asyncio.get_running_loop().create_future()
+        self._scheduler.submit(track)
+        self._admit()
+        try:
+            await future
+        except BaseException:
+            self._close(track)
+            raise
+        waited = time.perf_counter() - queued
+        self._counters.opened += 1
+        self._counters.queue_seconds += waited
+        self._counters.longest_queue_seconds = max(self._counters.longest_queue_seconds, waited)
+        return Sequence(self, track)
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the engine was made, and what follows from them.
+
+        ``occupancy`` is the share of slot-steps that sampled a token, ``idle_share`` the share of serving time in which
+        the device had nothing to do, ``pages_used`` and ``queued`` the state now.
+        """
+        counters, scheduler = self._counters, self._scheduler
+        busy = counters.decode_seconds + counters.prefill_seconds
+        slot_steps = counters.decode_steps * self._config.slots
+        serving = counters.serving_seconds + (time.perf_counter() - self._serving_since if self._wake else 0.0)
+        return dataclasses.asdict(counters) | {
+            "serving_seconds": serving,
+            "occupancy": counters.decode_tokens / slot_steps if slot_steps else 0.0,
+            "mean_queue_seconds": counters.queue_seconds / counters.opened if counters.opened else 0.0,
+            "idle_share": max(0.0, 1 - busy / serving) if serving else 0.0,
+            "preemptions": scheduler.preemptions,
+            "pages_used": scheduler.allocator.used,
+            "pages": scheduler.total_pages,
+            "queued": scheduler.queued,
+            "admitted": scheduler.admitted,
+            "version": self._version,
+        }
+
+    async def _generate(self, track: Track, max_new_tokens: int) -> Sample:
+        self._check_serving()
+        waiting = self._waiting[track] = _Waiting(asyncio.get_running_loop().create_future())
+        self._scheduler.generate(track, max_new_tokens)
+        self._admit()
+        return await waiting.future
+
+    def _close(self, track: Track) -> None:
+        self._scheduler.close(track)
+        self._opening.pop(track, None)
+        waiting = self._waiting.pop(track, None)
+        if waiting is not None and not waiting.future.done():
+            waiting.future.set_exception(ValueError("the sequence was closed while it was generating"))
+        self._admit()
+
+    def _admit(self) -> None:
+        """Let in whom the pages allow, and have the background task look again."""
+        for track in self._scheduler.admit():
+            opening = self._opening.pop(track, None)
+            if opening is not None and not opening.done():
+                opening.set_result(None)
+        if self._wake is not None:
+            self._wake.set()
+
+    def _check_serving(self) -> None:
+        if self._failure is not None:
+            raise EngineFailure(f"the engine failed earlier: {self._failure}") from self._failure
+        if self._wake is None:
+            raise EngineFailure("the engine is not serving; use it inside `async with engine.serving()`")
+
+    def _fail(self, error: Exception) -> None:
+        """End every pending call with this error and give all pages back."""
+        futures = [*self._opening.values(), *(waiting.future for waiting in self._waiting.values())]
+        self._opening.clear()
+        self._waiting.clear()
+        self._scheduler.close_all()
+        for future in futures:
+            if not future.done():
+                future.set_exception(error)
+
+    async def _serve(self, wake: asyncio.Event, worker: ThreadPoolExecutor) -> None:
+        """Plan, run, deliver, until serving ends or the device work fails."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self._wake is wake:
+                await wake.wait()
+                wake.clear()
+                while self._wake is wake and (cycle := self._plan()) is not None:
+                    self._deliver(await loop.run_in_executor(worker, self._run, cycle))
+                    for _ in range(SETTLE):
+                        if self._scheduler.full:
+                            break
+                        await asyncio.sleep(0)
+        except Exception as error:
+            self._failure = error
+            self._fail(error)
+
+    def _plan(self) -> Cycle | None:
+        if self._next_weights is not None:
+            self._swap_weights()
+        self._admit()
+        return self._scheduler.plan()
+
+    def _swap_weights(self) -> None:
+        assert self._next_weights is not None
+        self._params, self._version = self._next_weights
+        self._next_weights = None
+        self._scheduler.weights_changed()
+
+    def _run(self, cycle: Cycle) -> _Output:
+        """Device work of one cycle, in the worker thread."""
+        started = time.perf_counter()
+        config, kv_pages = self._config, self._kv_pages
+        for plan in cycle.prompts:
+            kv_pages = rounds.prefill(self._params, kv_pages, plan, model=self._model, chunk=config.prefill_chunk)
+        for plan in cycle.copies:
+            kv_pages = rounds.copy_pages(kv_pages, plan)
+        for plan in cycle.texts:
+            kv_pages = rounds.prefill(self._params, kv_pages, plan, model=self._model, chunk=config.prefill_chunk)
+        if cycle.prefill_tokens:
+            jax.block_until_ready(kv_pages)
+        prefilled = time.perf_counter()
+        self._kv_pages, output = rounds.decode_round(
+            self._params, kv_pages, cycle.decode, np.int32(cycle.exit_at), self._key,
+            model=self._model, stop_ids=self._stop_ids, steps=config.round_steps,
+        )
+        tokens, logprobs = rounds.read_round(output)
+        return _Output(cycle, tokens, logprobs, prefilled - started, time.perf_counter() - prefilled)
+
+    def _deliver(self, output: _Output) -> None:
+        """Book what a round sampled and hand finished generations to their waiters."""
+        sampled = output.tokens >= 0
+        counts = sampled.sum(axis=0)
+        counters = self._counters
+        counters.rounds += 1
+        counters.decode_tokens += int(counts.sum())
+        counters.decode_steps += int(sampled.any(axis=1).sum())
+        counters.prefill_tokens += output.cycle.prefill_tokens
+        counters.prefill_calls += len(output.cycle.prompts) + len(output.cycle.texts)
+        counters.prefill_seconds += output.prefill_seconds
+        counters.decode_seconds += output.decode_seconds
+        for track in self._scheduler.decoding:
+            count, slot = counts[track.slot], track.slot
+            ids = output.tokens[:count, slot].tolist()
+            stopped = bool(ids) and ids[-1] in self._stop_ids
+            waiting = self._waiting[track]
+            waiting.ids += ids
+            waiting.logprobs.append(output.logprobs[:count, slot])
+            waiting.versions += [self._version] * len(ids)
+            if self._scheduler.commit(track, ids, stopped):
+                del self._waiting[track]
+                if not waiting.future.done():
+                    waiting.future.set_result(
+                        Sample(
+                            np.array(waiting.ids, np.int32), np.concatenate(waiting.logprobs),
+                            np.array(waiting.versions, np.int32), stopped,
+                        )
+                    )
+
+
+def _int32(value: int) -> int:
+    """The same 32 bits as a signed number, which is what plans carry."""
+    return (value + 2**31) % 2**32 - 2**31

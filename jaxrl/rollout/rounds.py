@@ -1,0 +1,110 @@
+"""What runs on the device: a round of decoding, a prefill, a copy of pages. Each has one compiled shape.
+
+The only state on the device is the KV pages, donated from call to call. Everything else about a row travels up in one
+int32 array per call and the sampled tokens come back in one, so a call costs two small transfers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl.config import ModelConfig
+from jaxrl.model.logprob import logits
+from jaxrl.model.transformer import KVPages, Params, paged_hidden_states
+from jaxrl.rollout import sampler
+
+TOKEN, POSITION, LEFT, PROMPT, DRAW, SAMPLE, TEMPERATURE, TABLE = range(8)
+"""Columns of a decode plan: the last token, its position, tokens it may still sample (0 = the slot is empty), prompt
+length, draw, sample, bits of the float32 temperature, and from TABLE on the row's pages."""
+
+START, COUNT, ROW_TABLE = range(3)
+"""Columns of a prefill plan: position of the first token, number of tokens (0 = no row), and from ROW_TABLE on the
+row's pages, followed by the tokens."""
+
+
+@functools.partial(jax.jit, static_argnames=("model", "stop_ids", "steps"), donate_argnames=("kv_pages",))
+def decode_round(
+    params: Params,
+    kv_pages: KVPages,
+    plan: jax.Array,
+    exit_at: jax.Array,
+    key: jax.Array,
+    *,
+    model: ModelConfig,
+    stop_ids: tuple[int, ...],
+    steps: int,
+) -> tuple[KVPages, jax.Array]:
+    """Decode up to ``steps`` tokens in every slot; a slot ends at a stop id or when it has sampled all it may.
+
+    Where a round is cut has no influence on what is sampled, so it may end early.
+
+    Args:
+        plan: [S, TABLE + M] int32.
+        exit_at: () int32, the round also ends when no more than this many slots go on.
+        key: the run's key.
+
+    Returns:
+        The pages, and [2, steps, S] int32: sampled tokens (-1 = none), and the bits of their float32 log-probabilities.
+    """
+    table = plan[:, TABLE:]
+    temperatures = jax.lax.bitcast_convert_type(plan[:, TEMPERATURE], jnp.float32)
+    keys = sampler.row_keys(key, plan[:, DRAW], plan[:, SAMPLE])
+    stops = jnp.asarray(stop_ids, jnp.int32)
+
+    def going(carry: tuple[jax.Array, ...]) -> jax.Array:
+        step, _, _, _, left, _ = carry
+        return (step < steps) & ((left > 0).sum() > exit_at)
+
+    def decode(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        step, kv_pages, token, position, left, output = carry
+        active = left > 0
+        here = jnp.where(active, position, -1)
+        hidden, kv_pages = paged_hidden_states(params, model, token[:, None], here[:, None], kv_pages, table)
+        uniform = sampler.uniforms(keys, position + 1 - plan[:, PROMPT])
+        sampled, logprob = sampler.sample(logits(params, model, hidden[:, 0]), temperatures, uniform)
+        token = jnp.where(active, sampled, -1)
+        bits = jax.lax.bitcast_convert_type(logprob, jnp.int32)
+        output = jax.lax.dynamic_update_slice_in_dim(output, jnp.stack([token, bits])[:, None], step, axis=1)
+        stopped = (token[:, None] == stops).any(axis=-1)
+        left = jnp.where(stopped, 0, jnp.maximum(left - 1, 0))
+        return step + 1, kv_pages, token, position + 1, left, output
+
+    output = jnp.full((2, steps, plan.shape[0]), -1, jnp.int32)
+    start = (jnp.int32(0), kv_pages, plan[:, TOKEN], plan[:, POSITION], plan[:, LEFT], output)
+    _, kv_pages, _, _, _, output = jax.lax.while_loop(going, decode, start)
+    return kv_pages, output
+
+
+def read_round(output: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [steps, S] int32 and log-probabilities [steps, S] float32 of a round, on the host (waits for it)."""
+    tokens, bits = np.asarray(output)
+    return tokens, bits.view(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("kv_pages",))
+def prefill(params: Params, kv_pages: KVPages, plan: jax.Array, *, model: ModelConfig, chunk: int) -> KVPages:
+    """Write the keys and values of given tokens. Two rows may be successive chunks of one sequence.
+
+    A chunk sees the chunks before it even in the same call, because every layer writes its keys and values before it
+    attends.
+
+    Args:
+        plan: [R, ROW_TABLE + M + chunk] int32.
+    """
+    table, tokens = plan[:, ROW_TABLE:-chunk], plan[:, -chunk:]
+    offset = jnp.arange(chunk, dtype=jnp.int32)
+    positions = jnp.where(offset < plan[:, COUNT, None], plan[:, START, None] + offset, -1)
+    _, kv_pages = paged_hidden_states(params, model, tokens, positions, kv_pages, table)
+    return kv_pages
+
+
+@functools.partial(jax.jit, donate_argnames=("kv_pages",))
+def copy_pages(kv_pages: KVPages, plan: jax.Array) -> KVPages:
+    """Copy whole pages.
+
+    Args:
+        plan: [2, S] int32, sources and targets; a target that is no page (P or more) is skipped.
+    """
+    return jax.tree.map(lambda pool: pool.at[:, plan[1]].set(pool[:, plan[0]], mode="drop"), kv_pages)
