@@ -15,9 +15,9 @@ CUT_MARK = "\n[...]\n"
 
 # Nothing that such a call printed is shown: how far it came is a matter of timing.
 _STOPPED = {
-    ToolStatus.TIMEOUT: "stopped: time limit exceeded",
-    ToolStatus.OUT_OF_MEMORY: "stopped: out of memory",
-    ToolStatus.OUTPUT_LIMIT: "stopped: too much output",
+    ToolStatus.TIMEOUT: "time limit exceeded",
+    ToolStatus.OUT_OF_MEMORY: "out of memory",
+    ToolStatus.OUTPUT_LIMIT: "too much output",
 }
 _LONGEST_TOKEN = 64  # characters; text far beyond the limit is not tokenised only to be thrown away
 

@@ -71,7 +71,7 @@ class MathVerifier:
 
         Returns:
             ``CORRECT``, ``WRONG``, ``NO_ANSWER`` (None or blank), ``VERIFIER_TIMEOUT`` (over ``config.seconds``) or
-            ``VERIFIER_CRASH`` (two processes died over it, or the expected answer cannot be read).
+            ``VERIFIER_CRASH`` (two processes died over it or at their start, or the expected answer cannot be read).
         """
         if not self._processes:
             raise RuntimeError("grade() outside of `async with MathVerifier(...)`")
@@ -92,7 +92,7 @@ class MathVerifier:
                 verdict = await process.ask(answer, gold)
             except TimeoutError:
                 return RewardStatus.VERIFIER_TIMEOUT
-            except EOFError:
+            except (EOFError, VerifierStartError):
                 continue
             return _VERDICTS[verdict]
         return RewardStatus.VERIFIER_CRASH
