@@ -143,7 +143,7 @@ def hidden_states(
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat])
     x = _embed(params, config, tokens, rows="batch")
     x, _ = jax.lax.scan(layer, x, (params["layers"], _windows(config)))
-    return _rms_norm(x, params["final_norm"], config)
+    return _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype)
 
 
 def paged_hidden_states(
@@ -210,7 +210,8 @@ def paged_hidden_states(
         (params["layers"], _windows(config), first_pages),
     )
     shape = kv_pages.keys.shape
-    return _rms_norm(x, params["final_norm"], config), KVPages(keys=keys.reshape(shape), values=values.reshape(shape))
+    hidden = _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype)
+    return hidden, KVPages(keys=keys.reshape(shape), values=values.reshape(shape))
 
 
 def _layer(
@@ -221,13 +222,21 @@ def _layer(
     attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
     rows: str | None,
 ) -> tuple[jax.Array, Any]:
-    """One decoder layer on [B, T, D]; ``attend(q, k, v)`` gives the attended values and what the caller carries."""
+    """One decoder layer on [B, T, D]; ``attend(q, k, v)`` gives the attended values and what the caller carries.
 
+    With bfloat16 only the operands of matrix products are rounded; the residual stream, norms and rotations are float32
+    throughout. A compiler may drop a rounding between two elementwise operations in one program and keep it in another,
+    which would part the log-probabilities of training and decoding.
+    """
+
+    dtype = jnp.dtype(config.compute_dtype)
     axes = {name: spec.axes[1:] for name, spec in param_specs(config)["layers"].items()}
 
     def product(equation: str, x: jax.Array, name: str, out_axes: tuple[str | None, ...]) -> jax.Array:
-        weight = to_compute(weights[name].astype(x.dtype), axes[name])
-        return jnp.einsum(equation, x, weight, out_sharding=compute_spec((rows, None, *out_axes)))
+        """A matrix product of operands in the compute type, with a float32 result."""
+        weight = to_compute(weights[name].astype(dtype), axes[name])
+        out_sharding = compute_spec((rows, None, *out_axes))
+        return jnp.einsum(equation, x.astype(dtype), weight, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
     normed = _rms_norm(x, weights["attention_norm"], config)
     q = product("btd,dnh->btnh", normed, "query", ("query_heads", None))
@@ -235,12 +244,13 @@ def _layer(
     v = product("btd,dkh->btkh", normed, "value", ("kv_heads", None))
     if "query_bias" in weights:
         q, k, v = (
-            y + to_compute(weights[name].astype(y.dtype), axes[name])
+            y + to_compute(weights[name].astype(jnp.float32), axes[name])
             for y, name in ((q, "query_bias"), (k, "key_bias"), (v, "value_bias"))
         )
     if config.family == "qwen3":
         q, k = _rms_norm(q, weights["query_norm"], config), _rms_norm(k, weights["key_norm"], config)
-    attended, state = attend(_rotate(q, rotation), _rotate(k, rotation), v)
+    q, k = _rotate(q, rotation), _rotate(k, rotation)
+    attended, state = attend(q.astype(dtype), k.astype(dtype), v.astype(dtype))
     x = x + product("btnh,nhd->btd", attended, "output", (None,))
     if "output_bias" in weights:
         x = x + to_compute(weights["output_bias"].astype(x.dtype), axes["output_bias"])
@@ -255,14 +265,13 @@ def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: str | N
     """Rows of the embedding in the compute type; the table is gathered first, since a lookup in a split one is slow."""
     table = to_compute(params["embedding"], (None, None))
     embedded = table.at[to_compute(tokens, (rows, None))].get(mode="clip", out_sharding=compute_spec((rows, None, None)))
-    return embedded.astype(config.compute_dtype)
+    return embedded.astype(jnp.float32)
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
-    """Zhang and Sennrich 2019, equation 4, over the last axis, in float32."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)
-    return (wide * to_compute(scale.astype(jnp.float32), (None,))).astype(x.dtype)
+    """Zhang and Sennrich 2019, equation 4, over the last axis, float32 in and out."""
+    scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
+    return scaled * to_compute(scale.astype(jnp.float32), (None,))
 
 
 def _rotation(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -273,10 +282,10 @@ def _rotation(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax
 
 
 def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding with the pairs (i, i + H/2), as Hugging Face weights expect, in float32."""
+    """Rotary embedding with the pairs (i, i + H/2), as Hugging Face weights expect, float32 in and out."""
     cosine, sine = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
 
 def _windows(config: ModelConfig) -> jax.Array:
