@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 JOBS ?= 2
-PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
+PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 PYTEST := .venv/bin/python -m pytest
 
 .PHONY: help quickstart test test-fast test-slow lint bench clean
