@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,36 +24,11 @@ from jaxrl.envs.tool import Tool
 from jaxrl.records import Group, Problem, RewardStatus, StopReason, ToolCall, ToolStatus, Trajectory, Turn
 from jaxrl.rewards.answers import extract_answer
 from jaxrl.rewards.verifier import Verifier
+from jaxrl.rollout.engine import Engine, PromptTooLong, Sample
+from jaxrl.rollout.engine import Sequence as EngineSequence
 from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer
 from jaxrl.text.tool_calls import CallError, ParsedCall, parse_tool_calls
-
-
-class SampleLike(Protocol):
-    """What a policy wrote in one go; its last id is a stop id where ``stopped``."""
-
-    ids: Sequence[int]
-    logprobs: Sequence[float]
-    versions: Sequence[int]
-    stopped: bool
-
-
-class SequenceLike(Protocol):
-    """One sequence that an engine decodes."""
-
-    async def generate(self, max_new_tokens: int) -> SampleLike: ...
-
-    def append(self, ids: Sequence[int]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class EngineLike(Protocol):
-    """The part of the rollout engine that episodes need."""
-
-    async def open(
-        self, prompt_ids: np.ndarray, *, draw: int, sample: int, max_tokens: int, temperature: float | None = None
-    ) -> SequenceLike: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +37,16 @@ class Player:
 
     Attributes:
         tools: at most one of each name.
-        max_prompt_tokens: a longer prompt is an error.
         max_response_tokens: budget of all turns together, tool output and framing included.
         temperature: None = the engine's own.
     """
 
-    engine: EngineLike
+    engine: Engine
     chat: ChatFormat
     tokenizer: Tokenizer
     tools: Sequence[Tool]
     verifier: Verifier
     config: EnvConfig
-    max_prompt_tokens: int
     max_response_tokens: int
     temperature: float | None = None
 
@@ -106,7 +79,7 @@ class _Response:
         self.versions: list[int] = []
         self.turns: list[Turn] = []
 
-    def add_sample(self, sample: SampleLike) -> None:
+    def add_sample(self, sample: Sample) -> None:
         start, count = len(self.ids), len(sample.ids)
         self.ids.extend(map(int, sample.ids))
         self.mask.extend([1] * count)
@@ -143,13 +116,16 @@ async def play_episode(player: Player, problem: Problem, draw: int, sample: int)
         sample: index within the group.
 
     Raises:
-        ValueError: the prompt is longer than ``player.max_prompt_tokens``.
+        PromptTooLong: names the problem.
     """
-    prompt = prompt_ids(player, problem)
+    prompt = player.chat.prompt(problem.question)
     response = _Response()
-    sequence = await player.engine.open(
-        prompt, draw=draw, sample=sample, max_tokens=player.max_response_tokens, temperature=player.temperature
-    )
+    try:
+        sequence = await player.engine.open(
+            prompt, draw=draw, sample=sample, max_tokens=player.max_response_tokens, temperature=player.temperature
+        )
+    except PromptTooLong as error:
+        raise PromptTooLong(f"problem {problem.id!r}: {error}") from None
     clock = _Clock(player.config.wall_seconds)
     try:
         stop_reason = await _converse(player, sequence, response, clock)
@@ -181,21 +157,6 @@ async def play_episode(player: Player, problem: Problem, draw: int, sample: int)
         seconds=seconds,
         tool_seconds=sum(call.seconds for turn in response.turns for call in turn.calls),
     )
-
-
-def prompt_ids(player: Player, problem: Problem) -> np.ndarray:
-    """The rendered prompt of a problem, [prompt tokens] int32.
-
-    Raises:
-        ValueError: it is longer than ``player.max_prompt_tokens``.
-    """
-    prompt = player.chat.prompt(problem.question)
-    if len(prompt) > player.max_prompt_tokens:
-        raise ValueError(
-            f"max_prompt_tokens={player.max_prompt_tokens} but the prompt of problem {problem.id!r} has {len(prompt)} "
-            "tokens; raise EngineConfig.max_prompt_tokens or filter the problem out"
-        )
-    return prompt
 
 
 async def play_groups(
@@ -256,7 +217,7 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-async def _converse(player: Player, sequence: SequenceLike, response: _Response, clock: _Clock) -> StopReason:
+async def _converse(player: Player, sequence: EngineSequence, response: _Response, clock: _Clock) -> StopReason:
     """Alternate between policy and tools until something ends the episode."""
     config = player.config
     for turn in itertools.count(1):

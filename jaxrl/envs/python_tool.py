@@ -1,5 +1,6 @@
 """The Python tool: code in, standard output and the value of the last expression out."""
 
+import dataclasses
 from typing import Any
 
 from jaxrl.records import ToolCall, ToolStatus
@@ -33,7 +34,9 @@ class PythonTool:
         if (complaint := _complaint(arguments)) is not None:
             kept = arguments if isinstance(arguments, dict) else {}
             return ToolCall(self.schema.name, kept, ToolStatus.BAD_ARGUMENTS, stderr=complaint)
-        result = await self._pool.run(arguments["code"], stdin=arguments.get("input", ""), echo=True)
+        limits = self._pool.limits
+        limits = dataclasses.replace(limits, wall_seconds=min(limits.wall_seconds, seconds))
+        result = await self._pool.run(arguments["code"], stdin=arguments.get("input", ""), echo=True, limits=limits)
         return ToolCall(
             name=self.schema.name,
             arguments=arguments,
