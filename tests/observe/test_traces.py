@@ -72,19 +72,19 @@ def test_any_trajectory_round_trips_through_json(
 
 
 def test_writing_again_replaces_and_an_interrupted_write_leaves_the_old_file(
-    tmp_path: pathlib.Path, episode: Trajectory
+    tmp_path: pathlib.Path, episode: Trajectory, wrong_episode: Trajectory
 ) -> None:
     path = write_episodes(tmp_path, "rl", 1, [episode, episode])
     write_episodes(tmp_path, "rl", 1, [episode])
-    assert len(read_episodes(path)) == 1
+    assert [read.correct for read in read_episodes(path)] == [True]
 
     def interrupted() -> Iterator[Trajectory]:
-        yield episode
+        yield wrong_episode
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_episodes(tmp_path, "rl", 1, interrupted())
-    assert len(read_episodes(path)) == 1
+    assert [read.correct for read in read_episodes(path)] == [True]
 
 
 def test_unreadable_rows_are_named(tmp_path: pathlib.Path, episode: Trajectory) -> None:
