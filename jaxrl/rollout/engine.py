@@ -10,7 +10,8 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence as SequenceOf
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -256,7 +257,7 @@ class Engine:
         temperature = config.temperature if temperature is None else temperature
         if len(prompt) > config.max_prompt_tokens:
             raise PromptTooLong(
-                f"max_prompt_tokens={config.max_prompt_tokens} but problem draw {draw} has {len(prompt)} tokens; "
+                f"max_prompt_tokens={config.max_prompt_tokens} but the prompt of draw {draw} has {len(prompt)} tokens; "
                 "raise EngineConfig.max_prompt_tokens or filter"
             )
         if not len(prompt):

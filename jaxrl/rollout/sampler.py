@@ -45,7 +45,8 @@ def sample(logits: jax.Array, temperatures: jax.Array, uniform: jax.Array) -> tu
         uniform: [R] float32 in [0, 1).
 
     Returns:
-        Tokens [R] int32, and log-probabilities [R] float32 (nats) under the untruncated distribution at the temperature.
+        Tokens [R] int32, and their log-probabilities [R] float32 (nats) under the untruncated distribution at the
+        temperature.
     """
     rows, vocabulary = logits.shape
     greedy = temperatures <= 0.0
@@ -56,7 +57,8 @@ def sample(logits: jax.Array, temperatures: jax.Array, uniform: jax.Array) -> tu
     total = cumulative[:, -1]
     target = uniform * total
     block = _first_above(cumulative, target)
-    before = jnp.where(block > 0, jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+    until = jnp.pad(cumulative, ((0, 0), (1, 0)))
+    before = jnp.take_along_axis(until, block[:, None], axis=1)[:, 0]
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     drawn = block * BLOCK + _first_above(jnp.cumsum(inside, axis=-1), target - before)
     tokens = jnp.where(greedy, scaled.argmax(axis=-1), drawn).astype(jnp.int32)

@@ -4,13 +4,13 @@
   beyond what admitted sequences have reserved. With a reserve of the longest possible response nothing ever has to be
   taken back; with a quantile of recent lengths more sequences are in flight, and a low-water mark of one page for each
   of them stays free.
-* **Slots**: a sequence holds a decode slot only while it generates. While its tool runs it keeps its pages and somebody
-  else decodes, so pages bound the sequences in flight and slots bound the width of a decode step.
-* **Preemption**: when pages run out all the same, the youngest sequence gives all of its pages back; when its turn comes
-  its tokens, which the host keeps, are prefilled again.
+* **Slots**: a sequence holds a decode slot only while it generates. While its tool runs it keeps its pages and
+  somebody else decodes, so pages bound the sequences in flight and slots bound the width of a decode step.
+* **Preemption**: when pages run out all the same, the youngest sequence gives all of its pages back; when its turn
+  comes its tokens, which the host keeps, are prefilled again.
 
-Cutting a sequence into prefill chunks depends on that sequence alone (its prompt from position 0; then what was appended
-since it last generated), so what it computes does not depend on its neighbours.
+How a sequence is cut into prefill chunks depends on that sequence alone (its prompt from position 0; then what was
+appended since it last generated), so what it computes does not depend on its neighbours.
 """
 
 import collections
