@@ -68,7 +68,7 @@ def calls_repeated(history: History) -> str | None:
 def not_finite(history: History) -> str | None:
     """The last update's loss or gradient is no number."""
     last = history[-1] if history else {}
-    for name in ("loss", "grad_norm"):
+    for name in ("nll", "loss", "grad_norm"):
         value = last.get(name, 0.0)
         if value is None or not math.isfinite(value):
             shown = "not finite" if value is None else value

@@ -64,6 +64,7 @@ FIGURES = (
     Figure("tool_error_share", "failed tool calls", "tool-err {}", _percent, _whole_percent),
     Figure("response_tokens", "response length", "len {}", _count, _count, "tokens"),
     Figure("capped_share", "cut off at the cap", "cut {}", _percent, _whole_percent),
+    Figure("nll", "loss in nats a token", "nll {}", _number, _number),
     Figure("loss", "loss", "loss {}", _number, _number),
     Figure("grad_norm", "gradient norm", "grad {}", _number, _number),
     Figure("tokens_per_second", "speed", "{} tok/s", _count, _whole, "tokens/s"),
