@@ -38,11 +38,12 @@ def read_config(path: str | os.PathLike[str], base: ModelConfig | None = None) -
     Raises:
         ConfigError: no readable config.json in the folder, or a model that is not supported.
     """
-    file = pathlib.Path(path) / CONFIG
+    folder = pathlib.Path(path)
+    document = _read_json(folder / CONFIG)
     try:
-        return config_from_hf(_read_json(file), base)
+        return config_from_hf(document, base)
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
+        raise ConfigError(f"{folder}: {error}") from error
 
 
 def load_folder(path: str | os.PathLike[str], param_dtype: str | None = None) -> tuple[ModelConfig, Params]:
@@ -97,7 +98,7 @@ def save_folder(
 
     Args:
         path: of the new folder. An empty folder or an earlier export there is replaced, anything else refused.
-        params: tree of ``param_specs(config)``, on device or not.
+        params: tree of ``param_specs(config)``, on the host or on devices that this process sees.
         bos_token_id, eos_token_id, pad_token_id: from the tokenizer.
         dtype: float32, bfloat16 or float16; the type of the parameters when None.
         max_shard_bytes: tensor bytes in one file (a larger tensor has a file of its own).
