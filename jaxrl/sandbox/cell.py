@@ -1,0 +1,116 @@
+"""Runs one snippet the way a notebook cell runs: last expression echoed, tracebacks of the snippet's own frames.
+
+This is the only file whose code shares a process with the snippet. Nothing here decides a status: whatever the
+snippet does to this code, the warden judges by what the kernel reports.
+"""
+
+import ast
+import atexit
+import builtins
+import hashlib
+import linecache
+import os
+import random
+import site
+import sys
+import threading
+import traceback
+import types
+
+from jaxrl.sandbox.protocol import Call
+
+FILENAME = "main.py"  # the name tracebacks show
+
+
+def prepare() -> None:
+    """Once per template: names that interactive Python has, lossless printing, and a first run of everything below."""
+    site.setquit()
+    site.sethelper()
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    sys.stderr.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    sys.argv = [FILENAME]
+    sys.dont_write_bytecode = True
+    _seed(b"warm")
+    execute(b"def f(x):\n    return [y**2 for y in range(x)]\nclass C: pass\nf(3)", echo=True)
+    execute(b"def f():\n    return {}['missing']\nf()", echo=True)
+    execute(b"x = (", echo=True)
+    linecache.clearcache()
+
+
+def run(call: Call) -> int:
+    """Run the call to its end, threads and exit functions included, and return its exit code."""
+    _seed(call.code)
+    code = execute(call.code, call.echo)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass  # the snippet closed or replaced it
+    return code
+
+
+def execute(code: bytes, echo: bool) -> int:
+    """Run the code in a fresh ``__main__``; a trailing expression is echoed unless a semicolon ends it."""
+    module = types.ModuleType("__main__")
+    module.__file__ = FILENAME
+    module.__builtins__ = builtins
+    sys.modules["__main__"] = module
+    try:
+        source = code.decode("utf-8", "surrogatepass")
+        linecache.cache[FILENAME] = (len(source), None, source.splitlines(keepends=True), FILENAME)
+        for part in _compiled(source, echo):
+            exec(part, module.__dict__)
+        return 0
+    except SystemExit as exit:
+        return _exit_code(exit)
+    except BaseException as error:
+        _report(error)
+        return 1
+
+
+def _compiled(source: str, echo: bool) -> list[types.CodeType]:
+    if not echo or source.rstrip().endswith(";"):
+        return [compile(source, FILENAME, "exec", dont_inherit=True)]
+    tree = compile(source, FILENAME, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+    if not tree.body or not isinstance(tree.body[-1], ast.Expr):
+        return [compile(tree, FILENAME, "exec", dont_inherit=True)]
+    last = ast.Interactive([tree.body.pop()])
+    parts = [compile(last, FILENAME, "single", dont_inherit=True)]
+    if tree.body:
+        parts.insert(0, compile(tree, FILENAME, "exec", dont_inherit=True))
+    return parts
+
+
+def _exit_code(exit: SystemExit) -> int:
+    """As the interpreter does: None is 0, a number itself, anything else is printed and 1."""
+    if exit.code is None:
+        return 0
+    if isinstance(exit.code, int):
+        return exit.code & 0xFF
+    print(exit.code, file=sys.stderr)
+    return 1
+
+
+def _report(error: BaseException) -> None:
+    """The traceback in CPython's words, without the frames of this file."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename != FILENAME:
+        frames = frames.tb_next
+    traceback.print_exception(type(error), error, frames, file=sys.stderr)
+
+
+def _seed(code: bytes) -> None:
+    """The same snippet draws the same numbers on every run and machine; a warm template must not fix them for all."""
+    seed = int.from_bytes(hashlib.blake2b(code, digest_size=8).digest(), "little")
+    random.seed(seed)
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed(seed & 0xFFFFFFFF)
+
+
+def leave(code: int) -> None:
+    os._exit(code)

@@ -1,0 +1,379 @@
+"""The warden's processes inside the jail: one bare stem, one stem with modules, and templates of both kinds.
+
+Keeps the wanted number of templates alive: a dead one is noticed through its pidfd, a halted one by its silence,
+and either is replaced by a fork of its stem. Where the jail's first process dies, the kernel ends everything in
+it, and the whole jail is built anew.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from jaxrl.sandbox import orders
+from jaxrl.sandbox.job import Job, send_signal
+from jaxrl.sandbox.loop import Loop
+from jaxrl.sandbox.seccomp import receive_request, release_request
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_WATCH_BYTES = 8 << 20  # single memory requests from this size on are shown to the warden
+_REBUILDS = 3  # jails built in vain, one after the other, before giving up
+
+# Everything the jailed interpreter finds in its environment. Huge pages and one heap make the fork of a large
+# interpreter about twice as cheap; library threads would only contend for the one core that a call may use.
+_ENVIRONMENT = {
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "PYTHONHASHSEED": "0",
+    "PYTHONMALLOC": "malloc",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+_LAUNCH = (
+    "import json, sys; settings = json.loads(sys.argv[2]); sys.path.insert(0, settings['home']); "
+    "from jaxrl.sandbox.zygote import launch; launch(int(sys.argv[1]), settings)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the pool tells its warden at start."""
+
+    view: dict  # fields of jail.View
+    home: str  # folder that holds the jaxrl package
+    preload: tuple[str, ...]
+    templates: int  # of each kind
+    slots: int  # calls that run at once
+    slow_slots: int  # further calls that may run on once they have proved long
+    heartbeat_seconds: float  # a template silent for so long is taken for dead
+    unsafe: bool
+
+
+class Member:
+    """A process of ours inside the jail, with its control socket."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self.control = control
+        self.pidfd = -1
+        self.pid = 0
+        self.ready = False
+        self.alive = True
+
+
+class Template(Member):
+    """Forks calls. ``jobs`` are those it was ordered to run and has not reported dead."""
+
+    def __init__(self, control: socket.socket, number: int, full: bool) -> None:
+        super().__init__(control)
+        self.number = number
+        self.full = full
+        self.jobs: dict[int, Job] = {}
+        self.listener = -1
+        self.address_space = 0  # bytes
+        self.rss_kib = 0
+        self.asked = 0.0  # when the unanswered ping was sent; 0 where none is open
+        self.halted: list = []  # memory requests of children whose birth is not yet known
+
+
+class Fleet:
+    """Builds the jail and keeps its templates.
+
+    Args:
+        on_ready: every template is warm, for the first time.
+        on_change: a template became ready: there may be work for it.
+        on_lost: these jobs were on a template that died; their children are dead.
+        on_message: an answer of a template about one of its jobs.
+        on_failure: no jail can be had; the text says why.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        settings: Settings,
+        on_ready: Callable[[], None],
+        on_change: Callable[[], None],
+        on_lost: Callable[[Template, list[Job]], None],
+        on_message: Callable[[Template, bytes, list[int]], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        self._loop = loop
+        self._settings = settings
+        self._on_ready, self._on_change, self._on_lost = on_ready, on_change, on_lost
+        self._on_message, self._on_failure = on_message, on_failure
+        self._stems: dict[bool, Member] = {}  # by "has the modules"
+        self._launches_in_vain = 0
+        self._numbers = 0
+        self._announced = False
+        self._closing = False
+        self.templates: list[Template] = []
+        self.restarts = 0
+
+    def start(self) -> None:
+        self._launch()
+        self._loop.at(time.monotonic() + self._settings.heartbeat_seconds / 4, self._beat)
+
+    def choose(self, full: bool, avoid: int) -> Template | None:
+        """The ready template of this kind with the fewest calls, not number ``avoid`` where there is another."""
+        fitting = [t for t in self.templates if t.ready and t.full == full]
+        if not fitting:
+            return None
+        return min(fitting, key=lambda t: (t.number == avoid, len(t.jobs)))
+
+    def close(self) -> None:
+        """Kill everything and wait for it."""
+        self._closing = True
+        members = [*self.templates, *self._stems.values()]
+        for template in self.templates:
+            for job in template.jobs.values():
+                if job.pidfd >= 0:
+                    send_signal(job.pidfd, signal.SIGKILL)
+        for member in reversed(members):
+            self._drop(member)
+        self._reap(wait_seconds=5.0)
+
+    def _launch(self) -> None:
+        """Start a fresh interpreter that builds the jail and leaves its first process, the bare stem, to us."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        settings = {
+            "view": self._settings.view,
+            "home": self._settings.home,
+            "unsafe": self._settings.unsafe,
+            "watch_bytes": _WATCH_BYTES,
+        }
+        work = self._settings.view["work"]
+        launcher = subprocess.run(
+            [sys.executable, "-s", "-S", "-P", "-c", _LAUNCH, str(theirs.fileno()), json.dumps(settings)],
+            env=_ENVIRONMENT | {"HOME": work, "TMPDIR": work, "MPLCONFIGDIR": work},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            cwd="/",
+        )
+        theirs.close()
+        if launcher.returncode:
+            answer, _ = orders.receive_packet(ours)
+            ours.close()
+            text = answer[1:].decode()
+            self._on_failure(text or f"the jail's launcher ended with status {launcher.returncode}; see its standard error")
+            return
+        orders.send_packet(ours, b"go")  # we are its parent now
+        self._add_stem(ours, full=False)
+
+    def _add_stem(self, control: socket.socket, full: bool) -> None:
+        stem = Member(control)
+        self._stems[full] = stem
+        self._loop.watch(control.fileno(), lambda _: self._hear_stem(stem, full))
+
+    def _hear_stem(self, stem: Member, full: bool) -> None:
+        answer, fds = orders.receive_packet(stem.control)
+        if answer[:1] == orders.ANSWER_READY:
+            self._identify(stem, fds[0])
+            self._loop.watch(stem.pidfd, lambda _: self._lose_stem(stem, full))
+            if not full and self._settings.preload:
+                modules = json.dumps(self._settings.preload).encode()
+                self._add_stem(self._order(stem, orders.ORDER_STEM + modules), full=True)
+            for _ in range(self._settings.templates):
+                self._add_template(full)
+        elif answer[:1] == orders.ANSWER_FAILED:
+            self._on_failure(answer[1:].decode())
+        else:
+            self._lose_stem(stem, full)
+
+    def _order(self, stem: Member, order: bytes) -> socket.socket:
+        """Have a stem fork; returns our end of the new process's control socket."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            orders.send_packet(stem.control, order, (theirs.fileno(),))
+        except OSError:
+            pass  # the stem is dying; its own loss is handled where it is heard
+        theirs.close()
+        return ours
+
+    def _add_template(self, full: bool) -> None:
+        stem = self._stems.get(full)
+        if stem is None or not stem.ready:
+            return  # the stem brings its templates when it comes
+        self._numbers += 1
+        template = Template(self._order(stem, orders.ORDER_TEMPLATE), self._numbers, full)
+        template.asked = time.monotonic()  # its first words are awaited like a pong
+        self.templates.append(template)
+        self._loop.watch(template.control.fileno(), lambda _: self.hear(template))
+
+    def hear(self, template: Template) -> None:
+        """Take one message of a template."""
+        answer, fds = orders.receive_packet(template.control)
+        if answer[:1] == orders.ANSWER_READY:
+            self._identify(template, fds[0])
+            self._loop.watch(template.pidfd, lambda _: self.lose(template))
+            template.address_space, template.rss_kib = _memory(template.pid)
+            template.asked = 0.0
+            if len(fds) > 1:
+                template.listener = fds[1]
+                self._loop.watch(template.listener, lambda _: self._weigh_request(template))
+            self._launches_in_vain = 0
+            if not self._announced and self._complete():
+                self._announced = True
+                self._on_ready()
+            self._on_change()
+        elif answer[:1] == orders.ANSWER_PONG:
+            template.asked = 0.0
+        elif answer:
+            self._on_message(template, answer, fds)
+        else:
+            self.lose(template)
+
+    def _complete(self) -> bool:
+        kinds = 2 if self._settings.preload else 1
+        return sum(t.ready for t in self.templates) >= kinds * self._settings.templates
+
+    def _identify(self, member: Member, pidfd: int) -> None:
+        member.pidfd, member.pid, member.ready = pidfd, pid_of(pidfd), True
+
+    def lose(self, template: Template) -> None:
+        """A template is gone or no longer to be trusted: end it and its children, replace it, give its jobs back."""
+        if not template.alive:
+            return
+        for job in template.jobs.values():
+            if job.pidfd >= 0:
+                send_signal(job.pidfd, signal.SIGKILL)
+        self._drop(template)
+        self.templates.remove(template)
+        self.restarts += 1
+        if not self._closing:
+            self._add_template(template.full)
+        jobs = list(template.jobs.values())
+        template.jobs.clear()
+        self._on_lost(template, jobs)
+
+    def _lose_stem(self, stem: Member, full: bool) -> None:
+        if not stem.alive or self._closing:
+            return
+        self._drop(stem)
+        if self._stems.get(full) is stem:
+            del self._stems[full]
+        if full:
+            root = self._stems.get(False)
+            if root is not None and root.ready:
+                modules = json.dumps(self._settings.preload).encode()
+                self._add_stem(self._order(root, orders.ORDER_STEM + modules), full=True)
+            return
+        # The jail's first process: everything inside is dying with it.
+        child = self._stems.pop(True, None)
+        if child is not None:
+            self._drop(child)
+        for template in list(self.templates):
+            self.lose(template)
+        self._launches_in_vain += 1
+        if self._launches_in_vain > _REBUILDS:
+            self._on_failure(f"the sandbox's jail died {_REBUILDS} times before it was ready")
+        else:
+            self._launch()
+
+    def _drop(self, member: Member) -> None:
+        """Kill a process and close what we hold of it."""
+        member.alive = member.ready = False
+        if member.pidfd >= 0:
+            send_signal(member.pidfd, signal.SIGKILL)
+            self._loop.forget(member.pidfd)
+            os.close(member.pidfd)
+        if isinstance(member, Template) and member.listener >= 0:
+            self._loop.forget(member.listener)
+            os.close(member.listener)
+        self._loop.forget(member.control.fileno())
+        member.control.close()
+
+    def _beat(self) -> None:
+        """Ask every template whether it is there; drop those that have not answered the last question."""
+        now = time.monotonic()
+        for template in list(self.templates):
+            if template.asked and now - template.asked > self._settings.heartbeat_seconds:
+                self.lose(template)
+            elif not template.asked and template.ready:
+                try:
+                    orders.send_packet(template.control, orders.ORDER_PING)
+                    template.asked = now
+                except OSError:
+                    self.lose(template)
+        self._reap()
+        self._loop.at(now + self._settings.heartbeat_seconds / 4, self._beat)
+
+    def _reap(self, wait_seconds: float = 0.0) -> None:
+        """Collect processes that the kernel handed to us, for at most this long."""
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                if time.monotonic() >= deadline:
+                    return
+                time.sleep(0.005)
+
+    def _weigh_request(self, template: Template) -> None:
+        """A child asks for much memory: note whether its limit refuses that, then let the kernel decide."""
+        request = receive_request(template.listener)
+        if request is None:
+            return
+        if request.thread != template.pid and not self._note_request(template, request):
+            template.halted.append(request)  # its birth has not been reported yet
+            return
+        release_request(template.listener, request)
+
+    def _note_request(self, template: Template, request: object) -> bool:
+        process = _process_of(request.thread)
+        for job in template.jobs.values():
+            if job.pid == process:
+                used, _ = _memory(process)
+                if used + request.size > job.address_space:
+                    job.memory_refused = True
+                return True
+        return process == 0  # already dead
+
+    def born(self, template: Template) -> None:
+        """A birth became known: its early memory requests can be weighed."""
+        halted, template.halted = template.halted, []
+        for request in halted:
+            if self._note_request(template, request):
+                release_request(template.listener, request)
+            else:
+                template.halted.append(request)
+
+
+def pid_of(pidfd: int) -> int:
+    """The process id, in this process's own namespace, behind a descriptor; 0 if it is dead."""
+    with open(f"/proc/self/fdinfo/{pidfd}") as lines:
+        for line in lines:
+            if line.startswith("Pid:"):
+                return max(int(line.split()[1]), 0)
+    return 0
+
+
+def _process_of(thread: int) -> int:
+    """The process a thread belongs to; 0 if it is dead."""
+    try:
+        with open(f"/proc/{thread}/status") as lines:
+            for line in lines:
+                if line.startswith("Tgid:"):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return 0
+
+
+def _memory(pid: int) -> tuple[int, int]:
+    """(address space in bytes, resident KiB) of a process; zeros if it is dead."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            total, resident, *_ = (int(word) for word in file.read().split())
+    except (OSError, ValueError):
+        return 0, 0
+    return total * _PAGE, resident * _PAGE >> 10

@@ -1,0 +1,242 @@
+"""The walls around a template: namespaces, a root with nothing but the interpreter in it, an ordinary user.
+
+Built once per warden by a fresh process, before it loads any library. Nothing is executed afterwards, so the
+dynamic loader, a shell or the interpreter's own binary need not exist inside.
+"""
+
+import dataclasses
+import errno
+import importlib.util
+import os
+import resource
+import socket
+import stat
+import sys
+import sysconfig
+
+from jaxrl.sandbox import seccomp, syscalls
+from jaxrl.sandbox.protocol import Limits
+
+UNSAFE = "unsafe: none"
+JAILED = "jail: namespaces, seccomp, rlimits, ordinary user"
+
+_BASE = "/tmp"  # where the new root is put together, out of everybody else's sight
+_ORDINARY_USER = 65534
+_DEVICES = ("null", "zero", "random", "urandom")
+_LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+_NAMESPACES = {
+    "mount": syscalls.CLONE_NEWNS,
+    "pid": syscalls.CLONE_NEWPID,
+    "network": syscalls.CLONE_NEWNET,
+    "ipc": syscalls.CLONE_NEWIPC,
+    "uts": syscalls.CLONE_NEWUTS,
+}
+
+
+class SandboxUnavailable(RuntimeError):
+    """This machine refuses a layer of the jail. The message names the layer and the remedy."""
+
+
+def unavailable(layer: str, error: object) -> SandboxUnavailable:
+    return SandboxUnavailable(
+        f"the sandbox cannot isolate tool code here: {layer} was refused ({error}). Remedies: allow user namespaces "
+        "(sysctl user.max_user_namespaces > 0; on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0; in "
+        "Docker --security-opt seccomp=unconfined --security-opt systempaths=unconfined; Linux 5.12 or newer), or run "
+        "the code without isolation at your own risk: SandboxConfig.unsafe = True, on the command line --unsafe-sandbox"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What of the host a call can see, all of it read-only."""
+
+    folders: tuple[str, ...]  # bound at their own real path
+    links: tuple[tuple[str, str], ...]  # (path, target) of top-level symbolic links such as /lib64
+    packages: tuple[str, ...]  # appended to the module search path
+    work: str = "/tmp"  # the child's private working directory
+
+
+def plan_view(preload: tuple[str, ...]) -> View:
+    """The interpreter's libraries, the packages of this environment and the system's shared libraries.
+
+    Raises:
+        ValueError: a module of ``preload`` is not installed.
+    """
+    packages = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    for name in preload:
+        spec = importlib.util.find_spec(name.partition(".")[0])
+        if spec is None:
+            raise ValueError(
+                f"preload names {name!r}, which {sys.executable} does not have: install it, or take it out of SandboxConfig.preload"
+            )
+        for place in spec.submodule_search_locations or [spec.origin or ""]:
+            packages.append(os.path.dirname(place))
+    packages = [os.path.realpath(path) for path in packages if os.path.isdir(path)]
+    folders = [*packages, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+    if sys.base_prefix != "/usr":
+        folders.append(os.path.join(sys.base_prefix, "lib"))
+    links = []
+    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
+    for folder in _LIBRARY_FOLDERS:
+        if os.path.islink(folder):
+            links.append((folder, os.readlink(folder)))
+        elif multiarch and os.path.isdir(os.path.join(folder, multiarch)):
+            folders.append(os.path.join(folder, multiarch))
+        elif folder != "/usr/local/lib":
+            folders.append(folder)
+    real = sorted({os.path.realpath(path) for path in folders if os.path.isdir(path)})
+    outermost = [path for path in real if not any(path != other and _inside(path, other) for other in real)]
+    work = "/sandbox" if any(_inside(path, "/tmp") for path in outermost) else "/tmp"
+    return View(tuple(outermost), tuple(links), tuple(dict.fromkeys(packages)), work)
+
+
+def _inside(path: str, folder: str) -> bool:
+    return os.path.commonpath((path, folder)) == folder
+
+
+def enter(view: View) -> None:
+    """Move this process behind the walls. The pid namespace begins with its next fork.
+
+    Raises:
+        SandboxUnavailable: a layer is refused; names it.
+    """
+    if not seccomp.supported():
+        raise unavailable("a system-call filter", f"no table for {syscalls.MACHINE}")
+    trees = None
+    if os.geteuid() == 0:
+        # Root binds what only root may reach, then becomes an ordinary user: limits do not hold for root.
+        trees = _build_as_root(view)
+        _become_ordinary()
+    user, group = os.geteuid(), os.getegid()
+    _layer("a user namespace", syscalls.unshare, syscalls.CLONE_NEWUSER)
+    _layer("a user namespace's identity map", _map_identity, user, group)
+    for name, flag in _NAMESPACES.items():
+        _layer(f"a {name} namespace", syscalls.unshare, flag)
+    if trees is None:
+        _layer("a private root", _build_root, view)
+    _layer("a private root", _pivot)
+    socket.sethostname("sandbox")
+
+
+def _layer(name: str, action: object, *arguments: object) -> None:
+    try:
+        action(*arguments)  # type: ignore[operator]
+    except OSError as error:
+        raise unavailable(name, error) from error
+
+
+def _build_as_root(view: View) -> bool | None:
+    """True when the root was built with the host's own rights; None where this root may not mount (a container's)."""
+    try:
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+    except OSError:
+        return None
+    _layer("a private root", _build_root, view)
+    return True
+
+
+def _become_ordinary() -> None:
+    try:
+        os.setgroups([])
+        os.setresgid(_ORDINARY_USER, _ORDINARY_USER, _ORDINARY_USER)
+        os.setresuid(_ORDINARY_USER, _ORDINARY_USER, _ORDINARY_USER)
+    except OSError as error:
+        # Inside a namespace that maps a single user, "root" is already somebody ordinary to the host.
+        if error.errno not in (errno.EINVAL, errno.EPERM) or _host_user() == 0:
+            raise unavailable("an ordinary user id", error) from error
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root and the identity map cannot be written
+
+
+def _host_user() -> int:
+    with open("/proc/self/uid_map") as lines:
+        first, outside, _ = (int(word) for word in next(lines).split())
+    return outside + os.geteuid() - first
+
+
+def _map_identity(user: int, group: int) -> None:
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+    for name, line in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(line)
+
+
+def _build_root(view: View) -> None:
+    """Put the new root together on ``_BASE``: copies of the folders' mounts, all read-only."""
+    os.umask(0o022)
+    syscalls.mount("none", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
+    plain = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID
+    trees = []
+    for folder in view.folders:
+        trees.append((syscalls.clone_mount(folder), folder, plain | syscalls.MOUNT_ATTR_NODEV, True))
+    for name in _DEVICES:
+        trees.append((syscalls.clone_mount(f"/dev/{name}"), f"/dev/{name}", plain, False))
+    syscalls.mount("tmpfs", _BASE, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "size=1m,mode=755")
+    os.mkdir(_BASE + view.work)
+    for tree, path, attributes, folder in trees:
+        target = _BASE + path
+        if folder:
+            os.makedirs(target, mode=0o755, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(target), mode=0o755, exist_ok=True)
+            os.mknod(target, stat.S_IFREG | 0o444)
+        syscalls.restrict_mount(tree, attributes)
+        syscalls.attach_mount(tree, target)
+        os.close(tree)
+    for path, target in view.links:
+        os.makedirs(os.path.dirname(_BASE + path), mode=0o755, exist_ok=True)
+        os.symlink(target, _BASE + path)
+
+
+def _pivot() -> None:
+    # Mounts copied into a lesser namespace are locked; a recursive bind of the whole root is not.
+    syscalls.mount(_BASE, _BASE, "", syscalls.MS_BIND | syscalls.MS_REC)
+    os.chdir(_BASE)
+    syscalls.pivot_root(".", ".")
+    syscalls.detach_mount(".")
+    os.chdir("/")
+    syscalls.restrict_mount("/", syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV)
+
+
+def confine_template() -> None:
+    """Called by the jail's first process: give up every right that preparing a child does not need."""
+    syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+    syscalls.drop_capability_bounds()
+    syscalls.set_capabilities(keep=(syscalls.CAP_SYS_ADMIN,))
+    seccomp.template_filter().install()
+
+
+class ChildWalls:
+    """What a child adds for itself, with everything prepared before the fork."""
+
+    def __init__(self, work: str) -> None:
+        self._work = work
+        self._filter = seccomp.child_filter()
+
+    def close(self, disk_mib: int) -> None:
+        """An own mount namespace with an empty sized directory, an own user for counting, no capability."""
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+        syscalls.mount("tmpfs", self._work, "tmpfs", flags, f"size={disk_mib}m,nr_inodes=4096,mode=700")
+        os.chdir(self._work)
+        # A thread limit counts per user and namespace: without an own one, calls would count each other's threads.
+        syscalls.unshare(syscalls.CLONE_NEWUSER)
+        syscalls.set_capabilities()
+
+    def seal(self) -> None:
+        """The last step: no namespaces, mounts, programs or processes from here on."""
+        self._filter.install()
+
+
+def limit_resources(limits: Limits, address_space: int, jailed: bool) -> None:
+    """Resource limits of the calling process; ``address_space`` in bytes."""
+    # Soft = hard: the first process of a pid namespace ignores the soft limit's signal. The warden, which sees
+    # fractions of seconds, is expected to act first.
+    seconds = int(limits.cpu_seconds) + 2
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits.open_files, limits.open_files))
+    size = limits.disk_mib << 20
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if jailed:  # without a namespace this would count all processes of the user
+        resource.setrlimit(resource.RLIMIT_NPROC, (limits.threads, limits.threads))

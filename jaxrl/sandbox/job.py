@@ -1,0 +1,207 @@
+"""One call as the warden sees it: its pipes, what it printed, how long it may run, and what its end means."""
+
+import fcntl
+import os
+import signal
+import time
+
+from jaxrl.sandbox.protocol import Call, Outcome, Report
+from jaxrl.sandbox.orders import STARTED
+
+_CHUNK = 1 << 18
+_LONGEST_STRETCH = 10  # a wall limit grows with waiting for a core, up to this multiple of itself
+# Of the granted memory, when touched this much at a failed call's end, the call is taken to have run out of it.
+_MEMORY_USED_UP = 0.8
+
+
+class Capture:
+    """One output stream of a call: the first and the last half of a cap, and a count of all."""
+
+    def __init__(self, fd: int, cap: int) -> None:
+        os.set_blocking(fd, False)
+        self.fd = fd
+        self.total = 0
+        self._half = cap // 2
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def read(self) -> bool:
+        """Take what is there; False at the end of the stream."""
+        try:
+            data = os.read(self.fd, _CHUNK)
+        except BlockingIOError:
+            return True
+        self.total += len(data)
+        room = self._half - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:] if room > 0 else data
+        if len(self._tail) > 2 * self._half:
+            del self._tail[: -self._half]
+        return bool(data)
+
+    def drain(self) -> None:
+        """Take the rest; for when every writer is dead."""
+        before = -1
+        while self.total != before:
+            before = self.total
+            self.read()
+
+    @property
+    def truncated(self) -> bool:
+        return self.total > 2 * self._half
+
+    def kept(self) -> bytes:
+        if not self.truncated:
+            return bytes(self._head + self._tail)
+        tail = self._tail[-self._half :]
+        lost = self.total - len(self._head) - len(tail)
+        return bytes(self._head + b"\n... [%d bytes left out] ...\n" % lost + tail)
+
+
+class Job:
+    """A call with its fortunes: waiting, running, perhaps tried again, in the end reported once."""
+
+    def __init__(self, call: Call, full: bool) -> None:
+        self.call = call
+        self.full = full  # wants the template with the modules preloaded
+        self.attempts = call.attempts
+        self.template_deaths = 0
+        self.lost_on = -1  # number of the template that last failed this job
+        self.done = False
+        self.fault = b"its template died"  # why the last attempt failed, for whoever looks into an infra_error
+        self.memory_refused = False
+        self.kill_reason: Outcome | None = None
+        self.fast = True  # holds a fast slot rather than one of the slow lane
+        self.pid = 0
+        self.pidfd = -1
+        self.born = 0.0
+        self.address_space = 0
+        self.stdout: Capture | None = None
+        self.stderr: Capture | None = None
+        self.started_fd = -1
+
+    def open(self) -> tuple[int, ...]:
+        """Make the pipes of one attempt; returns the child's ends, which the caller closes after sending them."""
+        self.attempts += 1
+        self.memory_refused, self.kill_reason, self.pid, self.born = False, None, 0, 0.0
+        cap = self.call.limits.output_kib << 10
+        out_read, out_write = os.pipe2(os.O_CLOEXEC)
+        err_read, err_write = os.pipe2(os.O_CLOEXEC)
+        self.started_fd, started_write = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self.started_fd, False)
+        self.stdout, self.stderr = Capture(out_read, cap), Capture(err_read, cap)
+        ends = (out_write, err_write, started_write)
+        if self.call.stdin:
+            return (*ends, sealed_memory("stdin", self.call.stdin))
+        return ends
+
+    def close(self) -> None:
+        for fd in (self.started_fd, self.pidfd, *(stream.fd for stream in (self.stdout, self.stderr) if stream)):
+            if fd >= 0:
+                os.close(fd)
+        self.started_fd = self.pidfd = -1
+        self.stdout = self.stderr = None
+
+    def kill(self, reason: Outcome) -> None:
+        """End the child and, as it is the first of its pid namespace, all it started."""
+        if self.kill_reason is None or reason is Outcome.CANCELLED:
+            self.kill_reason = reason
+        if self.pidfd >= 0:
+            send_signal(self.pidfd, signal.SIGKILL)
+
+    def output_exceeded(self) -> bool:
+        assert self.stdout is not None and self.stderr is not None
+        return self.stdout.total + self.stderr.total > self.call.limits.output_hard_mib << 20
+
+    def cpu_seconds(self) -> float:
+        """CPU time so far, all threads; 0 where the process is already gone."""
+        try:
+            return time.clock_gettime((~self.pid << 3) | 2)  # the process clock of another process, clock_getcpuclockid(3)
+        except OSError:
+            return 0.0
+
+    def wall_deadline(self) -> float:
+        """When the wall limit ends: later by the time for which the code was ready but had no core."""
+        wall = self.call.limits.wall_seconds
+        try:
+            with open(f"/proc/{self.pid}/schedstat", "rb") as file:
+                waited = int(file.read().split()[1]) * 1e-9
+        except (OSError, IndexError, ValueError):
+            waited = 0.0
+        return self.born + wall + min(waited, _LONGEST_STRETCH * wall)
+
+    def verdict(self, wait_status: int, cpu_seconds: float, peak_rss_kib: int, template_rss_kib: int) -> Report | None:
+        """What the end means, from the kernel's evidence alone; None if our own side failed.
+
+        Args:
+            wait_status: as from ``waitpid``.
+            peak_rss_kib: of the child, shared pages of the template included.
+        """
+        assert self.stdout is not None and self.stderr is not None
+        self.stdout.drain()
+        self.stderr.drain()
+        now = time.monotonic()
+        if self.kill_reason is Outcome.CANCELLED:
+            return self.unfinished(Outcome.CANCELLED)
+        try:
+            stamp = os.read(self.started_fd, STARTED.size)
+        except BlockingIOError:
+            stamp = b""
+        if len(stamp) != STARTED.size:
+            self.fault = self.stderr.kept()  # written by our own set-up: the snippet never ran
+            return None
+        (started,) = STARTED.unpack(stamp)
+        limits = self.call.limits
+        killed = os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else 0
+        exit_code = os.WEXITSTATUS(wait_status) if os.WIFEXITED(wait_status) else -1
+        granted_kib = limits.memory_mib << 10
+        if self.output_exceeded():
+            outcome = Outcome.OUTPUT_LIMIT
+        elif killed == signal.SIGKILL and self.kill_reason is not None:
+            outcome = self.kill_reason
+        elif killed == signal.SIGKILL and cpu_seconds >= limits.cpu_seconds:
+            outcome = Outcome.TIMEOUT
+        elif exit_code == 0:
+            outcome = Outcome.OK
+        elif self.memory_refused or peak_rss_kib - template_rss_kib > _MEMORY_USED_UP * granted_kib:
+            outcome = Outcome.OUT_OF_MEMORY
+        else:
+            outcome = Outcome.ERROR
+        return Report(
+            id=self.call.id,
+            outcome=outcome,
+            attempts=self.attempts,
+            exit_code=exit_code,
+            signal=killed,
+            cpu_seconds=cpu_seconds,
+            wall_seconds=max(now - started, 0.0),
+            queue_seconds=max(started - self.call.submitted, 0.0),
+            peak_rss_kib=peak_rss_kib,
+            stdout=self.stdout.kept(),
+            stderr=self.stderr.kept(),
+            stdout_truncated=self.stdout.truncated,
+            stderr_truncated=self.stderr.truncated,
+        )
+
+    def unfinished(self, outcome: Outcome) -> Report:
+        """A report without a run: cancelled, or given up after faults of ours."""
+        queued = time.monotonic() - self.call.submitted
+        text = self.fault if outcome is Outcome.INFRA_ERROR else b""
+        return Report(self.call.id, outcome, self.attempts, -1, 0, 0.0, 0.0, queued, 0, b"", text, False, False)
+
+
+def sealed_memory(name: str, data: bytes) -> int:
+    """A descriptor that reads as ``data`` and that nobody can write to or grow."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+    return fd
+
+
+def send_signal(pidfd: int, number: int) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        pass  # already dead

@@ -1,0 +1,147 @@
+"""The pool's end of one warden: starts the process, sends calls, matches reports to the callers that wait."""
+
+import asyncio
+import contextlib
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+
+from jaxrl.sandbox.jail import SandboxUnavailable
+from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Report, frame
+
+_HOME = str(pathlib.Path(__file__).resolve().parents[2])  # the folder that holds the package
+_BOOT = "import sys; sys.path.insert(0, sys.argv[2]); from jaxrl.sandbox.warden import main; main()"
+_START_SECONDS = 300.0
+_CLOSE_SECONDS = 10.0
+
+
+class WardenLost(Exception):
+    """The warden ended before it reported the call."""
+
+
+class WardenLink(asyncio.Protocol):
+    """One warden process.
+
+    Args:
+        on_slot_free: called whenever a submitted call is over, whether or not anybody still waits for it.
+    """
+
+    def __init__(self, on_slot_free: Callable[[], None]) -> None:
+        self._on_slot_free = on_slot_free
+        self._frames = FrameReader()
+        self._pending: dict[int, asyncio.Future[Report]] = {}
+        self._outgoing: list[bytes] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._transport: asyncio.Transport | None = None
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def alive(self) -> bool:
+        return self._transport is not None and not self._gone.done()
+
+    @property
+    def process_id(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    async def start(self, settings: dict) -> None:
+        """Start the process and wait until its templates are warm.
+
+        Raises:
+            SandboxUnavailable: no jail can be had; the text says why.
+        """
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        self._process = subprocess.Popen(
+            [sys.executable, "-s", "-S", "-P", "-c", _BOOT, str(theirs.fileno()), _HOME],
+            env={"LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,  # a Ctrl-C in the terminal is the pool's to handle
+        )
+        theirs.close()
+        ours.setblocking(False)
+        self._transport, _ = await loop.connect_accepted_socket(lambda: self, ours)
+        self._transport.write(frame(Kind.SETUP, json.dumps(settings | {"home": _HOME}).encode()))
+        try:
+            await asyncio.wait_for(asyncio.shield(self._ready), _START_SECONDS)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def submit(self, call: Call) -> Report:
+        """Send a call and wait for its report; cancelling this kills the call.
+
+        Raises:
+            WardenLost: the process ended first.
+        """
+        if not self.alive:
+            raise WardenLost
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Report] = loop.create_future()
+        self._pending[call.id] = future
+        self._send(frame(Kind.SUBMIT, call.pack()))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._send(frame(Kind.CANCEL, call.id.to_bytes(8, "little")))
+            raise
+
+    async def close(self) -> None:
+        """End the process and everything it started; nothing is left when this returns."""
+        if self.alive:
+            self._send(frame(Kind.CLOSE))
+            self._flush()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._gone), _CLOSE_SECONDS)
+        if self._process is None:
+            return
+        try:
+            self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # the jail's first process dies with its parent, and all others with it
+            self._process.wait()
+        if self._transport is not None:
+            self._transport.close()
+
+    def _send(self, data: bytes) -> None:
+        """Frames of one turn of the event loop leave in one write."""
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outgoing.append(data)
+
+    def _flush(self) -> None:
+        data, self._outgoing = b"".join(self._outgoing), []
+        if data and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    # asyncio.Protocol
+
+    def data_received(self, data: bytes) -> None:
+        for kind, body in self._frames.feed(data):
+            if kind is Kind.REPORT:
+                report = Report.unpack(body)
+                future = self._pending.pop(report.id)
+                self._on_slot_free()
+                if not future.done():
+                    future.set_result(report)
+            elif kind is Kind.READY:
+                self._ready.set_result(None)
+            elif kind is Kind.UNAVAILABLE and not self._ready.done():
+                self._ready.set_exception(SandboxUnavailable(body.decode()))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._gone.set_result(None)
+        if not self._ready.done():
+            self._ready.set_exception(SandboxUnavailable("the sandbox's warden process ended while starting"))
+        pending, self._pending = self._pending, {}
+        for future in pending.values():
+            self._on_slot_free()
+            if not future.done():
+                future.set_exception(WardenLost())

@@ -1,0 +1,49 @@
+"""The warden's event loop: descriptors by epoll, timers by a heap. One thread, callbacks, nothing blocks."""
+
+import heapq
+import itertools
+import select
+import time
+from collections.abc import Callable
+
+
+class Loop:
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._running = True
+
+    def watch(self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN) -> None:
+        """Call ``callback(events)`` whenever ``fd`` is ready; a second call changes the events."""
+        if fd in self._callbacks:
+            self._epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
+        self._callbacks[fd] = callback
+
+    def forget(self, fd: int) -> None:
+        """Stop watching; call this before closing the descriptor. Unknown descriptors are ignored."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def at(self, moment: float, callback: Callable[[], None]) -> None:
+        """Call once when ``time.monotonic()`` reaches ``moment``."""
+        heapq.heappush(self._timers, (moment, next(self._order), callback))
+
+    def stop(self) -> None:
+        self._running = False
+
+    def run(self) -> None:
+        while self._running:
+            wait = -1.0
+            if self._timers:
+                wait = max(self._timers[0][0] - time.monotonic(), 0.0)
+            for fd, events in self._epoll.poll(wait):
+                callback = self._callbacks.get(fd)  # an earlier callback of this round may have closed it
+                if callback is not None:
+                    callback(events)
+            now = time.monotonic()
+            while self._timers and self._timers[0][0] <= now:
+                heapq.heappop(self._timers)[2]()

@@ -1,0 +1,41 @@
+"""Orders from the warden to stems and templates, their answers, and the packets that carry descriptors."""
+
+import array
+import socket
+import struct
+
+# Orders to a stem, with the new process's socket attached: b"T" a template, b"S" + JSON list of modules a stem.
+ORDER_TEMPLATE, ORDER_STEM = b"T", b"S"
+# Orders to a template: b"C" + CALL head + packed Call (or a memfd that holds it), b"?" are you there.
+ORDER_CALL, ORDER_PING = b"C", b"?"
+CALL_HEAD = struct.Struct("<QQB")  # call id, address space limit in bytes, 1 if the Call lies in a memfd
+# Answers: READY (pidfd attached), failure (text), pong, BORN (pidfd attached) and DIED of a child.
+ANSWER_READY, ANSWER_FAILED, ANSWER_PONG, ANSWER_BORN, ANSWER_DIED = b"R", b"F", b"!", b"B", b"D"
+BORN = struct.Struct("<Q")
+DIED = struct.Struct("<Qiddq")  # call id, wait status, user seconds, system seconds, peak RSS in KiB
+STARTED = struct.Struct("<d")  # what a child writes when its walls stand: time.monotonic()
+
+# Largest packet: below the kernel's default socket buffer (208 KiB). Larger calls travel in a memfd.
+PACKET_LIMIT = 96 * 1024
+_FDS = struct.Struct("i")
+
+
+def send_packet(channel: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
+    if fds:
+        channel.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+    else:
+        channel.send(data)
+
+
+def receive_packet(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """One packet and its descriptors; ``(b"", [])`` when the other side is gone."""
+    space = socket.CMSG_SPACE(8 * _FDS.size)
+    try:
+        data, ancillary, _, _ = channel.recvmsg(PACKET_LIMIT + 4096, space, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        return b"", []
+    fds: list[int] = []
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds += [fd for (fd,) in _FDS.iter_unpack(payload[: len(payload) - len(payload) % _FDS.size])]
+    return data, fds

@@ -1,0 +1,206 @@
+"""The sandbox's front: an asynchronous pool of jailed interpreters.
+
+Safe to start in a process that already runs threads or jax: helpers are fresh interpreters, never forks of this one.
+"""
+
+import asyncio
+import dataclasses
+import itertools
+import time
+from types import TracebackType
+from typing import Self
+
+from jaxrl.config import SandboxConfig
+from jaxrl.records import ToolStatus
+from jaxrl.sandbox import jail
+from jaxrl.sandbox.link import WardenLink, WardenLost
+from jaxrl.sandbox.protocol import Call, Limits, Outcome, Report
+
+_ATTEMPTS = 3  # wardens that a call may lose before the fault is reported
+
+_STATUS = {
+    Outcome.OK: ToolStatus.OK,
+    Outcome.ERROR: ToolStatus.ERROR,
+    Outcome.TIMEOUT: ToolStatus.TIMEOUT,
+    Outcome.OUT_OF_MEMORY: ToolStatus.OUT_OF_MEMORY,
+    Outcome.OUTPUT_LIMIT: ToolStatus.OUTPUT_LIMIT,
+    Outcome.INFRA_ERROR: ToolStatus.INFRA_ERROR,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How one call ended. ``status`` rests on what the kernel reported, never on what the code printed."""
+
+    status: ToolStatus  # ok, error, timeout, out_of_memory, output_limit or infra_error
+    stdout: str
+    stderr: str
+    exit_code: int | None  # None where a signal ended the call, or it never ran
+    signal: int | None
+    cpu_seconds: float
+    wall_seconds: float  # of the code alone
+    queue_seconds: float  # from submission to the code's first instruction; never part of a limit
+    peak_rss_kib: int  # resident memory, pages shared with the warm interpreter included
+    attempts: int
+    stdout_truncated: bool
+    stderr_truncated: bool
+    isolation: str  # which walls stood around the code
+
+
+class Pool:
+    """Runs snippets of Python, each in its own fork of a warm, jailed interpreter.
+
+    Args:
+        limits: what one call may use, unless ``run`` is given others.
+        workers: template processes, of each kind (bare, and with the modules of ``preload``).
+        slots: calls that run at once.
+        slow_slots: further calls that may run on, at lowest priority, once they have lasted a quarter second.
+            Memory needed at worst: (slots + slow_slots) x (memory_mib + disk_mib).
+        queue: calls that may wait beyond those; then ``run`` waits before submitting.
+        preload: modules that calls which mention them find already imported.
+        unsafe: no isolation at all, named in every result.
+        heartbeat_seconds: a template that is silent for so long is replaced.
+
+    Raises (on entering):
+        SandboxUnavailable: the machine refuses a layer of the jail; names it and the remedy.
+        ValueError: a limit is not positive, or a module of ``preload`` is not installed.
+    """
+
+    def __init__(
+        self,
+        limits: Limits = Limits(),
+        *,
+        workers: int = 2,
+        slots: int = 4,
+        slow_slots: int = 8,
+        queue: int = 4096,
+        preload: tuple[str, ...] = ("numpy", "scipy", "sympy"),
+        unsafe: bool = False,
+        heartbeat_seconds: float = 8.0,
+    ) -> None:
+        for name, value in (("workers", workers), ("slots", slots), ("queue", queue)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.limits = limits
+        self.isolation = jail.UNSAFE if unsafe else jail.JAILED
+        self._settings = {
+            "view": dataclasses.asdict(jail.plan_view(preload)),
+            "preload": preload,
+            "templates": workers,
+            "slots": slots,
+            "slow_slots": slow_slots,
+            "heartbeat_seconds": heartbeat_seconds,
+            "unsafe": unsafe,
+        }
+        self._admission = asyncio.Semaphore(slots + slow_slots + queue)
+        self._ids = itertools.count(1)
+        self._link: WardenLink | None = None
+        self._starting = asyncio.Lock()
+        self._open = False
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Build the jail and warm the templates (a second or two). Needed once, unless used as a context manager."""
+        self._open = True
+        await self._warden()
+
+    async def close(self) -> None:
+        """Kill what still runs; its callers get a RuntimeError. Leaves no process, mount, descriptor or file."""
+        self._open = False
+        async with self._starting:
+            link, self._link = self._link, None
+        if link is not None:
+            await link.close()
+
+    async def run(self, code: str, stdin: str = "", echo: bool = True, limits: Limits | None = None) -> Result:
+        """Run a snippet to its end. Never raises for what the snippet does; cancelling this kills it.
+
+        Args:
+            code: Python source.
+            stdin: what the snippet reads from standard input.
+            echo: print the repr of a trailing expression, as a notebook does.
+            limits: for this call alone.
+
+        Raises:
+            RuntimeError: the pool is not open.
+        """
+        call = Call(
+            id=next(self._ids),
+            code=code.encode("utf-8", "surrogatepass"),
+            stdin=stdin.encode("utf-8", "surrogatepass"),
+            echo=echo,
+            limits=limits or self.limits,
+            submitted=time.monotonic(),
+        )
+        for attempt in range(_ATTEMPTS):
+            await self._admission.acquire()
+            try:
+                link = await self._warden()
+            except BaseException:
+                self._admission.release()
+                raise
+            try:
+                report = await link.submit(dataclasses.replace(call, attempts=attempt))
+            except WardenLost:
+                continue
+            return self._result(report)
+        queued = time.monotonic() - call.submitted
+        return self._result(
+            Report(call.id, Outcome.INFRA_ERROR, _ATTEMPTS, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
+        )
+
+    async def _warden(self) -> WardenLink:
+        """The living warden; a lost one is replaced."""
+        async with self._starting:
+            if not self._open:
+                raise RuntimeError("the sandbox pool is not open: use it inside `async with Pool(...)`")
+            if self._link is None or not self._link.alive:
+                if self._link is not None:
+                    await self._link.close()
+                link = WardenLink(on_slot_free=self._admission.release)
+                await link.start(self._settings)
+                self._link = link
+            return self._link
+
+    def _result(self, report: Report) -> Result:
+        return Result(
+            status=_STATUS[report.outcome],
+            stdout=report.stdout.decode("utf-8", "replace"),
+            stderr=report.stderr.decode("utf-8", "replace"),
+            exit_code=report.exit_code if report.exit_code >= 0 else None,
+            signal=report.signal or None,
+            cpu_seconds=report.cpu_seconds,
+            wall_seconds=report.wall_seconds,
+            queue_seconds=report.queue_seconds,
+            peak_rss_kib=report.peak_rss_kib,
+            attempts=report.attempts,
+            stdout_truncated=report.stdout_truncated,
+            stderr_truncated=report.stderr_truncated,
+            isolation=self.isolation,
+        )
+
+
+def pool_from_config(config: SandboxConfig) -> Pool:
+    """The pool that a run's configuration asks for."""
+    limits = Limits(
+        cpu_seconds=config.cpu_seconds,
+        wall_seconds=config.wall_seconds,
+        memory_mib=config.memory_mib,
+        output_kib=config.output_kib,
+    )
+    return Pool(
+        limits,
+        workers=config.workers,
+        slots=config.slots,
+        queue=config.queue,
+        preload=tuple(config.preload),
+        unsafe=config.unsafe,
+    )

@@ -1,0 +1,176 @@
+"""What crosses between pool, warden and zygote: limits, calls, outcomes, and their bytes.
+
+Pool and warden talk over a stream socket in length-prefixed frames. Nothing here is ever read from a process that
+runs user code.
+"""
+
+import dataclasses
+import enum
+import struct
+from collections.abc import Iterator
+
+_FRAME = struct.Struct("<IB")
+_LIMITS = struct.Struct("<ddIIIIII")
+_CALL = struct.Struct("<QdBBII")
+_OUTCOME = struct.Struct("<QBBBBiidddQII")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one call may use. Exceeding CPU or wall time gives ``timeout``, memory ``out_of_memory``."""
+
+    cpu_seconds: float = 4.0
+    """CPU time, user and system, of all threads together: the main limit, since it does not depend on load."""
+    wall_seconds: float = 8.0
+    """Wall time for code that sleeps; stretched by the time the code was ready to run but had no core."""
+    memory_mib: int = 512
+    """Address space the call may add to that of the warm interpreter."""
+    output_kib: int = 64
+    """Kept of stdout and of stderr each: the first and the last half of this."""
+    output_hard_mib: int = 16
+    """Output beyond this ends the call with ``output_limit``."""
+    disk_mib: int = 64
+    """Size of the call's private working directory, which lives in memory."""
+    open_files: int = 64
+    threads: int = 128
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise ValueError(f"Limits.{field.name}={value!r} must be greater than 0")
+
+
+class Outcome(enum.IntEnum):
+    """How a call ended, as the warden saw it."""
+
+    OK = 0
+    ERROR = 1
+    TIMEOUT = 2
+    OUT_OF_MEMORY = 3
+    OUTPUT_LIMIT = 4
+    INFRA_ERROR = 5
+    CANCELLED = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One snippet on its way to a child process."""
+
+    id: int
+    code: bytes  # UTF-8, lone surrogates passed through
+    stdin: bytes
+    echo: bool  # print the repr of a trailing expression
+    limits: Limits
+    submitted: float  # time.monotonic() of the submission; one clock for all processes of the machine
+    attempts: int = 0  # tries already spent
+
+    def pack(self) -> bytes:
+        limits = _LIMITS.pack(*dataclasses.astuple(self.limits))
+        head = _CALL.pack(self.id, self.submitted, self.attempts, self.echo, len(self.code), len(self.stdin))
+        return head + limits + self.code + self.stdin
+
+    @staticmethod
+    def unpack(data: bytes) -> "Call":
+        id, submitted, attempts, echo, code_length, _ = _CALL.unpack_from(data)
+        limits = Limits(*_LIMITS.unpack_from(data, _CALL.size))
+        start = _CALL.size + _LIMITS.size
+        code, stdin = data[start : start + code_length], data[start + code_length :]
+        return Call(id, code, stdin, bool(echo), limits, submitted, attempts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One finished call on its way back to the pool."""
+
+    id: int
+    outcome: Outcome
+    attempts: int
+    exit_code: int  # -1 where the call did not exit by itself
+    signal: int  # 0 where no signal ended it
+    cpu_seconds: float
+    wall_seconds: float
+    queue_seconds: float
+    peak_rss_kib: int
+    stdout: bytes
+    stderr: bytes
+    stdout_truncated: bool
+    stderr_truncated: bool
+
+    def pack(self) -> bytes:
+        return (
+            _OUTCOME.pack(
+                self.id,
+                self.outcome,
+                self.attempts,
+                self.stdout_truncated,
+                self.stderr_truncated,
+                self.exit_code,
+                self.signal,
+                self.cpu_seconds,
+                self.wall_seconds,
+                self.queue_seconds,
+                self.peak_rss_kib,
+                len(self.stdout),
+                len(self.stderr),
+            )
+            + self.stdout
+            + self.stderr
+        )
+
+    @staticmethod
+    def unpack(data: bytes) -> "Report":
+        fields = _OUTCOME.unpack_from(data)
+        id, outcome, attempts, stdout_cut, stderr_cut, exit_code, signal, cpu, wall, queue, rss, length, _ = fields
+        body = data[_OUTCOME.size :]
+        return Report(
+            id=id,
+            outcome=Outcome(outcome),
+            attempts=attempts,
+            exit_code=exit_code,
+            signal=signal,
+            cpu_seconds=cpu,
+            wall_seconds=wall,
+            queue_seconds=queue,
+            peak_rss_kib=rss,
+            stdout=body[:length],
+            stderr=body[length:],
+            stdout_truncated=bool(stdout_cut),
+            stderr_truncated=bool(stderr_cut),
+        )
+
+
+class Kind(enum.IntEnum):
+    """Frames between pool and warden."""
+
+    SETUP = 1  # pool → warden: JSON settings
+    READY = 2  # warden → pool: JSON, the jail stands and every template is warm
+    UNAVAILABLE = 3  # warden → pool: text, why there is no jail
+    SUBMIT = 4  # pool → warden: a Call
+    CANCEL = 5  # pool → warden: a call id
+    REPORT = 6  # warden → pool: a Report
+    CLOSE = 7  # pool → warden: end everything
+
+
+def frame(kind: Kind, body: bytes = b"") -> bytes:
+    return _FRAME.pack(len(body), kind) + body
+
+
+class FrameReader:
+    """Cuts a byte stream into frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
+        self._buffer += data
+        start = 0
+        while len(self._buffer) - start >= _FRAME.size:
+            length, kind = _FRAME.unpack_from(self._buffer, start)
+            end = start + _FRAME.size + length
+            if len(self._buffer) < end:
+                break
+            body = bytes(memoryview(self._buffer)[start + _FRAME.size : end])
+            start = end
+            yield Kind(kind), body
+        del self._buffer[:start]

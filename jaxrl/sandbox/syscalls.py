@@ -1,0 +1,120 @@
+"""The Linux system calls that Python does not wrap, through ctypes. Every failure is an OSError that names the call."""
+
+import ctypes
+import os
+import platform
+import struct
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
+MNT_DETACH = 2
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP = 1, 4, 24
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
+CAP_SYS_ADMIN = 21
+
+MACHINE = platform.machine()
+# These have the same number on every architecture (they are newer than the common table), bar the two old ones.
+_OPEN_TREE, _MOVE_MOUNT, _CLOSE_RANGE, _MOUNT_SETATTR = 428, 429, 436, 442
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(MACHINE, -1)
+SECCOMP = {"x86_64": 317, "aarch64": 277}.get(MACHINE, -1)
+
+_AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
+_OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def raw(name: str, number: int, *arguments: object) -> int:
+    """A system call by number; ``name`` is for the error message."""
+    converted = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    return _check(_libc.syscall(ctypes.c_long(number), *converted), name)
+
+
+def unshare(flags: int) -> None:
+    _check(_libc.unshare(flags), f"unshare({flags:#x})")
+
+
+def enter_pid_namespace(pidfd: int) -> None:
+    """Let the next fork be born in the pid namespace of the process behind ``pidfd``."""
+    _check(_libc.setns(pidfd, CLONE_NEWPID), "setns(pid)")
+
+
+def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    result = _libc.mount(source.encode(), target.encode(), kind.encode(), flags, data.encode())
+    _check(result, f"mount({kind or source} on {target})")
+
+
+def detach_mount(target: str) -> None:
+    _check(_libc.umount2(target.encode(), MNT_DETACH), f"umount({target})")
+
+
+def pivot_root(new: str, old: str) -> None:
+    raw("pivot_root", _PIVOT_ROOT, new.encode(), old.encode())
+
+
+def clone_mount(path: str) -> int:
+    """A detached copy of the mount tree at ``path``; returns its descriptor. Linux 5.2."""
+    flags = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | _AT_RECURSIVE
+    return raw(f"open_tree({path})", _OPEN_TREE, _AT_FDCWD, path.encode(), flags)
+
+
+def attach_mount(tree: int, target: str) -> None:
+    """Put a detached mount tree at ``target``. Linux 5.2."""
+    name = f"move_mount({target})"
+    raw(name, _MOVE_MOUNT, tree, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH)
+
+
+def restrict_mount(tree: int | str, attributes: int) -> None:
+    """Set mount attributes on a whole detached tree (descriptor) or on one mounted path. Linux 5.12."""
+    request = struct.pack("=QQQQ", attributes, 0, 0, 0)
+    if isinstance(tree, int):
+        where, path, flags = tree, b"", _AT_EMPTY_PATH | _AT_RECURSIVE
+    else:
+        where, path, flags = _AT_FDCWD, tree.encode(), 0
+    raw("mount_setattr", _MOUNT_SETATTR, where, path, flags, request, len(request))
+
+
+def prctl(option: int, value: int = 0) -> None:
+    _check(_libc.prctl(option, value, 0, 0, 0), f"prctl({option}, {value})")
+
+
+def close_from(first: int) -> None:
+    """Close every descriptor numbered ``first`` or higher. Linux 5.9."""
+    raw("close_range", _CLOSE_RANGE, first, 0xFFFFFFFF, 0)
+
+
+_CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)  # version 3, this thread
+
+
+def set_capabilities(keep: tuple[int, ...] = ()) -> None:
+    """Keep only these capabilities, effective and permitted; none inheritable."""
+    mask = sum(1 << capability for capability in keep)
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    _check(_libc.capset(_CAPABILITY_HEADER, struct.pack("=6I", low, low, 0, high, high, 0)), "capset")
+
+
+def drop_capability_bounds() -> None:
+    """Empty the bounding set, so that nothing executed later can gain a capability."""
+    for capability in range(64):
+        if _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
+            return  # past the kernel's last capability

@@ -1,0 +1,297 @@
+"""The trusted process between pool and jail: which call runs where and when, how long, and how it ended.
+
+Slots, not submitted calls, decide what runs. A call that outlives a moment moves to the slow lane, at lowest
+priority, so that short calls need not wait for long ones. Faults of ours are tried again on another template.
+"""
+
+import json
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import time
+from collections import deque
+
+from jaxrl.sandbox import orders, syscalls
+from jaxrl.sandbox.fleet import Fleet, Settings, Template, pid_of
+from jaxrl.sandbox.job import Job, sealed_memory
+from jaxrl.sandbox.loop import Loop
+from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Outcome, Report, frame
+
+ATTEMPTS = 3  # tries of a call before a fault of ours is reported
+_DEATHS_TO_QUARANTINE = 2  # a call that was there when so many templates died runs alone
+_FAST_SECONDS = 0.25  # a call that runs longer moves to the slow lane
+_SLOWEST_PRIORITY = 19
+_CHECK_SECONDS = 0.02  # shortest time between two looks at a running call
+_READ = 1 << 18
+
+
+class Warden:
+    def __init__(self, channel: socket.socket) -> None:
+        self._loop = Loop()
+        self._channel = channel
+        channel.setblocking(False)
+        self._frames = FrameReader()
+        self._outgoing = bytearray()
+        self._fleet: Fleet | None = None
+        self._mentions: re.Pattern[bytes] | None = None  # of a preloaded module, in a call's text
+        self._waiting: dict[bool, deque[Job]] = {False: deque(), True: deque()}  # by the kind of template wanted
+        self._quarantine: deque[Job] = deque()
+        self._jobs: dict[int, Job] = {}
+        self._running: dict[int, tuple[Job, Template]] = {}
+        self._fast = self._slow = 0
+        self._loop.watch(channel.fileno(), self._serve_pool)
+
+    def run(self) -> None:
+        self._loop.run()
+        if self._fleet is not None:
+            self._fleet.close()
+        self._channel.setblocking(True)
+        try:
+            self._channel.sendall(self._outgoing)
+        except OSError:
+            pass  # the pool is gone
+
+    # The pool's side
+
+    def _serve_pool(self, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self._flush()
+        if not events & ~select.EPOLLOUT:
+            return
+        try:
+            data = self._channel.recv(_READ)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.stop()
+            return
+        for kind, body in self._frames.feed(data):
+            if kind is Kind.SUBMIT:
+                self._submit(Call.unpack(body))
+            elif kind is Kind.CANCEL:
+                self._cancel(int.from_bytes(body, "little"))
+            elif kind is Kind.SETUP:
+                self._set_up(Settings(**json.loads(body)))
+            elif kind is Kind.CLOSE:
+                self._loop.stop()
+        self._dispatch()
+
+    def _set_up(self, settings: Settings) -> None:
+        self._settings = settings
+        if settings.preload:
+            names = "|".join(re.escape(name.partition(".")[0]) for name in settings.preload)
+            self._mentions = re.compile(rf"\b({names})\b".encode())
+        self._fleet = Fleet(
+            self._loop,
+            settings,
+            on_ready=lambda: self._send(frame(Kind.READY)),
+            on_change=self._dispatch,
+            on_lost=self._give_back,
+            on_message=self._hear,
+            on_failure=self._fail,
+        )
+        self._fleet.start()
+
+    def _fail(self, text: str) -> None:
+        self._send(frame(Kind.UNAVAILABLE, text.encode()))
+        self._loop.stop()
+
+    def _send(self, data: bytes) -> None:
+        self._outgoing += data
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._outgoing:
+                sent = self._channel.send(memoryview(self._outgoing)[:_READ])
+                del self._outgoing[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._loop.stop()
+            return
+        events = select.EPOLLIN | (select.EPOLLOUT if self._outgoing else 0)
+        self._loop.watch(self._channel.fileno(), self._serve_pool, events)
+
+    def _report(self, job: Job, report: Report) -> None:
+        if not job.done:
+            job.done = True
+            del self._jobs[job.call.id]
+            self._send(frame(Kind.REPORT, report.pack()))
+
+    # Waiting and starting
+
+    def _submit(self, call: Call) -> None:
+        job = Job(call, full=self._mentions is not None and self._mentions.search(call.code) is not None)
+        self._jobs[call.id] = job
+        self._waiting[job.full].append(job)
+
+    def _cancel(self, id: int) -> None:
+        job = self._jobs.get(id)
+        if job is None:
+            return
+        if id in self._running:
+            job.kill(Outcome.CANCELLED)
+        else:
+            self._report(job, job.unfinished(Outcome.CANCELLED))  # skipped when its turn comes
+
+    def _dispatch(self) -> None:
+        """Fill the free slots, oldest call first among those whose kind of template is ready."""
+        while self._fast < self._settings.slots:
+            chosen = self._next()
+            if chosen is None:
+                return
+            self._start(*chosen)
+
+    def _next(self) -> tuple[Job, Template] | None:
+        assert self._fleet is not None
+        if self._quarantine:
+            if self._running:
+                return None
+            queues = [self._quarantine]
+        else:
+            queues = sorted(filter(None, self._waiting.values()), key=lambda queue: queue[0].call.submitted)
+            if any(job.template_deaths >= _DEATHS_TO_QUARANTINE for job, _ in self._running.values()):
+                return None
+        for queue in queues:
+            while queue and queue[0].done:
+                queue.popleft()
+            if queue:
+                template = self._fleet.choose(queue[0].full, queue[0].lost_on)
+                if template is not None:
+                    return queue.popleft(), template
+        return None
+
+    def _start(self, job: Job, template: Template) -> None:
+        ends = job.open()
+        job.fast = True
+        job.address_space = template.address_space + (job.call.limits.memory_mib << 20)
+        packed = job.call.pack()
+        in_memory = len(packed) > orders.PACKET_LIMIT
+        head = orders.CALL_HEAD.pack(job.call.id, job.address_space, in_memory)
+        if in_memory:
+            ends = (*ends, sealed_memory("call", packed))
+            packed = b""
+        self._running[job.call.id] = (job, template)
+        self._fast += 1
+        template.jobs[job.call.id] = job
+        assert job.stdout is not None and job.stderr is not None
+        for stream in (job.stdout, job.stderr):
+            self._loop.watch(stream.fd, lambda _, stream=stream: self._collect(job, stream))
+        try:
+            orders.send_packet(template.control, orders.ORDER_CALL + head + packed, ends)
+        except OSError:
+            self._loop.at(time.monotonic(), lambda: self._fleet.lose(template))
+        for end in ends:
+            os.close(end)
+
+    # Running
+
+    def _hear(self, template: Template, answer: bytes, fds: list[int]) -> None:
+        if answer[:1] == orders.ANSWER_BORN:
+            (id,) = orders.BORN.unpack_from(answer, 1)
+            job = template.jobs[id]
+            job.pidfd, job.pid, job.born = fds[0], pid_of(fds[0]), time.monotonic()
+            if job.kill_reason is not None:
+                job.kill(job.kill_reason)
+            self._fleet.born(template)
+            attempt = job.attempts
+            self._loop.at(job.born + min(_FAST_SECONDS, *self._limits(job)), lambda: self._check(job, attempt))
+        else:
+            id, status, user, system, rss = orders.DIED.unpack_from(answer, 1)
+            job = template.jobs.pop(id)
+            self._end_attempt(job)
+            report = job.verdict(status, user + system, rss, template.rss_kib)
+            job.close()
+            if report is None:
+                self._retry(job, template)
+            else:
+                self._report(job, report)
+            self._dispatch()
+
+    def _limits(self, job: Job) -> tuple[float, float]:
+        return job.call.limits.cpu_seconds, job.call.limits.wall_seconds
+
+    def _check(self, job: Job, attempt: int) -> None:
+        """Look at a call that may have used up its time, or may have to leave the fast lane."""
+        if job.attempts != attempt or job.call.id not in self._running or job.kill_reason is not None:
+            return
+        now = time.monotonic()
+        cpu_limit, wall_limit = self._limits(job)
+        cpu = job.cpu_seconds()
+        if cpu >= cpu_limit:
+            job.kill(Outcome.TIMEOUT)
+            return
+        deadline = job.born + wall_limit
+        if now >= deadline:
+            deadline = job.wall_deadline()
+            if now >= deadline:
+                job.kill(Outcome.TIMEOUT)
+                return
+        upcoming = min(deadline, now + cpu_limit - cpu)
+        if job.fast:
+            if now - job.born >= _FAST_SECONDS and self._slow < self._settings.slow_slots:
+                self._demote(job)
+            else:
+                upcoming = min(upcoming, max(job.born, now) + _FAST_SECONDS)
+        self._loop.at(max(upcoming, now + _CHECK_SECONDS), lambda: self._check(job, attempt))
+
+    def _demote(self, job: Job) -> None:
+        job.fast = False
+        self._fast -= 1
+        self._slow += 1
+        try:
+            os.setpriority(os.PRIO_PROCESS, job.pid, _SLOWEST_PRIORITY)
+        except OSError:
+            pass  # already dead
+        self._dispatch()
+
+    def _collect(self, job: Job, stream: object) -> None:
+        if not stream.read():
+            self._loop.forget(stream.fd)  # closed by the snippet; its end is reported separately
+        elif job.kill_reason is None and job.output_exceeded():
+            job.kill(Outcome.OUTPUT_LIMIT)
+
+    # Ending
+
+    def _end_attempt(self, job: Job) -> None:
+        del self._running[job.call.id]
+        if job.fast:
+            self._fast -= 1
+        else:
+            self._slow -= 1
+        assert job.stdout is not None and job.stderr is not None
+        self._loop.forget(job.stdout.fd)
+        self._loop.forget(job.stderr.fd)
+
+    def _give_back(self, template: Template, jobs: list[Job]) -> None:
+        """The calls of a lost template: each is tried again elsewhere."""
+        for job in jobs:
+            self._end_attempt(job)
+            job.close()
+            job.template_deaths += 1
+            self._retry(job, template)
+        self._dispatch()
+
+    def _retry(self, job: Job, template: Template) -> None:
+        job.lost_on = template.number
+        if job.kill_reason is Outcome.CANCELLED:
+            self._report(job, job.unfinished(Outcome.CANCELLED))
+        elif job.attempts >= ATTEMPTS:
+            self._report(job, job.unfinished(Outcome.INFRA_ERROR))
+        elif job.template_deaths >= _DEATHS_TO_QUARANTINE:
+            self._quarantine.append(job)
+        else:
+            self._waiting[job.full].appendleft(job)
+
+
+def main() -> None:
+    """Entry point of the warden's process; the argument is the descriptor of its socket to the pool."""
+    syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)  # the jail's first process falls to us when its launcher leaves
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the pool's to handle; it closes the socket
+    Warden(socket.socket(fileno=int(sys.argv[1]))).run()
