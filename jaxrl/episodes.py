@@ -47,6 +47,7 @@ class Player:
     tools: Sequence[Tool]
     verifier: Verifier
     config: EnvConfig
+    max_prompt_tokens: int
     max_response_tokens: int
     temperature: float | None = None
 
@@ -116,16 +117,18 @@ async def play_episode(player: Player, problem: Problem, draw: int, sample: int)
         sample: index within the group.
 
     Raises:
-        PromptTooLong: names the problem.
+        PromptTooLong: the prompt is longer than ``player.max_prompt_tokens``.
     """
     prompt = player.chat.prompt(problem.question)
-    response = _Response()
-    try:
-        sequence = await player.engine.open(
-            prompt, draw=draw, sample=sample, max_tokens=player.max_response_tokens, temperature=player.temperature
+    if len(prompt) > player.max_prompt_tokens:
+        raise PromptTooLong(
+            f"max_prompt_tokens={player.max_prompt_tokens} but problem {problem.id!r} has {len(prompt)} tokens; "
+            "raise EngineConfig.max_prompt_tokens or filter"
         )
-    except PromptTooLong as error:
-        raise PromptTooLong(f"problem {problem.id!r}: {error}") from None
+    response = _Response()
+    sequence = await player.engine.open(
+        prompt, draw=draw, sample=sample, max_tokens=player.max_response_tokens, temperature=player.temperature
+    )
     clock = _Clock(player.config.wall_seconds)
     try:
         stop_reason = await _converse(player, sequence, response, clock)

@@ -43,14 +43,11 @@ def render(call: ToolCall, traceback: Literal["last", "full"] = "last") -> str:
 
 
 def _final_message(error: str) -> str:
-    """What follows the last indented line (a frame of the traceback); of other text the last line."""
+    """What follows the last frame (indented lines) of a traceback; of other text the last line."""
     lines = error.splitlines()
-    message = []
-    for line in reversed(lines):
-        if line.startswith(" "):
-            return "\n".join(reversed(message)) if message else lines[-1].strip()
-        message.append(line)
-    return lines[-1] if lines else ""
+    indented = [index for index, line in enumerate(lines) if line.startswith(" ")]
+    message = lines[indented[-1] + 1 :] if indented else []
+    return "\n".join(message or lines[-1:]).strip()
 
 
 def tokenize_output(text: str, tokenizer: Tokenizer, max_tokens: int) -> list[int]:

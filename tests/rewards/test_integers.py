@@ -19,8 +19,8 @@ def test_forms_of_one_integer(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["84 85", "84,85", "8,4", "1,08", "1,0800", "0,084", "84.5", "84%", "84 apples", "8e1", "1/2", "", "x", "--84", "8 4",
-     "84\n85", "４２", "1,080 1,080", "$84$85$"],
+    ["84 85", "84,85", "8,4", "1,08", "1,0800", "0,084", "84.5", "84%", "84 apples", "8e1", "1/2", "", "x", "--84",
+     "8 4", "84\n85", "４２", "1,080 1,080", "$84$85$"],
 )  # fmt: skip
 def test_anything_else_is_no_integer(text):
     assert read_integer(text) is None

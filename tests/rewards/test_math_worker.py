@@ -31,8 +31,8 @@ def test_mathematical_equality(answer, gold, expected):
 @pytest.mark.parametrize(
     "answer",
     ["40 2", "40\\,2", "40\\quad 2", "41,42", "41;42", "41 or 42", "41 \\text{ or } 42", "\\{41,42\\}", "[41,42]",
-     "41 \\to 42", "41 \\lor 42", "41 \\approx 42", "41 & 42", "\\pm 42", "42}{41", "41}\\boxed{42", "(40)(2)", "41 \\\\ 42",
-     "40<x<42", "x=42 \\text{ or } x=41", "41\n42", "The answer is 42"],
+     "41 \\to 42", "41 \\lor 42", "41 \\approx 42", "41 & 42", "\\pm 42", "42}{41", "41}\\boxed{42", "(40)(2)",
+     "41 \\\\ 42", "40<x<42", "x=42 \\text{ or } x=41", "41\n42", "The answer is 42"],
 )  # fmt: skip
 def test_two_numbers_are_never_one(answer):
     assert correct(answer, "42") is False
@@ -64,4 +64,4 @@ def test_agreement_with_the_reference(shared):
         if ours != bool(case["outputs"]["score"]):
             disagreements[case["id"]] = ours
     assert compared > 70
-    assert disagreements == {name: False for name in DIFFERENT}
+    assert disagreements == dict.fromkeys(DIFFERENT, False)

@@ -1,5 +1,6 @@
 import asyncio
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def children() -> set[int]:
     found = set()
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            fields = open(f"/proc/{entry}/stat").read().rpartition(")")[2].split()
+            fields = pathlib.Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[1]) == os.getpid() and fields[0] != "Z":
@@ -154,7 +155,9 @@ def test_an_orphan_ends_by_itself():
 
 def test_the_process_never_imports_jax():
     """It must start fast and may not touch an accelerator."""
-    code = f"import runpy, sys; runpy.run_path({str(module._SCRIPT)!r})['correct']('x', 'y'); print('jax' in sys.modules)"
+    code = (
+        f"import runpy, sys; runpy.run_path({str(module._SCRIPT)!r})['correct']('x', 'y'); print('jax' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
