@@ -14,26 +14,27 @@ from jaxrl.observe.report import Estimate
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
-    """Mean of one value in [0, 1] for each problem, with the interval for the mean over problems like these.
+    """Mean of one value in [0, 1] for each problem, with the 95 % interval for the mean over problems like these.
 
-    The samples of a problem are not independent, so the problem is the unit (Miller 2024, arXiv 2411.00640):
-    mean ± t · s/√n, s the spread over problems, with Student's t for n−1 degrees of freedom, cut to [0, 1].
-    Where every problem has the value 0, or every one 1, the spread says nothing; the bound is then the
-    exact one of n successes or failures (Clopper and Pearson 1934). One problem alone gives [0, 1] or that bound.
+    The samples of a problem are not independent, so the problem is the unit (Miller 2024, arXiv 2411.00640). The spread
+    over problems gives the effective sample size n* = p(1−p)/(s²/n) (Korn and Graubard 1998), and that the score
+    interval of Wilson (1927) with Student's t for n−1 degrees of freedom: unlike p ± t·s/√n it stays within [0, 1] and
+    holds for rates near 0 and 1. Where every problem has the value 0, or every one 1, n* is n. One problem alone says
+    nothing about others: [0, 1].
     """
     array = np.asarray(values, np.float64)
     count = len(array)
-    if not count:
-        return Estimate(math.nan, math.nan, math.nan)
-    mean = float(array.mean())
-    if np.all(array == 0.0):
-        return Estimate(0.0, 0.0, 1 - 0.025 ** (1 / count))
-    if np.all(array == 1.0):
-        return Estimate(1.0, 0.025 ** (1 / count), 1.0)
-    if count == 1:
-        return Estimate(mean, 0.0, 1.0)
-    margin = float(scipy.stats.t.ppf(0.975, count - 1) * array.std(ddof=1) / math.sqrt(count))
-    return Estimate(mean, max(0.0, mean - margin), min(1.0, mean + margin))
+    if count < 2:
+        return Estimate(float(array[0]), 0.0, 1.0) if count else Estimate(math.nan, math.nan, math.nan)
+    mean, variance = float(array.mean()), float(array.var(ddof=1) / count)
+    unanimous = mean in (0.0, 1.0)
+    if variance == 0.0 and not unanimous:
+        return Estimate(mean, mean, mean)
+    effective = count if unanimous else mean * (1 - mean) / variance
+    squared = float(scipy.stats.t.ppf(0.975, count - 1)) ** 2 / effective
+    centre = (mean + squared / 2) / (1 + squared)
+    margin = math.sqrt(squared * (mean * (1 - mean) + squared / 4)) / (1 + squared)
+    return Estimate(mean, max(0.0, centre - margin), min(1.0, centre + margin))
 
 
 def avg_at_k(correct: Sequence[Sequence[bool]]) -> Estimate:
