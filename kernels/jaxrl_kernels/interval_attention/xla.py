@@ -1,14 +1,14 @@
-"""Interval attention in plain JAX: for every platform, with memory linear in T.
+"""Interval attention in plain JAX: for every platform, with memory linear in T in both directions.
 
-Queries are taken in chunks, each rematerialised in the backward pass, so no more than one [chunk, T] block of scores
-exists at a time. Chunks are grouped in a few spans, and a chunk multiplies only with the keys up to the end of its
-span: with 8 spans 44 % of the products of the full square, which causality makes useless, are never done.
+Queries are taken in chunks, so no more than one [chunk, T] block of scores exists at a time; the backward pass computes
+each block again from the saved log-sum-exp (Dao et al. 2022, algorithm 4). Chunks are grouped in a few spans, and a chunk
+multiplies only with the keys up to the end of its span: with 8 spans 44 % of the products of the full square, which
+causality makes useless, are never done.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_kernels.softmax import MASKED, round_up
 
@@ -21,35 +21,109 @@ SPANS = 8
 def interval_attention(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array) -> jax.Array:
     """As the contract says. The gradient of a row that sees nothing is exactly zero."""
     batch, tokens, heads, width = q.shape
-    kv_heads = k.shape[2]
+    kv_heads, chunk = k.shape[2], min(CHUNK, tokens)
+    chunks = -(-tokens // chunk)
+    fill = ((0, 0), (0, chunks * chunk - tokens))
     q = (q * width**-0.5).astype(q.dtype).reshape(batch, tokens, kv_heads, heads // kv_heads, width)
-    if tokens <= CHUNK:
-        return _attend(q, k, v, end, window, jnp.int32(0)).reshape(batch, tokens, heads, width)
-    chunks = -(-tokens // CHUNK)
-    spans = min(SPANS, chunks)
-    q = jnp.pad(q, ((0, 0), (0, chunks * CHUNK - tokens), (0, 0), (0, 0), (0, 0)))
-    q = jnp.moveaxis(q.reshape(batch, chunks, CHUNK, kv_heads, heads // kv_heads, width), 1, 0)
-    outputs = []
-    for span in range(spans):
-        first, last = span * chunks // spans, (span + 1) * chunks // spans
-        reach = min(last * CHUNK, tokens)
-        attend = jax.checkpoint(functools.partial(_attend, k=k[:, :reach], v=v[:, :reach], end=end[:, :reach], window=window))
-        starts = jnp.arange(first, last, dtype=jnp.int32) * CHUNK
-        outputs.append(jax.lax.map(lambda chunk, attend=attend: attend(chunk[0], start=chunk[1]), (q[first:last], starts)))
-    output = jnp.moveaxis(jnp.concatenate(outputs), 0, 1)
-    return output.reshape(batch, chunks * CHUNK, heads, width)[:, :tokens]
+    q = jnp.pad(q, (*fill, (0, 0), (0, 0), (0, 0)))
+    q = jnp.einsum("bnckgh->nbkgch", q.reshape(batch, chunks, chunk, kv_heads, heads // kv_heads, width))
+    k = jnp.einsum("bskh->bksh", jnp.pad(k, (*fill, (0, 0), (0, 0))))
+    v = jnp.einsum("bskh->bksh", jnp.pad(v, (*fill, (0, 0), (0, 0))))
+    output = jnp.einsum("nbkgch->bnckgh", _attend(q, k, v, jnp.pad(end, fill), window))
+    return output.reshape(batch, chunks * chunk, heads, width)[:, :tokens]
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array, start: jax.Array) -> jax.Array:
-    """Scaled queries [B, C, K, G, H], of which the first has index ``start``, over keys [B, S, K, H] from index 0."""
-    query = start + jnp.arange(q.shape[1], dtype=jnp.int32)[:, None]
-    key = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-    visible = (key <= query) & ((window == 0) | (query - key < window)) & (query < end[:, None, :])  # [B, C, S]
-    visible = visible[:, None, None]
-    scores = jnp.einsum("bckgh,bskh->bkgcs", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores, MASKED)
-    top = jax.lax.stop_gradient(round_up(scores.max(axis=-1, keepdims=True)))
-    weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
-    total = jnp.einsum("bkgcs->bckg", weights)[..., None]
-    output = jnp.einsum("bkgcs,bskh->bckgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (output / jnp.where(total > 0, total, 1.0)).astype(q.dtype)
+@jax.custom_vjp
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array) -> jax.Array:
+    """Chunks of scaled queries [n, B, K, G, C, H] over keys and values [B, K, n*C, H], giving [n, B, K, G, C, H]."""
+    return _forward(q, k, v, end, window)[0]
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    outputs, log_totals = [], []
+    for chunks, reach in _spans(q):
+        keys, values = k[:, :, :reach], v[:, :, :reach]
+
+        def attend(chunk: tuple[jax.Array, jax.Array], keys=keys, values=values, reach=reach) -> tuple[jax.Array, jax.Array]:
+            start, query = chunk
+            visible = _visible(start, query.shape[3], end[:, :reach], window)
+            scores = jnp.where(visible, _product("bkmh,bksh->bkms", query, keys), MASKED)
+            top = round_up(scores.max(axis=-1, keepdims=True))
+            top = jnp.where(top > MASKED / 2, top, 0.0)  # a row that sees nothing: every weight becomes exp(MASKED) = 0
+            weights = jnp.exp(scores - top)
+            total = weights.sum(axis=-1, keepdims=True)
+            output = _product("bkms,bksh->bkmh", weights.astype(values.dtype), values)
+            total = jnp.where(total > 0, total, 1.0)
+            return (output / total).astype(query.dtype), top + jnp.log(total)
+
+        output, log_total = jax.lax.map(attend, (chunks * q.shape[4], q[chunks]))
+        outputs.append(output)
+        log_totals.append(log_total)
+    output = jnp.concatenate(outputs)
+    return output, (q, k, v, end, window, output, jnp.concatenate(log_totals))
+
+
+def _backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+    q, k, v, end, window, output, log_total = saved
+    delta = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
+    key_gradient, value_gradient = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    query_gradients = []
+    for chunks, reach in _spans(q):
+        keys, values = k[:, :, :reach], v[:, :, :reach]
+
+        def differentiate(
+            sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...], keys=keys, values=values, reach=reach
+        ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+            start, query, log_total, delta, gradient = chunk
+            visible = _visible(start, query.shape[3], end[:, :reach], window)
+            scores = jnp.where(visible, _product("bkmh,bksh->bkms", query, keys), MASKED)
+            weights = jnp.exp(scores - log_total)
+            weight_gradient = _product("bkmh,bksh->bkms", gradient, values)
+            score_gradient = (weights * (weight_gradient - delta)).astype(query.dtype)
+            sums = (
+                sums[0] + _key_product(score_gradient, query),
+                sums[1] + _key_product(weights.astype(gradient.dtype), gradient),
+            )
+            return sums, _product("bkms,bksh->bkmh", score_gradient, keys).astype(query.dtype)
+
+        zeros = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32))
+        pieces = (chunks * q.shape[4], q[chunks], log_total[chunks], delta[chunks], gradient[chunks])
+        sums, query_gradient = jax.lax.scan(differentiate, zeros, pieces)
+        key_gradient = key_gradient.at[:, :, :reach].add(sums[0])
+        value_gradient = value_gradient.at[:, :, :reach].add(sums[1])
+        query_gradients.append(query_gradient)
+    return jnp.concatenate(query_gradients), key_gradient.astype(k.dtype), value_gradient.astype(v.dtype), None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _spans(q: jax.Array) -> list[tuple[np.ndarray, int]]:
+    """Indices of the chunks of each span, and how many keys they reach over."""
+    groups = np.array_split(np.arange(q.shape[0], dtype=np.int32), min(SPANS, q.shape[0]))
+    return [(group, (int(group[-1]) + 1) * q.shape[4]) for group in groups]
+
+
+def _visible(start: jax.Array, count: int, end: jax.Array, window: jax.Array) -> jax.Array:
+    """[B, 1, 1, C, S]: which keys the queries ``start ... start + count - 1`` see."""
+    query = start + jnp.arange(count, dtype=jnp.int32)[:, None]
+    key = jnp.arange(end.shape[1], dtype=jnp.int32)[None, :]
+    visible = (key <= query) & ((window == 0) | (query - key < window)) & (query < end[:, None, :])
+    return visible[:, None, None]
+
+
+def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A product of [B, K, G, C, x] with [B, K, S, H] in float32; G and C are one axis, which XLA multiplies faster."""
+    batch, kv_heads, groups, count = left.shape[:4]
+    merged = left.reshape(batch, kv_heads, groups * count, left.shape[4])
+    product = jnp.einsum(equation, merged, right, preferred_element_type=jnp.float32)
+    return product.reshape(batch, kv_heads, groups, count, product.shape[3])
+
+
+def _key_product(left: jax.Array, right: jax.Array) -> jax.Array:
+    """The sum over queries [B, K, S, H] of [B, K, G, C, S] times [B, K, G, C, H]."""
+    batch, kv_heads, groups, count = left.shape[:4]
+    merged = [x.reshape(batch, kv_heads, groups * count, x.shape[4]) for x in (left, right)]
+    return jnp.einsum("bkms,bkmh->bksh", *merged, preferred_element_type=jnp.float32)

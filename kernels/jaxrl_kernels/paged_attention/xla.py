@@ -35,7 +35,9 @@ def paged_attention(
     pages = min(max(1, BLOCK // page), page_table.shape[1])
     block = pages * page
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))
-    q = (q * width**-0.5).astype(q.dtype).reshape(rows, count, kv_heads, heads // kv_heads, width)
+    groups = heads // kv_heads
+    q = (q * width**-0.5).astype(q.dtype).reshape(rows, count, kv_heads, groups, width)
+    q = jnp.einsum("rckgh->rkgch", q).reshape(rows, kv_heads, groups * count, width)
     last = positions.max(axis=1)
 
     def look(index: jax.Array, running: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -48,15 +50,16 @@ def paged_attention(
         v = jnp.where(held, v, 0)
         query = positions[:, None, None, :, None]
         visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, 1, 1, C, S]
-        scores = jnp.einsum("rckgh,rskh->rkgcs", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(visible, scores, MASKED)
+        scores = jnp.einsum("rkmh,rskh->rkms", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(visible, scores.reshape(rows, kv_heads, groups, count, block), MASKED)
         new_top = jnp.maximum(top, round_up(scores.max(axis=-1)))
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
         correction = jnp.exp(top - new_top)
-        product = jnp.einsum("rkgcs,rskh->rkgch", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        merged = weights.astype(v.dtype).reshape(rows, kv_heads, groups * count, block)
+        product = jnp.einsum("rkms,rskh->rkmh", merged, v, preferred_element_type=jnp.float32).reshape(output.shape)
         return new_top, total * correction + weights.sum(axis=-1), output * correction[..., None] + product
 
-    shape = (rows, kv_heads, heads // kv_heads, count)
+    shape = (rows, kv_heads, groups, count)
     start = (round_up(jnp.full(shape, MASKED)), jnp.zeros(shape), jnp.zeros((*shape, width)))
     blocks = (last.max() + block) // block
     _, total, output = jax.lax.fori_loop(0, blocks, look, start)
