@@ -188,7 +188,7 @@ class Engine:
         self._waiting: dict[Track, _Waiting] = {}
         self._wake: asyncio.Event | None = None  # there is one while serving
         self._serving_since = 0.0
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     def compile(self) -> None:
         """Compile everything that serving runs, by running it once on empty plans."""
@@ -277,7 +277,7 @@ class Engine:
         queued = time.perf_counter()
         future = self._opening[track] = asyncio.get_running_loop().create_future()
         self._scheduler.submit(track)
-        self._admit()
+        self._changed()
         try:
             await future
         except BaseException:
@@ -316,7 +316,7 @@ class Engine:
         self._check_serving()
         waiting = self._waiting[track] = _Waiting(asyncio.get_running_loop().create_future())
         self._scheduler.generate(track, max_new_tokens)
-        self._admit()
+        self._changed()
         return await waiting.future
 
     def _close(self, track: Track) -> None:
@@ -325,16 +325,19 @@ class Engine:
         waiting = self._waiting.pop(track, None)
         if waiting is not None and not waiting.future.done():
             waiting.future.set_exception(ValueError("the sequence was closed while it was generating"))
+        self._changed()
+
+    def _changed(self) -> None:
+        """Let in whom the pages allow now, and have the background task look again."""
         self._admit()
+        if self._wake is not None:
+            self._wake.set()
 
     def _admit(self) -> None:
-        """Let in whom the pages allow, and have the background task look again."""
         for track in self._scheduler.admit():
             opening = self._opening.pop(track, None)
             if opening is not None and not opening.done():
                 opening.set_result(None)
-        if self._wake is not None:
-            self._wake.set()
 
     def _check_serving(self) -> None:
         if self._failure is not None:
@@ -342,7 +345,7 @@ class Engine:
         if self._wake is None:
             raise EngineFailure("the engine is not serving; use it inside `async with engine.serving()`")
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """End every pending call with this error and give all pages back."""
         futures = [*self._opening.values(), *(waiting.future for waiting in self._waiting.values())]
         self._opening.clear()
@@ -365,9 +368,11 @@ class Engine:
                         if self._scheduler.full:
                             break
                         await asyncio.sleep(0)
-        except Exception as error:
+        except BaseException as error:
             self._failure = error
             self._fail(error)
+            if not isinstance(error, Exception):
+                raise
 
     def _plan(self) -> Cycle | None:
         if self._next_weights is not None:

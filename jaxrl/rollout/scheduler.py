@@ -175,42 +175,13 @@ class Scheduler:
 
     def plan(self) -> Cycle | None:
         """The next device work; None when no admitted sequence generates."""
-        self._fill_slots()
-        for track in sorted(self.decoding, key=lambda track: track.ticket):
-            if track.slot >= 0:  # an older one may have preempted it just now
-                self._grow(track)
-        running = self.decoding
-        if not running:
-            return None
-        prompts: list[tuple[int, list[int], list[int]]] = []
-        texts: list[tuple[int, list[int], list[int]]] = []
-        copies: list[tuple[int, int]] = []
-        for track in running:
-            row = self._plan[track.slot]
-            shared = track.shared
-            if track.cached == 0 and shared is not None and len(shared.ids):
-                if not shared.filled:
-                    prompts.extend(self._chunks(0, shared.ids.tolist(), shared.pages))
-                    shared.filled = True
-                if shared.tail is not None:
-                    copies.append((shared.tail, track.pages[0]))
-                track.cached = len(shared.ids)
-            last = len(track.tokens) - 1
-            if track.cached < last:
-                texts.extend(self._chunks(track.cached, track.tokens[track.cached : last], self._table(track)))
-                track.cached = last
-            row[rounds.TOKEN] = track.tokens[-1]
-            row[rounds.POSITION] = last
-            row[rounds.LEFT] = track.goal - track.response_tokens
-        waiting = any(track.generating and track.slot < 0 for track in self._admitted.values()) or bool(self._queue)
-        return Cycle(
-            prompts=self._pack_chunks(prompts),
-            copies=self._pack_copies(copies),
-            texts=self._pack_chunks(texts),
-            decode=self._plan.copy(),
-            exit_at=max(0, len(running) - max(1, self.config.slots // EARLY_EXIT)) if waiting else 0,
-            prefill_tokens=sum(len(tokens) for _, tokens, _ in prompts + texts),
-        )
+        while self._fill_slots():
+            for track in sorted(self.decoding, key=lambda track: track.ticket):
+                if track.slot >= 0:  # an older one may have preempted it just now
+                    self._grow(track)
+            if self.decoding:
+                return self._cycle(self.decoding)
+        return None
 
     def commit(self, track: Track, tokens: SequenceOf[int], stopped: bool) -> bool:
         """Add the tokens a round sampled; returns whether the generation is over, which frees the slot."""
@@ -297,8 +268,8 @@ class Scheduler:
             self._plan[track.slot] = 0
             track.slot = -1
 
-    def _fill_slots(self) -> None:
-        """Give free slots to generating sequences, oldest first."""
+    def _fill_slots(self) -> bool:
+        """Give free slots to generating sequences, oldest first; returns whether any slot is taken."""
         free = [slot for slot, holder in enumerate(self._slots) if holder is None]
         ready = sorted(
             (t for t in self._admitted.values() if t.generating and t.slot < 0), key=lambda track: track.ticket
@@ -313,6 +284,7 @@ class Scheduler:
             row[rounds.TEMPERATURE] = np.float32(track.temperature).view(np.int32)
             table = self._table(track)
             row[rounds.TABLE : rounds.TABLE + len(table)] = table
+        return any(self._slots)
 
     def _grow(self, track: Track) -> None:
         """Give it the pages of the coming round, preempting the youngest if there are none."""
@@ -342,6 +314,38 @@ class Scheduler:
         self._leave_pages(track)
         if track.generating:
             self.submit(track)
+
+    def _cycle(self, running: tuple[Track, ...]) -> Cycle:
+        """The work of a round in which these decode; they have their pages."""
+        prompts: list[tuple[int, list[int], list[int]]] = []
+        texts: list[tuple[int, list[int], list[int]]] = []
+        copies: list[tuple[int, int]] = []
+        for track in running:
+            row = self._plan[track.slot]
+            shared = track.shared
+            if track.cached == 0 and shared is not None and len(shared.ids):
+                if not shared.filled:
+                    prompts.extend(self._chunks(0, shared.ids.tolist(), shared.pages))
+                    shared.filled = True
+                if shared.tail is not None:
+                    copies.append((shared.tail, track.pages[0]))
+                track.cached = len(shared.ids)
+            last = len(track.tokens) - 1
+            if track.cached < last:
+                texts.extend(self._chunks(track.cached, track.tokens[track.cached : last], self._table(track)))
+                track.cached = last
+            row[rounds.TOKEN] = track.tokens[-1]
+            row[rounds.POSITION] = last
+            row[rounds.LEFT] = track.goal - track.response_tokens
+        waiting = any(track.generating and track.slot < 0 for track in self._admitted.values()) or bool(self._queue)
+        return Cycle(
+            prompts=self._pack_chunks(prompts),
+            copies=self._pack_copies(copies),
+            texts=self._pack_chunks(texts),
+            decode=self._plan.copy(),
+            exit_at=max(0, len(running) - max(1, self.config.slots // EARLY_EXIT)) if waiting else 0,
+            prefill_tokens=sum(len(tokens) for _, tokens, _ in prompts + texts),
+        )
 
     def _table(self, track: Track) -> list[int]:
         assert track.shared is not None

@@ -215,7 +215,7 @@ def test_accounts_return_to_zero_whatever_happens(data):
     live, ticket = [], 0
     for action in data.draw(st.lists(st.sampled_from("ooogggggaaacccrrrrrrw"), max_size=60), "actions"):
         if action == "o":
-            live.append(track(ticket, data.draw(st.sampled_from(prompts)), data.draw(st.integers(1, 20)), sample=ticket))
+            live.append(track(ticket, data.draw(st.sampled_from(prompts)), data.draw(st.integers(1, 20))))
             scheduler.submit(live[-1])
             ticket += 1
         elif action == "r":
