@@ -29,7 +29,12 @@ class Checkpoints:
             best_fn=lambda metrics: metrics["pass_rate"],
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "reference": ocp.StandardCheckpointHandler(),
+            "host": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, reference: Any | None, host: dict[str, Any], pass_rate: float | None) -> None:
         """Begin writing; returns once the arrays are copied. A fault of an earlier write is raised here.
@@ -51,9 +56,18 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def best(self) -> int | None:
-        """Step of the checkpoint with the best pass rate."""
-        return self._manager.best_step()
+    def find(self, which: str) -> int:
+        """The step that "latest", "best" (by pass rate) or a number names.
+
+        Raises:
+            CheckpointError: there is no such checkpoint; the message lists those there are.
+        """
+        steps = {"latest": self._manager.latest_step(), "best": self._manager.best_step()}
+        step = steps[which] if which in steps else int(which) if which.isdigit() else None
+        if step not in self._manager.all_steps():
+            kept = ", ".join(map(str, self._manager.all_steps())) or "none"
+            raise CheckpointError(f"no checkpoint {which!r} in {self._manager.directory}; there are: {kept}")
+        return step
 
     def host(self, step: int) -> dict[str, Any]:
         """The host state alone."""

@@ -48,12 +48,32 @@ def sft_optimizer(config: SftConfig, optimizer: OptimizerConfig, specs: Any) -> 
     )
 
 
-def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0; the moments take the shardings of ``params``."""
-    return TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
+def new_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """A state at step 0; ``params`` are kept as they are, the moments take their shardings."""
+    with jax.set_mesh(mesh):
+        opt_state, step = jax.jit(lambda p: (optimizer.init(p), jnp.zeros((), jnp.int32)))(params)
+    return TrainState(params, opt_state, step)
 
 
 def initial_params(specs: Any, mesh: jax.sharding.Mesh, seed: int) -> Any:
     """Random parameters, made directly where they will rest."""
     shardings = spec.shardings(specs, mesh, meshes.PARAM_RULES)
     return jax.jit(lambda key: spec.initialize(specs, key), out_shardings=shardings)(jax.random.key(seed))
+
+
+def abstract_state(specs: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, types and shardings of a state on ``mesh``, without values: the target of a restore."""
+    shardings = spec.shardings(specs, mesh, meshes.PARAM_RULES)
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        spec.abstract(specs),
+        shardings,
+    )
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), jnp.zeros((), jnp.int32)), params)
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        partition = leaf.sharding.spec if leaf.sharding is not None else jax.sharding.PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, partition))
+
+    return jax.tree.map(placed, state)

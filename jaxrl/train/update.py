@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrl import mesh as meshes
 from jaxrl.config import AlgorithmConfig, ModelConfig
 from jaxrl.model import logprob
 from jaxrl.records import Batch
@@ -28,12 +29,8 @@ def cross_entropy_loss(model: ModelConfig) -> LossFunction:
     def loss(params: Any, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
         del reference
         stats = logprob.sequence_logprobs(params, model, batch.tokens, batch.positions, batch.segment_ids)
-        count = batch.mask.sum()
-        metrics = {
-            "nll": (-(batch.mask * stats.logprobs).sum(), count),
-            "entropy": ((batch.mask * stats.entropy).sum(), count),
-        }
-        return -(batch.weights * stats.logprobs).sum(), metrics
+        metrics = {"nll": _masked(-stats.logprobs, batch), "entropy": _masked(stats.entropy, batch)}
+        return -(batch.weights * jnp.where(batch.mask > 0, stats.logprobs, 0.0)).sum(), metrics
 
     return loss
 
@@ -64,28 +61,32 @@ def policy_gradient_loss(model: ModelConfig, algorithm: AlgorithmConfig, tempera
             clip_high=algorithm.clip_high,
             dual_clip=algorithm.dual_clip,
         )
-        count = batch.mask.sum()
         per_token = surrogate.loss
         metrics = {
             "loss": ((batch.weights * surrogate.loss).sum(), jnp.ones(())),
-            "entropy": ((batch.mask * stats.entropy).sum(), count),
-            "clip_fraction": ((batch.mask * surrogate.clipped).sum(), count),
+            "entropy": _masked(stats.entropy, batch),
+            "clip_fraction": _masked(surrogate.clipped, batch),
             **mismatch.gap(stats.logprobs, batch.behaviour_logprobs, batch.mask),
         }
         if algorithm.kl_coefficient:
             reference_stats = score(jax.lax.stop_gradient(reference))
             divergence = losses.kl(stats.logprobs, reference_stats.logprobs, batch.mask, algorithm.kl_estimator)
             per_token = per_token + algorithm.kl_coefficient * divergence
-            metrics["kl_to_reference"] = (divergence.sum(), count)
+            metrics["kl_to_reference"] = _masked(divergence, batch)
         return (batch.weights * per_token).sum(), metrics
 
     return loss
 
 
+def _masked(values: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sum and count of [B, T] values over the sampled tokens; what stands elsewhere does not matter, NaN included."""
+    return jnp.where(batch.mask > 0, values, 0.0).sum(), batch.mask.sum()
+
+
 class Updater:
     """Compiled once for one micro-batch shape; ``step`` takes any number of micro-batches."""
 
-    def __init__(self, loss: LossFunction, optimizer: optax.GradientTransformation) -> None:
+    def __init__(self, loss: LossFunction, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> None:
         gradient = jax.grad(loss, has_aux=True)
 
         def first(params: Any, batch: Batch, reference: Any) -> Any:
@@ -99,9 +100,12 @@ class Updater:
             params = optax.apply_updates(state.params, updates)
             return TrainState(params, opt_state, state.step + 1), optax.global_norm(gradients)
 
+        self._mesh = mesh
+        rows = meshes.partition_spec(("batch", "tokens"), meshes.COMPUTE_RULES, mesh)
+        self._placement = jax.sharding.NamedSharding(mesh, rows)
         self._first = jax.jit(first)
         self._more = jax.jit(more, donate_argnums=0)
-        self._apply = jax.jit(apply, donate_argnums=(0, 1))
+        self._apply = jax.jit(apply, donate_argnums=0)
 
     def step(
         self, state: TrainState, batches: Iterable[Batch], reference: Any = None
@@ -112,12 +116,14 @@ class Updater:
             The new state, and every metric as its mean, with ``grad_norm`` before clipping.
         """
         total = None
-        for batch in batches:
-            if total is None:
-                total = self._first(state.params, batch, reference)
-            else:
-                total = self._more(total, state.params, batch, reference)
-        gradients, metrics = total
-        state, norm = self._apply(state, gradients)
+        with jax.set_mesh(self._mesh):
+            for batch in batches:
+                placed = jax.device_put(batch, self._placement)
+                if total is None:
+                    total = self._first(state.params, placed, reference)
+                else:
+                    total = self._more(total, state.params, placed, reference)
+            gradients, metrics = total
+            state, norm = self._apply(state, gradients)
         values = {name: float(value) / max(float(count), 1.0) for name, (value, count) in jax.device_get(metrics).items()}
         return state, values | {"grad_norm": float(norm)}

@@ -1,0 +1,153 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 bad usage or configuration; Ctrl-C leaves a resumable run."""
+
+import argparse
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from jaxrl import __version__
+from jaxrl import config as configuration
+from jaxrl.config import Config, ConfigError
+
+DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax explains itself at length
+    from jaxrl import commands  # imports jax, which `--help` and usage errors need not wait for
+
+    try:
+        options.run_verb(commands, options)
+    except ConfigError as error:
+        return _complain(error, BAD_USAGE)
+    except commands.EXPECTED_ERRORS as error:
+        return _complain(error, FAILED)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"jaxrl: {error}", file=sys.stderr)
+    return code
+
+
+def _cache_folder() -> pathlib.Path:
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "jaxrl" / "compiled"
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """The recipe named on the command line, or the one its run folder was last started with, with overrides."""
+    overrides = list(options.set)
+    if options.unsafe_sandbox:
+        overrides.append("SandboxConfig.unsafe=True")
+    if options.config is not None:
+        return configuration.load(options.config, overrides)
+    saved = options.run / "config.gin" if options.run else None
+    if saved is None or not saved.is_file():
+        raise ConfigError(f"name a recipe ({', '.join(configuration.recipe_names())}), or a --run folder that has one")
+    return configuration.parse([saved.read_text(encoding="utf-8")], overrides)
+
+
+def _train(commands, options: argparse.Namespace) -> None:
+    commands.train(_config(options), _run_folder(options), cold_start_only=False)
+
+
+def _sft(commands, options: argparse.Namespace) -> None:
+    commands.train(_config(options), _run_folder(options), cold_start_only=True)
+
+
+def _eval(commands, options: argparse.Namespace) -> None:
+    commands.evaluate(_config(options), options.run, options.step, options.json)
+
+
+def _rollout(commands, options: argparse.Namespace) -> None:
+    commands.rollout(_config(options), options.run, options.step, options.count)
+
+
+def _export(commands, options: argparse.Namespace) -> None:
+    commands.export(_config(options), options.run, options.step, options.to)
+
+
+def _import(commands, options: argparse.Namespace) -> None:
+    commands.import_folder(_config(options), options.folder, options.run)
+
+
+def _run_folder(options: argparse.Namespace) -> pathlib.Path:
+    if options.run:
+        return options.run
+    return pathlib.Path("runs") / pathlib.Path(options.config).stem
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxrl",
+        description="Train language models that think with tools.",
+        epilog="Recipes: " + ", ".join(configuration.recipe_names()) + ". `jaxrl VERB --help` shows examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"jaxrl {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function, summary: str, examples: str) -> argparse.ArgumentParser:
+        new = verbs.add_parser(
+            name, help=summary, description=summary, epilog="examples:\n" + examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        new.set_defaults(run_verb=function, config=None)
+        new.add_argument("--set", action="append", default=[], metavar="Section.field=value", help="override one value (repeatable)")
+        new.add_argument("--unsafe-sandbox", action="store_true", help="run tool code without isolation, on machines that refuse it")
+        return new
+
+    for name, function, summary, examples in (
+        (
+            "train", _train, "train a recipe from cold start to export; again on the same folder, resume exactly",
+            "  jaxrl train quickstart\n  jaxrl train quickstart --set TrainConfig.steps=200 --run runs/long\n"
+            "  jaxrl train gsm8k_tool --set DataConfig.train=gsm8k_train.jsonl",
+        ),
+        ("sft", _sft, "only the cold start of a recipe", "  jaxrl sft quickstart --run runs/cold"),
+    ):
+        new = verb(name, function, summary, examples)
+        new.add_argument("config", nargs="?", help="name of a recipe or path of a .gin file; may be left out for an existing --run")
+        new.add_argument("--run", type=pathlib.Path, help="run folder (default: runs/RECIPE)")
+
+    def checkpoint_verb(name: str, function, summary: str, examples: str) -> argparse.ArgumentParser:
+        new = verb(name, function, summary, examples)
+        new.add_argument("run", type=pathlib.Path, help="run folder that `jaxrl train` made")
+        new.add_argument("--step", default="latest", help='checkpoint: "latest", "best" or a step (default: latest)')
+        return new
+
+    new = checkpoint_verb(
+        "eval", _eval, "avg@k, pass@k and maj@k of a checkpoint, with 95 %% intervals",
+        "  jaxrl eval runs/quickstart\n  jaxrl eval runs/quickstart --set EvalConfig.temperature=0\n"
+        "  jaxrl eval runs/gsm8k_tool --set DataConfig.eval=gsm8k_test.jsonl --json",
+    )
+    new.add_argument("--json", action="store_true", help="print one JSON object")
+    new = checkpoint_verb(
+        "rollout", _rollout, "play a few episodes and print them: calls, results, rewards, and where the mask lies",
+        "  jaxrl rollout runs/quickstart --count 3",
+    )
+    new.add_argument("--count", type=int, default=2, help="episodes to play (default: 2)")
+    new = checkpoint_verb(
+        "export", _export, "write a checkpoint as a Hugging Face folder", "  jaxrl export runs/quickstart --step best --to model"
+    )
+    new.add_argument("--to", type=pathlib.Path, required=True, help="folder to write")
+    new = verb(
+        "import", _import, "check a Hugging Face folder and make it the start of a run",
+        "  jaxrl import Qwen3-0.6B --run runs/mine quickstart\n  jaxrl train --run runs/mine",
+    )
+    new.add_argument("folder", type=pathlib.Path, help="folder with config.json, safetensors and tokenizer")
+    new.add_argument("config", help="recipe to train it with")
+    new.add_argument("--run", type=pathlib.Path, required=True, help="run folder to make")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""What each verb of the command line does, once its arguments are read."""
+
+import asyncio
+import dataclasses
+import json
+import pathlib
+
+import jax
+from rich.console import Console
+
+from jaxrl.config import Config
+from jaxrl.data.problems import DataError
+from jaxrl.episodes import play_groups
+from jaxrl.evaluate.run import FIRST_EVALUATION_DRAW
+from jaxrl.evaluate.run import evaluate as run_evaluation
+from jaxrl.observe.progress import Progress
+from jaxrl.observe.report import final_table
+from jaxrl.observe.traces import format_trajectory
+from jaxrl.rewards.verifier import VerifierStartError
+from jaxrl.sandbox import SandboxUnavailable
+from jaxrl.text.tokenizer import TokenizerError
+from jaxrl.train import experiment
+from jaxrl.train.checkpoint import CheckpointError, Checkpoints
+from jaxrl.train.run import RunError, RunFolder, open_run
+from jaxrl.train.session import Session, open_player, open_session
+from jaxrl.train.sync import rollout_params
+
+EXPECTED_ERRORS = (
+    RunError, CheckpointError, DataError, TokenizerError, SandboxUnavailable, VerifierStartError,
+    FileNotFoundError,
+)
+"""Errors whose message is all a user needs; anything else is a defect and shows its traceback."""
+
+
+def train(config: Config, folder: pathlib.Path, *, cold_start_only: bool) -> None:
+    """``jaxrl train`` and ``jaxrl sft``."""
+    with Progress(folder.name) as view:
+        report = experiment.train(config, folder, view, cold_start_only=cold_start_only)
+    Console().print(final_table(report))
+
+
+def evaluate(config: Config, folder: pathlib.Path, which: str, as_json: bool) -> None:
+    """``jaxrl eval``: prints a table, or one JSON object."""
+    session, params, version = _checkpoint(config, folder, which)
+
+    async def measure():
+        async with open_player(session, params, version) as player:
+            return await run_evaluation(player, session.eval_problems, config.eval)
+
+    report = asyncio.run(measure())
+    figures = {f"pass@{k}": estimate for k, estimate in report.pass_at.items()} | {f"maj@{report.samples}": report.majority}
+    figures = {f"avg@{report.samples}": report.average} | figures
+    if as_json:
+        print(json.dumps(dataclasses.asdict(report)))
+        return
+    kind = "greedy" if report.greedy else f"sampled at temperature {config.eval.temperature:g}"
+    print(f"{len(session.eval_problems)} problems, {report.samples} samples each, {kind}; 95 % intervals")
+    for name, estimate in figures.items():
+        print(f"{name:>8}  {estimate.value:6.1%}  ({estimate.low:.1%} to {estimate.high:.1%})")
+    print(f"failed calls in correct trajectories: {report.tool_error_share_in_correct:.1%}")
+    if report.excluded:
+        print(f"left out through faults of ours: {report.excluded} trajectories")
+
+
+def rollout(config: Config, folder: pathlib.Path, which: str, count: int) -> None:
+    """``jaxrl rollout``: plays episodes of unseen problems and prints them."""
+    session, params, version = _checkpoint(config, folder, which)
+    draws = [(FIRST_EVALUATION_DRAW + index, problem) for index, problem in enumerate(session.eval_problems[:count])]
+    console = Console()
+
+    async def play() -> None:
+        async with open_player(session, params, version) as player:
+            async for group in play_groups(player, draws, 1):
+                console.print(format_trajectory(group.trajectories[0], session.tokenizer.decode))
+
+    asyncio.run(play())
+
+
+def export(config: Config, folder: pathlib.Path, which: str, to: pathlib.Path) -> None:
+    """``jaxrl export``: writes a checkpoint as a Hugging Face folder."""
+    run = _existing(folder)
+    session = open_session(config, run)
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+    step = checkpoints.find(which)
+    _, state, _ = experiment.restore(session, checkpoints, step)
+    experiment.export(session, state.params, to)
+    print(f"checkpoint {step} of {folder} written to {to}; load it with transformers.AutoModelForCausalLM.from_pretrained")
+
+
+def import_folder(config: Config, source: pathlib.Path, folder: pathlib.Path) -> None:
+    """``jaxrl import``: every tensor is checked, then the folder becomes checkpoint 0 of a new run."""
+    model = dataclasses.replace(config.model, path=str(source))
+    config = dataclasses.replace(config, model=model)
+    with open_run(folder) as run:
+        run.write_config(config)
+        session = open_session(config, run)
+        checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+        if checkpoints.latest() is not None:
+            raise RunError(f"run folder {folder} already holds checkpoint {checkpoints.latest()}; choose another with --run")
+        progress, state, reference = experiment.beginning(session)
+        checkpoints.save(0, state, reference, progress.to_json(), None)
+        checkpoints.close()
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    print(f"{source}: {count:,} parameters imported; train with: jaxrl train --run {folder}")
+
+
+def _checkpoint(config: Config, folder: pathlib.Path, which: str) -> tuple[Session, object, int]:
+    """Session, rollout weights and weight version of a checkpoint."""
+    run = _existing(folder)
+    session = open_session(config, run)
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+    progress, state, _ = experiment.restore(session, checkpoints, checkpoints.find(which))
+    checkpoints.close()
+    return session, rollout_params(state.params, session.model), progress.step
+
+
+def _existing(folder: pathlib.Path) -> RunFolder:
+    run = RunFolder(folder)
+    run.read_config()
+    return run

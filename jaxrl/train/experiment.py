@@ -1,0 +1,112 @@
+"""A whole run: cold start, reinforcement, export, report. Started again on its folder, it goes on where it stood."""
+
+import asyncio
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.config import Config
+from jaxrl.model import hf
+from jaxrl.observe import alarms
+from jaxrl.observe.progress import Progress
+from jaxrl.observe.report import Comparison, Estimate, Report, write_summary
+from jaxrl.train.checkpoint import Checkpoints
+from jaxrl.train.loop import reinforce
+from jaxrl.train.progress import RunProgress
+from jaxrl.train.recorder import Recorder
+from jaxrl.train.run import RunFolder, open_run
+from jaxrl.train.session import Session, open_session
+from jaxrl.train.sft import cold_start
+from jaxrl.train.state import TrainState, abstract_state, new_state, sft_optimizer
+
+
+def train(config: Config, folder: pathlib.Path, view: Progress, *, cold_start_only: bool = False) -> Report:
+    """Train in ``folder`` until the configured steps are done.
+
+    Raises:
+        ConfigError, RunError, CheckpointError: before anything is compiled or lost, with the remedy.
+    """
+    with open_run(folder) as run:
+        for line in run.write_config(config):
+            view.note(f"changed since the last start: {line}")
+        view.phase("prepare")
+        session = open_session(config, run)
+        checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+        step = checkpoints.latest()
+        progress, state, reference = beginning(session) if step is None else restore(session, checkpoints, step)
+        recorder = Recorder(config, run, view, progress, checkpoints)
+        try:
+            if progress.stage == "sft":
+                state = cold_start(session, recorder, progress, state)
+                progress.stage, progress.step = "rl", 0
+                state = new_state(state.params, session.rl_optimizer, session.mesh)
+                reference = jax.tree.map(jnp.copy, state.params) if config.algorithm.kl_coefficient else None
+                recorder.save(progress, state, reference, None)
+            if not cold_start_only:
+                state = asyncio.run(reinforce(session, recorder, progress, state, reference))
+            with recorder.timer.phase("export"):
+                export(session, state.params, run.export)
+        finally:
+            recorder.close()
+        report = _report(session, progress)
+        write_summary(run.path, report)
+        return report
+
+
+def export(session: Session, params: Any, folder: pathlib.Path) -> None:
+    """Write model and tokenizer as a folder that ``transformers`` loads."""
+    tokenizer = session.tokenizer
+    hf.save_folder(
+        folder,
+        session.model,
+        jax.device_get(params),
+        eos_token_id=tokenizer.end_id,
+        pad_token_id=tokenizer.pad_id,
+        also=session.chat.save,
+    )
+
+
+def restore(session: Session, checkpoints: Checkpoints, step: int) -> tuple[RunProgress, TrainState, Any | None]:
+    """What a checkpoint holds, placed on this session's mesh, whatever mesh it was saved from."""
+    config = session.config
+    progress = RunProgress.from_json(checkpoints.host(step))
+    optimizer = session.rl_optimizer
+    if progress.stage == "sft":
+        optimizer = sft_optimizer(config.sft, config.optimizer, session.specs)
+    target = abstract_state(session.specs, optimizer, session.mesh)
+    wants_reference = progress.stage == "rl" and config.algorithm.kl_coefficient
+    state, reference = checkpoints.restore(step, target, target.params if wants_reference else None)
+    return progress, state, reference
+
+
+def beginning(session: Session) -> tuple[RunProgress, TrainState, Any | None]:
+    """Where a new run starts."""
+    config, params = session.config, session.first_params()
+    if config.sft.demonstrations:
+        optimizer = sft_optimizer(config.sft, config.optimizer, session.specs)
+        return RunProgress(), new_state(params, optimizer, session.mesh), None
+    reference = jax.tree.map(jnp.copy, params) if config.algorithm.kl_coefficient else None
+    return RunProgress(stage="rl"), new_state(params, session.rl_optimizer, session.mesh), reference
+
+
+def _report(session: Session, progress: RunProgress) -> Report:
+    before, after = progress.before or {}, progress.after or {}
+    comparisons = tuple(
+        Comparison(label, Estimate(**before["estimates"][label]), Estimate(**estimate))
+        for label, estimate in after.get("estimates", {}).items()
+    )
+    return Report(
+        title=session.run.path.name,
+        run_folder=str(session.run.path),
+        steps=progress.step,
+        comparisons=comparisons,
+        tool_error_share_in_correct=after.get("tool_error_share_in_correct"),
+        tokens_per_second=progress.response_tokens / max(progress.rl_seconds, 1e-9),
+        seconds_by_phase=progress.seconds,
+        left_out=progress.left_out,
+        alarms=tuple(alarms.ringing(progress.history).values()),
+        export_path=str(session.run.export),
+        next_command=f"jaxrl rollout {session.run.path}",
+    )

@@ -1,0 +1,127 @@
+"""The reinforcement loop: problems → episodes → groups → select → advantages → pack → update → sync."""
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxrl.config import Config
+from jaxrl.data import packing
+from jaxrl.episodes import Player, play_groups
+from jaxrl.evaluate.run import evaluate
+from jaxrl.records import Batch, Group, Trajectory
+from jaxrl.rl import advantages, losses, selection
+from jaxrl.train import stages
+from jaxrl.train.progress import RunProgress
+from jaxrl.train.recorder import Recorder
+from jaxrl.train.session import Session, open_player
+from jaxrl.train.state import TrainState
+from jaxrl.train.sync import rollout_params
+from jaxrl.train.update import Updater, policy_gradient_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """One step's episodes: everything that was played, and what selection kept of it."""
+
+    played: tuple[Trajectory, ...]
+    selections: tuple[selection.Selection, ...]
+    pending: tuple[Group, ...]  # played ahead, for the next step
+
+    @property
+    def kept(self) -> tuple[selection.Selection, ...]:
+        return tuple(chosen for chosen in self.selections if chosen.kept)
+
+
+async def reinforce(
+    session: Session, recorder: Recorder, progress: RunProgress, state: TrainState, reference: Any | None
+) -> TrainState:
+    """Run the steps that remain and leave the run evaluated and saved; ``progress`` advances in place."""
+    config, timer = session.config, recorder.timer
+    recorder.view.stage("reinforcement", config.train.steps, first=progress.step)
+    loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature)
+    updater = Updater(loss, session.rl_optimizer, session.mesh)
+    with timer.phase("compile"):
+        weights = rollout_params(state.params, session.model)
+    async with open_player(session, weights, progress.step) as player:
+        if progress.before is None:
+            progress.before = progress.after = await measure(session, recorder, player, progress)
+            recorder.save(progress, state, reference, progress.before["pass_rate"])
+        while progress.step < config.train.steps:
+            state, reference, player = await stages.enter(session, recorder, progress, state, reference, player)
+            collected = await collect(session, recorder, player, progress)
+            metrics: dict[str, float] = {}
+            with timer.phase("update"):
+                for batches in pack(config, collected.kept):
+                    state, metrics = await asyncio.to_thread(updater.step, state, batches, reference)
+            progress.step += 1
+            progress.pending = collected.pending
+            progress.skipped_steps += not collected.kept
+            with timer.phase("sync"):
+                player.engine.set_weights(rollout_params(state.params, session.model), progress.step)
+            recorder.rl_step(progress, collected.played, collected.selections, metrics, player.engine.stats())
+            last = progress.step == config.train.steps
+            evaluated = last or (config.train.eval_every and progress.step % config.train.eval_every == 0)
+            if evaluated:
+                progress.after = await measure(session, recorder, player, progress)
+            if last or progress.step % config.checkpoint.every == 0:
+                recorder.save(progress, state, reference, progress.after["pass_rate"] if evaluated else None)
+    return state
+
+
+async def measure(session: Session, recorder: Recorder, player: Player, progress: RunProgress) -> dict[str, Any]:
+    """Evaluate the present weights, sampled and greedy, on problems never trained on."""
+    config, problems = session.config.eval, session.eval_problems
+    with recorder.timer.phase("evaluate"):
+        sampled = await evaluate(player, problems, config)
+        greedy = await evaluate(player, problems, dataclasses.replace(config, temperature=0.0))
+    return recorder.evaluation(progress, sampled, greedy)
+
+
+async def collect(session: Session, recorder: Recorder, player: Player, progress: RunProgress) -> Collected:
+    """Play until something survives selection, drawing problems again up to ``TrainConfig.max_draws`` times.
+
+    Groups of the next step are played behind this step's own, so decode slots that would idle while this
+    step's stragglers wait for their tools have work.
+    """
+    train = session.config.train
+    stream = session.problem_stream(progress)
+    played: list[Trajectory] = []
+    selections: list[selection.Selection] = []
+    ready = list(progress.pending)
+    for _ in range(train.max_draws):
+        with recorder.timer.phase("rollout"):
+            draws = [stream.next() for _ in range(max(train.problems + train.prefetch_groups - len(ready), 0))]
+            ready += [group async for group in play_groups(player, draws, train.samples)]
+        now, ready = ready[: train.problems], ready[train.problems :]
+        for group in now:
+            rng = np.random.default_rng((train.seed, group.draw))
+            selections.append(selection.select_group(group.trajectories, session.config.algorithm, rng))
+            played += group.trajectories
+        if any(chosen.kept for chosen in selections):
+            break
+    progress.stream = stream.state()
+    return Collected(tuple(played), tuple(selections), tuple(ready))
+
+
+def pack(config: Config, selections: tuple[selection.Selection, ...]) -> list[list[Batch]]:
+    """Micro-batches of each optimizer update: advantages by group, aggregation weights by update, fixed shapes."""
+    updates = []
+    for part in np.array_split(np.arange(len(selections)), config.train.updates_per_step):
+        chosen = [selections[index] for index in part]
+        trajectories = [trajectory for group in chosen for trajectory in group.kept]
+        if not trajectories:
+            continue
+        values = [
+            advantages.group_advantages(np.array([t.reward for t in group.kept]), config.algorithm.advantage)
+            for group in chosen
+        ]
+        weights = losses.aggregation_weights(
+            [t.mask for t in trajectories], config.algorithm.aggregation, config.engine.max_response_tokens
+        )
+        rows, row_tokens = config.train.rows, config.train.row_tokens
+        updates.append(
+            packing.pack_trajectories(trajectories, np.concatenate(values), weights, rows=rows, row_tokens=row_tokens)
+        )
+    return updates

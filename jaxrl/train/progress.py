@@ -1,0 +1,43 @@
+"""Where a run stands, apart from its weights: the host half of a checkpoint."""
+
+import dataclasses
+from typing import Any, Literal
+
+from jaxrl.observe import traces
+from jaxrl.records import Group
+
+Stage = Literal["sft", "rl"]
+
+
+@dataclasses.dataclass
+class RunProgress:
+    """Everything the next step depends on that is not an array. Round-trips through JSON."""
+
+    stage: Stage = "sft"
+    step: int = 0  # steps of this stage done; also the weight version during reinforcement
+    stream: dict[str, Any] = dataclasses.field(default_factory=dict)  # data position
+    pending: tuple[Group, ...] = ()  # played ahead for the next step
+    problems: tuple[str, ...] | None = None  # ids the present stage keeps; None = all
+    skipped_steps: int = 0
+    left_out: int = 0  # trajectories that left a batch through faults of ours
+    before: dict[str, Any] | None = None  # evaluation before reinforcement
+    after: dict[str, Any] | None = None  # newest evaluation
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)  # what the alarms look at
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by phase, over the whole run
+    rl_seconds: float = 0.0
+    response_tokens: int = 0  # of all episodes played in reinforcement
+    stage_entered: int = 0  # stages whose one-time changes are done
+
+    def to_json(self) -> dict[str, Any]:
+        row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        row["pending"] = [[traces.to_json(t) for t in group.trajectories] for group in self.pending]
+        return row
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "RunProgress":
+        groups = []
+        for rows in row["pending"]:
+            trajectories = tuple(traces.from_json(item) for item in rows)
+            groups.append(Group(trajectories[0].problem, trajectories[0].draw, trajectories))
+        problems = None if row["problems"] is None else tuple(row["problems"])
+        return cls(**{**row, "pending": tuple(groups), "problems": problems})

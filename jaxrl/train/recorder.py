@@ -1,0 +1,122 @@
+"""What a run writes down and shows: metrics, episodes, alarms, checkpoints, seconds by phase."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxrl.config import Config
+from jaxrl.evaluate.run import EvalReport
+from jaxrl.observe import alarms, metrics, traces, writers
+from jaxrl.observe.progress import Progress
+from jaxrl.records import Trajectory
+from jaxrl.rl.selection import Selection
+from jaxrl.train.checkpoint import Checkpoints
+from jaxrl.train.progress import RunProgress
+from jaxrl.train.run import RunFolder
+
+ALARM_HISTORY = 64
+"""Steps the alarms look back on."""
+
+
+class Recorder:
+    """Writes into the run folder and onto the screen.
+
+    Args:
+        progress: where the run continues from; rows beyond it that a killed run left are dropped.
+    """
+
+    def __init__(self, config: Config, run: RunFolder, view: Progress, progress: RunProgress, checkpoints: Checkpoints) -> None:
+        self.view = view
+        self.timer = metrics.PhaseTimer(view.phase)
+        self._config, self._run, self._checkpoints = config, run, checkpoints
+        fresh = checkpoints.latest() is None
+        self._writer = writers.MetricsWriter(run.path, -1 if fresh else global_step(config, progress))
+
+    def sft_step(self, progress: RunProgress, values: Mapping[str, float]) -> None:
+        """One update of the cold start."""
+        row = dict(values) | self._take_seconds(progress)
+        self._writer.write(global_step(self._config, progress), "sft", row)
+        self.view.step(row)
+
+    def rl_step(
+        self,
+        progress: RunProgress,
+        played: Sequence[Trajectory],
+        selections: Sequence[Selection],
+        update: Mapping[str, float],
+        engine: Mapping[str, float],
+    ) -> None:
+        """One step of reinforcement: how it went, what was kept, what the update did, what the engine did."""
+        pairs = metrics.Accumulator()
+        for selection in selections:
+            pairs.merge({f"select/{name}": pair for name, pair in selection.statistics.items()})
+        pairs.merge(metrics.episode_pairs(played, self._config.engine.max_response_tokens))
+        for status in {t.reward_status for t in played}:
+            pairs.add(f"reward_status/{status}", sum(t.reward_status is status for t in played), len(played))
+        for reason in {t.stop_reason for t in played}:
+            pairs.add(f"stop_reason/{reason}", sum(t.stop_reason is reason for t in played), len(played))
+        seconds = self._take_seconds(progress)
+        elapsed = sum(seconds.values())
+        tokens = sum(len(t.ids) for t in played)
+        progress.response_tokens += tokens
+        progress.rl_seconds += elapsed
+        progress.left_out += sum(not t.trainable for t in played)
+        row = pairs.means() | dict(update) | {"skipped_steps": progress.skipped_steps, "left_out": progress.left_out}
+        progress.history = [*progress.history, row][-ALARM_HISTORY:]
+        for message in alarms.new_alarms(progress.history).values():
+            self.view.note(f"alarm: {message}")
+        row |= seconds | {"tokens_per_second": tokens / max(elapsed, 1e-9)} | {f"engine/{k}": v for k, v in engine.items()}
+        step = global_step(self._config, progress)
+        self._writer.write(step, "rl", row)
+        if self._config.train.dump_episodes:
+            traces.write_episodes(self._run.path, "rl", step, played)
+        self.view.step(row, played)
+
+    def evaluation(self, progress: RunProgress, sampled: EvalReport, greedy: EvalReport) -> dict[str, Any]:
+        """One evaluation; returns it as JSON values: ``pass_rate``, figures by name, and estimates by label."""
+        estimates = {"pass@1, sampled": sampled.average, "pass@1, greedy": greedy.average}
+        estimates |= {f"pass@{k}": estimate for k, estimate in sampled.pass_at.items() if k > 1}
+        estimates[f"maj@{sampled.samples}"] = sampled.majority
+        figures = {
+            "pass_rate": sampled.average.value,
+            "tool_error_share_in_correct": sampled.tool_error_share_in_correct,
+            "calls": sampled.calls,
+            "response_tokens": sampled.response_tokens,
+            "truncated_share": sampled.truncated_share,
+            "excluded": sampled.excluded + greedy.excluded,
+        }
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
+        row = figures | {label: estimate.value for label, estimate in estimates.items()}
+        self._writer.write(global_step(self._config, progress), "eval", row)
+        headline, failed = sampled.average, figures.get("tool_error_share_in_correct")
+        self.view.note(
+            f"evaluation at step {progress.step}: pass@1 {headline.value:.1%} ({headline.low:.1%} to {headline.high:.1%}), "
+            f"greedy {greedy.average.value:.1%}" + (f", failed calls in correct {failed:.1%}" if failed is not None else "")
+        )
+        return figures | {"estimates": {label: dataclasses.asdict(estimate) for label, estimate in estimates.items()}}
+
+    def save(self, progress: RunProgress, state: Any, reference: Any | None, pass_rate: float | None) -> None:
+        """Begin a checkpoint, unless this step has one; ``pass_rate`` if these very weights were evaluated."""
+        step = global_step(self._config, progress)
+        if step == self._checkpoints.latest():
+            return
+        with self.timer.phase("checkpoint"):
+            self._checkpoints.save(step, state, reference, progress.to_json(), pass_rate)
+
+    def close(self) -> None:
+        """Wait for the last checkpoint and close every file."""
+        self._checkpoints.close()
+        self._writer.close()
+
+    def _take_seconds(self, progress: RunProgress) -> dict[str, float]:
+        seconds = self.timer.take()
+        for name, value in seconds.items():
+            progress.seconds[name] = progress.seconds.get(name, 0.0) + value
+        return {metrics.SECONDS + name: value for name, value in seconds.items()}
+
+
+def global_step(config: Config, progress: RunProgress) -> int:
+    """Steps since the run began: cold start and reinforcement counted through."""
+    cold = config.sft.steps if progress.stage == "rl" and config.sft.demonstrations else 0
+    return cold + progress.step

@@ -1,0 +1,91 @@
+"""A run folder: one place for everything a run writes, owned by one process at a time."""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import pathlib
+from collections.abc import Iterator
+
+from jaxrl import config as configuration
+from jaxrl.config import Config
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Names of what lies in a run folder."""
+
+    path: pathlib.Path
+
+    @property
+    def config(self) -> pathlib.Path:
+        return self.path / "config.gin"
+
+    @property
+    def tokenizer(self) -> pathlib.Path:
+        return self.path / "tokenizer"
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.path / "checkpoints"
+
+    @property
+    def episodes(self) -> pathlib.Path:
+        return self.path / "episodes"
+
+    @property
+    def export(self) -> pathlib.Path:
+        return self.path / "export"
+
+    @property
+    def pending(self) -> pathlib.Path:
+        """Folder of groups played ahead of the step that will train on them."""
+        return self.path / "pending"
+
+    def read_config(self) -> Config:
+        """The configuration this run was last started with.
+
+        Raises:
+            RunError: the folder is no run folder.
+        """
+        if not self.config.is_file():
+            raise RunError(f"{self.path} holds no config.gin, so it is not a run folder; give the folder `jaxrl train --run` made")
+        return configuration.parse([self.config.read_text(encoding="utf-8")])
+
+    def write_config(self, config: Config) -> list[str]:
+        """Put the resolved configuration beside the results; returns what changed since the last start, a line each."""
+        text = configuration.dump(config)
+        before = self.config.read_text(encoding="utf-8").splitlines() if self.config.is_file() else []
+        self.config.write_text(text, encoding="utf-8")
+        return [line for line in text.splitlines() if line and line not in before] if before else []
+
+
+@contextlib.contextmanager
+def open_run(path: pathlib.Path) -> Iterator[RunFolder]:
+    """Make or reopen a run folder and hold its lock; the lock dies with the process, however that ends.
+
+    Raises:
+        RunError: a live process holds the folder, or it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below, and the lock with it)
+    except OSError as error:
+        raise RunError(f"run folder {path} cannot be written: {error}; choose another with --run") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            raise RunError(
+                f"run folder {path} is in use by process {holder}; wait for it, stop it, or choose another with --run"
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield RunFolder(path)

@@ -1,0 +1,137 @@
+"""What is fixed during a run, assembled once: tokenizer, problems, model specification, mesh, and the player."""
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator
+from typing import Any
+
+import jax
+import optax
+
+from jaxrl import mesh as meshes
+from jaxrl.config import Config, ConfigError, ModelConfig
+from jaxrl.data import demonstrations, problems
+from jaxrl.envs.python_tool import PythonTool
+from jaxrl.episodes import Player
+from jaxrl.model import hf, spec, transformer
+from jaxrl.records import Demonstration, Problem
+from jaxrl.rewards.verifier import MathVerifier
+from jaxrl.rollout.engine import Engine
+from jaxrl.sandbox import pool_from_config
+from jaxrl.text.chat import ChatFormat
+from jaxrl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from jaxrl.train.progress import RunProgress
+from jaxrl.train.run import RunFolder
+from jaxrl.train.state import initial_params, rl_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """Everything a run uses and never changes."""
+
+    config: Config
+    run: RunFolder
+    tokenizer: Tokenizer
+    chat: ChatFormat
+    model: ModelConfig
+    mesh: jax.sharding.Mesh
+    train_problems: tuple[Problem, ...]
+    eval_problems: tuple[Problem, ...]
+    demonstrations: tuple[Demonstration, ...]
+
+    @property
+    def specs(self) -> spec.Specs:
+        return transformer.param_specs(self.model)
+
+    @property
+    def rl_optimizer(self) -> optax.GradientTransformation:
+        return rl_optimizer(self.config.optimizer, self.specs)
+
+    def problem_stream(self, progress: RunProgress) -> problems.ProblemStream:
+        """The endless stream of problems to train on, at the run's position; only those the stage keeps."""
+        chosen = self.train_problems
+        if progress.problems is not None:
+            kept = set(progress.problems)
+            chosen = tuple(problem for problem in chosen if problem.id in kept)
+        stream = problems.ProblemStream(chosen, self.config.data.seed)
+        if progress.stream:
+            stream.restore(progress.stream)
+        return stream
+
+    def first_params(self) -> Any:
+        """Parameters the run starts from: those of ``ModelConfig.path``, or random ones."""
+        if not self.config.model.path:
+            return initial_params(self.specs, self.mesh, self.config.train.seed)
+        _, params = hf.load_folder(self.config.model.path, self.config.model.param_dtype)
+        return jax.device_put(params, spec.shardings(self.specs, self.mesh, meshes.PARAM_RULES))
+
+
+def open_session(config: Config, run: RunFolder) -> Session:
+    """Read or make everything a run needs, cheap checks first; the tokenizer is kept in the run folder.
+
+    Raises:
+        ConfigError: values that the data shows to be wrong, such as prompts longer than the engine takes.
+    """
+    train, held_out = problems.load_split(config.data)
+    worked = demonstrations.load(config.sft, config.data, train) if config.sft.demonstrations else ()
+    tokenizer = _tokenizer(config, run, train, worked)
+    chat = ChatFormat(config.chat, (PythonTool.schema,), tokenizer)
+    chat.save(run.tokenizer)
+    model = _model(config.model, tokenizer)
+    _check_prompts(config, chat, (*train, *held_out))
+    mesh = meshes.make_mesh(config.mesh)
+    return Session(config, run, tokenizer, chat, model, mesh, train, held_out, worked)
+
+
+@contextlib.asynccontextmanager
+async def open_player(session: Session, params: Any, version: int) -> AsyncIterator[Player]:
+    """Engine, sandbox and verifier, started and compiled; everything is stopped on the way out."""
+    config = session.config
+    engine = Engine(
+        config.engine, session.model, params, stop_ids=(session.tokenizer.end_id,), seed=config.train.seed, version=version
+    )
+    engine.compile()
+    async with pool_from_config(config.sandbox) as pool, MathVerifier(config.reward) as verifier, engine.serving():
+        yield Player(
+            engine=engine,
+            chat=session.chat,
+            tokenizer=session.tokenizer,
+            tools=(PythonTool(pool),),
+            verifier=verifier,
+            config=config.env,
+            max_prompt_tokens=config.engine.max_prompt_tokens,
+            max_response_tokens=config.engine.max_response_tokens,
+        )
+
+
+def _tokenizer(
+    config: Config, run: RunFolder, train: tuple[Problem, ...], worked: tuple[Demonstration, ...]
+) -> Tokenizer:
+    if run.tokenizer.is_dir():
+        return load_tokenizer(run.tokenizer)
+    if path := config.tokenizer.path or config.model.path:
+        return load_tokenizer(path)
+    texts = [problem.question for problem in train]
+    texts += [text for demonstration in worked for text in demonstration.turns]
+    return train_sentencepiece(texts, config.tokenizer.vocab_size)
+
+
+def _model(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The architecture, with the vocabulary the tokenizer needs."""
+    if config.path:
+        config = dataclasses.replace(hf.read_config(config.path, base=config), path=config.path)
+    elif not config.vocab_size:
+        config = dataclasses.replace(config, vocab_size=-(-tokenizer.vocab_size // 8) * 8)
+    hf.check_vocabulary(config, tokenizer.vocab_size)
+    return config
+
+
+def _check_prompts(config: Config, chat: ChatFormat, questions: tuple[Problem, ...]) -> None:
+    limit = config.engine.max_prompt_tokens
+    for problem in questions:
+        tokens = len(chat.prompt(problem.question))
+        if tokens > limit:
+            raise ConfigError(
+                f'max_prompt_tokens={limit} but problem "{problem.id}" has {tokens} tokens; '
+                "raise EngineConfig.max_prompt_tokens or filter"
+            )

@@ -1,0 +1,59 @@
+"""Stages of one run: limits that change at a step, problems that are dropped, optimizers that start anew."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.config import Config
+from jaxrl.episodes import Player, play_groups
+from jaxrl.train.progress import RunProgress
+from jaxrl.train.recorder import Recorder
+from jaxrl.train.session import Session
+from jaxrl.train.state import TrainState, new_state
+
+DRAWS = 3 << 29
+"""First draw number of the episodes that decide what a stage drops; keeps their random keys off training's and evaluation's."""
+
+
+def index(config: Config, step: int) -> int:
+    """Which stage a step belongs to; 0 when there are no stages."""
+    return sum(step >= end for end in config.stages.until[:-1])
+
+
+async def enter(
+    session: Session, recorder: Recorder, progress: RunProgress, state: TrainState, reference: Any | None, player: Player
+) -> tuple[TrainState, Any | None, Player]:
+    """Apply the stage of ``progress.step``: its limits always, its one-time changes on its first step."""
+    stages = session.config.stages
+    if not stages.until:
+        return state, reference, player
+    number = index(session.config, progress.step)
+    limits = dataclasses.replace(player.config, max_turns=stages.max_turns[number])
+    player = dataclasses.replace(player, config=limits, max_response_tokens=stages.max_response_tokens[number])
+    begins = progress.step == (0, *stages.until)[number] and progress.stage_entered < number + 1
+    if not begins:
+        return state, reference, player
+    if stages.drop_solved[number]:
+        progress.problems = await _unsolved(session, recorder, player, number, stages.drop_solved[number])
+        progress.stream |= {"problems": len(progress.problems)}
+        progress.pending = ()
+    if stages.reset_optimizer[number]:
+        state = new_state(state.params, session.rl_optimizer, session.mesh)
+        reference = None if reference is None else jax.tree.map(jnp.copy, state.params)
+    progress.stage_entered = number + 1
+    return state, reference, player
+
+
+async def _unsolved(
+    session: Session, recorder: Recorder, player: Player, number: int, samples: int
+) -> tuple[str, ...]:
+    """Ids of the problems that ``samples`` episodes do not all solve; all problems if every one is solved."""
+    draws = [(DRAWS + position, problem) for position, problem in enumerate(session.train_problems)]
+    kept = []
+    async for group in play_groups(player, draws, samples):
+        if not all(trajectory.correct for trajectory in group.trajectories):
+            kept.append(group.problem.id)
+    recorder.view.note(f"stage {number + 1}: {len(kept)} of {len(draws)} problems are not always solved and stay")
+    return tuple(kept) or tuple(problem.id for problem in session.train_problems)
