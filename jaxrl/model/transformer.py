@@ -10,6 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxrl_kernels import interval_attention, paged_attention, segment_ends
 
 from jaxrl.config import ModelConfig
@@ -276,8 +277,11 @@ def _rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
 
 def _rotation(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [B, T, 1, H/2] of every position's angles (Su et al. 2021, equation 15)."""
-    half = jnp.arange(config.head_width // 2, dtype=jnp.float32)
-    angles = positions[..., None, None].astype(jnp.float32) * config.rope_theta ** (-2.0 * half / config.head_width)
+    # Rounded on the host in the steps in which transformers rounds: at position 30,000 a last bit of a frequency is a
+    # thousandth of a radian, and a compiler would turn 1 / x ** y into x ** -y.
+    exponent = np.arange(0, config.head_width, 2, dtype=np.float32) / np.float32(config.head_width)
+    frequencies = np.float32(1) / np.float32(config.rope_theta ** exponent.astype(np.float64))
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
