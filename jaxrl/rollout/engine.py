@@ -26,6 +26,9 @@ from jaxrl.rollout.scheduler import Cycle, Scheduler, Track
 SETTLE = 4
 """Turns of the asyncio loop that waiters get, at most, to fill free slots before the next round is planned."""
 
+STOP_IDS = 4
+"""Stop ids are padded to a multiple of this, so that their number seldom changes the compiled shape."""
+
 
 class PromptTooLong(ValueError):
     """A prompt that the engine was not compiled for."""
@@ -175,11 +178,14 @@ class Engine:
         self._config = config
         self._model = model
         self._scheduler = Scheduler(config)
-        self._stop_ids = tuple(int(stop) for stop in stop_ids)
+        self._stop_ids = frozenset(int(stop) for stop in stop_ids)
         self._device = device or jax.devices()[0]
         self._params = jax.device_put(params, self._device)
         self._version = version
         self._next_weights: tuple[Any, int] | None = None
+        stops = np.full(-(-max(1, len(self._stop_ids)) // STOP_IDS) * STOP_IDS, -1, np.int32)
+        stops[: len(self._stop_ids)] = sorted(self._stop_ids)
+        self._device_stop_ids = jax.device_put(stops, self._device)
         self._key = jax.device_put(jax.random.key(seed), self._device)
         self._kv_pages = jax.device_put(init_pages(model, self._scheduler.total_pages, config.page_size), self._device)
         self._counters = Counters()
@@ -400,8 +406,8 @@ class Engine:
             jax.block_until_ready(kv_pages)
         prefilled = time.perf_counter()
         self._kv_pages, output = rounds.decode_round(
-            self._params, kv_pages, cycle.decode, np.int32(cycle.exit_at), self._key,
-            model=self._model, stop_ids=self._stop_ids, steps=config.round_steps,
+            self._params, kv_pages, cycle.decode, np.int32(cycle.exit_at), self._key, self._device_stop_ids,
+            model=self._model, steps=config.round_steps,
         )
         tokens, logprobs = rounds.read_round(output)
         return _Output(cycle, tokens, logprobs, prefilled - started, time.perf_counter() - prefilled)

@@ -24,16 +24,16 @@ START, COUNT, ROW_TABLE = range(3)
 row's pages, followed by the tokens."""
 
 
-@functools.partial(jax.jit, static_argnames=("model", "stop_ids", "steps"), donate_argnames=("kv_pages",))
+@functools.partial(jax.jit, static_argnames=("model", "steps"), donate_argnames=("kv_pages",))
 def decode_round(
     params: Params,
     kv_pages: KVPages,
     plan: jax.Array,
     exit_at: jax.Array,
     key: jax.Array,
+    stop_ids: jax.Array,
     *,
     model: ModelConfig,
-    stop_ids: tuple[int, ...],
     steps: int,
 ) -> tuple[KVPages, jax.Array]:
     """Decode up to ``steps`` tokens in every slot; a slot ends at a stop id or when it has sampled all it may.
@@ -44,6 +44,7 @@ def decode_round(
         plan: [S, TABLE + M] int32.
         exit_at: () int32, the round also ends when no more than this many slots go on.
         key: the run's key.
+        stop_ids: [n] int32, -1 where there is none.
 
     Returns:
         The pages, and [2, steps, S] int32: sampled tokens (-1 = none), and the bits of their float32 log-probabilities.
@@ -51,7 +52,6 @@ def decode_round(
     table = plan[:, TABLE:]
     temperatures = jax.lax.bitcast_convert_type(plan[:, TEMPERATURE], jnp.float32)
     keys = sampler.row_keys(key, plan[:, DRAW], plan[:, SAMPLE])
-    stops = jnp.asarray(stop_ids, jnp.int32)
 
     def going(carry: tuple[jax.Array, ...]) -> jax.Array:
         step, _, _, _, left, _ = carry
@@ -67,7 +67,7 @@ def decode_round(
         token = jnp.where(active, sampled, -1)
         bits = jax.lax.bitcast_convert_type(logprob, jnp.int32)
         output = jax.lax.dynamic_update_slice_in_dim(output, jnp.stack([token, bits])[:, None], step, axis=1)
-        stopped = (token[:, None] == stops).any(axis=-1)
+        stopped = (token[:, None] == stop_ids).any(axis=-1)
         left = jnp.where(stopped, 0, jnp.maximum(left - 1, 0))
         return step + 1, kv_pages, token, position + 1, left, output
 

@@ -201,18 +201,20 @@ def test_wrong_weights_are_refused(params):
 
 
 def test_a_slot_that_waits_for_a_tool_blocks_nobody(params):
-    engine = make_engine(params, slots=1, stops=(), pages=60)
+    engine = make_engine(params, slots=3, stops=())  # room for four times as many in the pages
 
     async def run():
         async with engine.serving():
-            slow = await engine.open(prompt_of(0), draw=0, sample=0, max_tokens=40)
-            await slow.generate(5)
-            quick = await engine.open(prompt_of(1), draw=1, sample=0, max_tokens=40)
-            await asyncio.wait_for(quick.generate(20), 60)
-            slow.append([30, 31])
-            return await slow.generate(5)
+            slow = [await engine.open([draw], draw=draw, sample=0, max_tokens=16) for draw in range(3)]
+            await asyncio.gather(*(sequence.generate(5) for sequence in slow))
+            quick = await asyncio.wait_for(engine.open([9], draw=9, sample=0, max_tokens=16), 60)
+            await asyncio.wait_for(quick.generate(16), 60)
+            assert engine.stats()["pages_used"] > 4 + 1
+            for sequence in slow:
+                sequence.append([30, 31])
+            return await asyncio.gather(*(sequence.generate(5) for sequence in slow))
 
-    assert len(asyncio.run(run()).ids) == 5
+    assert [len(sample.ids) for sample in asyncio.run(run())] == [5, 5, 5]
 
 
 def test_limits_are_checked_before_anything_is_queued(params):
@@ -246,7 +248,7 @@ def test_limits_are_checked_before_anything_is_queued(params):
 
 
 def test_a_fault_of_the_device_reaches_everybody_who_waits(params, monkeypatch):
-    engine = make_engine(params, pages=24)
+    engine = make_engine(params, pages=46)
 
     def fail(*_, **__):
         raise MemoryError("no more")
@@ -265,7 +267,7 @@ def test_a_fault_of_the_device_reaches_everybody_who_waits(params, monkeypatch):
 
 
 def test_leaving_ends_whoever_still_waits(params):
-    engine = make_engine(params, stops=(), pages=24)
+    engine = make_engine(params, stops=(), pages=46)
 
     async def run():
         async with engine.serving():
@@ -281,7 +283,7 @@ def test_leaving_ends_whoever_still_waits(params):
 
 
 def test_cancelling_frees_slots_pages_and_queue(params):
-    engine = make_engine(params, stops=(), pages=24)
+    engine = make_engine(params, stops=(), pages=46)
 
     async def run():
         async with engine.serving():
