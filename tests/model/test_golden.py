@@ -27,7 +27,8 @@ class Golden:
     def __init__(self, folder: pathlib.Path) -> None:
         self.config, self.params = hf.load_folder(folder)
         self.document = json.loads((folder / "golden.json").read_text())
-        self.arrays = np.load(folder / "golden.npz")
+        with np.load(folder / "golden.npz") as arrays:
+            self.arrays = dict(arrays)
         self.score = jax.jit(self._score)
         self.paged_step = jax.jit(self._paged_step)
 
