@@ -7,17 +7,15 @@ snippet does to this code, the warden judges by what the kernel reports.
 import ast
 import atexit
 import builtins
-import hashlib
+import contextlib
 import linecache
-import os
 import random
 import site
 import sys
 import threading
 import traceback
 import types
-
-from jaxrl.sandbox.protocol import Call
+import zlib
 
 FILENAME = "main.py"  # the name tracebacks show
 
@@ -37,19 +35,17 @@ def prepare() -> None:
     linecache.clearcache()
 
 
-def run(call: Call) -> int:
-    """Run the call to its end, threads and exit functions included, and return its exit code."""
-    _seed(call.code)
-    code = execute(call.code, call.echo)
+def run(source: bytes, echo: bool) -> int:
+    """Run the snippet to its end, threads and exit functions included, and return its exit code."""
+    _seed(source)
+    code = execute(source, echo)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed or replaced by the snippet
             stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass  # the snippet closed or replaced it
     return code
 
 
@@ -105,12 +101,8 @@ def _report(error: BaseException) -> None:
 
 def _seed(code: bytes) -> None:
     """The same snippet draws the same numbers on every run and machine; a warm template must not fix them for all."""
-    seed = int.from_bytes(hashlib.blake2b(code, digest_size=8).digest(), "little")
+    seed = zlib.crc32(code)
     random.seed(seed)
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
-        numpy_random.seed(seed & 0xFFFFFFFF)
-
-
-def leave(code: int) -> None:
-    os._exit(code)
+        numpy_random.seed(seed)

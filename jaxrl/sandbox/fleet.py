@@ -24,21 +24,21 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _WATCH_BYTES = 8 << 20  # single memory requests from this size on are shown to the warden
 _REBUILDS = 3  # jails built in vain, one after the other, before giving up
 
-# Everything the jailed interpreter finds in its environment. Huge pages and one heap make the fork of a large
-# interpreter about twice as cheap; library threads would only contend for the one core that a call may use.
+# Everything the jailed interpreter finds in its environment. One heap, since each further one reserves address space
+# that counts against a call's memory; library threads would only contend for the one core that a call gets.
 _ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "TZ": "UTC",
     "PYTHONHASHSEED": "0",
-    "PYTHONMALLOC": "malloc",
     "PYTHONDONTWRITEBYTECODE": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
+    "GLIBC_TUNABLES": "glibc.malloc.arena_max=1",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
 }
 _LAUNCH = (
     "import json, sys; settings = json.loads(sys.argv[2]); sys.path.insert(0, settings['home']); "
+    "from jaxrl.sandbox import forks; forks.defer_hooks(); "
     "from jaxrl.sandbox.zygote import launch; launch(int(sys.argv[1]), settings)"
 )
 

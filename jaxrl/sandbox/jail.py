@@ -8,14 +8,12 @@ import dataclasses
 import errno
 import importlib.util
 import os
-import resource
 import socket
 import stat
 import sys
 import sysconfig
 
 from jaxrl.sandbox import seccomp, syscalls
-from jaxrl.sandbox.protocol import Limits
 
 UNSAFE = "unsafe: none"
 JAILED = "jail: namespaces, seccomp, rlimits, ordinary user"
@@ -203,40 +201,3 @@ def confine_template() -> None:
     syscalls.drop_capability_bounds()
     syscalls.set_capabilities(keep=(syscalls.CAP_SYS_ADMIN,))
     seccomp.template_filter().install()
-
-
-class ChildWalls:
-    """What a child adds for itself, with everything prepared before the fork."""
-
-    def __init__(self, work: str) -> None:
-        self._work = work
-        self._filter = seccomp.child_filter()
-
-    def close(self, disk_mib: int) -> None:
-        """An own mount namespace with an empty sized directory, an own user for counting, no capability."""
-        syscalls.unshare(syscalls.CLONE_NEWNS)
-        flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
-        syscalls.mount("tmpfs", self._work, "tmpfs", flags, f"size={disk_mib}m,nr_inodes=4096,mode=700")
-        os.chdir(self._work)
-        # A thread limit counts per user and namespace: without an own one, calls would count each other's threads.
-        syscalls.unshare(syscalls.CLONE_NEWUSER)
-        syscalls.set_capabilities()
-
-    def seal(self) -> None:
-        """The last step: no namespaces, mounts, programs or processes from here on."""
-        self._filter.install()
-
-
-def limit_resources(limits: Limits, address_space: int, jailed: bool) -> None:
-    """Resource limits of the calling process; ``address_space`` in bytes."""
-    # Soft = hard: the first process of a pid namespace ignores the soft limit's signal. The warden, which sees
-    # fractions of seconds, is expected to act first.
-    seconds = int(limits.cpu_seconds) + 2
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limits.open_files, limits.open_files))
-    size = limits.disk_mib << 20
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if jailed:  # without a namespace this would count all processes of the user
-        resource.setrlimit(resource.RLIMIT_NPROC, (limits.threads, limits.threads))

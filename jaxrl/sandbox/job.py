@@ -5,8 +5,8 @@ import os
 import signal
 import time
 
-from jaxrl.sandbox.protocol import Call, Outcome, Report
 from jaxrl.sandbox.orders import STARTED
+from jaxrl.sandbox.protocol import Call, Outcome, Report
 
 _CHUNK = 1 << 18
 _LONGEST_STRETCH = 10  # a wall limit grows with waiting for a core, up to this multiple of itself

@@ -112,6 +112,11 @@ class Pool:
         self._open = True
         await self._warden()
 
+    @property
+    def warden_pid(self) -> int:
+        """Process id of the trusted helper; everything of this pool runs below it. 0 while the pool is closed."""
+        return self._link.process_id if self._link is not None else 0
+
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process, mount, descriptor or file."""
         self._open = False

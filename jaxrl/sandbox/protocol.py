@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 
 _FRAME = struct.Struct("<IB")
+_LEAST_MEMORY_MIB = 16
 _LIMITS = struct.Struct("<ddIIIIII")
 _CALL = struct.Struct("<QdBBII")
 _OUTCOME = struct.Struct("<QBBBBiidddQII")
@@ -35,10 +36,10 @@ class Limits:
     threads: int = 128
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not value > 0:
-                raise ValueError(f"Limits.{field.name}={value!r} must be greater than 0")
+        if not min(dataclasses.astuple(self)) > 0:
+            raise ValueError(f"every limit must be greater than 0: {self}")
+        if self.memory_mib < _LEAST_MEMORY_MIB:
+            raise ValueError(f"Limits.memory_mib={self.memory_mib} is below what a call needs to start: {_LEAST_MEMORY_MIB}")
 
 
 class Outcome(enum.IntEnum):
@@ -77,6 +78,13 @@ class Call:
         start = _CALL.size + _LIMITS.size
         code, stdin = data[start : start + code_length], data[start + code_length :]
         return Call(id, code, stdin, bool(echo), limits, submitted, attempts)
+
+
+def unpack_for_child(data: bytes) -> tuple[bytes, bool, tuple]:
+    """(code, echo, limits in the order of their fields) of a packed Call, without making objects of them."""
+    _, _, _, echo, code_length, _ = _CALL.unpack_from(data)
+    start = _CALL.size + _LIMITS.size
+    return data[start : start + code_length], bool(echo), _LIMITS.unpack_from(data, _CALL.size)
 
 
 @dataclasses.dataclass(frozen=True)

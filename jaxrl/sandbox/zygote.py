@@ -7,47 +7,40 @@ A stem never runs a call, so a lost template is replaced by one fork. All orders
 sockets; a closed socket means that the warden is gone and ends the process.
 """
 
-import fcntl
-import gc
 import json
 import os
+import resource
 import select
 import shutil
 import signal
 import socket
 import sys
 import tempfile
-import time
 import traceback
 from typing import NoReturn
 
-from jaxrl.sandbox import cell, jail, seccomp, syscalls
-from jaxrl.sandbox.orders import (
-    ANSWER_BORN,
-    ANSWER_DIED,
-    ANSWER_FAILED,
-    ANSWER_PONG,
-    ANSWER_READY,
-    BORN,
-    CALL_HEAD,
-    DIED,
-    ORDER_PING,
-    ORDER_TEMPLATE,
-    STARTED,
-    receive_packet,
-    send_packet,
-)
-from jaxrl.sandbox.protocol import Call
+from jaxrl.sandbox import cell, forks, jail, orders, seccomp, syscalls
+from jaxrl.sandbox.child import Child
+from jaxrl.sandbox.orders import receive_packet, send_packet
 
 # Typical work, run once in a stem: its caches are then shared by every call instead of filled by each.
 _WARM_UP = {
-    "numpy": "import numpy as np; a = np.arange(6.0).reshape(2, 3); a @ a.T; repr(a); np.linalg.solve(np.eye(2), [1, 2])",
-    "scipy": "import scipy.optimize, scipy.integrate, scipy.linalg, scipy.special",
-    "sympy": (
-        "import sympy as sp; x, y = sp.symbols('x y'); sp.solve(x**2 - 3*x + 2, x); sp.solve([x + y - 3, x - y - 1], [x, y]); "
-        "str(sp.simplify((x**2 - 1)/(x - 1))); sp.factorint(360); str(sp.expand((x + y)**3)); sp.factor(x**2 - 1); "
-        "sp.integrate(x**2, (x, 0, 1)); sp.diff(sp.sin(x)*x, x); sp.Rational(1, 3) + sp.sqrt(2); sp.latex(x/2); sp.N(sp.pi)"
-    ),
+    "numpy": """
+import numpy as np
+a = np.arange(6.0).reshape(2, 3)
+repr(a @ a.T), np.linalg.solve(np.eye(2), [1, 2]), np.random.rand(2)
+""",
+    "scipy": """
+import scipy.integrate, scipy.linalg, scipy.optimize, scipy.special
+""",
+    "sympy": """
+import sympy as sp
+x, y = sp.symbols("x y")
+sp.solve(x**2 - 3*x + 2, x), sp.solve([x + y - 3, x - y - 1], [x, y])
+str(sp.simplify((x**2 - 1) / (x - 1))), sp.factor(x**2 - 1), str(sp.expand((x + y)**3))
+sp.integrate(x**2, (x, 0, 1)), sp.diff(sp.sin(x) * x, x), sp.latex(sp.Rational(1, 3) + sp.sqrt(2)), sp.N(sp.pi)
+sp.factorint(360), sp.isprime(97), list(sp.primerange(10)), sp.gcd(12, 18), sp.binomial(5, 2), sp.Matrix([[1, 2], [3, 4]]).det()
+""",
 }
 
 
@@ -61,7 +54,7 @@ def launch(control_fd: int, settings: dict) -> NoReturn:
         if jailed:
             jail.enter(view)
     except jail.SandboxUnavailable as error:
-        send_packet(control, ANSWER_FAILED + str(error).encode())
+        send_packet(control, orders.ANSWER_FAILED + str(error).encode())
         os._exit(1)
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 2)  # up to here errors went to the user's terminal
@@ -73,18 +66,17 @@ def launch(control_fd: int, settings: dict) -> NoReturn:
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
         if jailed:
             jail.confine_template()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         cell.prepare()
         _stem(control, settings["watch_bytes"], view.work, jailed)
     os._exit(0)
 
 
-def _stem(control: socket.socket, watch_bytes: int, work: str, jailed: bool) -> None:
+def _stem(control: socket.socket, watch_bytes: int, work: str, jailed: bool) -> NoReturn:
     """Fork templates and further stems on order."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps; the warden watches through pidfds
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    _announce(control, ANSWER_READY)
+    forks.settle_heap()
+    _announce(control)
     while True:
         order, fds = receive_packet(control)
         if not order:
@@ -94,32 +86,30 @@ def _stem(control: socket.socket, watch_bytes: int, work: str, jailed: bool) -> 
             continue
         control.close()
         control = socket.socket(fileno=fds[0])
-        if order[:1] == ORDER_TEMPLATE:
+        if order[:1] == orders.ORDER_TEMPLATE:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _Template(control, watch_bytes, work, jailed).serve()
         try:
             _load(json.loads(order[1:]))
         except BaseException as error:
             text = "".join(traceback.format_exception_only(error)).strip()
-            send_packet(control, ANSWER_FAILED + f"a template could not load its modules: {text}".encode())
+            send_packet(control, orders.ANSWER_FAILED + f"a template could not load its modules: {text}".encode())
             os._exit(1)
-        gc.collect()
-        gc.freeze()
-        _announce(control, ANSWER_READY)
+        forks.settle_heap()
+        _announce(control)
 
 
 def _load(modules: list[str]) -> None:
     for name in modules:
         __import__(name)
     for name in modules:
-        if name in _WARM_UP:
-            exec(compile(_WARM_UP[name], "<warm up>", "exec"), {})
+        exec(compile(_WARM_UP.get(name, ""), "<warm up>", "exec"), {})
     cell.prepare()
 
 
-def _announce(control: socket.socket, answer: bytes, *fds: int) -> None:
+def _announce(control: socket.socket, *fds: int) -> None:
     own = os.pidfd_open(os.getpid())
-    send_packet(control, answer, (own, *fds))
+    send_packet(control, orders.ANSWER_READY, (own, *fds))
     os.close(own)
 
 
@@ -128,19 +118,20 @@ class _Template:
 
     def __init__(self, control: socket.socket, watch_bytes: int, work: str, jailed: bool) -> None:
         self._control = control
+        self._watch_bytes = watch_bytes
         self._jailed = jailed
         self._own = os.pidfd_open(os.getpid())
-        self._walls = jail.ChildWalls(work) if jailed else None
+        self._child = Child(self._own, work, jailed)
         self._poller = select.poll()
         self._poller.register(control, select.POLLIN)
         self._children: dict[int, tuple[int, int, str]] = {}  # pidfd → (call id, pid, directory to remove)
-        self._watch_bytes = watch_bytes
 
     def serve(self) -> NoReturn:
+        forks.restore_registration()
         watch: tuple[int, ...] = ()
         if self._jailed:
             watch = (seccomp.memory_watch(self._watch_bytes).install(listen=True),)
-        _announce(self._control, ANSWER_READY, *watch)
+        _announce(self._control, *watch)
         for fd in watch:
             os.close(fd)
         while True:
@@ -154,11 +145,11 @@ class _Template:
         order, fds = receive_packet(self._control)
         if not order:
             os._exit(0)
-        if order[:1] == ORDER_PING:
-            send_packet(self._control, ANSWER_PONG)
+        if order[:1] == orders.ORDER_PING:
+            send_packet(self._control, orders.ANSWER_PONG)
             return
-        id, address_space, in_memory = CALL_HEAD.unpack_from(order, 1)
-        packed = order[1 + CALL_HEAD.size :]
+        id, address_space, in_memory = orders.CALL_HEAD.unpack_from(order, 1)
+        packed = order[1 + orders.CALL_HEAD.size :]
         if in_memory:
             with open(fds.pop(), "rb") as file:
                 packed = file.read()
@@ -168,74 +159,32 @@ class _Template:
                 syscalls.unshare(syscalls.CLONE_NEWPID)
             pid = os.fork()
         except OSError:
-            pid = -1  # the closed pipes tell the warden: nothing started
+            pid = -1  # the closed pipes tell the warden that nothing started
         if pid == 0:
-            self._become_child(packed, address_space, fds, directory)
+            self._child.become(packed, address_space, fds, directory)
         if self._jailed:
-            syscalls.enter_pid_namespace(self._own)
+            syscalls.enter_pid_namespace(self._own)  # back to our own, for the next unshare
         for fd in fds:
             os.close(fd)
         if pid < 0:
-            send_packet(self._control, ANSWER_DIED + DIED.pack(id, 0, 0.0, 0.0, 0))
+            send_packet(self._control, orders.ANSWER_DIED + orders.DIED.pack(id, 0, 0.0, 0.0, 0))
             return
         pidfd = os.pidfd_open(pid)
         self._children[pidfd] = (id, pid, directory)
         self._poller.register(pidfd, select.POLLIN)
-        send_packet(self._control, ANSWER_BORN + BORN.pack(id), (pidfd,))
+        send_packet(self._control, orders.ANSWER_BORN + orders.BORN.pack(id), (pidfd,))
 
     def _bury(self, pidfd: int) -> None:
         id, pid, directory = self._children.pop(pidfd)
         self._poller.unregister(pidfd)
         os.close(pidfd)
+        if not self._jailed:
+            try:
+                os.killpg(pid, signal.SIGKILL)  # what it started and left; in a jail the kernel has done this
+            except (ProcessLookupError, PermissionError):
+                pass
         _, status, usage = os.wait4(pid, 0)
         if directory:
             shutil.rmtree(directory, ignore_errors=True)
-        send_packet(self._control, ANSWER_DIED + DIED.pack(id, status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss))
-
-    def _become_child(self, packed: bytes, address_space: int, fds: list[int], directory: str) -> NoReturn:
-        """Descriptors, walls, limits; then the byte that separates our failures from the snippet's; then the snippet."""
-        try:
-            call = Call.unpack(packed)
-            self._control.detach()
-            os.setsid()  # a signal to process group 0 must not reach the template
-            own = _take_descriptors(fds, self._own)
-            orphaned = select.poll()
-            orphaned.register(own, select.POLLIN)
-            if self._walls is not None:
-                self._walls.close(call.limits.disk_mib)
-            else:
-                os.chdir(directory)
-                os.environ.update(HOME=directory, TMPDIR=directory)
-            jail.limit_resources(call.limits, address_space, self._jailed)
-            # The template's death ends the child. Where it came first, nobody else would.
-            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-            if orphaned.poll(0):
-                os._exit(0)
-            os.close(own)
-            if self._walls is not None:
-                self._walls.seal()
-            gc.enable()
-            os.write(3, STARTED.pack(time.monotonic()))
-            os.close(3)
-        except BaseException as error:
-            os.write(2, f"the sandbox could not prepare a call: {error!r}".encode())
-            os._exit(0)
-        code = 1
-        try:
-            code = cell.run(call)
-        finally:
-            os._exit(code)
-
-
-def _take_descriptors(fds: list[int], template: int) -> int:
-    """stdin, stdout, stderr and the started pipe become 0, 1, 2 and 3; all others close but the template's, returned."""
-    stdout, stderr, started, *stdin = fds
-    if stdin:
-        os.dup2(stdin[0], 0)
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
-    own = fcntl.fcntl(template, fcntl.F_DUPFD_CLOEXEC, 5)  # out of the way of the two numbers filled next
-    os.dup2(started, 3)
-    os.dup2(own, 4)
-    syscalls.close_from(5)
-    return 4
+        died = orders.DIED.pack(id, status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss)
+        send_packet(self._control, orders.ANSWER_DIED + died)

@@ -1,0 +1,111 @@
+"""The first milliseconds of a call: a fresh fork of the template puts on its walls, then runs the snippet.
+
+Runs once per call, on pages that it copies by touching them: straight code on prepared values, few objects.
+"""
+
+import fcntl
+import gc
+import os
+import resource
+import select
+import signal
+import time
+from typing import NoReturn
+
+from jaxrl.sandbox import cell, forks, seccomp, syscalls
+from jaxrl.sandbox.orders import STARTED
+from jaxrl.sandbox.protocol import unpack_for_child
+
+_MOUNT_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+_FILES_IN_WORK = 4096
+
+
+class Child:
+    """What every child of a template does; made before the fork.
+
+    Args:
+        template: pidfd of the template.
+        work: the directory inside the jail over which the child mounts its own.
+        jailed: False runs the snippet with resource limits only.
+    """
+
+    def __init__(self, template: int, work: str, jailed: bool) -> None:
+        self._template = template
+        self._work = work
+        self._jailed = jailed
+        self._filter = seccomp.child_filter()
+
+    def become(self, packed: bytes, address_space: int, fds: list[int], directory: str) -> NoReturn:
+        """Set up, say that the walls stand, run the call.
+
+        Args:
+            packed: the Call.
+            address_space: bytes.
+            fds: stdout, stderr, started pipe and, if there is input, stdin.
+            directory: working directory where there is no jail.
+        """
+        code = 1
+        try:
+            source, echo, limits = unpack_for_child(packed)
+            cpu_seconds, _, _, _, _, disk_mib, open_files, threads = limits
+            os.setsid()  # a signal to process group 0 must not reach the template
+            _take_descriptors(fds, self._template)
+            if self._jailed:
+                self._build_walls(disk_mib)
+                # Counted per user of the namespace that is this call's own; elsewhere it would count others' threads.
+                resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
+            else:
+                os.chdir(directory)
+                os.environ.update(HOME=directory, TMPDIR=directory)
+                forks.register_hooks()
+            # Soft = hard: the first process of a pid namespace ignores the soft limit's signal. The warden, which
+            # knows fractions of seconds, is expected to act first.
+            seconds = int(cpu_seconds) + 2
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+            resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (disk_mib << 20, disk_mib << 20))
+            _tie_to_template()
+            if self._jailed:
+                self._filter.install()
+            gc.enable()
+            # Written by us and closed before the snippet begins: without it the fault is ours, with it the snippet's.
+            os.write(3, STARTED.pack(time.monotonic()))
+            os.close(3)
+        except BaseException as error:
+            os.write(2, f"the sandbox could not prepare a call: {error!r}".encode())
+            os._exit(0)
+        try:
+            code = cell.run(source, echo)
+        finally:
+            os._exit(code)
+
+    def _build_walls(self, disk_mib: int) -> None:
+        """An own mount namespace with an empty sized directory, an own user for counting, no capability."""
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        size = f"size={disk_mib}m,nr_inodes={_FILES_IN_WORK},mode=700"
+        syscalls.mount("tmpfs", self._work, "tmpfs", _MOUNT_FLAGS, size)
+        os.chdir(self._work)
+        syscalls.unshare(syscalls.CLONE_NEWUSER)
+        syscalls.set_capabilities()
+
+
+def _take_descriptors(fds: list[int], template: int) -> None:
+    """stdin, stdout, stderr and the started pipe become 0, 1, 2 and 3, the template 4; all others are closed."""
+    stdout, stderr, started, *stdin = fds
+    if stdin:
+        os.dup2(stdin[0], 0)
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    spare = fcntl.fcntl(template, fcntl.F_DUPFD_CLOEXEC, 5)  # out of the way of the two numbers filled next
+    os.dup2(started, 3)
+    os.dup2(spare, 4)
+    syscalls.close_from(5)
+
+
+def _tie_to_template() -> None:
+    """Die with the template, also where it died before this was asked for."""
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if select.select([4], [], [], 0)[0]:
+        os._exit(0)
+    os.close(4)
