@@ -11,11 +11,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxrl_kernels import interval_attention, paged_attention, segment_ends
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model.spec import ParamSpec, Specs
+from jaxrl_kernels import interval_attention, paged_attention, segment_ends
 
 Params = dict[str, Any]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from jaxrl_kernels.interval_attention import interval_attention, segment_ends
 from jaxrl_kernels.interval_attention.cases import CASES, Case
 
@@ -40,7 +41,7 @@ def test_case(case: Case, backend: str) -> None:
     wanted = output_and_gradients(case, "reference", exact=True)
     naive = output_and_gradients(case, "reference")
     got = output_and_gradients(case, backend)
-    for name, exact, plain, ours in zip("output q k v".split(), wanted, naive, got, strict=True):
+    for name, exact, plain, ours in zip(["output", "q", "k", "v"], wanted, naive, got, strict=True):
         assert ours.dtype == case.dtype
         error = float(jnp.abs(ours.astype(jnp.float32) - exact).max())
         allowed = 2 * float(jnp.abs(plain.astype(jnp.float32) - exact).max()) + (2e-5 if case.dtype == "float32" else 2e-2)

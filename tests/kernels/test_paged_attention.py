@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
+
 from jaxrl_kernels.paged_attention import paged_attention
 from jaxrl_kernels.paged_attention.cases import CASES, Case
 
@@ -89,7 +91,7 @@ def _intermediates(function: object, *arguments: jax.Array) -> list[jax.core.Sha
         found = []
         for equation in jaxpr.eqns:
             found += [variable.aval for variable in equation.outvars]
-            for sub in jax.core.jaxprs_in_params(equation.params):
+            for sub in jaxprs_in_params(equation.params):
                 found += walk(sub)
         return found
 

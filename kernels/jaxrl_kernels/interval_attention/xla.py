@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrl_kernels.softmax import MASKED, round_up
 
-CHUNK = 128
+CHUNK = 256
 """Queries whose scores exist at once."""
 SPANS = 8
 """Spans of a row with a key range of their own (each is compiled once more)."""

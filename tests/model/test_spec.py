@@ -1,0 +1,74 @@
+"""Everything derived from the parameter table."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.config import ModelConfig
+from jaxrl.mesh import PARAM_RULES
+from jaxrl.model.spec import ParamSpec, abstract, count, decay_mask, initialize, shardings
+from jaxrl.model.transformer import param_specs
+
+CONFIG = ModelConfig(vocab_size=24, layers=3, width=16, query_heads=4, kv_heads=2, head_width=6, ffn_width=20)
+
+
+def test_a_linear_layer_is_stored_as_outputs_by_inputs() -> None:
+    spec = param_specs(CONFIG)["layers"]["query"]
+    assert spec.hf_shape == (4 * 6, 16)
+    ours = np.arange(16 * 4 * 6).reshape(16, 4, 6)
+    theirs = spec.to_hf(ours)
+    assert theirs[2 * 6 + 5, 7] == ours[7, 2, 5]
+    output = param_specs(CONFIG)["layers"]["output"]
+    assert output.to_hf(np.arange(4 * 6 * 16).reshape(4, 6, 16))[9, 3 * 6 + 1] == (3 * 6 + 1) * 16 + 9
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_every_parameter_survives_the_way_to_hugging_face_and_back(family: str) -> None:
+    specs = param_specs(dataclasses.replace(CONFIG, family=family, tie_embeddings=False))
+    for spec in jax.tree.leaves(specs):
+        shape = spec.shape[1:] if spec.stacked else spec.shape
+        array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        np.testing.assert_array_equal(spec.from_hf(spec.to_hf(array)), array)
+        assert spec.stacked == ("{layer}" in spec.hf_name)
+
+
+def test_a_tensor_of_another_model_is_refused_by_name() -> None:
+    spec = param_specs(CONFIG)["layers"]["gate"]
+    with pytest.raises(ValueError, match=r"gate_proj.weight has shape \(20, 15\); the configuration makes it \(20, 16\)"):
+        spec.from_hf(np.zeros((20, 15)))
+
+
+def test_initial_values_depend_on_key_and_path_only() -> None:
+    tied, untied = (initialize(param_specs(dataclasses.replace(CONFIG, tie_embeddings=tie)), jax.random.key(3)) for tie in (True, False))
+    assert "head" in untied and "head" not in tied
+    np.testing.assert_array_equal(tied["layers"]["down"], untied["layers"]["down"])
+    assert float(jnp.std(tied["layers"]["up"])) == pytest.approx(CONFIG.init_scale, rel=0.1)
+    assert not jnp.array_equal(tied["layers"]["up"], tied["layers"]["gate"])
+    np.testing.assert_array_equal(tied["layers"]["ffn_norm"], 1.0)
+
+
+def test_abstract_count_and_decay_agree_with_the_parameters() -> None:
+    specs = param_specs(dataclasses.replace(CONFIG, family="qwen2"))
+    params = initialize(specs, jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract(specs))
+    assert count(specs) == sum(x.size for x in jax.tree.leaves(params))
+    decayed = {jax.tree_util.keystr(path) for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(specs)) if decays}
+    assert decayed == {"['embedding']", *(f"['layers']['{name}']" for name in ["query", "key", "value", "output", "gate", "up", "down"])}
+
+
+def test_an_axis_that_cannot_be_split_is_named() -> None:
+    mesh = jax.sharding.AbstractMesh((1, 1, 4), ("data", "fsdp", "tensor"))
+    with pytest.raises(ValueError, match=r"k_proj.weight: axis 'kv_heads' of length 2 cannot be split over tensor = 4"):
+        shardings({"key": param_specs(CONFIG)["layers"]["key"]}, mesh, PARAM_RULES)
+
+
+def test_the_vocabulary_must_be_known() -> None:
+    with pytest.raises(ValueError, match="vocab_size=0 is not set"):
+        param_specs(ModelConfig())
+
+
+def test_specs_are_leaves() -> None:
+    assert all(isinstance(leaf, ParamSpec) for leaf in jax.tree.leaves(param_specs(CONFIG)))
