@@ -76,15 +76,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     open_axes = [axis for axis, length in lengths.items() if length == -1]
     known = math.prod(length for length in lengths.values() if length != -1)
     if len(open_axes) > 1:
-        raise ConfigError(f"MeshConfig.{open_axes[0]} and MeshConfig.{open_axes[1]} are both -1; give one of them a length")
-    if min(known, *(length for length in lengths.values() if length != -1), 1) < 1:
+        raise ConfigError(f"MeshConfig.{open_axes[0]} and MeshConfig.{open_axes[1]} are both -1; give one a length")
+    if any(length < 1 and length != -1 for length in lengths.values()):
         raise ConfigError(f"MeshConfig lengths {lengths} must be at least 1, or -1 for all devices that remain")
     if open_axes:
         lengths[open_axes[0]] = len(devices) // known
     if math.prod(lengths.values()) != len(devices):
+        asked = " x ".join(str(getattr(config, axis)) for axis in AXES)
         raise ConfigError(
-            f"MeshConfig asks for {' x '.join(str(getattr(config, axis)) for axis in AXES)} devices (data x fsdp x tensor) "
-            f"but {len(devices)} are there; let the lengths multiply to {len(devices)}"
+            f"MeshConfig asks for {asked} devices (data x fsdp x tensor) but {len(devices)} are there; "
+            f"let the lengths multiply to {len(devices)}"
         )
     return jax.make_mesh(tuple(lengths.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 

@@ -67,7 +67,8 @@ def test_training_is_the_same_on_every_mesh() -> None:
     """Loss, gradients and the gradients' shardings on 2x2x2, 8x1x1 and 1x8x1 devices, in a process that has eight."""
     script = pathlib.Path(__file__).with_name("mesh_process.py")
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=280, check=False)
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [report["mesh"] for report in reports] == ["2x2x2", "8x1x1", "1x8x1"]

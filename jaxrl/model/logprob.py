@@ -1,5 +1,7 @@
 """Log-probabilities and entropies of tokens, without ever holding the logits of a long row."""
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -44,7 +46,7 @@ def token_logprobs(
     """
     tokens, head = ("batch", "token_shards"), _head(params).astype(hidden.dtype)
     score = per_shard(
-        lambda hidden, head, targets, temperature: _score_chunks(hidden, head, targets, temperature, config.logprob_chunk),
+        functools.partial(_score_chunks, chunk=config.logprob_chunk),
         [(*tokens, None), (None, None), tokens, ()],
         [tokens, tokens],
     )

@@ -69,7 +69,9 @@ class ParamSpec:
             ValueError: the tensor's shape is not ``hf_shape``.
         """
         if tuple(tensor.shape) != self.hf_shape:
-            raise ValueError(f"{self.hf_name} has shape {tuple(tensor.shape)}; the configuration makes it {self.hf_shape}")
+            raise ValueError(
+                f"{self.hf_name} has shape {tuple(tensor.shape)}; the configuration makes it {self.hf_shape}"
+            )
         length = dict(zip(self.axes, self.shape, strict=True))
         flat = [axis for merged in self.hf_layout for axis in merged]
         axes = self.axes[1:] if self.stacked else self.axes
@@ -110,8 +112,8 @@ def shardings(specs: Specs, mesh: Mesh, rules: Rules) -> dict[str, Any]:
             pieces = math.prod(mesh.shape[name] for name in parts)
             if length % pieces:
                 raise ValueError(
-                    f"{spec.hf_name}: axis {axis!r} of length {length} cannot be split over {' x '.join(parts)} = {pieces} "
-                    "devices; choose a mesh axis length that divides it"
+                    f"{spec.hf_name}: axis {axis!r} of length {length} cannot be split over "
+                    f"{' x '.join(parts)} = {pieces} devices; choose a mesh axis length that divides it"
                 )
         return NamedSharding(mesh, partition)
 

@@ -236,8 +236,8 @@ def _layer(
     def product(equation: str, x: jax.Array, name: str, out_axes: tuple[str | None, ...]) -> jax.Array:
         """A matrix product of operands in the compute type, with a float32 result."""
         weight = to_compute(weights[name].astype(dtype), axes[name])
-        out_sharding = compute_spec((rows, None, *out_axes))
-        return jnp.einsum(equation, x.astype(dtype), weight, preferred_element_type=jnp.float32, out_sharding=out_sharding)
+        spec = compute_spec((rows, None, *out_axes))
+        return jnp.einsum(equation, x.astype(dtype), weight, preferred_element_type=jnp.float32, out_sharding=spec)
 
     normed = _rms_norm(x, weights["attention_norm"], config)
     q = product("btd,dnh->btnh", normed, "query", ("query_heads", None))
@@ -263,10 +263,10 @@ def _layer(
 
 
 def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: str | None) -> jax.Array:
-    """Rows of the embedding in the compute type; the table is gathered first, since a lookup in a split one is slow."""
+    """Rows of the embedding in float32; the table is gathered first, since a lookup in a split one is slow."""
     table = to_compute(params["embedding"], (None, None))
-    embedded = table.at[to_compute(tokens, (rows, None))].get(mode="clip", out_sharding=compute_spec((rows, None, None)))
-    return embedded.astype(jnp.float32)
+    spec = compute_spec((rows, None, None))
+    return table.at[to_compute(tokens, (rows, None))].get(mode="clip", out_sharding=spec).astype(jnp.float32)
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:

@@ -37,12 +37,13 @@ def test_every_parameter_survives_the_way_to_hugging_face_and_back(family: str) 
 
 def test_a_tensor_of_another_model_is_refused_by_name() -> None:
     spec = param_specs(CONFIG)["layers"]["gate"]
-    with pytest.raises(ValueError, match=r"gate_proj.weight has shape \(20, 15\); the configuration makes it \(20, 16\)"):
+    with pytest.raises(ValueError, match=r"gate_proj.weight has shape \(20, 15\); .* makes it \(20, 16\)"):
         spec.from_hf(np.zeros((20, 15)))
 
 
 def test_initial_values_depend_on_key_and_path_only() -> None:
-    tied, untied = (initialize(param_specs(dataclasses.replace(CONFIG, tie_embeddings=tie)), jax.random.key(3)) for tie in (True, False))
+    tied = initialize(param_specs(CONFIG), jax.random.key(3))
+    untied = initialize(param_specs(dataclasses.replace(CONFIG, tie_embeddings=False)), jax.random.key(3))
     assert "head" in untied and "head" not in tied
     np.testing.assert_array_equal(tied["layers"]["down"], untied["layers"]["down"])
     assert float(jnp.std(tied["layers"]["up"])) == pytest.approx(CONFIG.init_scale, rel=0.1)
@@ -53,10 +54,13 @@ def test_initial_values_depend_on_key_and_path_only() -> None:
 def test_abstract_count_and_decay_agree_with_the_parameters() -> None:
     specs = param_specs(dataclasses.replace(CONFIG, family="qwen2"))
     params = initialize(specs, jax.random.key(0))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract(specs))
+    described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert described == abstract(specs)
     assert count(specs) == sum(x.size for x in jax.tree.leaves(params))
-    decayed = {jax.tree_util.keystr(path) for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(specs)) if decays}
-    assert decayed == {"['embedding']", *(f"['layers']['{name}']" for name in ["query", "key", "value", "output", "gate", "up", "down"])}
+    mask = decay_mask(specs)
+    assert mask.pop("embedding") and not mask.pop("final_norm")
+    decayed = {name for name, decays in mask["layers"].items() if decays}
+    assert decayed == {"query", "key", "value", "output", "gate", "up", "down"}
 
 
 def test_an_axis_that_cannot_be_split_is_named() -> None:

@@ -46,7 +46,8 @@ def interval_attention(
     batch, tokens, heads, width = q.shape
     if k.shape != v.shape or k.shape[:2] != (batch, tokens) or k.shape[3] != width or heads % k.shape[2]:
         raise ValueError(
-            f"q {q.shape} [B, T, N, H] needs k and v of one shape [B, T, K, H] with K dividing N; got {k.shape}, {v.shape}"
+            f"q {q.shape} [B, T, N, H] needs k and v of one shape [B, T, K, H] with K dividing N; "
+            f"got {k.shape}, {v.shape}"
         )
     if end.shape != (batch, tokens):
         raise ValueError(f"end has shape {end.shape}; one integer per token needs {(batch, tokens)}")

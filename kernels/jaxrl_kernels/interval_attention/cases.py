@@ -1,6 +1,7 @@
 """The cases every backend of interval attention must pass, forward and backward, against the reference."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Case:
             case "segments":
                 for row, cut in zip(end, range(1, self.batch + 1), strict=True):
                     edges = [0, cut, tokens // 3, tokens // 2 + cut, tokens]
-                    for left, right in zip(edges[:-1], edges[1:], strict=True):
+                    for left, right in itertools.pairwise(edges):
                         row[left:right] = right
             case "padded":
                 for row, pad in zip(end, range(1, self.batch + 1), strict=True):

@@ -1,10 +1,12 @@
 """Interval attention in plain JAX: for every platform, with memory linear in T in both directions.
 
 Queries are taken in chunks, so no more than one [chunk, T] block of scores exists at a time; the backward pass computes
-each block again from the saved log-sum-exp (Dao et al. 2022, algorithm 4). Chunks are grouped in a few spans, and a chunk
-multiplies only with the keys up to the end of its span: with 8 spans 44 % of the products of the full square, which
-causality makes useless, are never done.
+each block again from the saved log-sum-exp (Dao et al. 2022, algorithm 4). Chunks are grouped in a few spans, and a
+chunk multiplies only with the keys up to the end of its span: with 8 spans 44 % of the products of the full square,
+which causality makes useless, are never done.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -42,27 +44,28 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: ja
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    outputs, log_totals = [], []
+    pieces = []
     for chunks, reach in _spans(q):
-        keys, values = k[:, :, :reach], v[:, :, :reach]
+        attend = functools.partial(_attend_chunk, k[:, :, :reach], v[:, :, :reach], end[:, :reach], window)
+        pieces.append(jax.lax.map(attend, (chunks * q.shape[4], q[chunks])))
+    output, log_total = jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
+    return output, (q, k, v, end, window, output, log_total)
 
-        def attend(chunk: tuple[jax.Array, jax.Array], keys=keys, values=values, reach=reach) -> tuple[jax.Array, jax.Array]:
-            start, query = chunk
-            visible = _visible(start, query.shape[3], end[:, :reach], window)
-            scores = jnp.where(visible, _product("bkmh,bksh->bkms", query, keys), MASKED)
-            top = round_up(scores.max(axis=-1, keepdims=True))
-            top = jnp.where(top > MASKED / 2, top, 0.0)  # a row that sees nothing: every weight becomes exp(MASKED) = 0
-            weights = jnp.exp(scores - top)
-            total = weights.sum(axis=-1, keepdims=True)
-            output = _product("bkms,bksh->bkmh", weights.astype(values.dtype), values)
-            total = jnp.where(total > 0, total, 1.0)
-            return (output / total).astype(query.dtype), top + jnp.log(total)
 
-        output, log_total = jax.lax.map(attend, (chunks * q.shape[4], q[chunks]))
-        outputs.append(output)
-        log_totals.append(log_total)
-    output = jnp.concatenate(outputs)
-    return output, (q, k, v, end, window, output, jnp.concatenate(log_totals))
+def _attend_chunk(
+    keys: jax.Array, values: jax.Array, end: jax.Array, window: jax.Array, chunk: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Output and log-sum-exp of one chunk, given its first index and its queries."""
+    start, query = chunk
+    visible = _visible(start, query.shape[3], end, window)
+    scores = jnp.where(visible, _product("bkmh,bksh->bkms", query, keys), MASKED)
+    top = round_up(scores.max(axis=-1, keepdims=True))
+    top = jnp.where(top > MASKED / 2, top, 0.0)  # a row that sees nothing: every weight becomes exp(MASKED) = 0
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    output = _product("bkms,bksh->bkmh", weights.astype(values.dtype), values)
+    total = jnp.where(total > 0, total, 1.0)
+    return (output / total).astype(query.dtype), top + jnp.log(total)
 
 
 def _backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
@@ -72,22 +75,7 @@ def _backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Ar
     query_gradients = []
     for chunks, reach in _spans(q):
         keys, values = k[:, :, :reach], v[:, :, :reach]
-
-        def differentiate(
-            sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...], keys=keys, values=values, reach=reach
-        ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-            start, query, log_total, delta, gradient = chunk
-            visible = _visible(start, query.shape[3], end[:, :reach], window)
-            scores = jnp.where(visible, _product("bkmh,bksh->bkms", query, keys), MASKED)
-            weights = jnp.exp(scores - log_total)
-            weight_gradient = _product("bkmh,bksh->bkms", gradient, values)
-            score_gradient = (weights * (weight_gradient - delta)).astype(query.dtype)
-            sums = (
-                sums[0] + _key_product(score_gradient, query),
-                sums[1] + _key_product(weights.astype(gradient.dtype), gradient),
-            )
-            return sums, _product("bkms,bksh->bkmh", score_gradient, keys).astype(query.dtype)
-
+        differentiate = functools.partial(_differentiate_chunk, keys, values, end[:, :reach], window)
         zeros = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32))
         pieces = (chunks * q.shape[4], q[chunks], log_total[chunks], delta[chunks], gradient[chunks])
         sums, query_gradient = jax.lax.scan(differentiate, zeros, pieces)
@@ -95,6 +83,26 @@ def _backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Ar
         value_gradient = value_gradient.at[:, :, :reach].add(sums[1])
         query_gradients.append(query_gradient)
     return jnp.concatenate(query_gradients), key_gradient.astype(k.dtype), value_gradient.astype(v.dtype), None, None
+
+
+def _differentiate_chunk(
+    keys: jax.Array,
+    values: jax.Array,
+    end: jax.Array,
+    window: jax.Array,
+    sums: tuple[jax.Array, jax.Array],
+    chunk: tuple[jax.Array, ...],
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Adds one chunk's share to the sums of key and value gradients; gives its query gradient."""
+    start, query, log_total, delta, gradient = chunk
+    visible = _visible(start, query.shape[3], end, window)
+    scores = jnp.where(visible, _product("bkmh,bksh->bkms", query, keys), MASKED)
+    weights = jnp.exp(scores - log_total)
+    weight_gradient = _product("bkmh,bksh->bkms", gradient, values)
+    score_gradient = (weights * (weight_gradient - delta)).astype(query.dtype)
+    key_sum = sums[0] + _key_product(score_gradient, query)
+    value_sum = sums[1] + _key_product(weights.astype(gradient.dtype), gradient)
+    return (key_sum, value_sum), _product("bkms,bksh->bkmh", score_gradient, keys).astype(query.dtype)
 
 
 _attend.defvjp(_forward, _backward)

@@ -36,7 +36,7 @@ def paged_attention(
         page_table: [R, M] int32, the pages of each row in order; entries beyond the row's length may hold anything.
         positions: [R, C] int32, position of each query in its row; it sees the tokens at 0 ... position. Negative means
             there is no token: the result is zeros.
-        window: a query also needs ``position - key position < window``; 0 = no window. An int, or a traced int32 scalar.
+        window: a query also needs ``position - key position < window``; 0 = no window. An int or a traced int32.
         implementation: "xla" is plain JAX, its time proportional to the longest row; "reference" gathers whole tables.
 
     Returns:

@@ -40,7 +40,7 @@ def paged_attention(
     q = jnp.einsum("rckgh->rkgch", q).reshape(rows, kv_heads, groups * count, width)
     last = positions.max(axis=1)
 
-    def look(index: jax.Array, running: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def look(index: jax.Array, running: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, output = running
         ids = jax.lax.dynamic_slice_in_dim(page_table, index * pages, pages, axis=1)
         key = index * block + jnp.arange(block, dtype=jnp.int32)
