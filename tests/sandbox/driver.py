@@ -1,0 +1,75 @@
+"""A sandbox pool for synchronous tests, driven from an event loop in a thread of its own."""
+
+import asyncio
+import pathlib
+import threading
+import time
+from collections.abc import Awaitable
+from typing import Any, Self
+
+from jaxrl.sandbox import Limits, Pool, Result
+
+LIMITS = Limits(cpu_seconds=0.6, wall_seconds=1.0, memory_mib=256, output_kib=8, output_hard_mib=8, disk_mib=8)
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below ``pid``, dead ones that nobody has collected included."""
+    parents: dict[int, list[int]] = {}
+    for entry in pathlib.Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            parents.setdefault(parent, []).append(int(entry.name))
+    found = [pid]
+    for parent in found:
+        found += parents.get(parent, [])
+    return found[1:]
+
+
+class Driver:
+    """A pool that synchronous tests can call."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._settings = settings
+
+    def wait(self, work: Awaitable[Any], seconds: float = 60.0) -> Any:
+        async def bounded() -> Any:
+            return await asyncio.wait_for(work, seconds)
+
+        return asyncio.run_coroutine_threadsafe(bounded(), self.loop).result()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self.pool = Pool(self._settings.pop("limits", LIMITS), **self._settings)
+        self.wait(self.pool.start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait(self.pool.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    def run(self, code: str, **options: Any) -> Result:
+        return self.wait(self.pool.run(code, **options))
+
+    def run_all(self, codes: list[str]) -> list[Result]:
+        async def together() -> list[Result]:
+            return await asyncio.gather(*(self.pool.run(code) for code in codes))
+
+        return self.wait(together())
+
+    def resting(self) -> list[int]:
+        """Processes below the warden once every call is gone: stems and templates."""
+        before = None
+        for _ in range(100):
+            now = descendants(self.pool.warden_pid)
+            if now == before:
+                return now
+            before = now
+            time.sleep(0.01)
+        raise AssertionError("processes keep coming and going in an idle pool")

@@ -1,0 +1,80 @@
+"""Bytes between pool and warden: what goes in comes out, however the stream is cut."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Limits, Outcome, Report, frame, unpack_for_child
+
+positive = st.integers(1, 1 << 20)
+limits = st.builds(
+    Limits,
+    cpu_seconds=st.floats(0.01, 1e6),
+    wall_seconds=st.floats(0.01, 1e6),
+    memory_mib=st.integers(16, 1 << 20),
+    output_kib=positive,
+    output_hard_mib=positive,
+    disk_mib=positive,
+    open_files=positive,
+    threads=positive,
+)
+calls = st.builds(
+    Call,
+    id=st.integers(0, 2**64 - 1),
+    code=st.binary(),
+    stdin=st.binary(),
+    echo=st.booleans(),
+    limits=limits,
+    submitted=st.floats(0, 1e9),
+    attempts=st.integers(0, 255),
+)
+seconds = st.floats(0, 1e6)
+reports = st.builds(
+    Report,
+    id=st.integers(0, 2**64 - 1),
+    outcome=st.sampled_from(Outcome),
+    attempts=st.integers(0, 255),
+    exit_code=st.integers(-1, 255),
+    signal=st.integers(0, 64),
+    cpu_seconds=seconds,
+    wall_seconds=seconds,
+    queue_seconds=seconds,
+    peak_rss_kib=st.integers(0, 2**40),
+    stdout=st.binary(),
+    stderr=st.binary(),
+    stdout_truncated=st.booleans(),
+    stderr_truncated=st.booleans(),
+)
+
+
+@given(calls)
+def test_call_round_trip(call: Call) -> None:
+    assert Call.unpack(call.pack()) == call
+    assert unpack_for_child(call.pack()) == (call.code, call.echo, dataclasses.astuple(call.limits))
+
+
+@given(reports)
+def test_report_round_trip(report: Report) -> None:
+    assert Report.unpack(report.pack()) == report
+
+
+@given(st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=50))), st.integers(1, 20))
+def test_frames_survive_any_cut(frames: list[tuple[Kind, bytes]], step: int) -> None:
+    stream = b"".join(frame(kind, body) for kind, body in frames)
+    reader, found = FrameReader(), []
+    for start in range(0, len(stream), step):
+        found += list(reader.feed(stream[start : start + step]))
+    assert found == frames
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Limits)])
+def test_limits_must_be_positive(field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        Limits(**{field: 0})
+
+
+def test_memory_below_what_a_start_needs() -> None:
+    with pytest.raises(ValueError, match="memory_mib=8 is below .* 16"):
+        Limits(memory_mib=8)
