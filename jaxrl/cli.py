@@ -98,24 +98,35 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, function, summary: str, examples: str) -> argparse.ArgumentParser:
         new = verbs.add_parser(
-            name, help=summary, description=summary, epilog="examples:\n" + examples,
+            name,
+            help=summary,
+            description=summary,
+            epilog="examples:\n" + examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         new.set_defaults(run_verb=function, config=None)
-        new.add_argument("--set", action="append", default=[], metavar="Section.field=value", help="override one value (repeatable)")
-        new.add_argument("--unsafe-sandbox", action="store_true", help="run tool code without isolation, on machines that refuse it")
+        new.add_argument(
+            "--set", action="append", default=[], metavar="Section.field=value", help="override one value (repeatable)"
+        )
+        new.add_argument(
+            "--unsafe-sandbox", action="store_true", help="run tool code without isolation, on machines that refuse it"
+        )
         return new
 
     for name, function, summary, examples in (
         (
-            "train", _train, "train a recipe from cold start to export; again on the same folder, resume exactly",
+            "train",
+            _train,
+            "train a recipe from cold start to export; again on the same folder, resume exactly",
             "  jaxrl train quickstart\n  jaxrl train quickstart --set TrainConfig.steps=200 --run runs/long\n"
             "  jaxrl train gsm8k_tool --set DataConfig.train=gsm8k_train.jsonl",
         ),
         ("sft", _sft, "only the cold start of a recipe", "  jaxrl sft quickstart --run runs/cold"),
     ):
         new = verb(name, function, summary, examples)
-        new.add_argument("config", nargs="?", help="name of a recipe or path of a .gin file; may be left out for an existing --run")
+        new.add_argument(
+            "config", nargs="?", help="name of a recipe or path of a .gin file; may be left out for an existing --run"
+        )
         new.add_argument("--run", type=pathlib.Path, help="run folder (default: runs/RECIPE)")
 
     def checkpoint_verb(name: str, function, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -125,22 +136,31 @@ def _parser() -> argparse.ArgumentParser:
         return new
 
     new = checkpoint_verb(
-        "eval", _eval, "avg@k, pass@k and maj@k of a checkpoint, with 95 %% intervals",
+        "eval",
+        _eval,
+        "avg@k, pass@k and maj@k of a checkpoint, with 95 %% intervals",
         "  jaxrl eval runs/quickstart\n  jaxrl eval runs/quickstart --set EvalConfig.temperature=0\n"
         "  jaxrl eval runs/gsm8k_tool --set DataConfig.eval=gsm8k_test.jsonl --json",
     )
     new.add_argument("--json", action="store_true", help="print one JSON object")
     new = checkpoint_verb(
-        "rollout", _rollout, "play a few episodes and print them: calls, results, rewards, and where the mask lies",
+        "rollout",
+        _rollout,
+        "play a few episodes and print them: calls, results, rewards, and where the mask lies",
         "  jaxrl rollout runs/quickstart --count 3",
     )
     new.add_argument("--count", type=int, default=2, help="episodes to play (default: 2)")
     new = checkpoint_verb(
-        "export", _export, "write a checkpoint as a Hugging Face folder", "  jaxrl export runs/quickstart --step best --to model"
+        "export",
+        _export,
+        "write a checkpoint as a Hugging Face folder",
+        "  jaxrl export runs/quickstart --step best --to model",
     )
     new.add_argument("--to", type=pathlib.Path, required=True, help="folder to write")
     new = verb(
-        "import", _import, "check a Hugging Face folder and make it the start of a run",
+        "import",
+        _import,
+        "check a Hugging Face folder and make it the start of a run",
         "  jaxrl import Qwen3-0.6B --run runs/mine quickstart\n  jaxrl train --run runs/mine",
     )
     new.add_argument("folder", type=pathlib.Path, help="folder with config.json, safetensors and tokenizer")

@@ -26,7 +26,12 @@ from jaxrl.train.session import Session, open_player, open_session
 from jaxrl.train.sync import rollout_params
 
 EXPECTED_ERRORS = (
-    RunError, CheckpointError, DataError, TokenizerError, SandboxUnavailable, VerifierStartError,
+    RunError,
+    CheckpointError,
+    DataError,
+    TokenizerError,
+    SandboxUnavailable,
+    VerifierStartError,
     FileNotFoundError,
 )
 """Errors whose message is all a user needs; anything else is a defect and shows its traceback."""
@@ -48,7 +53,9 @@ def evaluate(config: Config, folder: pathlib.Path, which: str, as_json: bool) ->
             return await run_evaluation(player, session.eval_problems, config.eval)
 
     report = asyncio.run(measure())
-    figures = {f"pass@{k}": estimate for k, estimate in report.pass_at.items()} | {f"maj@{report.samples}": report.majority}
+    figures = {f"pass@{k}": estimate for k, estimate in report.pass_at.items()} | {
+        f"maj@{report.samples}": report.majority
+    }
     figures = {f"avg@{report.samples}": report.average} | figures
     if as_json:
         print(json.dumps(dataclasses.asdict(report)))
@@ -84,7 +91,9 @@ def export(config: Config, folder: pathlib.Path, which: str, to: pathlib.Path) -
     step = checkpoints.find(which)
     _, state, _ = experiment.restore(session, checkpoints, step)
     experiment.export(session, state.params, to)
-    print(f"checkpoint {step} of {folder} written to {to}; load it with transformers.AutoModelForCausalLM.from_pretrained")
+    print(
+        f"checkpoint {step} of {folder} written to {to}; load it with transformers.AutoModelForCausalLM.from_pretrained"
+    )
 
 
 def import_folder(config: Config, source: pathlib.Path, folder: pathlib.Path) -> None:
@@ -96,7 +105,9 @@ def import_folder(config: Config, source: pathlib.Path, folder: pathlib.Path) ->
         session = open_session(config, run)
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
         if checkpoints.latest() is not None:
-            raise RunError(f"run folder {folder} already holds checkpoint {checkpoints.latest()}; choose another with --run")
+            raise RunError(
+                f"run folder {folder} already holds checkpoint {checkpoints.latest()}; choose another with --run"
+            )
         progress, state, reference = experiment.beginning(session)
         checkpoints.save(0, state, reference, progress.to_json(), None)
         checkpoints.close()

@@ -107,7 +107,7 @@ class SftConfig:
     """Cold start on demonstrations."""
 
     demonstrations: str = "stories"
-    """"stories" or "gsm8k" (calculator notes of DataConfig.train turned into Python calls); empty skips the cold start."""
+    """"stories" or "gsm8k" (calculator notes of DataConfig.train turned into Python); empty skips the cold start."""
     count: int = 8192
     """Demonstrations to make (all there are, for a file)."""
     wrong_share: float = 0.4
@@ -205,7 +205,8 @@ class AlgorithmConfig:
     reject_equal: bool = True
     """Drop groups in which all answers are right or all are wrong."""
     roc: Literal["off", "greedy", "inverse"] = "greedy"
-    """Resample on Correct: greedy keeps the cleanest correct trajectories, inverse draws them with weight 1/(penalty + roc_epsilon)."""
+    """Resample on Correct: greedy keeps the cleanest correct trajectories, inverse draws them with weight
+    1 / (penalty + roc_epsilon)."""
     keep: int = 8
     """Trajectories kept of every group (with roc = off the first ``keep`` by sample index)."""
     min_positive: int = 2
@@ -250,7 +251,7 @@ class TrainConfig:
     max_draws: int = 4
     """When nothing survives selection, problems are drawn again at most this many times before the step is skipped."""
     prefetch_groups: int = 0
-    """Groups of the next step that are played, with the present weights, while stragglers of this step wait for tools."""
+    """Groups of the next step that are played, with the present weights, while stragglers wait for tools."""
     updates_per_step: int = 1
     """Optimizer updates on one collected batch (mini-batches)."""
     rows: int = 16
@@ -330,12 +331,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
 
-SECTIONS: dict[str, type] = {
-    type(field.default).__name__: type(field.default) for field in dataclasses.fields(Config)
-}
-_BOUND = {
-    name: gin.external_configurable(section, name=name, module="jaxrl") for name, section in SECTIONS.items()
-}
+SECTIONS: dict[str, type] = {type(field.default).__name__: type(field.default) for field in dataclasses.fields(Config)}
+_BOUND = {name: gin.external_configurable(section, name=name, module="jaxrl") for name, section in SECTIONS.items()}
 
 
 def recipe_names() -> list[str]:
@@ -353,16 +350,22 @@ def read_recipe(name: str) -> str:
     if name.endswith(".gin") or os.sep in name:
         path = pathlib.Path(name)
         if not path.is_file():
-            raise ConfigError(f"no recipe file {name}; give the path of a .gin file or one of: {', '.join(recipe_names())}")
+            raise ConfigError(
+                f"no recipe file {name}; give the path of a .gin file or one of: {', '.join(recipe_names())}"
+            )
         return _expand(path.read_text(encoding="utf-8"))
     if name not in recipe_names():
-        raise ConfigError(f"no recipe called {name!r}{_nearest(name, recipe_names())}; recipes: {', '.join(recipe_names())}")
+        raise ConfigError(
+            f"no recipe called {name!r}{_nearest(name, recipe_names())}; recipes: {', '.join(recipe_names())}"
+        )
     return _expand((importlib.resources.files("jaxrl_configs") / f"{name}.gin").read_text(encoding="utf-8"))
 
 
 def _expand(text: str) -> str:
     """Replace every ``include 'name'`` line by that recipe's text."""
-    return re.sub(r"^include\s+['\"](.+?)['\"]\s*$", lambda match: read_recipe(match.group(1)), text, flags=re.MULTILINE)
+    return re.sub(
+        r"^include\s+['\"](.+?)['\"]\s*$", lambda match: read_recipe(match.group(1)), text, flags=re.MULTILINE
+    )
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -406,7 +409,9 @@ def dump(config: Config) -> str:
     lines = []
     for field in dataclasses.fields(Config):
         section = getattr(config, field.name)
-        lines += [f"{type(section).__name__}.{f.name} = {getattr(section, f.name)!r}" for f in dataclasses.fields(section)]
+        lines += [
+            f"{type(section).__name__}.{f.name} = {getattr(section, f.name)!r}" for f in dataclasses.fields(section)
+        ]
         lines.append("")
     return "\n".join(lines)
 
@@ -420,8 +425,9 @@ def check(config: Config) -> None:
     algorithm, engine, train = config.algorithm, config.engine, config.train
     for section in (getattr(config, field.name) for field in dataclasses.fields(config)):
         for field in dataclasses.fields(section):
+            key = f"{type(section).__name__}.{field.name}"
             if getattr(section, field.name) == "REQUIRED":
-                raise ConfigError(f"{type(section).__name__}.{field.name} must be set; add --set {type(section).__name__}.{field.name}=…")
+                raise ConfigError(f"{key} must be set; add --set {key}=…")
     if algorithm.keep > train.samples:
         raise ConfigError(
             f"AlgorithmConfig.keep={algorithm.keep} is more than TrainConfig.samples={train.samples}; "
@@ -446,12 +452,18 @@ def check(config: Config) -> None:
     if not 0 < engine.reserve_quantile <= 1:
         raise ConfigError(f"EngineConfig.reserve_quantile={engine.reserve_quantile} is outside (0, 1]")
     positive = {
-        "EngineConfig.slots": engine.slots, "EngineConfig.page_size": engine.page_size,
-        "EngineConfig.round_steps": engine.round_steps, "TrainConfig.problems": train.problems,
-        "TrainConfig.samples": train.samples, "TrainConfig.max_draws": train.max_draws,
-        "TrainConfig.updates_per_step": train.updates_per_step, "AlgorithmConfig.keep": algorithm.keep,
-        "EvalConfig.samples": config.eval.samples, "EnvConfig.max_turns": config.env.max_turns,
-        "CheckpointConfig.every": config.checkpoint.every, "CheckpointConfig.keep": config.checkpoint.keep,
+        "EngineConfig.slots": engine.slots,
+        "EngineConfig.page_size": engine.page_size,
+        "EngineConfig.round_steps": engine.round_steps,
+        "TrainConfig.problems": train.problems,
+        "TrainConfig.samples": train.samples,
+        "TrainConfig.max_draws": train.max_draws,
+        "TrainConfig.updates_per_step": train.updates_per_step,
+        "AlgorithmConfig.keep": algorithm.keep,
+        "EvalConfig.samples": config.eval.samples,
+        "EnvConfig.max_turns": config.env.max_turns,
+        "CheckpointConfig.every": config.checkpoint.every,
+        "CheckpointConfig.keep": config.checkpoint.keep,
     }
     for name, value in positive.items():
         if value < 1:
@@ -505,7 +517,9 @@ def _explain(message: str) -> str:
         fields = [field.name for field in dataclasses.fields(SECTIONS[section])]
         return f"unknown key {section}.{name}{_nearest(name, fields, prefix=section + '.')}"
     if match := re.search(r"No configurable matching '([\w.]+)'", message):
-        return f"unknown section {match.group(1)!r}{_nearest(match.group(1), SECTIONS)}; sections: {', '.join(SECTIONS)}"
+        return (
+            f"unknown section {match.group(1)!r}{_nearest(match.group(1), SECTIONS)}; sections: {', '.join(SECTIONS)}"
+        )
     return message.splitlines()[0]
 
 
@@ -521,7 +535,9 @@ def _typed(section: type, field: dataclasses.Field, value: object) -> object:
     if origin is Literal:
         if value not in arguments:
             nearest = _nearest(str(value), [str(a) for a in arguments])
-            raise ConfigError(f"{section.__name__}.{field.name}={value!r} is none of {', '.join(map(repr, arguments))}{nearest}")
+            raise ConfigError(
+                f"{section.__name__}.{field.name}={value!r} is none of {', '.join(map(repr, arguments))}{nearest}"
+            )
         return value
     if origin is tuple and isinstance(value, list | tuple):
         if all(type(item) is arguments[0] for item in value):

@@ -228,7 +228,8 @@ class Progress:
         while not self._stopped.wait(min(1.0, self._heartbeat / 2)):
             view = self._timed_view()
             if view.phase and self._clock() - self._last_line >= self._heartbeat:
-                self._line("  ... " + _activity(view))
+                place = f"step {view.step + 1}/{view.steps}: " if view.steps else ""
+                self._line(beginning(f"  ... {place}{_activity(view)}", PLAIN_WIDTH))
 
 
 def quote(episode: Trajectory, width: int) -> str:

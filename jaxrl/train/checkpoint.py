@@ -23,7 +23,9 @@ class Checkpoints:
     """The ``checkpoints`` folder of a run: keeps the newest ``keep`` and the best by pass rate."""
 
     def __init__(self, folder: pathlib.Path, config: CheckpointConfig) -> None:
-        best = managers.BestN(get_metric_fn=lambda metrics: metrics["pass_rate"], n=1, keep_checkpoints_without_metrics=False)
+        best = managers.BestN(
+            get_metric_fn=lambda metrics: metrics["pass_rate"], n=1, keep_checkpoints_without_metrics=False
+        )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(config.keep), best]),
             best_fn=lambda metrics: metrics["pass_rate"],
@@ -86,7 +88,9 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(f"checkpoint {step} in {self._manager.directory} cannot be restored: {error}") from error
+            raise CheckpointError(
+                f"checkpoint {step} in {self._manager.directory} cannot be restored: {error}"
+            ) from error
         return restored["state"], restored.get("reference")
 
     def wait(self) -> None:
@@ -107,8 +111,8 @@ class Checkpoints:
             if saved.get(name) != shape:
                 found = f"shape {saved[name]}" if name in saved else "nothing"
                 raise CheckpointError(
-                    f"checkpoint {step} in {self._manager.directory} is of another model: {name} should have shape {shape} "
-                    f"but holds {found}; use the configuration it was made with, or another run folder"
+                    f"checkpoint {step} in {self._manager.directory} is of another model: {name} should have "
+                    f"shape {shape} but holds {found}; use the configuration it was made with, or another run folder"
                 )
 
 
@@ -117,4 +121,7 @@ def _name(path: tuple) -> str:
 
 
 def _disk_message(step: int | None, error: OSError) -> str:
-    return f"checkpoint after step {step} could not be written ({error}); the older checkpoints are intact: free space and resume"
+    return (
+        f"the checkpoint after step {step} could not be written ({error}); the older checkpoints are intact: "
+        "free space and resume"
+    )

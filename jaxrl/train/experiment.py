@@ -16,7 +16,7 @@ from jaxrl.train.checkpoint import Checkpoints
 from jaxrl.train.loop import reinforce
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
-from jaxrl.train.run import RunFolder, open_run
+from jaxrl.train.run import open_run
 from jaxrl.train.session import Session, open_session
 from jaxrl.train.sft import cold_start
 from jaxrl.train.state import TrainState, abstract_state, new_state, sft_optimizer

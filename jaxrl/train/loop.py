@@ -43,6 +43,7 @@ async def reinforce(
     loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature)
     updater = Updater(loss, session.rl_optimizer, session.mesh)
     with timer.phase("compile"):
+        updater.compile(state, config.train.rows, config.train.row_tokens, reference)
         weights = rollout_params(state.params, session.model)
     async with open_player(session, weights, progress.step) as player:
         if progress.before is None:

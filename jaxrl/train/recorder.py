@@ -26,7 +26,9 @@ class Recorder:
         progress: where the run continues from; rows beyond it that a killed run left are dropped.
     """
 
-    def __init__(self, config: Config, run: RunFolder, view: Progress, progress: RunProgress, checkpoints: Checkpoints) -> None:
+    def __init__(
+        self, config: Config, run: RunFolder, view: Progress, progress: RunProgress, checkpoints: Checkpoints
+    ) -> None:
         self.view = view
         self.timer = metrics.PhaseTimer(view.phase)
         self._config, self._run, self._checkpoints = config, run, checkpoints
@@ -66,7 +68,9 @@ class Recorder:
         progress.history = [*progress.history, row][-ALARM_HISTORY:]
         for message in alarms.new_alarms(progress.history).values():
             self.view.note(f"alarm: {message}")
-        row |= seconds | {"tokens_per_second": tokens / max(elapsed, 1e-9)} | {f"engine/{k}": v for k, v in engine.items()}
+        row |= (
+            seconds | {"tokens_per_second": tokens / max(elapsed, 1e-9)} | {f"engine/{k}": v for k, v in engine.items()}
+        )
         step = global_step(self._config, progress)
         self._writer.write(step, "rl", row)
         if self._config.train.dump_episodes:
@@ -91,8 +95,9 @@ class Recorder:
         self._writer.write(global_step(self._config, progress), "eval", row)
         headline, failed = sampled.average, figures.get("tool_error_share_in_correct")
         self.view.note(
-            f"evaluation at step {progress.step}: pass@1 {headline.value:.1%} ({headline.low:.1%} to {headline.high:.1%}), "
-            f"greedy {greedy.average.value:.1%}" + (f", failed calls in correct {failed:.1%}" if failed is not None else "")
+            f"evaluation at step {progress.step}: pass@1 {headline.value:.1%} "
+            f"({headline.low:.1%} to {headline.high:.1%}), greedy {greedy.average.value:.1%}"
+            + (f", failed calls in correct {failed:.1%}" if failed is not None else "")
         )
         return figures | {"estimates": {label: dataclasses.asdict(estimate) for label, estimate in estimates.items()}}
 

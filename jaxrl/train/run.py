@@ -53,7 +53,9 @@ class RunFolder:
             RunError: the folder is no run folder.
         """
         if not self.config.is_file():
-            raise RunError(f"{self.path} holds no config.gin, so it is not a run folder; give the folder `jaxrl train --run` made")
+            raise RunError(
+                f"{self.path} holds no config.gin, so it is not a run folder; give the folder `jaxrl train --run` made"
+            )
         return configuration.parse([self.config.read_text(encoding="utf-8")])
 
     def write_config(self, config: Config) -> list[str]:

@@ -88,7 +88,12 @@ async def open_player(session: Session, params: Any, version: int) -> AsyncItera
     """Engine, sandbox and verifier, started and compiled; everything is stopped on the way out."""
     config = session.config
     engine = Engine(
-        config.engine, session.model, params, stop_ids=(session.tokenizer.end_id,), seed=config.train.seed, version=version
+        config.engine,
+        session.model,
+        params,
+        stop_ids=(session.tokenizer.end_id,),
+        seed=config.train.seed,
+        version=version,
     )
     engine.compile()
     async with pool_from_config(config.sandbox) as pool, MathVerifier(config.reward) as verifier, engine.serving():

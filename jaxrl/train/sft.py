@@ -26,6 +26,8 @@ def cold_start(session: Session, recorder: Recorder, progress: RunProgress, stat
     updater = Updater(
         cross_entropy_loss(session.model), sft_optimizer(config.sft, config.optimizer, session.specs), session.mesh
     )
+    with recorder.timer.phase("compile"):
+        updater.compile(state, config.sft.rows, config.sft.row_tokens)
     while progress.step < config.sft.steps:
         with recorder.timer.phase("cold start"):
             state, metrics = updater.step(state, [_batch(batches, config.train.seed, progress.step)])

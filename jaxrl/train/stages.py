@@ -14,7 +14,8 @@ from jaxrl.train.session import Session
 from jaxrl.train.state import TrainState, new_state
 
 DRAWS = 3 << 29
-"""First draw number of the episodes that decide what a stage drops; keeps their random keys off training's and evaluation's."""
+"""First draw number of the episodes that decide what a stage drops; keeps their random keys apart from
+training's and evaluation's."""
 
 
 def index(config: Config, step: int) -> int:
@@ -23,7 +24,12 @@ def index(config: Config, step: int) -> int:
 
 
 async def enter(
-    session: Session, recorder: Recorder, progress: RunProgress, state: TrainState, reference: Any | None, player: Player
+    session: Session,
+    recorder: Recorder,
+    progress: RunProgress,
+    state: TrainState,
+    reference: Any | None,
+    player: Player,
 ) -> tuple[TrainState, Any | None, Player]:
     """Apply the stage of ``progress.step``: its limits always, its one-time changes on its first step."""
     stages = session.config.stages
@@ -46,9 +52,7 @@ async def enter(
     return state, reference, player
 
 
-async def _unsolved(
-    session: Session, recorder: Recorder, player: Player, number: int, samples: int
-) -> tuple[str, ...]:
+async def _unsolved(session: Session, recorder: Recorder, player: Player, number: int, samples: int) -> tuple[str, ...]:
     """Ids of the problems that ``samples`` episodes do not all solve; all problems if every one is solved."""
     draws = [(DRAWS + position, problem) for position, problem in enumerate(session.train_problems)]
     kept = []

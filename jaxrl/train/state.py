@@ -40,11 +40,17 @@ def rl_optimizer(config: OptimizerConfig, specs: Any) -> optax.GradientTransform
 def sft_optimizer(config: SftConfig, optimizer: OptimizerConfig, specs: Any) -> optax.GradientTransformation:
     """AdamW with linear warm-up and cosine decay to a tenth of the rate."""
     rate = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, max(config.steps, config.warmup_steps + 1), 0.1 * config.learning_rate
+        0.0,
+        config.learning_rate,
+        config.warmup_steps,
+        max(config.steps, config.warmup_steps + 1),
+        0.1 * config.learning_rate,
     )
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
-        optax.adamw(rate, b1=optimizer.beta1, b2=0.95, weight_decay=optimizer.weight_decay, mask=spec.decay_mask(specs)),
+        optax.adamw(
+            rate, b1=optimizer.beta1, b2=0.95, weight_decay=optimizer.weight_decay, mask=spec.decay_mask(specs)
+        ),
     )
 
 

@@ -22,7 +22,9 @@ def rollout_params(params: Any, model: ModelConfig, device: jax.Device | None = 
         raise ValueError("the trainer's weights are not the model's: the trees differ")
     for (path, want), have in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(params), strict=True):
         if want.shape != have.shape:
-            raise ValueError(f"weight {jax.tree_util.keystr(path)} has shape {have.shape}; the model wants {want.shape}")
+            raise ValueError(
+                f"weight {jax.tree_util.keystr(path)} has shape {have.shape}; the model wants {want.shape}"
+            )
     place = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
     dtype = jnp.dtype(model.compute_dtype)
     return jax.tree.map(lambda leaf: jax.device_put(leaf, place, may_alias=False).astype(dtype), params)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrl import mesh as meshes
@@ -84,7 +85,7 @@ def _masked(values: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 class Updater:
-    """Compiled once for one micro-batch shape; ``step`` takes any number of micro-batches."""
+    """``step`` takes any number of micro-batches of the one shape that ``compile`` was given."""
 
     def __init__(self, loss: LossFunction, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> None:
         gradient = jax.grad(loss, has_aux=True)
@@ -107,6 +108,14 @@ class Updater:
         self._more = jax.jit(more, donate_argnums=0)
         self._apply = jax.jit(apply, donate_argnums=0)
 
+    def compile(self, state: TrainState, rows: int, row_tokens: int, reference: Any = None) -> None:
+        """Compile for micro-batches [rows, row_tokens], so that nothing is compiled once training runs."""
+        integers, floats = (np.zeros((rows, row_tokens), dtype) for dtype in (np.int32, np.float32))
+        empty = Batch(integers, integers, integers, floats, floats, floats, floats)
+        with jax.set_mesh(self._mesh):
+            gradients, _ = self._accumulate(state, [empty, empty], reference)
+            self._apply = self._apply.lower(state, gradients).compile()
+
     def step(
         self, state: TrainState, batches: Iterable[Batch], reference: Any = None
     ) -> tuple[TrainState, dict[str, float]]:
@@ -115,15 +124,20 @@ class Updater:
         Returns:
             The new state, and every metric as its mean, with ``grad_norm`` before clipping.
         """
-        total = None
         with jax.set_mesh(self._mesh):
-            for batch in batches:
-                placed = jax.device_put(batch, self._placement)
-                if total is None:
-                    total = self._first(state.params, placed, reference)
-                else:
-                    total = self._more(total, state.params, placed, reference)
-            gradients, metrics = total
+            gradients, metrics = self._accumulate(state, batches, reference)
             state, norm = self._apply(state, gradients)
-        values = {name: float(value) / max(float(count), 1.0) for name, (value, count) in jax.device_get(metrics).items()}
+        values = {
+            name: float(value) / max(float(count), 1.0) for name, (value, count) in jax.device_get(metrics).items()
+        }
         return state, values | {"grad_norm": float(norm)}
+
+    def _accumulate(self, state: TrainState, batches: Iterable[Batch], reference: Any) -> tuple[Any, Metrics]:
+        total = None
+        for batch in batches:
+            placed = jax.device_put(batch, self._placement)
+            if total is None:
+                total = self._first(state.params, placed, reference)
+            else:
+                total = self._more(total, state.params, placed, reference)
+        return total
