@@ -5,6 +5,7 @@ and either is replaced by a fork of its stem. Where the jail's first process die
 it, and the whole jail is built anew.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from jaxrl.sandbox import orders
 from jaxrl.sandbox.job import Job, send_signal
 from jaxrl.sandbox.loop import Loop
-from jaxrl.sandbox.seccomp import receive_request, release_request
+from jaxrl.sandbox.seccomp import MemoryRequest, receive_request, release_request
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _WATCH_BYTES = 8 << 20  # single memory requests from this size on are shown to the warden
@@ -80,7 +81,7 @@ class Template(Member):
         self.address_space = 0  # bytes
         self.rss_kib = 0
         self.asked = 0.0  # when the unanswered ping was sent; 0 where none is open
-        self.halted: list = []  # memory requests of children whose birth is not yet known
+        self.halted: list[MemoryRequest] = []  # memory requests of children whose birth is not yet known
 
 
 class Fleet:
@@ -161,8 +162,8 @@ class Fleet:
         if launcher.returncode:
             answer, _ = orders.receive_packet(ours)
             ours.close()
-            text = answer[1:].decode()
-            self._on_failure(text or f"the jail's launcher ended with status {launcher.returncode}; see its standard error")
+            status = f"the jail's launcher ended with status {launcher.returncode}; see its standard error"
+            self._on_failure(answer[1:].decode() or status)
             return
         orders.send_packet(ours, b"go")  # we are its parent now
         self._add_stem(ours, full=False)
@@ -190,10 +191,8 @@ class Fleet:
     def _order(self, stem: Member, order: bytes) -> socket.socket:
         """Have a stem fork; returns our end of the new process's control socket."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
+        with contextlib.suppress(OSError):  # the stem is dying; its own loss is handled where it is heard
             orders.send_packet(stem.control, order, (theirs.fileno(),))
-        except OSError:
-            pass  # the stem is dying; its own loss is handled where it is heard
         theirs.close()
         return ours
 
@@ -328,7 +327,7 @@ class Fleet:
             return
         release_request(template.listener, request)
 
-    def _note_request(self, template: Template, request: object) -> bool:
+    def _note_request(self, template: Template, request: MemoryRequest) -> bool:
         process = _process_of(request.thread)
         for job in template.jobs.values():
             if job.pid == process:

@@ -39,7 +39,7 @@ def unavailable(layer: str, error: object) -> SandboxUnavailable:
     return SandboxUnavailable(
         f"the sandbox cannot isolate tool code here: {layer} was refused ({error}). Remedies: allow user namespaces "
         "(sysctl user.max_user_namespaces > 0; on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0; in "
-        "Docker --security-opt seccomp=unconfined --security-opt systempaths=unconfined; Linux 5.12 or newer), or run "
+        "Docker --security-opt seccomp=unconfined; Linux 5.12 or newer), or run "
         "the code without isolation at your own risk: SandboxConfig.unsafe = True, on the command line --unsafe-sandbox"
     )
 
@@ -51,7 +51,7 @@ class View:
     folders: tuple[str, ...]  # bound at their own real path
     links: tuple[tuple[str, str], ...]  # (path, target) of top-level symbolic links such as /lib64
     packages: tuple[str, ...]  # appended to the module search path
-    work: str = "/tmp"  # the child's private working directory
+    work: str = "/tmp"  # the child's private working directory; without a jail the folder that holds all of them
 
 
 def plan_view(preload: tuple[str, ...]) -> View:
@@ -65,7 +65,8 @@ def plan_view(preload: tuple[str, ...]) -> View:
         spec = importlib.util.find_spec(name.partition(".")[0])
         if spec is None:
             raise ValueError(
-                f"preload names {name!r}, which {sys.executable} does not have: install it, or take it out of SandboxConfig.preload"
+                f"preload names {name!r}, which {sys.executable} does not have: install it, "
+                "or take it out of SandboxConfig.preload"
             )
         for place in spec.submodule_search_locations or [spec.origin or ""]:
             packages.append(os.path.dirname(place))
@@ -142,7 +143,8 @@ def _become_ordinary() -> None:
         # Inside a namespace that maps a single user, "root" is already somebody ordinary to the host.
         if error.errno not in (errno.EINVAL, errno.EPERM) or _host_user() == 0:
             raise unavailable("an ordinary user id", error) from error
-    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root and the identity map cannot be written
+    # Else /proc/self belongs to root, and the identity map cannot be written.
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
 
 
 def _host_user() -> int:

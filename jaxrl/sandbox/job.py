@@ -1,5 +1,6 @@
 """One call as the warden sees it: its pipes, what it printed, how long it may run, and what its end means."""
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -116,7 +117,7 @@ class Job:
     def cpu_seconds(self) -> float:
         """CPU time so far, all threads; 0 where the process is already gone."""
         try:
-            return time.clock_gettime((~self.pid << 3) | 2)  # the process clock of another process, clock_getcpuclockid(3)
+            return time.clock_gettime((~self.pid << 3) | 2)  # clock_getcpuclockid(3): another process's clock
         except OSError:
             return 0.0
 
@@ -201,7 +202,5 @@ def sealed_memory(name: str, data: bytes) -> int:
 
 
 def send_signal(pidfd: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # already dead
         signal.pidfd_send_signal(pidfd, number)
-    except ProcessLookupError:
-        pass  # already dead

@@ -6,6 +6,8 @@ Safe to start in a process that already runs threads or jax: helpers are fresh i
 import asyncio
 import dataclasses
 import itertools
+import shutil
+import tempfile
 import time
 from types import TracebackType
 from typing import Self
@@ -51,7 +53,7 @@ class Pool:
     """Runs snippets of Python, each in its own fork of a warm, jailed interpreter.
 
     Args:
-        limits: what one call may use, unless ``run`` is given others.
+        limits: what one call may use, unless ``run`` is given others; None takes the defaults of ``Limits``.
         workers: template processes, of each kind (bare, and with the modules of ``preload``).
         slots: calls that run at once.
         slow_slots: further calls that may run on, at lowest priority, once they have lasted a quarter second.
@@ -68,7 +70,7 @@ class Pool:
 
     def __init__(
         self,
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
         *,
         workers: int = 2,
         slots: int = 4,
@@ -81,9 +83,11 @@ class Pool:
         for name, value in (("workers", workers), ("slots", slots), ("queue", queue)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        self.limits = limits
+        self.limits = limits or Limits()
         self.isolation = jail.UNSAFE if unsafe else jail.JAILED
-        self._settings = {
+        self._unsafe = unsafe
+        self._scratch = ""  # folder of the calls' directories where there is no jail
+        self._settings: dict = {
             "view": dataclasses.asdict(jail.plan_view(preload)),
             "preload": preload,
             "templates": workers,
@@ -109,8 +113,16 @@ class Pool:
 
     async def start(self) -> None:
         """Build the jail and warm the templates (a second or two). Needed once, unless used as a context manager."""
+        if self._unsafe and not self._open:
+            # Without a jail nothing hides the calls' directories; at least they lie together, and go together.
+            self._scratch = tempfile.mkdtemp(prefix="jaxrl-unsafe-")
+            self._settings["view"]["work"] = self._scratch
         self._open = True
-        await self._warden()
+        try:
+            await self._warden()
+        except BaseException:
+            await self.close()
+            raise
 
     @property
     def warden_pid(self) -> int:
@@ -124,6 +136,9 @@ class Pool:
             link, self._link = self._link, None
         if link is not None:
             await link.close()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = ""
 
     async def run(self, code: str, stdin: str = "", echo: bool = True, limits: Limits | None = None) -> Result:
         """Run a snippet to its end. Never raises for what the snippet does; cancelling this kills it.

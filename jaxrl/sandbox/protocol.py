@@ -39,7 +39,8 @@ class Limits:
         if not min(dataclasses.astuple(self)) > 0:
             raise ValueError(f"every limit must be greater than 0: {self}")
         if self.memory_mib < _LEAST_MEMORY_MIB:
-            raise ValueError(f"Limits.memory_mib={self.memory_mib} is below what a call needs to start: {_LEAST_MEMORY_MIB}")
+            least = f"{_LEAST_MEMORY_MIB} are needed to start a call"
+            raise ValueError(f"Limits.memory_mib={self.memory_mib} is too small: {least}")
 
 
 class Outcome(enum.IntEnum):

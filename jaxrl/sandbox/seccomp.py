@@ -108,7 +108,8 @@ _CLONE, _CLONE3 = (56, 220), (435, 435)
 _SOCKETPAIR = (53, 199)
 _PRCTL = (157, 167)
 _MMAP, _MREMAP = (9, 222), (25, 216)
-# Everything from here on is newer than this table (statmount, lsm_set_self_attr, ...): "no such call" makes libraries fall back.
+# Everything from here on is newer than this table (statmount, lsm_set_self_attr, ...); told "no such call",
+# libraries fall back on older ones.
 _FIRST_UNKNOWN = 452
 
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -167,7 +168,7 @@ def _deny(table: dict[str, tuple[int | None, int | None]], error: int) -> list[t
 
 
 def template_filter() -> Filter:
-    """For the template and all it forks: no sockets, keys, tracing, clocks, modules, shared memory, or new mount calls."""
+    """For the template and all it forks: no sockets, keys, tracing, clocks, modules, shared memory, new mount calls."""
     return Filter(
         [
             *_head(),

@@ -4,6 +4,7 @@ Slots, not submitted calls, decide what runs. A call that outlives a moment move
 priority, so that short calls need not wait for long ones. Faults of ours are tried again on another template.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from collections import deque
 
 from jaxrl.sandbox import orders, syscalls
 from jaxrl.sandbox.fleet import Fleet, Settings, Template, pid_of
-from jaxrl.sandbox.job import Job, sealed_memory
+from jaxrl.sandbox.job import Capture, Job, sealed_memory
 from jaxrl.sandbox.loop import Loop
 from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Outcome, Report, frame
 
@@ -49,10 +50,8 @@ class Warden:
         if self._fleet is not None:
             self._fleet.close()
         self._channel.setblocking(True)
-        try:
+        with contextlib.suppress(OSError):  # the pool is gone
             self._channel.sendall(self._outgoing)
-        except OSError:
-            pass  # the pool is gone
 
     # The pool's side
 
@@ -245,13 +244,11 @@ class Warden:
         job.fast = False
         self._fast -= 1
         self._slow += 1
-        try:
+        with contextlib.suppress(OSError):  # already dead
             os.setpriority(os.PRIO_PROCESS, job.pid, _SLOWEST_PRIORITY)
-        except OSError:
-            pass  # already dead
         self._dispatch()
 
-    def _collect(self, job: Job, stream: object) -> None:
+    def _collect(self, job: Job, stream: Capture) -> None:
         if not stream.read():
             self._loop.forget(stream.fd)  # closed by the snippet; its end is reported separately
         elif job.kill_reason is None and job.output_exceeded():

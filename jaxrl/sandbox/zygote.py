@@ -7,6 +7,7 @@ A stem never runs a call, so a lost template is replaced by one fork. All orders
 sockets; a closed socket means that the warden is gone and ends the process.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -39,7 +40,8 @@ x, y = sp.symbols("x y")
 sp.solve(x**2 - 3*x + 2, x), sp.solve([x + y - 3, x - y - 1], [x, y])
 str(sp.simplify((x**2 - 1) / (x - 1))), sp.factor(x**2 - 1), str(sp.expand((x + y)**3))
 sp.integrate(x**2, (x, 0, 1)), sp.diff(sp.sin(x) * x, x), sp.latex(sp.Rational(1, 3) + sp.sqrt(2)), sp.N(sp.pi)
-sp.factorint(360), sp.isprime(97), list(sp.primerange(10)), sp.gcd(12, 18), sp.binomial(5, 2), sp.Matrix([[1, 2], [3, 4]]).det()
+sp.factorint(360), sp.isprime(97), list(sp.primerange(10)), sp.gcd(12, 18), sp.binomial(5, 2)
+sp.Matrix([[1, 2], [3, 4]]).det()
 """,
 }
 
@@ -120,6 +122,7 @@ class _Template:
         self._control = control
         self._watch_bytes = watch_bytes
         self._jailed = jailed
+        self._work = work
         self._own = os.pidfd_open(os.getpid())
         self._child = Child(self._own, work, jailed)
         self._poller = select.poll()
@@ -153,7 +156,7 @@ class _Template:
         if in_memory:
             with open(fds.pop(), "rb") as file:
                 packed = file.read()
-        directory = "" if self._jailed else tempfile.mkdtemp(prefix="jaxrl-call-")
+        directory = "" if self._jailed else tempfile.mkdtemp(dir=self._work)
         try:
             if self._jailed:
                 syscalls.unshare(syscalls.CLONE_NEWPID)
@@ -179,10 +182,9 @@ class _Template:
         self._poller.unregister(pidfd)
         os.close(pidfd)
         if not self._jailed:
-            try:
-                os.killpg(pid, signal.SIGKILL)  # what it started and left; in a jail the kernel has done this
-            except (ProcessLookupError, PermissionError):
-                pass
+            # What it started and left behind; in a jail the kernel has done this.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
         if directory:
             shutil.rmtree(directory, ignore_errors=True)

@@ -22,16 +22,20 @@ MEMORY, OUTPUT = ToolStatus.OUT_OF_MEMORY, ToolStatus.OUTPUT_LIMIT
 
 def refused(statement: str, imports: str = "") -> str:
     """A snippet that prints "held" only if the statement raises OSError."""
-    return f"import os{imports}\ntry:\n    {statement}\n    print('GOT THROUGH')\nexcept OSError as e:\n    print('held', e.errno)"
+    return (
+        f"import os{imports}\ntry:\n    {statement}\n    print('GOT THROUGH')\n"
+        "except OSError as error:\n    print('held', error.errno)"
+    )
 
 
 def system_call(number: int, *arguments: str) -> str:
     """A snippet that prints "held" if a raw system call fails with EPERM, EAGAIN or ENOSYS."""
-    listed = ", ".join(["ctypes.c_long(%d)" % number, *arguments])
+    listed = ", ".join([f"ctypes.c_long({number})", *arguments])
     return (
         "import ctypes, errno\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         f"answer = libc.syscall({listed})\n"
-        "print('held' if answer == -1 and ctypes.get_errno() in (1, 11, 38) else ('GOT THROUGH', answer, ctypes.get_errno()))"
+        "refused = answer == -1 and ctypes.get_errno() in (1, 11, 38)\n"
+        "print('held' if refused else ('GOT THROUGH', answer, ctypes.get_errno()))"
     )
 
 
@@ -93,7 +97,11 @@ ATTACKS: dict[str, tuple[tuple[ToolStatus, ...], str, str]] = {
     "fork bomb": ((TIMEOUT, ERROR), "", "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"),
     "subprocess": ((OK,), "held 11", refused("subprocess.run(['/bin/true'])", ", subprocess")),
     "exec in place": ((OK,), "held 1", refused("os.execv('/usr/bin/true', ['true'])")),
-    "daemon that leaves its session": ((OK,), "held 11", refused("os.setsid() if os.getpid() != os.getsid(0) else 0; os.fork()")),
+    "daemon that leaves its session": (
+        (OK,),
+        "held 11",
+        refused("os.setsid() if os.getpid() != os.getsid(0) else 0; os.fork()"),
+    ),
     "thread bomb": (
         (OK,),
         "held",
@@ -109,13 +117,15 @@ ATTACKS: dict[str, tuple[tuple[ToolStatus, ...], str, str]] = {
         (OK,),
         "held",
         "import os\nhit = 0\nfor pid in range(2, 40000):\n"
-        "    try: os.kill(pid, 0); hit += 1\n    except ProcessLookupError: pass\nprint('GOT THROUGH' if hit else 'held')",
+        "    try: os.kill(pid, 0); hit += 1\n    except ProcessLookupError: pass\n"
+        "print('GOT THROUGH' if hit else 'held')",
     ),
     "scheduling class": ((OK,), "held", refused("os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))")),
     "raise a limit": (
         (OK,),
         "held",
-        "import resource\ntry:\n    resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); print('GOT THROUGH')\nexcept ValueError: print('held')",
+        "import resource\ntry:\n    resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); print('GOT THROUGH')\n"
+        "except ValueError: print('held')",
     ),
     "better priority": ((OK,), "held", refused("os.nice(-5)")),
     # time
@@ -125,12 +135,16 @@ ATTACKS: dict[str, tuple[tuple[ToolStatus, ...], str, str]] = {
     "ignore every signal": (
         (TIMEOUT,),
         "",
-        "import signal, time\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\n"
-        "while True: time.sleep(9)",
+        "import signal, time\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError): pass\nwhile True: time.sleep(9)",
     ),
     "stop itself": ((TIMEOUT, OK), "", "import os, signal, time\nos.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(30)"),
     "hang at exit": ((TIMEOUT,), "", "import atexit, time\natexit.register(time.sleep, 1e6)"),
-    "thread that outlives main": ((TIMEOUT,), "", "import threading, time\nthreading.Thread(target=time.sleep, args=(1e6,)).start()"),
+    "thread that outlives main": (
+        (TIMEOUT,),
+        "",
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(1e6,)).start()",
+    ),
     "wait for input": ((ERROR,), "", "input()"),
     "backtracking in the regex engine": ((TIMEOUT,), "", "import re\nre.match('(a+)+$', 'a' * 60 + 'b')"),
     # memory and disk
@@ -143,7 +157,11 @@ ATTACKS: dict[str, tuple[tuple[ToolStatus, ...], str, str]] = {
     "shared map": ((OK,), "held", refused("mmap.mmap(-1, 10**10)", ", mmap")),
     "zero device map": ((OK,), "held", refused("mmap.mmap(os.open('/dev/zero', os.O_RDWR), 10**10)", ", mmap")),
     "deep recursion": ((ERROR,), "", "def f(n): return f(n + 1)\nf(0)"),
-    "recursion without limit": ((ERROR, MEMORY, TIMEOUT), "", "import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return [f(n + 1)]\nf(0)"),
+    "recursion without limit": (
+        (ERROR, MEMORY, TIMEOUT),
+        "",
+        "import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return [f(n + 1)]\nf(0)",
+    ),
     "nested source": ((ERROR,), "", "eval('(' * 10**5 + ')' * 10**5)"),
     "one large file": ((OK,), "held 2", refused("open('x', 'wb').write(bytes(9 << 20))")),
     "many files": (
@@ -180,16 +198,30 @@ ATTACKS: dict[str, tuple[tuple[ToolStatus, ...], str, str]] = {
     "become root": ((OK,), "held", refused("os.setuid(0)")),
     # forgery
     "exit code of a failed set-up": ((ERROR,), "", "import os\nos._exit(121)"),
-    "exit 0 with a forged report": ((OK,), "infra_error", "import os\nprint('{\"status\": \"infra_error\"}', flush=True)\nos._exit(0)"),
-    "own small CPU limit": ((ERROR,), "", "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (0, 0))\nwhile True: pass"),
+    "exit 0 with a forged report": (
+        (OK,),
+        "infra_error",
+        'import os\nprint(\'{"status": "infra_error"}\', flush=True)\nos._exit(0)',
+    ),
+    "own small CPU limit": (
+        (ERROR,),
+        "",
+        "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (0, 0))\nwhile True: pass",
+    ),
     "raise MemoryError": ((ERROR,), "", "raise MemoryError"),
     "replace print and exit": ((OK,), "", "import builtins, sys, os\nbuiltins.print = sys.exit = os._exit = None"),
     "interrupt": ((ERROR,), "", "raise KeyboardInterrupt"),
     "segmentation fault": ((ERROR,), "", "import ctypes\nctypes.string_at(0)"),
     "abort": ((ERROR,), "", "import os\nos.abort()"),
 }
-ATTACKS |= {f"socket {name}": ((OK,), "held 1", refused(f"socket.socket({number}, 1)", ", socket")) for name, number in FAMILIES.items()}
-ATTACKS |= {f"datagram {name}": ((OK,), "held", refused(f"socket.socket({FAMILIES[name]}, 2)", ", socket")) for name in ("inet", "vsock")}
+ATTACKS |= {
+    f"socket {name}": ((OK,), "held 1", refused(f"socket.socket({number}, 1)", ", socket"))
+    for name, number in FAMILIES.items()
+}
+ATTACKS |= {
+    f"datagram {name}": ((OK,), "held", refused(f"socket.socket({FAMILIES[name]}, 2)", ", socket"))
+    for name in ("inet", "vsock")
+}
 if os.uname().machine == "x86_64":
     ATTACKS |= {f"system call {name}": ((OK,), "held", system_call(*call)) for name, call in X86_CALLS.items()}
     # mov eax, 20; int 0x80; ret / mov eax, 0x40000027; syscall; ret
@@ -221,12 +253,17 @@ def test_attack(sandbox: Driver, name: str) -> None:
 def test_every_exit_code_is_ok_or_error(sandbox: Driver) -> None:
     codes = list(range(0, 256, 5)) + [121, 98]
     results = sandbox.run_all([f"import os; os._exit({code})" for code in codes])
-    assert [(r.status, r.exit_code, r.attempts) for r in results] == [(ERROR if code else OK, code, 1) for code in codes]
+    assert [(r.status, r.exit_code, r.attempts) for r in results] == [
+        (ERROR if code else OK, code, 1) for code in codes
+    ]
 
 
 def test_descriptors_are_three_and_none_is_inherited(sandbox: Driver) -> None:
     """Hole 1: a descriptor of the launcher's, however high its number, must not be writable by the snippet."""
-    code = "import os\nfound = []\nfor fd in range(70000):\n    try: os.fstat(fd); found.append(fd)\n    except OSError: pass\nfound"
+    code = (
+        "import os\nfound = []\nfor fd in range(70000):\n    try: os.fstat(fd); found.append(fd)\n"
+        "    except OSError: pass\nfound"
+    )
     reader, writer = os.pipe()
     try:
         os.set_inheritable(writer, True)
@@ -304,7 +341,8 @@ def test_abstract_sockets_of_the_host_are_out_of_reach(sandbox: Driver) -> None:
         host.setblocking(False)
         code = (
             "import socket\na, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
-            "for act in (lambda: a.connect('\\0jaxrl-sandbox-test'), lambda: a.sendto(b'x', '\\0jaxrl-sandbox-test')):\n"
+            "there = '\\0jaxrl-sandbox-test'\n"
+            "for act in (lambda: a.connect(there), lambda: a.sendto(b'x', there)):\n"
             "    try: act(); print('GOT THROUGH')\n    except OSError: print('held')"
         )
         assert sandbox.run(code).stdout == "held\nheld\n"

@@ -46,7 +46,8 @@ ERRORS = {
     ),
     "in a function": (
         "def f(n):\n    return 1 / n\nf(0)",
-        'Traceback (most recent call last):\n  File "main.py", line 3, in <module>\n    f(0)\n  File "main.py", line 2, in f\n'
+        'Traceback (most recent call last):\n  File "main.py", line 3, in <module>\n    f(0)\n'
+        '  File "main.py", line 2, in f\n'
         "    return 1 / n\n           ~~^~~\nZeroDivisionError: division by zero\n",
     ),
     "syntax": (
@@ -106,7 +107,8 @@ def test_threads_and_exit_functions_finish(sandbox: Driver) -> None:
 def test_main_is_a_real_module(sandbox: Driver) -> None:
     code = (
         "import inspect, pickle, sys\nclass Point:\n    x = 1\n"
-        "pickle.loads(pickle.dumps(Point())).x, inspect.getsource(Point), __name__, sys.modules['__main__'].Point is Point"
+        "same = sys.modules['__main__'].Point is Point\n"
+        "pickle.loads(pickle.dumps(Point())).x, inspect.getsource(Point), __name__, same"
     )
     assert sandbox.run(code).stdout == "(1, 'class Point:\\n    x = 1\\n', '__main__', True)\n"
 
@@ -120,9 +122,12 @@ def test_calls_share_no_state_and_random_draws_repeat(sandbox: Driver) -> None:
 
 
 def test_notebook_rules_of_the_release(sandbox: Driver, shared: pathlib.Path) -> None:
-    """Same stdout and exit code as rStar2's own runner on every stateless case; its stderr is worded differently."""
+    """Same stdout and exit code as rStar2's own runner on every stateless case; its stderr is worded differently.
+
+    Left out on purpose: where statements share a line we echo the last expression, as IPython does.
+    """
     cases = json.loads((shared / "golden/rstar/sim_jupyter.json").read_text())["cases"]
-    cases = [case for case in cases if not case["inputs"]["history"]]
+    cases = [case for case in cases if not case["inputs"]["history"] and case["id"] != "semicolons"]
     assert len(cases) >= 10
     results = sandbox.run_all([case["inputs"]["code"] for case in cases])
     for case, result in zip(cases, results, strict=True):

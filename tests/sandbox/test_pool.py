@@ -1,0 +1,293 @@
+"""The pool: statuses, clocks, admission, cancelling, faults of ours, and leaving nothing behind."""
+
+import asyncio
+import dataclasses
+import os
+import pathlib
+import signal
+import tempfile
+import time
+
+import pytest
+
+from jaxrl.config import SandboxConfig
+from jaxrl.records import ToolStatus
+from jaxrl.sandbox import Limits, Pool, Result, SandboxUnavailable, pool_from_config
+from tests.sandbox.driver import LIMITS, Driver, descendants
+
+OK, INFRA = ToolStatus.OK, ToolStatus.INFRA_ERROR
+
+
+def alive(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition: object, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_result_names_everything(sandbox: Driver) -> None:
+    result = sandbox.run("sum(range(10**5))")
+    assert (result.status, result.stdout, result.exit_code, result.signal) == (OK, "4999950000\n", 0, None)
+    assert 0 < result.cpu_seconds < 0.6 and 0 < result.wall_seconds < 5 and 0 < result.queue_seconds < 5
+    assert result.peak_rss_kib > 1000 and result.attempts == 1
+    assert not result.stdout_truncated and not result.stderr_truncated
+    assert result.isolation == "jail: namespaces, seccomp, rlimits, ordinary user"
+
+
+def test_many_calls_each_answered_once_with_its_own_answer(sandbox: Driver) -> None:
+    results = sandbox.run_all([f"print({n})" for n in range(400)])
+    assert [result.stdout for result in results] == [f"{n}\n" for n in range(400)]
+    assert {result.status for result in results} == {OK}
+
+
+def test_queue_time_is_no_part_of_a_limit() -> None:
+    limits = dataclasses.replace(LIMITS, wall_seconds=0.6)
+    with Driver(workers=1, slots=1, slow_slots=0, preload=(), limits=limits) as driver:
+        results = driver.run_all(["import time; time.sleep(0.3)"] * 5)
+    assert [result.status for result in results] == [OK] * 5
+    assert max(result.queue_seconds for result in results) > 1.0
+    assert all(0.3 <= result.wall_seconds < 0.6 + result.queue_seconds for result in results)
+
+
+def test_long_calls_leave_the_fast_lane() -> None:
+    with Driver(workers=1, slots=1, slow_slots=1, preload=()) as driver:
+        code = "import os, time; time.sleep(0.6); print(os.getpriority(os.PRIO_PROCESS, 0))"
+
+        async def overtake() -> tuple[Result, Result, bool]:
+            long = asyncio.create_task(driver.pool.run(code))
+            await asyncio.sleep(0.05)
+            short = await driver.pool.run("1")
+            overtook = not long.done()
+            return await long, short, overtook
+
+        long, short, overtook = driver.wait(overtake())
+    assert overtook and short.status is OK
+    assert (long.status, long.stdout) == (OK, "19\n")
+
+
+def test_output_is_cut_in_the_middle(sandbox: Driver) -> None:
+    result = sandbox.run("print('a' + 'x' * (5 << 20) + 'z')")
+    assert result.status is OK and result.stdout_truncated and not result.stderr_truncated
+    assert result.stdout.startswith("axx") and result.stdout.endswith("xxz\n")
+    assert "bytes left out" in result.stdout and len(result.stdout) < 9000
+    exact = sandbox.run("print('y' * 8000)")
+    assert exact.stdout == "y" * 8000 + "\n" and not exact.stdout_truncated
+
+
+def test_limits_of_one_call(sandbox: Driver) -> None:
+    limits = Limits(cpu_seconds=0.1, wall_seconds=5, memory_mib=64)
+    busy = sandbox.run("while True: pass", limits=limits)
+    assert busy.status is ToolStatus.TIMEOUT and 0.1 <= busy.cpu_seconds < 0.5
+    assert sandbox.run("x = bytearray(80 << 20)", limits=limits).status is ToolStatus.OUT_OF_MEMORY
+    assert sandbox.run("x = bytearray(40 << 20)", limits=limits).status is OK
+
+
+def test_cancelling_kills_the_call(sandbox: Driver) -> None:
+    resting = sandbox.resting()
+
+    async def cancel() -> float:
+        task = asyncio.create_task(sandbox.pool.run("import time; time.sleep(60)", limits=Limits(wall_seconds=100)))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return time.monotonic()
+
+    cancelled = sandbox.wait(cancel())
+    wait_until(lambda: descendants(sandbox.pool.warden_pid) == resting)
+    assert time.monotonic() - cancelled < 2.0
+    assert sandbox.run("1").stdout == "1\n"
+
+
+def test_cancelling_a_waiting_call() -> None:
+    with Driver(workers=1, slots=1, slow_slots=0, preload=()) as driver:
+
+        async def cancel_second() -> tuple[Result, Result]:
+            first = asyncio.create_task(driver.pool.run("import time; time.sleep(0.4)"))
+            second = asyncio.create_task(driver.pool.run("open('/dev/null')"))
+            third = asyncio.create_task(driver.pool.run("3"))
+            await asyncio.sleep(0.1)
+            second.cancel()
+            return await first, await third
+
+        first, third = driver.wait(cancel_second())
+    assert (first.status, third.stdout) == (OK, "3\n")
+
+
+def test_admission_is_bounded_and_everything_gets_through() -> None:
+    with Driver(workers=1, slots=1, slow_slots=0, queue=2, preload=()) as driver:
+
+        async def flood() -> tuple[int, list[Result]]:
+            tasks = [asyncio.create_task(driver.pool.run(f"{n}")) for n in range(20)]
+            most = 0
+            while not all(task.done() for task in tasks):
+                most = max(most, len(driver.pool._link._pending))
+                await asyncio.sleep(0.001)
+            return most, [task.result() for task in tasks]
+
+        most, results = driver.wait(flood())
+    assert most <= 3
+    assert [result.stdout for result in results] == [f"{n}\n" for n in range(20)]
+
+
+# Faults of ours
+
+
+@pytest.fixture
+def fragile() -> Driver:
+    with Driver(workers=2, slots=4, preload=(), heartbeat_seconds=1.0) as driver:
+        yield driver
+
+
+def members(driver: Driver) -> tuple[int, list[int]]:
+    """(the jail's first process, its templates)."""
+    first, *templates = driver.resting()
+    return first, templates
+
+
+SLEEPS = ["import time; time.sleep(0.5); print('done')"] * 4
+
+
+def run_while(driver: Driver, act: object, codes: list[str]) -> list[Result]:
+    """Results of the calls, during which ``act`` is done once, after 0.2 s."""
+
+    async def together() -> list[Result]:
+        tasks = [asyncio.create_task(driver.pool.run(code)) for code in codes]
+        await asyncio.sleep(0.2)
+        act()
+        return await asyncio.gather(*tasks)
+
+    return driver.wait(together())
+
+
+def test_killed_template_loses_no_call(fragile: Driver) -> None:
+    _, templates = members(fragile)
+    results = run_while(fragile, lambda: os.kill(templates[0], signal.SIGKILL), SLEEPS)
+    assert [(result.status, result.stdout) for result in results] == [(OK, "done\n")] * 4
+    assert sorted(result.attempts for result in results) == [1, 1, 2, 2]
+    _, now = members(fragile)
+    assert len(now) == 2 and templates[0] not in now
+
+
+def test_halted_template_is_noticed(fragile: Driver) -> None:
+    _, templates = members(fragile)
+    os.kill(templates[0], signal.SIGSTOP)
+    results = fragile.run_all(["print('done')"] * 8)
+    assert [(result.status, result.stdout) for result in results] == [(OK, "done\n")] * 8
+    assert not alive(templates[0])
+
+
+def test_killed_jail_is_built_anew(fragile: Driver) -> None:
+    first, templates = members(fragile)
+    results = run_while(fragile, lambda: os.kill(first, signal.SIGKILL), SLEEPS)
+    assert [(result.status, result.stdout) for result in results] == [(OK, "done\n")] * 4
+    assert not any(alive(pid) for pid in (first, *templates))
+
+
+def test_killed_warden_is_replaced_and_takes_its_jail_along(fragile: Driver) -> None:
+    warden = fragile.pool.warden_pid
+    first, templates = members(fragile)
+    results = run_while(fragile, lambda: os.kill(warden, signal.SIGKILL), SLEEPS)
+    assert [(result.status, result.stdout) for result in results] == [(OK, "done\n")] * 4
+    assert {result.attempts for result in results} == {2}
+    wait_until(lambda: not any(alive(pid) for pid in (first, *templates)))
+
+
+def test_call_that_is_always_there_when_templates_die(fragile: Driver) -> None:
+    """Tried three times, the last time alone, then given up as our fault; the others are not harmed."""
+
+    async def kill_whoever_runs_it() -> tuple[Result, list[Result]]:
+        poison = asyncio.create_task(fragile.pool.run("import time; time.sleep(0.7)"))
+        others: list[asyncio.Task[Result]] = []
+        killed: set[int] = set()
+        while not poison.done():
+            await asyncio.sleep(0.1)
+            _, *rest = descendants(fragile.pool.warden_pid)
+            for template in rest:
+                if template not in killed and descendants(template):
+                    killed.add(template)
+                    os.kill(template, signal.SIGKILL)
+            others.append(asyncio.create_task(fragile.pool.run("print('fine')", limits=Limits(wall_seconds=30))))
+        return await poison, await asyncio.gather(*others)
+
+    poison, others = fragile.wait(kill_whoever_runs_it())
+    assert (poison.status, poison.attempts) == (INFRA, 3)
+    assert "template" in poison.stderr
+    assert {(result.status, result.stdout) for result in others} <= {(OK, "fine\n"), (INFRA, "")}
+    assert sum(result.status is OK for result in others) >= len(others) - 2
+    assert fragile.run("5").stdout == "5\n"
+
+
+# Beginning and end
+
+
+def footprint() -> tuple[int, str, set[str], int]:
+    """(own descriptors, mounts, files in the temporary folder, child processes)."""
+    descriptors = len(os.listdir("/proc/self/fd"))
+    mounts = pathlib.Path("/proc/self/mountinfo").read_text()
+    files = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("jaxrl")}
+    return descriptors, mounts, files, len(descendants(os.getpid()))
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_close_leaves_nothing(unsafe: bool) -> None:
+    async def use() -> list[int]:
+        pool = Pool(LIMITS, workers=2, slots=4, preload=(), unsafe=unsafe)
+        async with pool:
+            below = [pool.warden_pid]
+            await asyncio.gather(*(pool.run("open('f', 'w').write('x')") for _ in range(20)))
+            running = asyncio.create_task(pool.run("import time; time.sleep(60)", limits=Limits()))
+            await asyncio.sleep(0.3)
+            below += descendants(pool.warden_pid)
+        with pytest.raises(RuntimeError, match="not open"):
+            await running
+        with pytest.raises(RuntimeError, match="not open"):
+            await pool.run("1")
+        return below
+
+    asyncio.run(use())  # whatever a first use loads
+    before = footprint()
+    below = asyncio.run(use())
+    assert len(below) >= 5
+    assert footprint() == before
+    assert not any(alive(pid) for pid in below)
+
+
+def test_helpers_never_load_jax(sandbox: Driver) -> None:
+    for pid in (sandbox.pool.warden_pid, *sandbox.resting()):
+        assert "jaxlib" not in pathlib.Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_missing_preload_is_named() -> None:
+    with pytest.raises(ValueError, match="preload names 'no_such_module_here'.*install it"):
+        Pool(preload=("no_such_module_here",))
+
+
+def test_preload_that_fails_to_import(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o755)
+    (tmp_path / "broken_for_test.py").write_text("raise ImportError('no luck today')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SandboxUnavailable, match="could not load its modules"):
+        with Driver(workers=1, preload=("broken_for_test",)):
+            pass
+
+
+@pytest.mark.parametrize("name", ["workers", "slots", "queue"])
+def test_counts_must_be_positive(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=0"):
+        Pool(preload=(), **{name: 0})
+
+
+def test_pool_from_config() -> None:
+    pool = pool_from_config(
+        SandboxConfig(cpu_seconds=3, wall_seconds=5, memory_mib=99, output_kib=7, preload=("numpy",))
+    )
+    assert pool.limits == Limits(cpu_seconds=3, wall_seconds=5, memory_mib=99, output_kib=7)
+    assert pool_from_config(SandboxConfig(unsafe=True, preload=())).isolation == "unsafe: none"
