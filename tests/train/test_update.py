@@ -1,0 +1,120 @@
+"""The optimizer step on a tiny decoder: independence of the micro-batch cut, compilation, gradient of masked tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl import mesh as meshes
+from jaxrl.config import AlgorithmConfig, MeshConfig, ModelConfig, OptimizerConfig
+from jaxrl.model import logprob, transformer
+from jaxrl.records import Batch
+from jaxrl.train.state import abstract_state, initial_params, new_state, rl_optimizer
+from jaxrl.train.update import Updater, policy_gradient_loss
+
+MODEL = ModelConfig(
+    vocab_size=24, layers=1, width=16, query_heads=2, kv_heads=1, head_width=8, ffn_width=32, init_scale=0.3
+)
+SPECS = transformer.param_specs(MODEL)
+OPTIMIZER = rl_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), SPECS)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+    return meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def random_batch(seed: int, rows: int, tokens: int = 12) -> Batch:
+    draw = np.random.default_rng(seed)
+    shape = (rows, tokens)
+    mask = (draw.random(shape) < 0.6).astype(np.float32)
+    mask[:, 0] = 0
+    return Batch(
+        tokens=draw.integers(0, MODEL.vocab_size, shape).astype(np.int32),
+        positions=np.broadcast_to(np.arange(tokens, dtype=np.int32), shape),
+        segment_ids=np.ones(shape, np.int32),
+        mask=mask,
+        weights=mask / 40,
+        advantages=draw.normal(size=shape).astype(np.float32) * mask,
+        behaviour_logprobs=(np.log(1 / MODEL.vocab_size) + 0.3 * draw.normal(size=shape)).astype(np.float32) * mask,
+    )
+
+
+def cut(batch: Batch, rows: int) -> list[Batch]:
+    return [
+        jax.tree.map(lambda field, start=start: field[start : start + rows], batch)
+        for start in range(0, batch.tokens.shape[0], rows)
+    ]
+
+
+def updated(batches: list[Batch], mesh: jax.sharding.Mesh) -> tuple[dict, dict[str, float]]:
+    state = new_state(initial_params(SPECS, mesh, 0), OPTIMIZER, mesh)
+    updater = Updater(policy_gradient_loss(MODEL, AlgorithmConfig(), 1.0), OPTIMIZER, mesh)
+    state, metrics = updater.step(state, batches)
+    return jax.device_get(state.params), metrics
+
+
+def test_promise_3_an_update_does_not_depend_on_the_micro_batch_cut(mesh: jax.sharding.Mesh) -> None:
+    batch = random_batch(1, 4)
+    (whole, metrics), (parts, other) = updated([batch], mesh), updated(cut(batch, 1), mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), whole, parts)
+    for name in ("loss", "grad_norm", "entropy", "ratio"):
+        assert metrics[name] == pytest.approx(other[name] * (4 if name == "loss" else 1), rel=1e-4), name
+
+
+def test_an_update_moves_the_policy_towards_what_had_an_advantage(mesh: jax.sharding.Mesh) -> None:
+    batch = random_batch(2, 4)
+    batch = batch.replace(advantages=batch.mask * np.where(np.arange(4) < 2, 1.0, -1.0)[:, None].astype(np.float32))
+    before = jax.device_get(initial_params(SPECS, mesh, 0))
+    on_policy = np.asarray(score(before, batch))
+    after, _ = updated([batch.replace(behaviour_logprobs=on_policy * batch.mask)], mesh)
+    change = ((np.asarray(score(after, batch)) - on_policy) * batch.mask).sum(axis=1)
+    assert (change[:2] > 0).all() and (change[2:] < 0).all()
+
+
+def score(params: dict, batch: Batch) -> jax.Array:
+    params, batch = jax.tree.map(jnp.asarray, (params, batch))
+    return logprob.sequence_logprobs(params, MODEL, batch.tokens, batch.positions, batch.segment_ids).logprobs
+
+
+def test_the_kl_to_the_reference_pulls_back(mesh: jax.sharding.Mesh) -> None:
+    batch = random_batch(3, 4)
+    batch = batch.replace(advantages=0 * batch.advantages)
+    algorithm = AlgorithmConfig(kl_coefficient=1.0, kl_estimator="k2")
+    params = initial_params(SPECS, mesh, 0)
+    reference = initial_params(SPECS, mesh, 1)
+    updater = Updater(policy_gradient_loss(MODEL, algorithm, 1.0), OPTIMIZER, mesh)
+    state = new_state(params, OPTIMIZER, mesh)
+    divergences = []
+    for _ in range(5):
+        state, metrics = updater.step(state, [batch], reference)
+        divergences.append(metrics["kl_to_reference"])
+    assert divergences[-1] < divergences[0]
+
+
+def test_promise_11_compile_covers_every_number_of_micro_batches(mesh: jax.sharding.Mesh) -> None:
+    state = new_state(initial_params(SPECS, mesh, 0), OPTIMIZER, mesh)
+    updater = Updater(policy_gradient_loss(MODEL, AlgorithmConfig(), 1.0), OPTIMIZER, mesh)
+    updater.compile(state, 2, 12)
+    state, _ = updater.step(state, cut(random_batch(4, 2), 2))  # the host's own conversions are warm after one step
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    try:
+        for rows in (2, 4, 8):
+            state, _ = updater.step(state, cut(random_batch(rows, rows), 2))
+        assert compiled == []
+        jax.jit(lambda x: x * 3.25 + 1)(jnp.ones(17))
+        assert compiled  # the listener hears a compilation
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_abstract_state_is_the_state(mesh: jax.sharding.Mesh) -> None:
+    state = new_state(initial_params(SPECS, mesh, 0), OPTIMIZER, mesh)
+    target = abstract_state(SPECS, OPTIMIZER, mesh)
+    assert jax.tree.structure(state) == jax.tree.structure(target)
+    for have, want in zip(jax.tree.leaves(state), jax.tree.leaves(target), strict=True):
+        assert (have.shape, have.dtype) == (want.shape, want.dtype)
+        assert have.sharding.is_equivalent_to(want.sharding, have.ndim)
