@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.evaluate.metrics import avg_at_k, maj_at_k, mean_interval, pass_at_k
@@ -11,11 +11,13 @@ from jaxrl.evaluate.metrics import avg_at_k, maj_at_k, mean_interval, pass_at_k
 rows = st.lists(st.booleans(), min_size=1, max_size=7)
 
 
+@settings(deadline=None)
 @given(st.lists(rows, min_size=1, max_size=4))
 def test_avg_is_the_mean_over_problems_of_their_means(correct):
     assert avg_at_k(correct).value == pytest.approx(np.mean([np.mean(row) for row in correct]))
 
 
+@settings(deadline=None)
 @given(st.lists(rows, min_size=1, max_size=4), st.integers(1, 7))
 def test_pass_at_k_is_the_mean_over_all_choices_of_k_samples(correct, k):
     """Against the definition: draw k of the n samples in every way there is."""
@@ -31,6 +33,7 @@ def test_pass_at_k_known_values():
         pass_at_k([[True]], 0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=7))
 def test_maj_is_the_chance_of_a_random_draw_among_the_most_voted(votes):
     """Against the definition: every order of breaking ties, equally likely."""
@@ -75,6 +78,7 @@ def test_unanimous_problems_have_a_bound_and_no_certainty():
     assert (mean_interval([0.5]).low, mean_interval([0.5]).high) == (0.0, 1.0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.125, 0.5, 1.0]), min_size=1, max_size=20))
 def test_interval_holds_the_value_and_lies_between_0_and_1(values):
     estimate = mean_interval(values)

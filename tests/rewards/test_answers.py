@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.rewards.answers import extract_answer, unboxed, visible_text
@@ -84,6 +84,7 @@ def test_counts_and_balance(turns, count, balanced):
 PIECES = ["<answer>", "</answer>", "<reason>", "</reason>", "<tool_call>", "</tool_call>", "42", "\\boxed{", "}", "x"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join), st.booleans())
 def test_visible_text_agrees_with_a_reading_character_by_character(turn, opened):
     visible, state, index = "", "reason" if opened else "", 0
@@ -105,6 +106,7 @@ def test_visible_text_agrees_with_a_reading_character_by_character(turn, opened)
     assert visible_text(turn, opened_reason=opened).replace("\n", "") == visible.replace("\n", "")
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=10).map("".join))
 def test_an_unclosed_reason_never_earns(turn):
     assert extract_answer([turn.replace("</reason>", "")], opened_reason=True).last is None

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.rewards.integers import read_integer, same_integer
@@ -26,6 +26,7 @@ def test_anything_else_is_no_integer(text):
     assert read_integer(text) is None
 
 
+@settings(deadline=None)
 @given(st.integers(), st.integers())
 def test_agrees_with_python(left, right):
     for form in (str, "{:,}".format, "{}.0".format):

@@ -31,15 +31,16 @@ def children() -> set[int]:
 
 
 def run(scenario, **settings):
-    async def main():
-        async with MathVerifier(RewardConfig(**settings)) as verifier:
-            return await scenario(verifier)
-
     before = children()
-    try:
-        return asyncio.run(main())
-    finally:
-        assert children() == before, "a verifier process was left behind"
+
+    async def main():
+        try:
+            async with MathVerifier(RewardConfig(**settings)) as verifier:
+                return await scenario(verifier)
+        finally:
+            assert children() == before, "a verifier process was left behind"
+
+    return asyncio.run(main())
 
 
 def test_statuses_and_replacement_after_a_timeout():
@@ -50,10 +51,10 @@ def test_statuses_and_replacement_after_a_timeout():
         assert await verifier.grade("anything", "") is RewardStatus.VERIFIER_CRASH
         started = time.monotonic()
         assert await verifier.grade(HANGS, "42") is RewardStatus.VERIFIER_TIMEOUT
-        assert 0.5 <= time.monotonic() - started < 2.0
+        assert 1.9 <= time.monotonic() - started < 20.0
         assert await verifier.grade("2\\sqrt{3}", "\\sqrt{12}") is CORRECT
 
-    run(scenario, workers=1, seconds=0.6)
+    run(scenario, workers=1, seconds=2.0)
 
 
 def test_what_needs_no_process_gets_none(monkeypatch):
@@ -68,15 +69,12 @@ def test_what_needs_no_process_gets_none(monkeypatch):
     run(scenario)
 
 
-@pytest.mark.parametrize(("deaths", "status"), [(1, CORRECT), (2, RewardStatus.VERIFIER_CRASH)])
-def test_a_killed_process_is_replaced_and_two_are_a_crash(monkeypatch, deaths, status):
-    asked = 0
+def test_a_killed_process_is_replaced_and_two_are_a_crash(monkeypatch):
     ask = module._Process.ask
+    dies = iter([True, False, True, True, False])
 
     async def ask_and_die(process, answer, gold):
-        nonlocal asked
-        asked += 1
-        if asked > deaths:
+        if not next(dies):
             return await ask(process, answer, gold)
         child = process._child
         asyncio.get_running_loop().call_later(0.1, child.kill)
@@ -84,8 +82,8 @@ def test_a_killed_process_is_replaced_and_two_are_a_crash(monkeypatch, deaths, s
 
     async def scenario(verifier):
         monkeypatch.setattr(module._Process, "ask", ask_and_die)
-        assert await verifier.grade("84/2", "42") is status
-        assert await verifier.grade("84/2", "42") is CORRECT
+        statuses = [await verifier.grade("84/2", "42") for _ in range(3)]
+        assert statuses == [CORRECT, RewardStatus.VERIFIER_CRASH, CORRECT]
 
     run(scenario, workers=1, seconds=20.0)
 
@@ -124,8 +122,8 @@ def test_a_cancelled_question_does_not_answer_the_next():
 
 def test_a_burst_is_answered_in_its_order_over_several_processes():
     async def scenario(verifier):
-        results = await asyncio.gather(*(verifier.grade(f"{n}/2", "100") for n in range(150, 250)))
-        assert [n for n, result in zip(range(150, 250), results, strict=True) if result is CORRECT] == [200]
+        results = await asyncio.gather(*(verifier.grade(f"{n}/2", "100") for n in range(180, 220)))
+        assert [n for n, result in zip(range(180, 220), results, strict=True) if result is CORRECT] == [200]
 
     run(scenario, workers=2, seconds=10.0)
 
