@@ -10,7 +10,7 @@ from jaxrl.sandbox.orders import STARTED
 from jaxrl.sandbox.protocol import Call, Outcome, Report
 
 _CHUNK = 1 << 18
-_LONGEST_STRETCH = 10  # a wall limit grows with waiting for a core, up to this multiple of itself
+_LONGEST_STRETCH = 3  # a wall limit grows with waiting for a core, by at most this multiple of itself
 # Of the granted memory, when touched this much at a failed call's end, the call is taken to have run out of it.
 _MEMORY_USED_UP = 0.8
 

@@ -56,7 +56,7 @@ class Pool:
         limits: what one call may use, unless ``run`` is given others; None takes the defaults of ``Limits``.
         workers: template processes, of each kind (bare, and with the modules of ``preload``).
         slots: calls that run at once.
-        slow_slots: further calls that may run on, at lowest priority, once they have lasted a quarter second.
+        slow_slots: further calls that may run on, at lower priority, once they have lasted a quarter second.
             Memory needed at worst: (slots + slow_slots) x (memory_mib + disk_mib).
         queue: calls that may wait beyond those; then ``run`` waits before submitting.
         preload: modules that calls which mention them find already imported.

@@ -1,6 +1,6 @@
 """The trusted process between pool and jail: which call runs where and when, how long, and how it ended.
 
-Slots, not submitted calls, decide what runs. A call that outlives a moment moves to the slow lane, at lowest
+Slots, not submitted calls, decide what runs. A call that outlives a moment moves to the slow lane, at lower
 priority, so that short calls need not wait for long ones. Faults of ours are tried again on another template.
 """
 
@@ -24,7 +24,7 @@ from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Outcome, Report, fra
 ATTEMPTS = 3  # tries of a call before a fault of ours is reported
 _DEATHS_TO_QUARANTINE = 2  # a call that was there when so many templates died runs alone
 _FAST_SECONDS = 0.25  # a call that runs longer moves to the slow lane
-_SLOWEST_PRIORITY = 19
+_SLOW_NICENESS = 10  # added in the slow lane: about a tenth of a core that the trainer wants too
 _CHECK_SECONDS = 0.02  # shortest time between two looks at a running call
 _READ = 1 << 18
 
@@ -245,7 +245,8 @@ class Warden:
         self._fast -= 1
         self._slow += 1
         with contextlib.suppress(OSError):  # already dead
-            os.setpriority(os.PRIO_PROCESS, job.pid, _SLOWEST_PRIORITY)
+            niceness = os.getpriority(os.PRIO_PROCESS, job.pid) + _SLOW_NICENESS
+            os.setpriority(os.PRIO_PROCESS, job.pid, min(niceness, 19))
         self._dispatch()
 
     def _collect(self, job: Job, stream: Capture) -> None:

@@ -1,6 +1,7 @@
 """One call as the warden sees it: kept output, and verdicts from the kernel's evidence."""
 
 import os
+import pathlib
 import signal
 import time
 
@@ -104,3 +105,22 @@ def test_verdict(name: str) -> None:
 def test_a_call_that_never_started_is_our_fault(status: int) -> None:
     """Hole 3: it is the missing byte that says so, never an exit code."""
     assert judge(status, started=False) is None
+
+
+def test_wall_limit_is_stretched_by_waiting_for_a_core(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    job = Job(Call(1, b"", b"", True, Limits(wall_seconds=2.0), 0.0), full=False)
+    job.born, job.pid = 100.0, os.getpid()
+
+    def waited(seconds: float) -> float:
+        schedule = tmp_path / "schedstat"
+        schedule.write_text(f"5 {int(seconds * 1e9)} 7\n")
+        monkeypatch.setattr("builtins.open", lambda path, mode: schedule.open(mode))
+        deadline = job.wall_deadline()
+        monkeypatch.undo()
+        return deadline
+
+    assert waited(0.0) == 102.0
+    assert waited(1.5) == 103.5
+    assert waited(1000.0) == 108.0, "never without a bound"
+    job.pid = 0  # no such process
+    assert job.wall_deadline() == 102.0

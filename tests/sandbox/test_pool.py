@@ -69,7 +69,7 @@ def test_long_calls_leave_the_fast_lane() -> None:
 
         long, short, overtook = driver.wait(overtake())
     assert overtook and short.status is OK
-    assert (long.status, long.stdout) == (OK, "19\n")
+    assert (long.status, int(long.stdout)) == (OK, min(os.getpriority(os.PRIO_PROCESS, 0) + 10, 19))
 
 
 def test_output_is_cut_in_the_middle(sandbox: Driver) -> None:
