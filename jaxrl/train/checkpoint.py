@@ -5,7 +5,9 @@ stage, weight version, data position, pending groups, counters, alarm history. R
 (seed, draw, sample, position) and of nothing else, so the draw counter is all there is to save of them.
 """
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -49,10 +51,8 @@ class Checkpoints:
         if reference is not None:
             items["reference"] = ocp.args.StandardSave(reference)
         metrics = None if pass_rate is None else {"pass_rate": pass_rate}
-        try:
+        with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
-        except OSError as error:
-            raise CheckpointError(_disk_message(step, error)) from error
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
@@ -94,14 +94,25 @@ class Checkpoints:
         return restored["state"], restored.get("reference")
 
     def wait(self) -> None:
-        """Until the last write is complete."""
-        try:
+        """Until the last write is complete; a fault of it is raised here."""
+        with self._writing():
             self._manager.wait_until_finished()
-        except OSError as error:
-            raise CheckpointError(_disk_message(self._manager.latest_step(), error)) from error
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait, and let go of the folder."""
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn a fault of writing into one that says what to do; tensorstore reports a full disk as ValueError."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self._manager.directory} ({_reason(error)}); the complete ones "
+                f"there are intact: {', '.join(map(str, self._manager.all_steps())) or 'none'}. Free space and resume"
+            ) from error
 
     def _check_shapes(self, step: int, abstract_state: Any) -> None:
         metadata = self._manager.item_metadata(step)["state"]
@@ -120,8 +131,7 @@ def _name(path: tuple) -> str:
     return "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
 
 
-def _disk_message(step: int | None, error: OSError) -> str:
-    return (
-        f"the checkpoint after step {step} could not be written ({error}); the older checkpoints are intact: "
-        "free space and resume"
-    )
+def _reason(error: Exception) -> str:
+    """The end of tensorstore's long messages says what the operating system said."""
+    text = str(error).splitlines()[0]
+    return text.rpartition(": ")[2].partition(" [")[0] if "RESOURCE_EXHAUSTED" in text else text

@@ -40,10 +40,10 @@ def train(config: Config, folder: pathlib.Path, view: Progress, *, cold_start_on
         try:
             if progress.stage == "sft":
                 state = cold_start(session, recorder, progress, state)
+            if progress.stage == "sft" and not cold_start_only:
                 progress.stage, progress.step = "rl", 0
                 state = new_state(state.params, session.rl_optimizer, session.mesh)
                 reference = jax.tree.map(jnp.copy, state.params) if config.algorithm.kl_coefficient else None
-                recorder.save(progress, state, reference, None)
             if not cold_start_only:
                 state = asyncio.run(reinforce(session, recorder, progress, state, reference))
             with recorder.timer.phase("export"):

@@ -17,6 +17,8 @@ from jaxrl.train.run import RunFolder
 
 ALARM_HISTORY = 64
 """Steps the alarms look back on."""
+STEP_PHASES = ("rollout", "select", "update", "sync")
+"""Phases that tokens per second are measured over: the loop itself, not compiling, evaluating or saving."""
 
 
 class Recorder:
@@ -59,7 +61,7 @@ class Recorder:
         for reason in {t.stop_reason for t in played}:
             pairs.add(f"stop_reason/{reason}", sum(t.stop_reason is reason for t in played), len(played))
         seconds = self._take_seconds(progress)
-        elapsed = sum(seconds.values())
+        elapsed = sum(value for name, value in seconds.items() if name.removeprefix(metrics.SECONDS) in STEP_PHASES)
         tokens = sum(len(t.ids) for t in played)
         progress.response_tokens += tokens
         progress.rl_seconds += elapsed
@@ -122,6 +124,6 @@ class Recorder:
 
 
 def global_step(config: Config, progress: RunProgress) -> int:
-    """Steps since the run began: cold start and reinforcement counted through."""
-    cold = config.sft.steps if progress.stage == "rl" and config.sft.demonstrations else 0
-    return cold + progress.step
+    """Steps since the run began: the cold start, one for the evaluation between, and reinforcement."""
+    before = config.sft.steps + 1 if progress.stage == "rl" and config.sft.demonstrations else 0
+    return before + progress.step

@@ -10,8 +10,10 @@ from jaxrl.train.session import Session
 from jaxrl.train.state import TrainState, sft_optimizer
 from jaxrl.train.update import Updater, cross_entropy_loss
 
-LINE_EVERY = 50
+LINE_EVERY = 25
 """Steps between plain progress lines."""
+SAVE_EVERY = 10
+"""Cold-start steps for each step of ``CheckpointConfig.every``: they are much shorter than those of reinforcement."""
 
 
 def cold_start(session: Session, recorder: Recorder, progress: RunProgress, state: TrainState) -> TrainState:
@@ -33,7 +35,8 @@ def cold_start(session: Session, recorder: Recorder, progress: RunProgress, stat
             state, metrics = updater.step(state, [_batch(batches, config.train.seed, progress.step)])
         progress.step += 1
         recorder.sft_step(progress, metrics)
-        if progress.step % (LINE_EVERY * config.checkpoint.every) == 0:
+        last = progress.step == config.sft.steps
+        if last or progress.step % (SAVE_EVERY * config.checkpoint.every) == 0:
             recorder.save(progress, state, None, None)
     return state
 

@@ -26,7 +26,7 @@ def kill_on_call(owner: Any, name: str, count: int) -> None:
 
 
 POINTS = {
-    "episodes": (episodes, "prompt_ids"),
+    "episodes": (episodes, "extract_answer"),
     "update": (update.Updater, "_accumulate"),
     "checkpoint": (checkpoint.Checkpoints, "save"),  # returns while the write goes on in the background
 }

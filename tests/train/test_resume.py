@@ -52,7 +52,7 @@ def test_the_run_learns_from_something(unbroken: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     ("point", "count"),
-    [("episodes", 45), ("update", 64), ("checkpoint", 3)],
+    [("episodes", 36), ("update", 64), ("checkpoint", 3)],
     ids=["during episodes", "during an update", "during a checkpoint write"],
 )
 def test_promise_8_killed_and_resumed_gives_the_same_bits(
