@@ -2,6 +2,9 @@
 
 import json
 import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -68,3 +71,27 @@ def tiny_overrides(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 @pytest.fixture(scope="session")
 def tiny_config(tiny_overrides: tuple[str, ...]) -> Config:
     return configuration.load("", tiny_overrides)
+
+
+RunTiny = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def run_tiny(tiny_overrides: tuple[str, ...]) -> RunTiny:
+    """``run_tiny(folder, *by)`` trains the tiny run in a process of its own, by way of a script and its arguments."""
+
+    def run(folder: pathlib.Path, *by: str) -> subprocess.CompletedProcess[str]:
+        settings = [argument for override in tiny_overrides for argument in ("--set", override)]
+        command = [sys.executable, *(by or ("-m", "jaxrl.cli")), "train", "smoke", "--run", str(folder), *settings]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, run_tiny: RunTiny) -> pathlib.Path:
+    """The folder of a tiny run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    done = run_tiny(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder

@@ -2,7 +2,7 @@
 
 import pathlib
 import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -11,14 +11,6 @@ from jaxrl.observe.writers import read_metrics
 
 TIMED = ("seconds/", "engine/", "tokens_per_second", "tool_seconds")
 KILLED = -9
-
-
-def run(folder: pathlib.Path, overrides: tuple[str, ...], *before: str) -> int:
-    settings = [argument for override in overrides for argument in ("--set", override)]
-    command = [sys.executable, *(before or ("-m", "jaxrl.cli")), "train", "smoke", "--run", str(folder), *settings]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, KILLED), done.stdout + done.stderr
-    return done.returncode
 
 
 def curve(folder: pathlib.Path) -> list[dict]:
@@ -36,15 +28,8 @@ def episodes(folder: pathlib.Path) -> list[dict]:
     return rows
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: tuple[str, ...]) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    assert run(folder, tiny_overrides) == 0
-    return folder
-
-
-def test_the_run_learns_from_something(unbroken: pathlib.Path) -> None:
-    rows = read_metrics(unbroken, "rl")
+def test_the_run_learns_from_something(tiny_run: pathlib.Path) -> None:
+    rows = read_metrics(tiny_run, "rl")
     assert len(rows) == 4
     assert any(row["grad_norm"] > 1e-3 for row in rows)
     assert any(0 < row["pass_rate"] < 1 for row in rows)
@@ -56,14 +41,19 @@ def test_the_run_learns_from_something(unbroken: pathlib.Path) -> None:
     ids=["during episodes", "during an update", "during a checkpoint write"],
 )
 def test_promise_8_killed_and_resumed_gives_the_same_bits(
-    unbroken: pathlib.Path, tmp_path: pathlib.Path, tiny_overrides: tuple[str, ...], point: str, count: int
+    tiny_run: pathlib.Path,
+    tmp_path: pathlib.Path,
+    run_tiny: Callable[..., subprocess.CompletedProcess[str]],
+    point: str,
+    count: int,
 ) -> None:
     folder = tmp_path / "run"
     script = str(pathlib.Path(__file__).with_name("killed_run.py"))
-    assert run(folder, tiny_overrides, script, point, str(count)) == KILLED
+    assert run_tiny(folder, script, point, str(count)).returncode == KILLED
     assert not (folder / "summary.json").exists()
-    assert run(folder, tiny_overrides) == 0
-    assert curve(folder) == curve(unbroken)
-    assert episodes(folder) == episodes(unbroken)
-    weights = [(f / "export" / "model.safetensors").read_bytes() for f in (folder, unbroken)]
+    resumed = run_tiny(folder)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert curve(folder) == curve(tiny_run)
+    assert episodes(folder) == episodes(tiny_run)
+    weights = [(f / "export" / "model.safetensors").read_bytes() for f in (folder, tiny_run)]
     assert weights[0] == weights[1]

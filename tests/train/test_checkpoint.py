@@ -1,0 +1,75 @@
+"""Checkpoints: what is kept, what is refused, another mesh, a full disk."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.config import CheckpointConfig
+from jaxrl.train.checkpoint import CheckpointError, Checkpoints
+
+HERE = pathlib.Path(__file__).parent
+
+
+def state(step: int, width: int = 3) -> dict[str, jax.Array]:
+    return {"weights": jnp.full((width, 2), step, jnp.float32)}
+
+
+def target(width: int = 3) -> dict[str, jax.ShapeDtypeStruct]:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0, width)
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
+    for step in range(6):
+        checkpoints.save(step, state(step), None, {"step": step}, {1: 0.5, 3: 0.25}.get(step))
+    checkpoints.close()
+    return folder
+
+
+def test_the_newest_and_the_best_are_kept(folder: pathlib.Path) -> None:
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
+    assert sorted(int(path.name) for path in folder.iterdir()) == [1, 4, 5]
+    assert (checkpoints.find("latest"), checkpoints.find("best"), checkpoints.find("4")) == (5, 1, 4)
+    restored, reference = checkpoints.restore(1, target(), None)
+    np.testing.assert_array_equal(restored["weights"], state(1)["weights"])
+    assert reference is None
+    assert checkpoints.host(4) == {"step": 4}
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(folder: pathlib.Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint '2' in .*; there are: 1, 4, 5"):
+        Checkpoints(folder, CheckpointConfig()).find("2")
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder: pathlib.Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is of another model: weights should have shape \(4, 2\) but holds"):
+        Checkpoints(folder, CheckpointConfig()).restore(5, target(width=4), None)
+
+
+def test_a_full_disk_leaves_the_older_checkpoints_intact(tmp_path: pathlib.Path) -> None:
+    """On a real file system of 700 KiB, mounted in a namespace of its own."""
+    mount = f"mount -t tmpfs -o size=700k none {tmp_path}"
+    shell = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*shell, mount], capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let an ordinary user mount a small file system")
+    command = f"{mount} && exec {sys.executable} {HERE / 'full_disk.py'} {tmp_path}/checkpoints"
+    done = subprocess.run([*shell, command], capture_output=True, text=True, check=False)
+    assert "No space left on device" in done.stdout and "are intact" in done.stdout, done.stdout + done.stderr
+    assert "restored: True" in done.stdout
+
+
+def test_promise_8_another_mesh_gives_the_same_values(tiny_run: pathlib.Path) -> None:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, str(HERE / "other_mesh.py"), str(tiny_run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert "devices 8, same values True, step 4" in done.stdout, done.stdout + done.stderr
