@@ -34,7 +34,7 @@ def test_heap_goes_to_huge_pages() -> None:
     if release < (6, 1) or not switch.exists() or "[never]" in switch.read_text():
         pytest.skip("this kernel does not give huge pages on request")
     code = (
-        "import gc\nfrom jaxrl.sandbox.forks import settle_heap\nheld = [(n, str(n)) for n in range(300_000)]\n"
+        "import gc\nfrom jaxrl.sandbox.forks import settle_heap\nheld = [[n, str(n)] for n in range(300_000)]\n"
         "settle_heap()\nassert not gc.isenabled() and gc.get_freeze_count() > 300_000\n"
         "print(open('/proc/self/smaps_rollup').read())"
     )

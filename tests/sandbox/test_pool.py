@@ -81,6 +81,13 @@ def test_output_is_cut_in_the_middle(sandbox: Driver) -> None:
     assert exact.stdout == "y" * 8000 + "\n" and not exact.stdout_truncated
 
 
+def test_endless_output_ends_before_its_time(sandbox: Driver) -> None:
+    limits = dataclasses.replace(LIMITS, cpu_seconds=5, wall_seconds=30, output_hard_mib=1)
+    result = sandbox.run("print('first')\nwhile True: print('x' * 1000)", limits=limits)
+    assert (result.status, result.signal) == (ToolStatus.OUTPUT_LIMIT, signal.SIGKILL)
+    assert result.cpu_seconds < 3 and result.stdout.startswith("first\n")
+
+
 def test_limits_of_one_call(sandbox: Driver) -> None:
     limits = Limits(cpu_seconds=0.1, wall_seconds=5, memory_mib=64)
     busy = sandbox.run("while True: pass", limits=limits)
