@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import math
 import pathlib
 
 import jax
@@ -64,7 +65,8 @@ def evaluate(config: Config, folder: pathlib.Path, which: str, as_json: bool) ->
     print(f"{len(session.eval_problems)} problems, {report.samples} samples each, {kind}; 95 % intervals")
     for name, estimate in figures.items():
         print(f"{name:>8}  {estimate.value:6.1%}  ({estimate.low:.1%} to {estimate.high:.1%})")
-    print(f"failed calls in correct trajectories: {report.tool_error_share_in_correct:.1%}")
+    share = report.tool_error_share_in_correct
+    print(f"failed calls in correct trajectories: {'no calls' if math.isnan(share) else f'{share:.1%}'}")
     if report.excluded:
         print(f"left out through faults of ours: {report.excluded} trajectories")
 
@@ -110,6 +112,8 @@ def import_folder(config: Config, source: pathlib.Path, folder: pathlib.Path) ->
             )
         progress, state, reference = experiment.beginning(session)
         checkpoints.save(0, state, reference, progress.to_json(), None)
+        # From here on the run folder holds all there is; the source may go.
+        run.write_config(dataclasses.replace(config, model=dataclasses.replace(session.model, path="")))
         checkpoints.close()
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"{source}: {count:,} parameters imported; train with: jaxrl train --run {folder}")

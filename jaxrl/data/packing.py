@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from jaxrl.config import ConfigError
 from jaxrl.records import Batch, Trajectory
 
 
@@ -168,7 +169,7 @@ def _after(prompt_tokens: int, values: np.ndarray) -> np.ndarray:
 
 def _check_fit(name: str, tokens: int, row_tokens: int, remedy: str) -> None:
     if tokens > row_tokens:
-        raise ValueError(f"{name} has {tokens} tokens but a packed row holds row_tokens={row_tokens}; {remedy}")
+        raise ConfigError(f"{name} has {tokens} tokens but a packed row holds row_tokens={row_tokens}; {remedy}")
 
 
 def _check_first(name: str, mask: np.ndarray) -> None:
