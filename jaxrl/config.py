@@ -134,7 +134,8 @@ class EngineConfig:
     """KV pages; 0 gives every slot its longest sequence."""
     round_steps: int = 16
     """Decode steps in one jitted round."""
-    prefill_rows: int = 8
+    prefill_rows: int = 4
+    """Chunks in one prefill call; empty ones cost as much as full ones."""
     prefill_chunk: int = 64
     """Tokens of a row that one prefill call takes; longer texts take several calls."""
     max_prompt_tokens: int = 256
