@@ -1,0 +1,81 @@
+"""Stages of one run: limits change, solved problems leave, the optimizer starts anew; and the recipe of rStar2-Agent."""
+
+import dataclasses
+import io
+import pathlib
+
+import jax
+import pytest
+
+from jaxrl import config as configuration
+from jaxrl.config import Config, ConfigError, StagesConfig
+from jaxrl.model import spec, transformer
+from jaxrl.observe.progress import Progress
+from jaxrl.observe.traces import read_episodes
+from jaxrl.train import experiment, stages
+from jaxrl.train.checkpoint import Checkpoints
+from jaxrl.train.run import RunFolder
+from jaxrl.train.session import open_session
+
+STAGES = StagesConfig(
+    until=(1, 3), max_response_tokens=(40, 96), max_turns=(1, 3), drop_solved=(0, 1), reset_optimizer=(False, True)
+)
+
+
+def test_the_stage_of_every_step() -> None:
+    config = Config(stages=dataclasses.replace(STAGES, until=(2, 5)))
+    assert [stages.index(config, step) for step in range(6)] == [0, 0, 1, 1, 1, 1]
+    assert stages.index(Config(), 7) == 0
+
+
+def test_a_run_in_two_stages(tiny_config: Config, tmp_path: pathlib.Path) -> None:
+    train = dataclasses.replace(tiny_config.train, steps=3, eval_every=0, prefetch_groups=0)
+    config = dataclasses.replace(tiny_config, train=train, stages=STAGES)
+    shown = io.StringIO()
+    with Progress("tiny", file=shown, live=False) as view:
+        experiment.train(config, tmp_path / "run", view)
+    played = [read_episodes(file) for file in sorted((tmp_path / "run" / "episodes").glob("rl_*.jsonl"))]
+    assert max(t.policy_turns for t in played[0]) == 1 and max(len(t.ids) for t in played[0]) <= 40
+    assert max(t.policy_turns for t in played[1]) > 1
+    assert "of 16 problems are not always solved and stay" in shown.getvalue()
+
+    run = RunFolder(tmp_path / "run")
+    session = open_session(config, run)
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+    progress, state, _ = experiment.restore(session, checkpoints, checkpoints.find("latest"))
+    assert int(state.step) == 2  # updates since the optimizer started anew
+    assert progress.problems is not None and len(progress.problems) < 16
+    assert {t.problem.id for t in played[2]} <= set(progress.problems)
+    assert len({(t.draw, t.sample) for step in played for t in step}) == sum(map(len, played))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_turns": (1,)}, "has not one entry for each of the 2 stages"),
+        ({"until": (3, 3)}, "must rise from stage to stage"),
+        ({"until": (1, 9)}, "the last stage ends at step 9 but TrainConfig.steps=3"),
+        ({"max_response_tokens": (40, 9999)}, "exceeds EngineConfig.max_response_tokens"),
+    ],
+)
+def test_stages_that_contradict_the_rest_are_refused(tiny_config: Config, change: dict, message: str) -> None:
+    train = dataclasses.replace(tiny_config.train, steps=3)
+    config = dataclasses.replace(tiny_config, train=train, stages=dataclasses.replace(STAGES, **change))
+    with pytest.raises(ConfigError, match=message):
+        configuration.check(config)
+
+
+def test_rstar2_has_the_values_of_the_paper_and_its_model_initialises_abstractly() -> None:
+    """arXiv 2508.20722, section 4: Qwen3-14B, 512 problems, 32 samples of which 16 stay, three stages."""
+    config = configuration.load("rstar2_14b", ["DataConfig.train=train.jsonl", "DataConfig.eval=aime.jsonl"])
+    assert (config.train.problems, config.train.samples, config.algorithm.keep) == (512, 32, 16)
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (1e-6, 20)
+    assert (config.algorithm.clip_low, config.algorithm.clip_high, config.algorithm.kl_coefficient) == (0.2, 0.28, 0)
+    assert config.stages.until == (300, 385, 510)
+    assert config.stages.max_response_tokens == (8192, 12288, 12288)
+    assert config.stages.max_turns == (10, 10, 15)
+    assert config.stages.drop_solved == (0, 0, 8) and config.stages.reset_optimizer == (False, False, True)
+    specs = transformer.param_specs(config.model)
+    assert 14.7e9 < spec.count(specs) < 14.8e9
+    shapes = jax.eval_shape(lambda key: spec.initialize(specs, key), jax.random.key(0))
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(lambda leaf: leaf.shape, spec.abstract(specs))
