@@ -27,6 +27,11 @@ class ToolStatus(enum.StrEnum):
     BAD_ARGUMENTS = "bad_arguments"
     INFRA_ERROR = "infra_error"  # ours, not the model's: retried, then the trajectory leaves the batch
 
+    @property
+    def is_error(self) -> bool:
+        """Whether the call counts against the model: every outcome but success and faults of ours."""
+        return self not in (ToolStatus.OK, ToolStatus.INFRA_ERROR)
+
 
 class StopReason(enum.StrEnum):
     """Why a trajectory ended."""

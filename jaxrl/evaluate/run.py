@@ -9,7 +9,6 @@ from contextlib import aclosing
 from jaxrl.config import ConfigError, EvalConfig
 from jaxrl.episodes import Player, play_groups
 from jaxrl.evaluate.metrics import avg_at_k, maj_at_k, pass_at_k
-from jaxrl.observe.metrics import is_tool_error
 from jaxrl.observe.report import Estimate
 from jaxrl.records import Group, Problem, StopReason, Trajectory
 from jaxrl.rewards.integers import read_integer
@@ -101,7 +100,7 @@ def report(groups: Sequence[Group], *, k: Sequence[int], samples: int, greedy: b
         samples=samples,
         trajectories=len(flat),
         excluded=sum(len(group.trajectories) for group in groups) - len(flat),
-        tool_error_share_in_correct=_share(sum(map(is_tool_error, statuses)), len(statuses)),
+        tool_error_share_in_correct=_share(sum(status.is_error for status in statuses), len(statuses)),
         calls=_share(sum(len(trajectory.calls) for trajectory in flat), len(flat)),
         response_tokens=_share(sum(len(trajectory.ids) for trajectory in flat), len(flat)),
         truncated_share=_share(reasons[StopReason.MAX_TOKENS], len(flat)),

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from jaxrl.records import RewardStatus, StopReason, ToolStatus, Trajectory
+from jaxrl.records import RewardStatus, StopReason, Trajectory
 
 Pair = tuple[float, float]
 
@@ -42,11 +42,6 @@ class Accumulator:
 def means(pairs: Mapping[str, Pair]) -> dict[str, float]:
     """Sum over count of every pair with a count."""
     return {name: total / count for name, (total, count) in pairs.items() if count}
-
-
-def is_tool_error(status: ToolStatus) -> bool:
-    """Whether a call counts as the model's error: every outcome but success and faults of ours."""
-    return status not in (ToolStatus.OK, ToolStatus.INFRA_ERROR)
 
 
 def episode_pairs(trajectories: Iterable[Trajectory], max_response_tokens: int | None = None) -> dict[str, Pair]:
@@ -91,7 +86,7 @@ def episode_pairs(trajectories: Iterable[Trajectory], max_response_tokens: int |
         calls = trajectory.calls
         total.add("calls", len(calls))
         total.add("call_share", bool(calls))
-        errors = sum(is_tool_error(call.status) for call in calls)
+        errors = sum(call.status.is_error for call in calls)
         total.add("tool_error_share", errors, len(calls))
         if trajectory.correct:
             total.add("tool_error_share_in_correct", errors, len(calls))

@@ -231,7 +231,7 @@ def penalty(trajectory: Trajectory, config: AlgorithmConfig) -> float:
 def tool_counts(trajectory: Trajectory) -> tuple[int, int]:
     """(calls, errors) of a trajectory; a fault of ours is neither."""
     statuses = [call.status for call in trajectory.calls if call.status is not ToolStatus.INFRA_ERROR]
-    return len(statuses), sum(status is not ToolStatus.OK for status in statuses)
+    return len(statuses), sum(status.is_error for status in statuses)
 
 
 def _draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Stages of one run: limits change, solved problems leave, the optimizer starts anew; and the recipe of rStar2-Agent."""
+"""Stages of one run: limits change, solved problems leave, the optimizer starts anew. The recipe of rStar2-Agent."""
 
 import dataclasses
 import io
