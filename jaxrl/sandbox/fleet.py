@@ -38,7 +38,7 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
 }
 _LAUNCH = (
-    "import json, sys; settings = json.loads(sys.argv[2]); sys.path.insert(0, settings['home']); "
+    "import json, sys; settings = json.loads(sys.argv[2]); sys.path.append(settings['home']); "
     "from jaxrl.sandbox import forks; forks.defer_hooks(); "
     "from jaxrl.sandbox.zygote import launch; launch(int(sys.argv[1]), settings)"
 )
@@ -294,6 +294,9 @@ class Fleet:
         now = time.monotonic()
         for template in list(self.templates):
             if template.asked and now - template.asked > self._settings.heartbeat_seconds:
+                stem = self._stems.get(template.full)
+                if not template.ready and stem is not None:
+                    self._lose_stem(stem, template.full)  # it does not fork
                 self.lose(template)
             elif not template.asked and template.ready:
                 try:

@@ -13,7 +13,7 @@ from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Report, frame
 
 _HOME = str(pathlib.Path(__file__).resolve().parents[2])  # the folder that holds the package
-_BOOT = "import sys; sys.path.insert(0, sys.argv[2]); from jaxrl.sandbox.warden import main; main()"
+_BOOT = "import sys; sys.path.append(sys.argv[2]); from jaxrl.sandbox.warden import main; main()"
 _START_SECONDS = 300.0
 _CLOSE_SECONDS = 10.0
 

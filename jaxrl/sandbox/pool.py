@@ -151,6 +151,7 @@ class Pool:
 
         Raises:
             RuntimeError: the pool is not open.
+            SandboxUnavailable: the jail was lost and could not be built again.
         """
         call = Call(
             id=next(self._ids),

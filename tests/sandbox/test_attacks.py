@@ -295,14 +295,14 @@ written"""
 def test_thread_limit_holds_and_is_not_shared(sandbox: Driver) -> None:
     """Hole 4: the process limit is void for root; here it holds, and calls do not count each other's threads."""
     code = """
-import threading, time
+import threading
 threading.stack_size(64 << 10)
-count = 1
+count, end = 1, threading.Event()
 try:
     for _ in range(60):
-        threading.Thread(target=time.sleep, args=(0.3,), daemon=True).start(); count += 1
+        threading.Thread(target=end.wait, daemon=True).start(); count += 1
 except RuntimeError: pass
-time.sleep(0.2)
+end.wait(0.3)
 print(count)"""
     limits = dataclasses.replace(LIMITS, threads=40)
 
