@@ -229,7 +229,7 @@ class Progress:
             view = self._timed_view()
             if view.phase and self._clock() - self._last_line >= self._heartbeat:
                 place = f"step {view.step + 1}/{view.steps}: " if view.steps else ""
-                self._line(beginning(f"  ... {place}{_activity(view)}", PLAIN_WIDTH))
+                self._line("  " + beginning(f"... {place}{_activity(view)}", PLAIN_WIDTH - 2))
 
 
 def quote(episode: Trajectory, width: int) -> str:
