@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from jaxrl_kernels import interval_attention, paged_attention
 from jaxrl_kernels.softmax import MASKED, round_up
 
