@@ -27,9 +27,7 @@ def params():
 
 
 def make_engine(params, stops=STOPS, version=0, seed=11, **changes) -> Engine:
-    return Engine(
-        dataclasses.replace(CONFIG, **changes), MODEL, params, stop_ids=stops, seed=seed, version=version
-    )
+    return Engine(dataclasses.replace(CONFIG, **changes), MODEL, params, stop_ids=stops, seed=seed, version=version)
 
 
 def prompt_of(draw: int) -> np.ndarray:

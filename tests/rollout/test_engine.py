@@ -296,6 +296,12 @@ def test_cancelling_frees_slots_pages_and_queue(params):
             await asyncio.gather(*tasks, return_exceptions=True)
             stats = engine.stats()
             assert stats["pages_used"] == stats["queued"] == stats["admitted"] == 0
+            sequence = await engine.open(prompt_of(0), draw=0, sample=0, max_tokens=56)
+            generating = asyncio.create_task(sequence.generate(56))
+            await asyncio.sleep(0.001)
+            generating.cancel()
+            await asyncio.wait([generating])
+            assert engine.stats()["pages_used"] == engine.stats()["admitted"] == 0, "not closed by anybody else"
             assert len((await play(engine, 9, 0)).ids)
 
     asyncio.run(run())
@@ -335,5 +341,3 @@ def test_accounts_return_to_zero_after_everything_closed(params, plain):
     prompts = sum(len(prompt_of(draw)) - 1 for draw in range(4))
     tools = sum((1 - played.mask).sum() for played in plain.values())
     assert stats["prefill_tokens"] == prompts + tools, "a prompt is prefilled once; later tool output alone"
-
-
