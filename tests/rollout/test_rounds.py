@@ -39,11 +39,14 @@ def decode_plan(left) -> np.ndarray:
 
 
 def decoded(params, left, exit_at=0, stops=(-1,) * 4):
-    output = rounds.decode_round(
+    return rounds.read_round(decode(params, left, exit_at, stops)[1])
+
+
+def decode(params, left, exit_at=0, stops=(-1,) * 4):
+    return rounds.decode_round(
         params, init_pages(MODEL, PAGES, CONFIG.page_size), decode_plan(left), np.int32(exit_at), jax.random.key(3),
         np.array(stops, np.int32), model=MODEL, steps=CONFIG.round_steps,
-    )[1]
-    return rounds.read_round(output)
+    )
 
 
 def test_successive_chunks_of_a_sequence_may_share_a_call(params):
@@ -75,7 +78,10 @@ def test_a_round_ends_when_too_few_slots_go_on(params, exit_at):
 
 def test_empty_slots_sample_nothing_and_change_nothing(params):
     tokens, logprobs = decoded(params, np.array([4] * 8))
-    some, their_logprobs = decoded(params, np.array([4, 0, 0, 4, 0, 0, 0, 4]))
+    kv_pages, output = decode(params, np.array([4, 0, 0, 4, 0, 0, 0, 4]))
+    some, their_logprobs = rounds.read_round(output)
+    written = np.flatnonzero((np.asarray(kv_pages.keys) != 0).any(axis=(0, 2, 3, 4)))
+    assert written.tolist() == [0, 6, 14]
     assert (some[:, [1, 2, 4, 5, 6]] == -1).all()
     np.testing.assert_array_equal(some[:, [0, 3, 7]], tokens[:, [0, 3, 7]])
     np.testing.assert_array_equal(their_logprobs[:, [0, 3, 7]], logprobs[:, [0, 3, 7]])
