@@ -17,6 +17,10 @@ from jaxrl.train.run import RunFolder
 
 ALARM_HISTORY = 64
 """Steps the alarms look back on."""
+ENGINE_TOTALS = (
+    *("opened", "rounds", "decode_tokens", "decode_steps", "prefill_tokens", "prefill_calls"),
+    *("decode_seconds", "prefill_seconds", "serving_seconds", "queue_seconds", "preemptions"),
+)
 STEP_PHASES = ("rollout", "select", "update", "sync")
 """Phases that tokens per second are measured over: the loop itself, not compiling, evaluating or saving."""
 
@@ -34,6 +38,7 @@ class Recorder:
         self.view = view
         self.timer = metrics.PhaseTimer(view.phase)
         self._config, self._run, self._checkpoints = config, run, checkpoints
+        self._engine_totals: dict[str, float] = {}
         fresh = checkpoints.latest() is None
         self._writer = writers.MetricsWriter(run.path, -1 if fresh else global_step(config, progress))
 
@@ -70,9 +75,7 @@ class Recorder:
         progress.history = [*progress.history, row][-ALARM_HISTORY:]
         for message in alarms.new_alarms(progress.history).values():
             self.view.note(f"alarm: {message}")
-        row |= (
-            seconds | {"tokens_per_second": tokens / max(elapsed, 1e-9)} | {f"engine/{k}": v for k, v in engine.items()}
-        )
+        row |= seconds | self._engine_step(engine) | {"tokens_per_second": tokens / max(elapsed, 1e-9)}
         step = global_step(self._config, progress)
         self._writer.write(step, "rl", row)
         if self._config.train.dump_episodes:
@@ -115,6 +118,19 @@ class Recorder:
         """Wait for the last checkpoint and close every file."""
         self._checkpoints.close()
         self._writer.close()
+
+    def _engine_step(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """What the engine did since the last step; its own figures run over its whole life."""
+        done = {name: totals[name] - self._engine_totals.get(name, 0) for name in ENGINE_TOTALS}
+        self._engine_totals = dict(totals)
+        slot_steps = done["decode_steps"] * self._config.engine.slots
+        busy = done["decode_seconds"] + done["prefill_seconds"]
+        rates = {
+            "occupancy": done["decode_tokens"] / max(slot_steps, 1),
+            "idle_share": max(0.0, 1 - busy / max(done["serving_seconds"], 1e-9)),
+            "mean_queue_seconds": done["queue_seconds"] / max(done["opened"], 1),
+        }
+        return {f"engine/{name}": value for name, value in (done | rates).items()}
 
     def _take_seconds(self, progress: RunProgress) -> dict[str, float]:
         seconds = self.timer.take()
