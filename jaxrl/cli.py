@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except commands.EXPECTED_ERRORS as error:
         return _complain(error, FAILED)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        resumable = options.run_verb in (_train, _sft)
+        print("\nstopped" + "; the same command goes on from the last checkpoint" * resumable, file=sys.stderr)
         return INTERRUPTED
     return DONE
 
@@ -52,7 +53,11 @@ def _config(options: argparse.Namespace) -> Config:
     if options.config is not None:
         return configuration.load(options.config, overrides)
     saved = options.run / "config.gin" if options.run else None
-    if saved is None or not saved.is_file():
+    if saved is not None and not saved.is_file():
+        raise ConfigError(
+            f"{options.run} holds no config.gin, so it is no run folder; give one that `jaxrl train` made"
+        )
+    if saved is None:
         raise ConfigError(f"name a recipe ({', '.join(configuration.recipe_names())}), or a --run folder that has one")
     return configuration.parse([saved.read_text(encoding="utf-8")], overrides)
 

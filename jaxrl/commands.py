@@ -89,7 +89,7 @@ def export(config: Config, folder: pathlib.Path, which: str, to: pathlib.Path) -
     """``jaxrl export``: writes a checkpoint as a Hugging Face folder."""
     run = _existing(folder)
     session = open_session(config, run)
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpoints.find(which)
     _, state, _ = experiment.restore(session, checkpoints, step)
     experiment.export(session, state.params, to)
@@ -103,18 +103,18 @@ def import_folder(config: Config, source: pathlib.Path, folder: pathlib.Path) ->
     model = dataclasses.replace(config.model, path=str(source))
     config = dataclasses.replace(config, model=model)
     with open_run(folder) as run:
-        run.write_config(config)
-        session = open_session(config, run)
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
         if checkpoints.latest() is not None:
             raise RunError(
                 f"run folder {folder} already holds checkpoint {checkpoints.latest()}; choose another with --run"
             )
+        session = open_session(config, run)
+        session.keep_tokenizer()
         progress, state, reference = experiment.beginning(session)
         checkpoints.save(0, state, reference, progress.to_json(), None)
-        # From here on the run folder holds all there is; the source may go.
-        run.write_config(dataclasses.replace(config, model=dataclasses.replace(session.model, path="")))
         checkpoints.close()
+        # Written last: from here on the run folder holds all there is, and the source may go.
+        run.write_config(dataclasses.replace(config, model=dataclasses.replace(session.model, path="")))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"{source}: {count:,} parameters imported; train with: jaxrl train --run {folder}")
 
@@ -123,7 +123,7 @@ def _checkpoint(config: Config, folder: pathlib.Path, which: str) -> tuple[Sessi
     """Session, rollout weights and weight version of a checkpoint."""
     run = _existing(folder)
     session = open_session(config, run)
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint, read_only=True)
     progress, state, _ = experiment.restore(session, checkpoints, checkpoints.find(which))
     checkpoints.close()
     return session, rollout_params(state.params, session.model), progress.step

@@ -106,7 +106,7 @@ class DataConfig:
 class SftConfig:
     """Cold start on demonstrations."""
 
-    demonstrations: str = "stories"
+    demonstrations: Literal["stories", "gsm8k", ""] = "stories"
     """"stories" or "gsm8k" (calculator notes of DataConfig.train turned into Python); empty skips the cold start."""
     count: int = 8192
     """Demonstrations to make (all there are, for a file)."""
@@ -143,7 +143,8 @@ class EngineConfig:
     """Response tokens of all turns together, tool output included."""
     temperature: float = 1.0
     reserve_quantile: float = 1.0
-    """Admission reserves this quantile of recent response lengths; 1 = the longest possible, never preempts."""
+    """Admission reserves this quantile of recent response lengths; 1 = the longest possible, never preempts. Below 1 a
+    preempted sequence is prefilled anew, which may change the last bits of its log-probabilities."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -450,11 +451,34 @@ def check(config: Config) -> None:
             f"ModelConfig.query_heads={config.model.query_heads} is no multiple of kv_heads={config.model.kv_heads}"
         )
     _check_stages(config)
+    if not engine.temperature > 0:
+        raise ConfigError(
+            f"EngineConfig.temperature={engine.temperature} must be above 0: the policy is trained on what it samples; "
+            "for greedy evaluation set EvalConfig.temperature=0"
+        )
+    if config.eval.temperature > 0 and max(config.eval.k, default=1) > config.eval.samples:
+        raise ConfigError(
+            f"EvalConfig.k={config.eval.k} asks for more than EvalConfig.samples={config.eval.samples}; "
+            "raise samples or lower k"
+        )
+    if algorithm.roc == "inverse" and algorithm.roc_epsilon <= 0:
+        raise ConfigError(f"AlgorithmConfig.roc_epsilon={algorithm.roc_epsilon} must be above 0 for roc='inverse'")
+    if algorithm.kl_coefficient and algorithm.kl_estimator == "k1":
+        raise ConfigError(
+            "AlgorithmConfig.kl_estimator='k1' has no gradient in expectation; use 'k2' or 'k3' in a loss"
+        )
+    if not config.data.eval and "stories" in config.data.train.split(","):
+        raise ConfigError("DataConfig.eval is empty: stories have a split of their own; set DataConfig.eval='stories'")
     if not 0 < engine.reserve_quantile <= 1:
         raise ConfigError(f"EngineConfig.reserve_quantile={engine.reserve_quantile} is outside (0, 1]")
     positive = {
         "EngineConfig.slots": engine.slots,
         "EngineConfig.page_size": engine.page_size,
+        "EngineConfig.prefill_rows": engine.prefill_rows,
+        "EngineConfig.prefill_chunk": engine.prefill_chunk,
+        "ModelConfig.logprob_chunk": config.model.logprob_chunk,
+        "SftConfig.rows": config.sft.rows,
+        "TrainConfig.rows": config.train.rows,
         "EngineConfig.round_steps": engine.round_steps,
         "TrainConfig.problems": train.problems,
         "TrainConfig.samples": train.samples,

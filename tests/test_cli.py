@@ -90,7 +90,7 @@ def test_a_run_folder_in_use_is_refused(capsys: pytest.CaptureFixture[str], tmp_
 def test_a_folder_that_is_no_run(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
     code, shown = run(capsys, "eval", str(tmp_path))
     assert code == cli.BAD_USAGE
-    assert "name a recipe" in shown
+    assert "holds no config.gin" in shown and "`jaxrl train`" in shown
 
 
 def test_import_of_a_folder_that_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:

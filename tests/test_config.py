@@ -39,6 +39,9 @@ def test_overrides_win_and_bare_words_are_strings() -> None:
         ("SandboxConfig.preload = ('numpy', 3)", r"SandboxConfig.preload=.* must be tuple of str"),
         ("AlgorithmConfig.keep = 64", r"keep=64 is more than TrainConfig.samples=16"),
         ("TrainConfig.row_tokens = 100", r"row_tokens=100 cannot hold the longest trajectory of 512"),
+        ("EngineConfig.temperature = 0.0", r"EngineConfig.temperature=0.0 must be above 0"),
+        ("EvalConfig.samples = 4", r"EvalConfig.k=\(1, 8\) asks for more than EvalConfig.samples=4"),
+        ("DataConfig.eval = ''", r"stories have a split of their own"),
         ("EngineConfig.slots = 0", r"EngineConfig.slots=0 must be at least 1"),
     ],
 )
@@ -68,7 +71,7 @@ def test_a_value_the_recipe_requires_is_asked_for() -> None:
 
 @pytest.mark.parametrize("name", configuration.recipe_names())
 def test_every_recipe_resolves(name: str) -> None:
-    config = configuration.load(name, ["DataConfig.train=a.jsonl", "DataConfig.eval=b.jsonl"])
+    config = configuration.load(name, ["DataConfig.train=a.jsonl", "DataConfig.eval=b.jsonl", "ModelConfig.path=c"])
     assert config.data.train == "a.jsonl"
 
 

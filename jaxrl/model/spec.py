@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxrl.config import ConfigError
 from jaxrl.mesh import Rules, partition_spec
 
 LAYERS = "layers"
@@ -102,7 +103,7 @@ def shardings(specs: Specs, mesh: Mesh, rules: Rules) -> dict[str, Any]:
     """The NamedSharding of every parameter under a rule table.
 
     Raises:
-        ValueError: a mesh axis does not divide the parameter axis it splits.
+        ConfigError: a mesh axis does not divide the parameter axis it splits.
     """
 
     def sharding(spec: ParamSpec) -> NamedSharding:
@@ -111,7 +112,7 @@ def shardings(specs: Specs, mesh: Mesh, rules: Rules) -> dict[str, Any]:
             parts = (part,) if isinstance(part, str) else part or ()
             pieces = math.prod(mesh.shape[name] for name in parts)
             if length % pieces:
-                raise ValueError(
+                raise ConfigError(
                     f"{spec.hf_name}: axis {axis!r} of length {length} cannot be split over "
                     f"{' x '.join(parts)} = {pieces} devices; choose a mesh axis length that divides it"
                 )

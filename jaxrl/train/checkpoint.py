@@ -22,16 +22,21 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The ``checkpoints`` folder of a run: keeps the newest ``keep`` and the best by pass rate."""
+    """The ``checkpoints`` folder of a run: keeps the newest ``keep`` and the best by pass rate.
 
-    def __init__(self, folder: pathlib.Path, config: CheckpointConfig) -> None:
+    Args:
+        read_only: for whoever does not hold the run folder's lock; what a live training is writing stays untouched.
+    """
+
+    def __init__(self, folder: pathlib.Path, config: CheckpointConfig, *, read_only: bool = False) -> None:
         best = managers.BestN(
             get_metric_fn=lambda metrics: metrics["pass_rate"], n=1, keep_checkpoints_without_metrics=False
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(config.keep), best]),
             best_fn=lambda metrics: metrics["pass_rate"],
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         handlers = {
             "state": ocp.StandardCheckpointHandler(),

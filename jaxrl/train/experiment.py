@@ -29,13 +29,16 @@ def train(config: Config, folder: pathlib.Path, view: Progress, *, cold_start_on
         ConfigError, RunError, CheckpointError: before anything is compiled or lost, with the remedy.
     """
     with open_run(folder) as run:
-        for line in run.write_config(config):
-            view.note(f"changed since the last start: {line}")
         view.phase("prepare")
         session = open_session(config, run)
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
         step = checkpoints.latest()
         progress, state, reference = beginning(session) if step is None else restore(session, checkpoints, step)
+        if not cold_start_only:
+            asyncio.run(session.check_sandbox())
+        session.keep_tokenizer()
+        for line in run.write_config(config):
+            view.note(f"changed since the last start: {line}")
         recorder = Recorder(config, run, view, progress, checkpoints)
         try:
             if progress.stage == "sft":
@@ -48,6 +51,7 @@ def train(config: Config, folder: pathlib.Path, view: Progress, *, cold_start_on
                 state = asyncio.run(reinforce(session, recorder, progress, state, reference))
             with recorder.timer.phase("export"):
                 export(session, state.params, run.export)
+            recorder.settle(progress)
         finally:
             recorder.close()
         report = _report(session, progress)
@@ -93,8 +97,9 @@ def beginning(session: Session) -> tuple[RunProgress, TrainState, Any | None]:
 
 def _report(session: Session, progress: RunProgress) -> Report:
     before, after = progress.before or {}, progress.after or {}
+    first = before.get("estimates", {})
     comparisons = tuple(
-        Comparison(label, Estimate(**before["estimates"][label]), Estimate(**estimate))
+        Comparison(label, Estimate(**first[label]) if label in first else None, Estimate(**estimate))
         for label, estimate in after.get("estimates", {}).items()
     )
     return Report(

@@ -48,7 +48,7 @@ async def reinforce(
     async with open_player(session, weights, progress.step) as player:
         if progress.before is None:
             progress.before = progress.after = await measure(session, recorder, player, progress)
-            recorder.save(progress, state, reference, progress.before["pass_rate"])
+            recorder.save(progress, state, reference, progress.before.get("pass_rate"))
         while progress.step < config.train.steps:
             state, reference, player = await stages.enter(session, recorder, progress, state, reference, player)
             collected = await collect(session, recorder, player, progress)
@@ -67,7 +67,7 @@ async def reinforce(
             if evaluated:
                 progress.after = await measure(session, recorder, player, progress)
             if last or progress.step % config.checkpoint.every == 0:
-                recorder.save(progress, state, reference, progress.after["pass_rate"] if evaluated else None)
+                recorder.save(progress, state, reference, progress.after.get("pass_rate") if evaluated else None)
     return state
 
 
@@ -83,8 +83,9 @@ async def measure(session: Session, recorder: Recorder, player: Player, progress
 async def collect(session: Session, recorder: Recorder, player: Player, progress: RunProgress) -> Collected:
     """Play until something survives selection, drawing problems again up to ``TrainConfig.max_draws`` times.
 
-    Groups of the next step are played behind this step's own, so decode slots that would idle while this
-    step's stragglers wait for their tools have work.
+    ``TrainConfig.prefetch_groups`` groups of the next step are played behind this step's own, with the present
+    weights, so that decode slots have work while this step's stragglers wait for their tools. Which groups those are
+    does not depend on timing, so a resumed run plays the same; the step waits for them too.
     """
     train = session.config.train
     stream = session.problem_stream(progress)

@@ -21,7 +21,7 @@ ENGINE_TOTALS = (
     *("opened", "rounds", "decode_tokens", "decode_steps", "prefill_tokens", "prefill_calls"),
     *("decode_seconds", "prefill_seconds", "serving_seconds", "queue_seconds", "preemptions"),
 )
-STEP_PHASES = ("rollout", "select", "update", "sync")
+STEP_PHASES = ("rollout", "update", "sync")
 """Phases that tokens per second are measured over: the loop itself, not compiling, evaluating or saving."""
 
 
@@ -113,6 +113,10 @@ class Recorder:
             return
         with self.timer.phase("checkpoint"):
             self._checkpoints.save(step, state, reference, progress.to_json(), pass_rate)
+
+    def settle(self, progress: RunProgress) -> None:
+        """Count the seconds since the last step, so that the report has all of them."""
+        self._take_seconds(progress)
 
     def close(self) -> None:
         """Wait for the last checkpoint and close every file."""

@@ -34,17 +34,8 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def episodes(self) -> pathlib.Path:
-        return self.path / "episodes"
-
-    @property
     def export(self) -> pathlib.Path:
         return self.path / "export"
-
-    @property
-    def pending(self) -> pathlib.Path:
-        """Folder of groups played ahead of the step that will train on them."""
-        return self.path / "pending"
 
     def read_config(self) -> Config:
         """The configuration this run was last started with.
@@ -62,7 +53,9 @@ class RunFolder:
         """Put the resolved configuration beside the results; returns what changed since the last start, a line each."""
         text = configuration.dump(config)
         before = self.config.read_text(encoding="utf-8").splitlines() if self.config.is_file() else []
-        self.config.write_text(text, encoding="utf-8")
+        unfinished = self.config.with_suffix(".gin.tmp")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, self.config)
         return [line for line in text.splitlines() if line and line not in before] if before else []
 
 

@@ -47,6 +47,21 @@ class Session:
     def rl_optimizer(self) -> optax.GradientTransformation:
         return rl_optimizer(self.config.optimizer, self.specs)
 
+    def keep_tokenizer(self) -> None:
+        """Write the tokenizer and its chat template into the run folder, once, whole or not at all."""
+        if not self.run.tokenizer.is_dir():
+            with hf.replaced_folder(self.run.tokenizer) as staging:
+                self.chat.save(staging)
+
+    async def check_sandbox(self) -> None:
+        """Start the sandbox and stop it, so that a machine that refuses it is known before anything is trained.
+
+        Raises:
+            SandboxUnavailable: with what is missing and the remedy.
+        """
+        async with pool_from_config(self.config.sandbox):
+            pass
+
     def problem_stream(self, progress: RunProgress) -> problems.ProblemStream:
         """The endless stream of problems to train on, at the run's position; only those the stage keeps."""
         chosen = self.train_problems
@@ -76,10 +91,10 @@ def open_session(config: Config, run: RunFolder) -> Session:
     worked = demonstrations.load(config.sft, config.data, train) if config.sft.demonstrations else ()
     tokenizer = _tokenizer(config, run, train, worked)
     chat = ChatFormat(config.chat, (PythonTool.schema,), tokenizer)
-    chat.save(run.tokenizer)
     model = _model(config.model, tokenizer)
     _check_prompts(config, chat, (*train, *held_out))
     mesh = meshes.make_mesh(config.mesh)
+    _check_rows(config, mesh)
     return Session(config, run, tokenizer, chat, model, mesh, train, held_out, worked)
 
 
@@ -129,6 +144,15 @@ def _model(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
         config = dataclasses.replace(config, vocab_size=-(-tokenizer.vocab_size // 8) * 8)
     hf.check_vocabulary(config, tokenizer.vocab_size)
     return config
+
+
+def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
+    pieces = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, rows in (("SftConfig.rows", config.sft.rows), ("TrainConfig.rows", config.train.rows)):
+        if rows % pieces:
+            raise ConfigError(
+                f"{name}={rows} cannot be split over {pieces} devices (MeshConfig.data x fsdp); make it a multiple"
+            )
 
 
 def _check_prompts(config: Config, chat: ChatFormat, questions: tuple[Problem, ...]) -> None:

@@ -43,7 +43,8 @@ async def enter(
         return state, reference, player
     if stages.drop_solved[number]:
         progress.problems = await _unsolved(session, recorder, player, number, stages.drop_solved[number])
-        progress.stream |= {"problems": len(progress.problems)}
+        if progress.stream:
+            progress.stream |= {"problems": len(progress.problems)}
         progress.pending = ()
     if stages.reset_optimizer[number]:
         state = new_state(state.params, session.rl_optimizer, session.mesh)

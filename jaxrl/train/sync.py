@@ -27,4 +27,4 @@ def rollout_params(params: Any, model: ModelConfig, device: jax.Device | None = 
             )
     place = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
     dtype = jnp.dtype(model.compute_dtype)
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, place, may_alias=False).astype(dtype), params)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf.astype(dtype), place, may_alias=False), params)

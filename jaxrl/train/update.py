@@ -64,7 +64,7 @@ def policy_gradient_loss(model: ModelConfig, algorithm: AlgorithmConfig, tempera
         )
         per_token = surrogate.loss
         metrics = {
-            "loss": ((batch.weights * surrogate.loss).sum(), jnp.ones(())),
+            "loss": ((batch.weights * surrogate.loss).sum(), jnp.zeros(())),  # a sum: the weights divide it already
             "entropy": _masked(stats.entropy, batch),
             "clip_fraction": _masked(surrogate.clipped, batch),
             **mismatch.gap(stats.logprobs, batch.behaviour_logprobs, batch.mask),
@@ -98,8 +98,9 @@ class Updater:
 
         def apply(state: TrainState, gradients: Any) -> tuple[TrainState, jax.Array]:
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            return TrainState(params, opt_state, state.step + 1), optax.global_norm(gradients)
+            norm = optax.global_norm(gradients)
+            new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+            return jax.tree.map(lambda after, before: jnp.where(jnp.isfinite(norm), after, before), new, state), norm
 
         self._mesh = mesh
         rows = meshes.partition_spec(("batch", "tokens"), meshes.COMPUTE_RULES, mesh)
@@ -120,6 +121,8 @@ class Updater:
         self, state: TrainState, batches: Iterable[Batch], reference: Any = None
     ) -> tuple[TrainState, dict[str, float]]:
         """Sum the gradients of all micro-batches, apply them once; ``state`` is consumed.
+
+        A gradient that is not finite changes nothing; its ``grad_norm`` says so, and an alarm rings.
 
         Returns:
             The new state, and every metric as its mean, with ``grad_norm`` before clipping.

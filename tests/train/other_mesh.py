@@ -19,7 +19,13 @@ from jaxrl.train.session import open_session
 
 if __name__ == "__main__":
     run = RunFolder(pathlib.Path(sys.argv[1]))
-    config = dataclasses.replace(run.read_config(), mesh=MeshConfig(data=2, fsdp=4))
+    config = run.read_config()
+    config = dataclasses.replace(
+        config,
+        mesh=MeshConfig(data=2, fsdp=4),
+        sft=dataclasses.replace(config.sft, rows=8),
+        train=dataclasses.replace(config.train, rows=8),
+    )
     session = open_session(config, run)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
     progress, state, _ = experiment.restore(session, checkpoints, checkpoints.find("latest"))

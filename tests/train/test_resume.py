@@ -37,7 +37,7 @@ def test_the_run_learns_from_something(tiny_run: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     ("point", "count"),
-    [("episodes", 36), ("update", 64), ("checkpoint", 3)],
+    [("episodes", 60), ("update", 64), ("checkpoint", 9)],
     ids=["during episodes", "during an update", "during a checkpoint write"],
 )
 def test_promise_8_killed_and_resumed_gives_the_same_bits(
@@ -53,6 +53,7 @@ def test_promise_8_killed_and_resumed_gives_the_same_bits(
     assert not (folder / "summary.json").exists()
     resumed = run_tiny(folder)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "reinforcement: 4 steps, from step" in resumed.stdout  # it went on, and did not begin again
     assert curve(folder) == curve(tiny_run)
     assert episodes(folder) == episodes(tiny_run)
     weights = [(f / "export" / "model.safetensors").read_bytes() for f in (folder, tiny_run)]

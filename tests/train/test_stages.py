@@ -67,7 +67,9 @@ def test_stages_that_contradict_the_rest_are_refused(tiny_config: Config, change
 
 def test_rstar2_has_the_values_of_the_paper_and_its_model_initialises_abstractly() -> None:
     """arXiv 2508.20722, section 4: Qwen3-14B, 512 problems, 32 samples of which 16 stay, three stages."""
-    config = configuration.load("rstar2_14b", ["DataConfig.train=train.jsonl", "DataConfig.eval=aime.jsonl"])
+    config = configuration.load(
+        "rstar2_14b", ["DataConfig.train=train.jsonl", "DataConfig.eval=aime.jsonl", "ModelConfig.path=model"]
+    )
     assert (config.train.problems, config.train.samples, config.algorithm.keep) == (512, 32, 16)
     assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (1e-6, 20)
     assert (config.algorithm.clip_low, config.algorithm.clip_high, config.algorithm.kl_coefficient) == (0.2, 0.28, 0)
