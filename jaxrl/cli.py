@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     new = checkpoint_verb(
         "eval",
         _eval,
-        "avg@k, pass@k and maj@k of a checkpoint, with 95 %% intervals",
+        "avg@k, pass@k and maj@k of a checkpoint, with their intervals",
         "  jaxrl eval runs/quickstart\n  jaxrl eval runs/quickstart --set EvalConfig.temperature=0\n"
         "  jaxrl eval runs/gsm8k_tool --set DataConfig.eval=gsm8k_test.jsonl --json",
     )

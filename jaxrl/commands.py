@@ -33,7 +33,7 @@ EXPECTED_ERRORS = (
     TokenizerError,
     SandboxUnavailable,
     VerifierStartError,
-    FileNotFoundError,
+    OSError,
 )
 """Errors whose message is all a user needs; anything else is a defect and shows its traceback."""
 
