@@ -75,6 +75,8 @@ def _eval(commands, options: argparse.Namespace) -> None:
 
 
 def _rollout(commands, options: argparse.Namespace) -> None:
+    if options.count < 1:
+        raise ConfigError(f"--count {options.count} must be at least 1")
     commands.rollout(_config(options), options.run, options.step, options.count)
 
 

@@ -493,6 +493,9 @@ def check(config: Config) -> None:
     for name, value in positive.items():
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
+    for name, value in {"TrainConfig.steps": train.steps, "SftConfig.steps": config.sft.steps}.items():
+        if value < 0:
+            raise ConfigError(f"{name}={value} must not be negative")
 
 
 def _check_stages(config: Config) -> None:

@@ -99,3 +99,8 @@ def test_import_of_a_folder_that_is_no_model(capsys: pytest.CaptureFixture[str],
     (model / "config.json").write_text(json.dumps({"model_type": "bert"}), encoding="utf-8")
     code, shown = run(capsys, "import", str(model), "smoke", "--run", str(tmp_path / "run"))
     assert code != cli.DONE and shown.startswith("jaxrl: ")
+
+
+def test_rollout_of_no_episodes_is_bad_usage(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    code, shown = run(capsys, "rollout", str(tmp_path), "--count", "0")
+    assert code == cli.BAD_USAGE and "--count 0 must be at least 1" in shown

@@ -42,6 +42,7 @@ def test_overrides_win_and_bare_words_are_strings() -> None:
         ("EngineConfig.temperature = 0.0", r"EngineConfig.temperature=0.0 must be above 0"),
         ("EvalConfig.samples = 4", r"EvalConfig.k=\(1, 8\) asks for more than EvalConfig.samples=4"),
         ("DataConfig.eval = ''", r"stories have a split of their own"),
+        ("TrainConfig.steps = -1", r"TrainConfig.steps=-1 must not be negative"),
         ("EngineConfig.slots = 0", r"EngineConfig.slots=0 must be at least 1"),
     ],
 )
