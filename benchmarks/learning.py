@@ -2,13 +2,15 @@
 
     python benchmarks/learning.py --seeds 0 1 2 --runs runs/learning --picture docs/learning.png
 
-One JSON object a line for every figure. Runs that are complete in the folder are read, not repeated, and a run that was
-stopped goes on where it stood. The picture needs the ``bench`` extra.
+One JSON object a line for every figure. Both variants of a seed go on from the same cold start. Runs that are complete
+in the folder are read, not repeated, and a run that was stopped goes on where it stood. The picture needs the ``bench``
+extra.
 """
 
 import argparse
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -36,15 +38,27 @@ def main() -> None:
         for seed in options.seeds
     }
     for (variant, seed), folder in folders.items():
+        overrides = [*options.set, f"TrainConfig.seed={seed}", f"DataConfig.seed={seed}"]
+        cold = options.runs / f"cold_start_{seed}"
+        if not folder.exists():
+            run("sft", options.recipe, cold, overrides)
+            copy = folder.with_suffix(".tmp")
+            shutil.copytree(cold, copy, dirs_exist_ok=True)
+            (copy / SUMMARY_FILE).unlink()  # it tells of the cold start
+            copy.rename(folder)
         if not (folder / SUMMARY_FILE).exists():
-            overrides = [*options.set, *VARIANTS[variant], f"TrainConfig.seed={seed}", f"DataConfig.seed={seed}"]
-            arguments = [part for override in overrides for part in ("--set", override)]
-            command = [sys.executable, "-m", "jaxrl.cli", "train", options.recipe, "--run", str(folder), *arguments]
-            subprocess.run(command, check=True, stdout=sys.stderr)
+            run("train", options.recipe, folder, [*overrides, *VARIANTS[variant]])
     for row in figures(folders):
         print(json.dumps(row), flush=True)
     if options.picture:
         draw(folders, options.picture)
+
+
+def run(verb: str, recipe: str, folder: pathlib.Path, overrides: list[str]) -> None:
+    """One stage in its own process; goes on where the folder stands."""
+    arguments = [part for override in overrides for part in ("--set", override)]
+    command = [sys.executable, "-m", "jaxrl.cli", verb, recipe, "--run", str(folder), *arguments]
+    subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def figures(folders: dict[tuple[str, int], pathlib.Path]) -> list[dict[str, Any]]:

@@ -23,11 +23,11 @@ class TrainState:
 
 def rl_optimizer(config: OptimizerConfig, specs: Any) -> optax.GradientTransformation:
     """AdamW with linear warm-up to a constant rate, global-norm clipping, and no decay on norms and biases."""
-    rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    peak, warmup = config.learning_rate, config.warmup_steps
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            rate if config.warmup_steps else config.learning_rate,
+            optax.linear_schedule(peak / (warmup + 1), peak, warmup),
             b1=config.beta1,
             b2=config.beta2,
             eps=config.eps,
@@ -39,12 +39,9 @@ def rl_optimizer(config: OptimizerConfig, specs: Any) -> optax.GradientTransform
 
 def sft_optimizer(config: SftConfig, optimizer: OptimizerConfig, specs: Any) -> optax.GradientTransformation:
     """AdamW with linear warm-up and cosine decay to a tenth of the rate."""
+    peak, warmup = config.learning_rate, config.warmup_steps
     rate = optax.warmup_cosine_decay_schedule(
-        0.0,
-        config.learning_rate,
-        config.warmup_steps,
-        max(config.steps, config.warmup_steps + 1),
-        0.1 * config.learning_rate,
+        peak / (warmup + 1), peak, warmup, max(config.steps, warmup + 1), 0.1 * peak
     )
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
