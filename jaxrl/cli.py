@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 bad usage or configuration; Ctrl-C leaves a resumable run."""
+"""The command line. Exit codes: 0 done, 1 failed, 2 bad usage, configuration or data; Ctrl-C leaves a resumable run."""
 
 import argparse
 import logging
@@ -24,15 +24,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         options.run_verb(commands, options)
-    except ConfigError as error:
+    except (ConfigError, commands.DataError) as error:
         return _complain(error, BAD_USAGE)
     except commands.EXPECTED_ERRORS as error:
         return _complain(error, FAILED)
     except KeyboardInterrupt:
-        resumable = options.run_verb in (_train, _sft)
-        print("\nstopped" + "; the same command goes on from the last checkpoint" * resumable, file=sys.stderr)
+        print(f"\nstopped{_how_to_go_on(options)}", file=sys.stderr)
         return INTERRUPTED
     return DONE
+
+
+def _how_to_go_on(options: argparse.Namespace) -> str:
+    if options.run_verb not in (_train, _sft):
+        return ""
+    if any((_run_folder(options) / "checkpoints").glob("[0-9]*")):
+        return "; the same command goes on from the last checkpoint"
+    return " before the first checkpoint; the same command begins anew"
 
 
 def _complain(error: Exception, code: int) -> int:
@@ -63,11 +70,11 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _train(commands, options: argparse.Namespace) -> None:
-    commands.train(_config(options), _run_folder(options), cold_start_only=False)
+    commands.train(_config(options), _run_folder(options), cold_start_only=False, which=options.step)
 
 
 def _sft(commands, options: argparse.Namespace) -> None:
-    commands.train(_config(options), _run_folder(options), cold_start_only=True)
+    commands.train(_config(options), _run_folder(options), cold_start_only=True, which=options.step)
 
 
 def _eval(commands, options: argparse.Namespace) -> None:
@@ -135,6 +142,11 @@ def _parser() -> argparse.ArgumentParser:
             "config", nargs="?", help="name of a recipe or path of a .gin file; may be left out for an existing --run"
         )
         new.add_argument("--run", type=pathlib.Path, help="run folder (default: runs/RECIPE)")
+        new.add_argument(
+            "--step",
+            default="latest",
+            help='checkpoint of the folder to go on from: "latest", "best" or a step; newer ones are removed',
+        )
 
     def checkpoint_verb(name: str, function, summary: str, examples: str) -> argparse.ArgumentParser:
         new = verb(name, function, summary, examples)

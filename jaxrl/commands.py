@@ -10,39 +10,43 @@ import jax
 from rich.console import Console
 
 from jaxrl.config import Config
-from jaxrl.data.problems import DataError
+from jaxrl.data.problems import DataError, load_held_out
 from jaxrl.episodes import play_groups
 from jaxrl.evaluate.run import FIRST_EVALUATION_DRAW
 from jaxrl.evaluate.run import evaluate as run_evaluation
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.report import final_table
-from jaxrl.observe.traces import format_trajectory
+from jaxrl.observe.traces import EPISODE_LEGEND, format_trajectory
 from jaxrl.rewards.verifier import VerifierStartError
 from jaxrl.sandbox import SandboxUnavailable
 from jaxrl.text.tokenizer import TokenizerError
 from jaxrl.train import experiment
 from jaxrl.train.checkpoint import CheckpointError, Checkpoints
+from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunError, RunFolder, open_run
-from jaxrl.train.session import Session, open_player, open_session
+from jaxrl.train.session import Session, open_player, open_session, reopen_session
 from jaxrl.train.sync import rollout_params
 
 EXPECTED_ERRORS = (
     RunError,
     CheckpointError,
-    DataError,
     TokenizerError,
     SandboxUnavailable,
     VerifierStartError,
     OSError,
 )
-"""Errors whose message is all a user needs; anything else is a defect and shows its traceback."""
+"""Errors whose message is all a user needs, beside ``ConfigError`` and ``DataError``, which are about what was given;
+anything else is a defect and shows its traceback."""
+__all__ = ["EXPECTED_ERRORS", "DataError", "evaluate", "export", "import_folder", "rollout", "train"]
+
+PIPE_COLUMNS = 120
 
 
-def train(config: Config, folder: pathlib.Path, *, cold_start_only: bool) -> None:
+def train(config: Config, folder: pathlib.Path, *, cold_start_only: bool, which: str) -> None:
     """``jaxrl train`` and ``jaxrl sft``."""
     with Progress(folder.name) as view:
-        report = experiment.train(config, folder, view, cold_start_only=cold_start_only)
-    Console().print(final_table(report))
+        report = experiment.train(config, folder, view, cold_start_only=cold_start_only, which=which)
+    _console().print(final_table(report))
 
 
 def evaluate(config: Config, folder: pathlib.Path, which: str, as_json: bool) -> None:
@@ -75,7 +79,8 @@ def rollout(config: Config, folder: pathlib.Path, which: str, count: int) -> Non
     """``jaxrl rollout``: plays episodes of unseen problems and prints them."""
     session, params, version = _checkpoint(config, folder, which)
     draws = [(FIRST_EVALUATION_DRAW + index, problem) for index, problem in enumerate(session.eval_problems[:count])]
-    console = Console()
+    console = _console()
+    console.print(EPISODE_LEGEND)
 
     async def play() -> None:
         async with open_player(session, params, version) as player:
@@ -88,11 +93,11 @@ def rollout(config: Config, folder: pathlib.Path, which: str, count: int) -> Non
 def export(config: Config, folder: pathlib.Path, which: str, to: pathlib.Path) -> None:
     """``jaxrl export``: writes a checkpoint as a Hugging Face folder."""
     run = _existing(folder)
-    session = open_session(config, run)
+    session = reopen_session(config, run)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpoints.find(which)
-    _, state, _ = experiment.restore(session, checkpoints, step)
-    experiment.export(session, state.params, to)
+    experiment.export(session, experiment.restore_params(session, checkpoints, step), to)
+    checkpoints.close()
     print(
         f"checkpoint {step} of {folder} written to {to}; load it with transformers.AutoModelForCausalLM.from_pretrained"
     )
@@ -122,11 +127,19 @@ def import_folder(config: Config, source: pathlib.Path, folder: pathlib.Path) ->
 def _checkpoint(config: Config, folder: pathlib.Path, which: str) -> tuple[Session, object, int]:
     """Session, rollout weights and weight version of a checkpoint."""
     run = _existing(folder)
-    session = open_session(config, run)
+    session = reopen_session(config, run, load_held_out(config.data))
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, read_only=True)
-    progress, state, _ = experiment.restore(session, checkpoints, checkpoints.find(which))
+    step = checkpoints.find(which)
+    version = RunProgress.from_json(checkpoints.host(step)).step
+    params = experiment.restore_params(session, checkpoints, step)
     checkpoints.close()
-    return session, rollout_params(state.params, session.model), progress.step
+    return session, rollout_params(params, session.model), version
+
+
+def _console() -> Console:
+    """The terminal, or for a pipe or a file lines of 120 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
 
 
 def _existing(folder: pathlib.Path) -> RunFolder:

@@ -183,7 +183,7 @@ class EnvConfig:
     traceback: Literal["last", "full"] = "last"
     """What the policy reads of an error: its final message, or the whole traceback."""
     wall_seconds: float = 60.0
-    """From admission by the engine on, without time in the queues of engine and sandbox."""
+    """Seconds of the episode's own: engine rounds it takes part in and calls that run, without any waiting."""
     queue_seconds: float = 600.0
     """A call that has no result after this, on top of its run time, counts as a fault of ours."""
     infra_retries: int = 2
@@ -253,7 +253,8 @@ class TrainConfig:
     max_draws: int = 4
     """When nothing survives selection, problems are drawn again at most this many times before the step is skipped."""
     prefetch_groups: int = 0
-    """Groups of the next step that are played, with the present weights, while stragglers wait for tools."""
+    """Groups of the next step that are played, with the present weights, while this step's stragglers wait for their
+    tools and during its update."""
     updates_per_step: int = 1
     """Optimizer updates on one collected batch (mini-batches)."""
     rows: int = 16

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from jaxrl.envs.tool import Tool
 from jaxrl.records import Group, Problem, RewardStatus, StopReason, ToolCall, ToolStatus, Trajectory, Turn
 from jaxrl.rewards.answers import extract_answer
 from jaxrl.rewards.verifier import Verifier
-from jaxrl.rollout.engine import Engine, PromptTooLong, Sample
+from jaxrl.rollout.engine import Engine, Sample
 from jaxrl.rollout.engine import Sequence as EngineSequence
 from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer
@@ -47,27 +47,20 @@ class Player:
     tools: Sequence[Tool]
     verifier: Verifier
     config: EnvConfig
-    max_prompt_tokens: int
     max_response_tokens: int
     temperature: float | None = None
 
 
+@dataclasses.dataclass
 class _Clock:
-    """Wall time of one episode: from its admission by the engine on, less the time its calls waited in queues."""
+    """Time one episode has used itself: rounds it decoded in and calls that ran. Waiting for others is not counted."""
 
-    def __init__(self, limit: float) -> None:
-        self._start = time.monotonic()
-        self._limit = limit
-        self._queued = 0.0
+    limit: float
+    used: float = 0.0
 
-    def elapsed(self) -> float:
-        return time.monotonic() - self._start - self._queued
-
+    @property
     def left(self) -> float:
-        return self._limit - self.elapsed()
-
-    def leave_out(self, seconds: float) -> None:
-        self._queued += seconds
+        return self.limit - self.used
 
 
 class _Response:
@@ -108,23 +101,19 @@ class _Response:
 async def play_episode(player: Player, problem: Problem, draw: int, sample: int) -> Trajectory:
     """Play one problem to its end and grade it.
 
-    The wall clock (``EnvConfig.wall_seconds``) runs from admission by the engine on; time in the queues of the engine
-    and of the sandbox is not part of it. It is read between turns and bounds the run time of tool calls; a turn
-    that is being sampled is finished, since its length is bounded by tokens. Grading is not part of it.
+    The wall clock (``EnvConfig.wall_seconds``) counts the engine's rounds that the episode took part in and the run
+    time of its calls, not what it waited for pages, for a decode slot or in the sandbox's queue. It is read between
+    turns and bounds the run time of tool calls; a turn that is being sampled is finished, since its length is bounded
+    by tokens. Grading is not part of it.
 
     Args:
         draw: index of the draw in the run's stream of problems; with ``sample`` it names the random key.
         sample: index within the group.
 
     Raises:
-        PromptTooLong: the prompt is longer than ``player.max_prompt_tokens``.
+        PromptTooLong: the prompt is longer than ``EngineConfig.max_prompt_tokens``.
     """
     prompt = player.chat.prompt(problem.question)
-    if len(prompt) > player.max_prompt_tokens:
-        raise PromptTooLong(
-            f"max_prompt_tokens={player.max_prompt_tokens} but problem {problem.id!r} has {len(prompt)} tokens; "
-            "raise EngineConfig.max_prompt_tokens or filter"
-        )
     response = _Response()
     sequence = await player.engine.open(
         prompt, draw=draw, sample=sample, max_tokens=player.max_response_tokens, temperature=player.temperature
@@ -134,7 +123,6 @@ async def play_episode(player: Player, problem: Problem, draw: int, sample: int)
         stop_reason = await _converse(player, sequence, response, clock)
     finally:
         sequence.close()
-    seconds = clock.elapsed()
     texts = response.policy_texts(player.tokenizer)
     tags = extract_answer(texts, opened_reason=player.chat.config.open_reason)
     status = RewardStatus.NO_ANSWER
@@ -157,14 +145,14 @@ async def play_episode(player: Player, problem: Problem, draw: int, sample: int)
         balanced_tags=tags.balanced,
         reward=float(status is RewardStatus.CORRECT),
         reward_status=status,
-        seconds=seconds,
+        seconds=clock.used,
         tool_seconds=sum(call.seconds for turn in response.turns for call in turn.calls),
     )
 
 
 async def play_groups(
     player: Player, draws: Iterable[tuple[int, Problem]], samples: int, *, in_flight: int | None = None
-) -> AsyncIterator[Group]:
+) -> AsyncGenerator[Group]:
     """Play ``samples`` trajectories of every drawn problem and yield the groups in the order of the draws.
 
     All groups in flight share the engine, so that its slots stay busy while others wait for tools. A trajectory that
@@ -227,6 +215,7 @@ async def _converse(player: Player, sequence: EngineSequence, response: _Respons
         room = player.max_response_tokens - len(response.ids)
         sample = await sequence.generate(min(room, config.max_turn_tokens or room))
         response.add_sample(sample)
+        clock.used += sample.seconds
         if not sample.stopped:
             return StopReason.MAX_TOKENS
         text = player.tokenizer.decode(sample.ids)
@@ -236,13 +225,13 @@ async def _converse(player: Player, sequence: EngineSequence, response: _Respons
             return StopReason.ANSWERED if answered else StopReason.NO_CALL
         if turn >= config.max_turns:
             return StopReason.MAX_TURNS
-        if clock.left() <= 0:
+        if clock.left <= 0:
             return StopReason.WALL_CLOCK
         calls = await _answer_all(player, requests, clock)
         response.add_calls(calls)
         if any(call.status is ToolStatus.INFRA_ERROR for call in calls):
             return StopReason.INFRA_ERROR
-        if clock.left() <= 0:
+        if clock.left <= 0:
             return StopReason.WALL_CLOCK
         outputs = [
             tokenize_output(render(call, config.traceback), player.tokenizer, config.max_tool_tokens) for call in calls
@@ -260,6 +249,7 @@ async def _answer_all(player: Player, requests: Sequence[ParsedCall | CallError]
     left = player.config.max_parallel_calls
     answers: list[ToolCall | asyncio.Task[ToolCall]] = []
     tools = {tool.schema.name: tool for tool in player.tools}
+    started = time.monotonic()
     async with asyncio.TaskGroup() as tasks:
         for request in requests:
             refusal = _refusal(request, tools, left, player.config.max_parallel_calls)
@@ -267,11 +257,11 @@ async def _answer_all(player: Player, requests: Sequence[ParsedCall | CallError]
                 answers.append(refusal)
                 continue
             left -= 1
-            call = _call_with_retries(tools[request.name], request.arguments, player.config, clock.left())
+            call = _call_with_retries(tools[request.name], request.arguments, player.config, clock.left)
             answers.append(tasks.create_task(call))
     calls = [answer if isinstance(answer, ToolCall) else answer.result() for answer in answers]
     # The turn was held up by the call that waited longest; the others waited beside it.
-    clock.leave_out(max(call.queue_seconds for call in calls))
+    clock.used += time.monotonic() - started - max(call.queue_seconds for call in calls)
     return calls
 
 

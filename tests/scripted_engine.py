@@ -23,6 +23,7 @@ class ScriptedSample:
     logprobs: list[float]
     versions: list[int]
     stopped: bool
+    seconds: float
 
 
 class ScriptedEngine:
@@ -34,6 +35,7 @@ class ScriptedEngine:
         self.tokenizer = tokenizer
         self.script = script
         self.delay = delay
+        self.seconds = 0.0  # that each sample says it took
         self.opened: list[tuple[int, int]] = []
         self.temperatures: set[float | None] = set()
         self.active: set[ScriptedSequence] = set()
@@ -74,7 +76,7 @@ class ScriptedSequence:
             ids = [*ids, tokenizer.end_id]
         ids = ids[:max_new_tokens]
         self.room -= len(ids)
-        return ScriptedSample(ids, [-0.5] * len(ids), [3] * len(ids), ids[-1] == tokenizer.end_id)
+        return ScriptedSample(ids, [-0.5] * len(ids), [3] * len(ids), ids[-1] == tokenizer.end_id, self.engine.seconds)
 
     def append(self, ids: Sequence[int]) -> None:
         self.room -= len(ids)

@@ -103,7 +103,6 @@ async def open_player(chat, model, params):
             tools=(PythonTool(pool),),
             verifier=verifier,
             config=EnvConfig(),
-            max_prompt_tokens=ENGINE.max_prompt_tokens,
             max_response_tokens=ENGINE.max_response_tokens,
         )
 

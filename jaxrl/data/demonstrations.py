@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from jaxrl.config import DataConfig, SftConfig
 from jaxrl.data.arithmetic import Output, UnsupportedProgram, run
-from jaxrl.data.problems import STORIES, Row, read_rows, row_problem
+from jaxrl.data.problems import STORIES, DataError, Row, read_rows, row_problem
 from jaxrl.data.stories import LARGEST, OPERATORS, SMALLEST, Story, fill, make_stories
 from jaxrl.records import Demonstration, Problem
 from jaxrl.text.tokens import ANSWER_CLOSE, ANSWER_OPEN, CALL_CLOSE, CALL_OPEN, REASON_CLOSE
@@ -34,20 +34,18 @@ def load(sft: SftConfig, data: DataConfig, train: Sequence[Problem]) -> tuple[De
         train: problems of ``load_split``; rows of those files that are not among them were kept back, and are skipped.
 
     Raises:
-        ValueError: an unknown kind, or files of which no row can be turned into a program.
+        DataError: no file, or files of which no row can be turned into a program.
     """
     if sft.demonstrations == "stories":
         return story_demonstrations(sft.count, sft.wrong_share, sft.repair_share, data.seed)
-    if sft.demonstrations != "gsm8k":
-        raise ValueError(f'SftConfig.demonstrations="{sft.demonstrations}" is none of "stories", "gsm8k", ""')
     files = ",".join(part for part in data.train.split(",") if part.strip() != STORIES)
     if not files:
-        raise ValueError(f'SftConfig.demonstrations="gsm8k" needs files; DataConfig.train="{data.train}" has none')
+        raise DataError(f'SftConfig.demonstrations="gsm8k" needs files; DataConfig.train="{data.train}" has none')
     allowed = {(problem.source, problem.id) for problem in train}
     rows = [row for row in read_rows(files) if (row.path.stem, row_problem(row).id) in allowed]
     made = gsm8k_demonstrations(rows)
     if not made:
-        raise ValueError(
+        raise DataError(
             f"none of the {len(rows)} training rows of {files} has calculator notes <<...>> or an equation that gives "
             'its answer; use GSM8K or SVAMP files, or set SftConfig.demonstrations=""'
         )

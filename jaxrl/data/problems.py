@@ -39,8 +39,7 @@ def read_rows(spec: str) -> tuple[Row, ...]:
     """The rows of one or several JSONL files (comma-separated); blank lines are passed over.
 
     Raises:
-        FileNotFoundError: no such file.
-        DataError: a line is not a JSON object in UTF-8, or a file has no rows.
+        DataError: no such file, a line that is not a JSON object in UTF-8, or a file without rows.
     """
     return tuple(row for path in spec.split(",") for row in _read_file(pathlib.Path(path.strip())))
 
@@ -83,7 +82,7 @@ def load_problems(spec: str, *, count: int, seed: int, split: str = "train") -> 
         split: "train" or "eval", of the stories.
 
     Raises:
-        FileNotFoundError, DataError: see ``read_rows`` and ``row_problem``; also two problems with one id.
+        DataError: see ``read_rows`` and ``row_problem``; also two problems with one id.
     """
     problems: dict[str, Problem] = {}
     places: dict[str, str] = {}
@@ -116,13 +115,7 @@ def load_split(config: DataConfig) -> tuple[tuple[Problem, ...], tuple[Problem, 
         DataError: nothing would be left to train on, and whatever ``load_problems`` raises.
     """
     train = load_problems(config.train, count=config.train_problems, seed=config.seed, split="train")
-    pick = random.Random(f"{_KEEP_BACK_SEED} {config.seed}")
-    if config.eval:
-        held = load_problems(config.eval, count=config.eval_problems, seed=config.seed, split="eval")
-    else:
-        held = tuple({_essence(problem): problem for problem in train}.values())
-    if len(held) > config.eval_problems:
-        held = tuple(held[i] for i in sorted(pick.sample(range(len(held)), config.eval_problems)))
+    held = load_held_out(config)
     forbidden = {_essence(problem) for problem in held}
     kept = tuple(problem for problem in train if _essence(problem) not in forbidden)
     if not kept:
@@ -136,6 +129,19 @@ def load_split(config: DataConfig) -> tuple[tuple[Problem, ...], tuple[Problem, 
             stacklevel=2,
         )
     return kept, held
+
+
+def load_held_out(config: DataConfig) -> tuple[Problem, ...]:
+    """The evaluation problems of ``load_split`` alone; ``config.train`` is read only where it keeps them back."""
+    if config.eval:
+        held = load_problems(config.eval, count=config.eval_problems, seed=config.seed, split="eval")
+    else:
+        train = load_problems(config.train, count=config.train_problems, seed=config.seed, split="train")
+        held = tuple({_essence(problem): problem for problem in train}.values())
+    if len(held) <= config.eval_problems:
+        return held
+    pick = random.Random(f"{_KEEP_BACK_SEED} {config.seed}")
+    return tuple(held[i] for i in sorted(pick.sample(range(len(held)), config.eval_problems)))
 
 
 class ProblemStream:
@@ -182,15 +188,19 @@ class ProblemStream:
 
 
 def _read_file(path: pathlib.Path) -> list[Row]:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give the path of a JSONL file in it")
     if not path.is_file():
-        raise FileNotFoundError(f'no problem file {path}; give the path of a JSONL file, or "{STORIES}"')
+        raise DataError(f'no problem file {path}; give the path of a JSONL file, or "{STORIES}"')
     rows = []
     for line, data in enumerate(path.read_bytes().splitlines(), start=1):
         if not data.strip():
             continue
         try:
-            fields = json.loads(data)
-        except (ValueError, RecursionError) as error:  # ValueError covers JSON and UTF-8 alike
+            fields = json.loads(data.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{line}: not UTF-8: {error}; convert the file") from error
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line}: not JSON: {error}") from error
         if not isinstance(fields, dict):
             raise DataError(f"{path}:{line}: a {type(fields).__name__}, not a JSON object")

@@ -324,6 +324,7 @@ def _write_shards(
             safetensors.numpy.save_file(tensors, folder / _shard_name(index, len(shards)), metadata={"format": "pt"})
         except safetensors.SafetensorError as error:
             raise OSError(f"{folder / _shard_name(index, len(shards))} was not written: {error}") from error
+        shutil.copymode(folder / CONFIG, folder / _shard_name(index, len(shards)))  # the library makes it 0600
 
 
 def _converted(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:

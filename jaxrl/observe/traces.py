@@ -20,6 +20,12 @@ EPISODES_FOLDER = "episodes"
 FORMAT = 1
 """Version of the file format; a reader refuses any other."""
 
+EPISODE_LEGEND = Text(
+    "▌ sampled by the policy (mask 1, trained on)   ┊ written by the environment (mask 0)   "
+    "weights N: those after N reinforcement steps",
+    "dim",
+)
+
 _ARRAYS = {
     "prompt_ids": np.int32,
     "ids": np.int32,
@@ -116,7 +122,7 @@ def format_trajectory(trajectory: Trajectory, decode: Callable[[Sequence[int]], 
         decode: token ids to text, special tokens kept.
     """
     problem = trajectory.problem
-    heading = Text(f"{printable(problem.id)} · draw {trajectory.draw} · sample {trajectory.sample}", "bold")
+    heading = Text(f"problem {printable(problem.id)} · sample {trajectory.sample}", "bold")
     parts: list[RenderableType] = [
         Rule(heading, align="left"),
         _caption("prompt", f"{len(trajectory.prompt_ids)} tokens, written by the environment"),
@@ -156,7 +162,7 @@ def _span_caption(trajectory: Trajectory, start: int, end: int, sampled: bool) -
     if not sampled:
         return _caption("environment", f"{tokens}, mask 0")
     versions = sorted(set(trajectory.versions[start:end].tolist()))
-    mean = float(trajectory.logprobs[start:end].mean())
+    mean = round(float(trajectory.logprobs[start:end].mean()), 2) + 0.0  # the sum takes the sign off -0.0
     weights = "weights " + ", ".join(map(str, versions))
     return _caption("policy", f"{tokens}, mask 1, mean log-probability {mean:.2f}, {weights}", "bold cyan")
 

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from jaxrl.rl.losses import MAX_LOG_RATIO
 
+GAP_METRICS = ("logprob_gap", "logprob_gap_max", "sampler_kl", "ratio")
+
 
 def gap(logprobs: jax.Array, behaviour_logprobs: jax.Array, mask: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Statistics of d = logprob - behaviour logprob over the sampled tokens, as (sum, count).
 
-    Sums and counts of micro-batches add up. ``logprob_gap_max`` then is the mean, over the micro-batches that
-    hold sampled tokens, of each one's largest gap.
+    Sums and counts of micro-batches add up, of ``logprob_gap_max`` the maximum is taken.
 
     Args:
         logprobs: [B, T] under the policy being trained.

@@ -46,12 +46,14 @@ class Sample:
         logprobs: of each token under the untruncated distribution at the sequence's temperature (nats).
         versions: weights that sampled each token.
         stopped: a stop id was sampled; it is the last id.
+        seconds: duration of the rounds it took part in; what it waited for a slot or for pages is not counted.
     """
 
     ids: np.ndarray  # [T] int32
     logprobs: np.ndarray  # [T] float32
     versions: np.ndarray  # [T] int32
     stopped: bool
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass
@@ -135,6 +137,7 @@ class _Waiting:
     ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +267,7 @@ class Engine:
         if len(prompt) > config.max_prompt_tokens:
             raise PromptTooLong(
                 f"max_prompt_tokens={config.max_prompt_tokens} but the prompt of draw {draw} has {len(prompt)} tokens; "
-                "raise EngineConfig.max_prompt_tokens or filter"
+                "raise EngineConfig.max_prompt_tokens or leave the problem out"
             )
         if not len(prompt):
             raise ValueError(f"the prompt of draw {draw} is empty; it needs at least one token")
@@ -277,8 +280,14 @@ class Engine:
             raise ValueError(f"temperature={temperature} must be at least 0")
         self._check_serving()
         track = Track(
-            ticket=next(self._tickets), prompt=prompt, draw=_int32(draw), sample=_int32(sample), max_tokens=max_tokens,
-            temperature=temperature, key=prompt.tobytes(), tokens=prompt.tolist(),
+            ticket=next(self._tickets),
+            prompt=prompt,
+            draw=_int32(draw),
+            sample=_int32(sample),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            key=prompt.tobytes(),
+            tokens=prompt.tolist(),
         )
         queued = time.perf_counter()
         future = self._opening[track] = asyncio.get_running_loop().create_future()
@@ -406,8 +415,14 @@ class Engine:
             jax.block_until_ready(kv_pages)
         prefilled = time.perf_counter()
         self._kv_pages, output = rounds.decode_round(
-            self._params, kv_pages, cycle.decode, np.int32(cycle.exit_at), self._key, self._device_stop_ids,
-            model=self._model, steps=config.round_steps,
+            self._params,
+            kv_pages,
+            cycle.decode,
+            np.int32(cycle.exit_at),
+            self._key,
+            self._device_stop_ids,
+            model=self._model,
+            steps=config.round_steps,
         )
         tokens, logprobs = rounds.read_round(output)
         return _Output(cycle, tokens, logprobs, prefilled - started, time.perf_counter() - prefilled)
@@ -432,13 +447,17 @@ class Engine:
             waiting.ids += ids
             waiting.logprobs.append(output.logprobs[:count, slot])
             waiting.versions += [self._version] * len(ids)
+            waiting.seconds += output.prefill_seconds + output.decode_seconds
             if self._scheduler.commit(track, ids, stopped):
                 del self._waiting[track]
                 if not waiting.future.done():
                     waiting.future.set_result(
                         Sample(
-                            np.array(waiting.ids, np.int32), np.concatenate(waiting.logprobs),
-                            np.array(waiting.versions, np.int32), stopped,
+                            np.array(waiting.ids, np.int32),
+                            np.concatenate(waiting.logprobs),
+                            np.array(waiting.versions, np.int32),
+                            stopped,
+                            waiting.seconds,
                         )
                     )
 

@@ -15,6 +15,7 @@ appended since it last generated), so what it computes does not depend on its ne
 
 import collections
 import dataclasses
+import heapq
 import math
 from collections.abc import Sequence as SequenceOf
 
@@ -104,6 +105,7 @@ class Scheduler:
         self.preemptions = 0
         self._admitted: dict[int, Track] = {}  # by ticket
         self._queue: dict[int, Track] = {}  # by ticket
+        self._oldest: list[int] = []  # heap of their tickets; those that left the queue in between are passed over
         self._queued_keys: collections.Counter[bytes] = collections.Counter()
         self._reserved = 0
         self._slots: list[Track | None] = [None] * config.slots
@@ -126,15 +128,19 @@ class Scheduler:
     def submit(self, track: Track) -> None:
         """Put a sequence in the queue for admission."""
         self._queue[track.ticket] = track
+        heapq.heappush(self._oldest, track.ticket)
         self._queued_keys[track.key] += 1
 
     def admit(self) -> list[Track]:
         """Admit from the head of the queue while pages allow; returns those admitted."""
         admitted = []
-        while self._queue:
-            track = self._queue[min(self._queue)]
-            if not self._fits(track):
+        while self._oldest:
+            track = self._queue.get(self._oldest[0])
+            if track is not None and not self._fits(track):
                 break
+            heapq.heappop(self._oldest)
+            if track is None:
+                continue
             self._leave_queue(track)
             self._place(track)
             admitted.append(track)

@@ -90,13 +90,29 @@ class Checkpoints:
         if abstract_reference is not None:
             items["reference"] = ocp.args.StandardRestore(abstract_reference)
         self._check_shapes(step, abstract_state)
-        try:
+        with self._reading(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(
-                f"checkpoint {step} in {self._manager.directory} cannot be restored: {error}"
-            ) from error
         return restored["state"], restored.get("reference")
+
+    def params(self, step: int, abstract_params: Any) -> Any:
+        """The parameters alone, placed as the abstract tree's shardings say; no optimizer state is read.
+
+        Raises:
+            CheckpointError: as for ``restore``.
+        """
+        wanted = {"params": abstract_params}
+        self._check_shapes(step, wanted)
+        arguments = ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        with self._reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(self._manager.directory / str(step) / "state", arguments)["params"]
+
+    def rewind(self, step: int) -> None:
+        """Remove every checkpoint newer than ``step``, so that it is the latest."""
+        for newer in self._manager.all_steps():
+            if newer > step:
+                self._manager.delete(newer)
 
     def wait(self) -> None:
         """Until the last write is complete; a fault of it is raised here."""
@@ -117,6 +133,15 @@ class Checkpoints:
             raise CheckpointError(
                 f"a checkpoint could not be written to {self._manager.directory} ({_reason(error)}); the complete ones "
                 f"there are intact: {', '.join(map(str, self._manager.all_steps())) or 'none'}. Free space and resume"
+            ) from error
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, KeyError, OSError) as error:
+            raise CheckpointError(
+                f"checkpoint {step} in {self._manager.directory} cannot be restored: {error}"
             ) from error
 
     def _check_shapes(self, step: int, abstract_state: Any) -> None:

@@ -19,11 +19,16 @@ from jaxrl.train.recorder import Recorder
 from jaxrl.train.run import open_run
 from jaxrl.train.session import Session, open_session
 from jaxrl.train.sft import cold_start
-from jaxrl.train.state import TrainState, abstract_state, new_state, sft_optimizer
+from jaxrl.train.state import TrainState, abstract_params, abstract_state, new_state, sft_optimizer
 
 
-def train(config: Config, folder: pathlib.Path, view: Progress, *, cold_start_only: bool = False) -> Report:
+def train(
+    config: Config, folder: pathlib.Path, view: Progress, *, cold_start_only: bool = False, which: str = "latest"
+) -> Report:
     """Train in ``folder`` until the configured steps are done.
+
+    Args:
+        which: the checkpoint to go on from, as for ``Checkpoints.find``; newer ones are removed.
 
     Raises:
         ConfigError, RunError, CheckpointError: before anything is compiled or lost, with the remedy.
@@ -32,19 +37,23 @@ def train(config: Config, folder: pathlib.Path, view: Progress, *, cold_start_on
         view.phase("prepare")
         session = open_session(config, run)
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
-        step = checkpoints.latest()
+        step = checkpoints.latest() if which == "latest" else checkpoints.find(which)
         progress, state, reference = beginning(session) if step is None else restore(session, checkpoints, step)
         if not cold_start_only:
             asyncio.run(session.check_sandbox())
         session.keep_tokenizer()
         for line in run.write_config(config):
             view.note(f"changed since the last start: {line}")
+        if step is not None:
+            checkpoints.rewind(step)
+        if progress.stage == "rl" and progress.step >= config.train.steps and not cold_start_only:
+            view.note(f"{progress.step} steps are done, TrainConfig.steps={config.train.steps}: nothing to train")
         recorder = Recorder(config, run, view, progress, checkpoints)
         try:
             if progress.stage == "sft":
                 state = cold_start(session, recorder, progress, state)
             if progress.stage == "sft" and not cold_start_only:
-                progress.stage, progress.step = "rl", 0
+                progress.begin_reinforcement()
                 state = new_state(state.params, session.rl_optimizer, session.mesh)
                 reference = jax.tree.map(jnp.copy, state.params) if config.algorithm.kl_coefficient else None
             if not cold_start_only:
@@ -83,6 +92,11 @@ def restore(session: Session, checkpoints: Checkpoints, step: int) -> tuple[RunP
     wants_reference = progress.stage == "rl" and config.algorithm.kl_coefficient
     state, reference = checkpoints.restore(step, target, target.params if wants_reference else None)
     return progress, state, reference
+
+
+def restore_params(session: Session, checkpoints: Checkpoints, step: int) -> Any:
+    """The parameters alone of a checkpoint, placed on this session's mesh."""
+    return checkpoints.params(step, abstract_params(session.specs, session.mesh))
 
 
 def beginning(session: Session) -> tuple[RunProgress, TrainState, Any | None]:

@@ -1,7 +1,9 @@
 """The reinforcement loop: problems → episodes → groups → select → advantages → pack → update → sync."""
 
 import asyncio
+import contextlib
 import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session, open_player
 from jaxrl.train.state import TrainState
 from jaxrl.train.sync import rollout_params
-from jaxrl.train.update import Updater, policy_gradient_loss
+from jaxrl.train.update import Updater, over_updates, policy_gradient_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Collected:
 
     played: tuple[Trajectory, ...]
     selections: tuple[selection.Selection, ...]
-    pending: tuple[Group, ...]  # played ahead, for the next step
+    ahead: asyncio.Task[tuple[Group, ...]]  # groups of the next step, still being played
 
     @property
     def kept(self) -> tuple[selection.Selection, ...]:
@@ -50,18 +52,23 @@ async def reinforce(
             progress.before = progress.after = await measure(session, recorder, player, progress)
             recorder.save(progress, state, reference, progress.before.get("pass_rate"))
         while progress.step < config.train.steps:
-            state, reference, player = await stages.enter(session, recorder, progress, state, reference, player)
-            collected = await collect(session, recorder, player, progress)
-            metrics: dict[str, float] = {}
-            with timer.phase("update"):
-                for batches in pack(config, collected.kept):
-                    state, metrics = await asyncio.to_thread(updater.step, state, batches, reference)
+            state, reference, player = await stages.enter(
+                session, recorder, progress, state, reference, player, updater
+            )
+            updates = []
+            async with collect(session, recorder, player, progress) as collected:
+                with timer.phase("update"):
+                    for batches in pack(config, collected.kept):
+                        state, metrics = await asyncio.to_thread(updater.step, state, batches, reference)
+                        updates.append(metrics)
+                with timer.phase("rollout"):
+                    progress.pending = await collected.ahead
             progress.step += 1
-            progress.pending = collected.pending
             progress.skipped_steps += not collected.kept
             with timer.phase("sync"):
                 player.engine.set_weights(rollout_params(state.params, session.model), progress.step)
-            recorder.rl_step(progress, collected.played, collected.selections, metrics, player.engine.stats())
+            metrics, engine = over_updates(updates), player.engine.stats()
+            recorder.rl_step(progress, collected.played, collected.selections, metrics, engine)
             last = progress.step == config.train.steps
             evaluated = last or (config.train.eval_every and progress.step % config.train.eval_every == 0)
             if evaluated:
@@ -80,31 +87,52 @@ async def measure(session: Session, recorder: Recorder, player: Player, progress
     return recorder.evaluation(progress, sampled, greedy)
 
 
-async def collect(session: Session, recorder: Recorder, player: Player, progress: RunProgress) -> Collected:
+@contextlib.asynccontextmanager
+async def collect(
+    session: Session, recorder: Recorder, player: Player, progress: RunProgress
+) -> AsyncIterator[Collected]:
     """Play until something survives selection, drawing problems again up to ``TrainConfig.max_draws`` times.
 
     ``TrainConfig.prefetch_groups`` groups of the next step are played behind this step's own, with the present
-    weights, so that decode slots have work while this step's stragglers wait for their tools. Which groups those are
-    does not depend on timing, so a resumed run plays the same; the step waits for them too.
+    weights: decode slots have work while this step's stragglers wait for their tools, and they are still being played
+    inside the context, during the update. Only the change of weights waits for them, so which groups are played with
+    which weights does not depend on timing, and a resumed run plays the same.
     """
     train = session.config.train
     stream = session.problem_stream(progress)
     played: list[Trajectory] = []
     selections: list[selection.Selection] = []
     ready = list(progress.pending)
-    for _ in range(train.max_draws):
-        with recorder.timer.phase("rollout"):
-            draws = [stream.next() for _ in range(max(train.problems + train.prefetch_groups - len(ready), 0))]
-            ready += [group async for group in play_groups(player, draws, train.samples)]
-        now, ready = ready[: train.problems], ready[train.problems :]
-        for group in now:
-            rng = np.random.default_rng((train.seed, group.draw))
-            selections.append(selection.select_group(group.trajectories, session.config.algorithm, rng))
-            played += group.trajectories
-        if any(chosen.kept for chosen in selections):
-            break
-    progress.stream = stream.state()
-    return Collected(tuple(played), tuple(selections), tuple(ready))
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(train.max_draws):
+            with recorder.timer.phase("rollout"):
+                draws = [stream.next() for _ in range(max(train.problems + train.prefetch_groups - len(ready), 0))]
+                groups = play_groups(player, draws, train.samples)
+                playing = await stack.enter_async_context(contextlib.aclosing(groups))
+                while len(ready) < train.problems:
+                    ready.append(await anext(playing))
+            now, ready = ready[: train.problems], ready[train.problems :]
+            for group in now:
+                rng = np.random.default_rng((train.seed, group.draw))
+                selections.append(selection.select_group(group.trajectories, session.config.algorithm, rng))
+                played += group.trajectories
+            if any(chosen.kept for chosen in selections):
+                break
+            ready += [group async for group in playing]
+        progress.stream = stream.state()
+        ahead = asyncio.create_task(_all_of(ready, playing))
+        stack.push_async_callback(_cancel, ahead)
+        yield Collected(tuple(played), tuple(selections), ahead)
+
+
+async def _all_of(ready: list[Group], playing: AsyncGenerator[Group]) -> tuple[Group, ...]:
+    """The groups played already and those still being played."""
+    return (*ready, *[group async for group in playing])
+
+
+async def _cancel(task: asyncio.Task) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def pack(config: Config, selections: tuple[selection.Selection, ...]) -> list[list[Batch]]:

@@ -15,6 +15,7 @@ class RunProgress:
 
     stage: Stage = "sft"
     step: int = 0  # steps of this stage done; also the weight version during reinforcement
+    offset: int = 0  # global step at which this stage began
     stream: dict[str, Any] = dataclasses.field(default_factory=dict)  # data position
     pending: tuple[Group, ...] = ()  # played ahead for the next step
     problems: tuple[str, ...] | None = None  # ids the present stage keeps; None = all
@@ -27,6 +28,15 @@ class RunProgress:
     rl_seconds: float = 0.0
     response_tokens: int = 0  # of all episodes played in reinforcement
     stage_entered: int = 0  # stages whose one-time changes are done
+
+    @property
+    def global_step(self) -> int:
+        """Steps since the run began: the cold start, one for the evaluation after it, and reinforcement."""
+        return self.offset + self.step
+
+    def begin_reinforcement(self) -> None:
+        """Go over to the second stage."""
+        self.offset, self.step, self.stage = self.global_step + 1, 0, "rl"
 
     def to_json(self) -> dict[str, Any]:
         row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

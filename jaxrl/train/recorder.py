@@ -39,13 +39,13 @@ class Recorder:
         self.timer = metrics.PhaseTimer(view.phase)
         self._config, self._run, self._checkpoints = config, run, checkpoints
         self._engine_totals: dict[str, float] = {}
-        fresh = checkpoints.latest() is None
-        self._writer = writers.MetricsWriter(run.path, -1 if fresh else global_step(config, progress))
+        nothing_yet = progress.global_step == 0 and progress.before is None
+        self._writer = writers.MetricsWriter(run.path, -1 if nothing_yet else progress.global_step)
 
     def sft_step(self, progress: RunProgress, values: Mapping[str, float]) -> None:
         """One update of the cold start."""
         row = dict(values) | self._take_seconds(progress)
-        self._writer.write(global_step(self._config, progress), "sft", row)
+        self._writer.write(progress.global_step, "sft", row)
         self.view.step(row)
 
     def rl_step(
@@ -76,7 +76,7 @@ class Recorder:
         for message in alarms.new_alarms(progress.history).values():
             self.view.note(f"alarm: {message}")
         row |= seconds | self._engine_step(engine) | {"tokens_per_second": tokens / max(elapsed, 1e-9)}
-        step = global_step(self._config, progress)
+        step = progress.global_step
         self._writer.write(step, "rl", row)
         if self._config.train.dump_episodes:
             traces.write_episodes(self._run.path, "rl", step, played)
@@ -97,7 +97,7 @@ class Recorder:
         }
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         row = figures | {label: estimate.value for label, estimate in estimates.items()}
-        self._writer.write(global_step(self._config, progress), "eval", row)
+        self._writer.write(progress.global_step, "eval", row)
         headline, failed = sampled.average, figures.get("tool_error_share_in_correct")
         self.view.note(
             f"evaluation at step {progress.step}: pass@1 {headline.value:.1%} "
@@ -108,7 +108,7 @@ class Recorder:
 
     def save(self, progress: RunProgress, state: Any, reference: Any | None, pass_rate: float | None) -> None:
         """Begin a checkpoint, unless this step has one; ``pass_rate`` if these very weights were evaluated."""
-        step = global_step(self._config, progress)
+        step = progress.global_step
         if step == self._checkpoints.latest():
             return
         with self.timer.phase("checkpoint"):
@@ -141,9 +141,3 @@ class Recorder:
         for name, value in seconds.items():
             progress.seconds[name] = progress.seconds.get(name, 0.0) + value
         return {metrics.SECONDS + name: value for name, value in seconds.items()}
-
-
-def global_step(config: Config, progress: RunProgress) -> int:
-    """Steps since the run began: the cold start, one for the evaluation between, and reinforcement."""
-    before = config.sft.steps + 1 if progress.stage == "rl" and config.sft.demonstrations else 0
-    return before + progress.step

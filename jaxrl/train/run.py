@@ -63,9 +63,12 @@ class RunFolder:
 def open_run(path: pathlib.Path) -> Iterator[RunFolder]:
     """Make or reopen a run folder and hold its lock; the lock dies with the process, however that ends.
 
+    A folder made here into which nothing was written is removed again.
+
     Raises:
         RunError: a live process holds the folder, or it cannot be written.
     """
+    new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below, and the lock with it)
@@ -83,4 +86,9 @@ def open_run(path: pathlib.Path) -> Iterator[RunFolder]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield RunFolder(path)
+        try:
+            yield RunFolder(path)
+        finally:
+            if new and [entry.name for entry in path.iterdir()] == ["lock"]:  # it failed before anything was made
+                (path / "lock").unlink()
+                path.rmdir()

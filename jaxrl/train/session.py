@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from jaxrl.train.state import initial_params, rl_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """Everything a run uses and never changes."""
+    """Everything a run uses and never changes. Problems and demonstrations are only those it was opened with."""
 
     config: Config
     run: RunFolder
@@ -35,15 +36,15 @@ class Session:
     chat: ChatFormat
     model: ModelConfig
     mesh: jax.sharding.Mesh
-    train_problems: tuple[Problem, ...]
-    eval_problems: tuple[Problem, ...]
-    demonstrations: tuple[Demonstration, ...]
+    train_problems: tuple[Problem, ...] = ()
+    eval_problems: tuple[Problem, ...] = ()
+    demonstrations: tuple[Demonstration, ...] = ()
 
-    @property
+    @functools.cached_property
     def specs(self) -> spec.Specs:
         return transformer.param_specs(self.model)
 
-    @property
+    @functools.cached_property
     def rl_optimizer(self) -> optax.GradientTransformation:
         return rl_optimizer(self.config.optimizer, self.specs)
 
@@ -82,20 +83,30 @@ class Session:
 
 
 def open_session(config: Config, run: RunFolder) -> Session:
-    """Read or make everything a run needs, cheap checks first; the tokenizer is kept in the run folder.
+    """Read or make everything training needs, cheap checks first.
 
     Raises:
         ConfigError: values that the data shows to be wrong, such as prompts longer than the engine takes.
+        DataError: problems or demonstrations that cannot be used.
     """
     train, held_out = problems.load_split(config.data)
     worked = demonstrations.load(config.sft, config.data, train) if config.sft.demonstrations else ()
-    tokenizer = _tokenizer(config, run, train, worked)
-    chat = ChatFormat(config.chat, (PythonTool.schema,), tokenizer)
-    model = _model(config.model, tokenizer)
-    _check_prompts(config, chat, (*train, *held_out))
-    mesh = meshes.make_mesh(config.mesh)
-    _check_rows(config, mesh)
-    return Session(config, run, tokenizer, chat, model, mesh, train, held_out, worked)
+    session = _session(config, run, _tokenizer(config, run, train, worked))
+    _check_prompts(config, session.chat, (*train, *held_out))
+    _check_rows(config, session.mesh)
+    return dataclasses.replace(session, train_problems=train, eval_problems=held_out, demonstrations=worked)
+
+
+def reopen_session(config: Config, run: RunFolder, eval_problems: tuple[Problem, ...] = ()) -> Session:
+    """What it takes to use a checkpoint of a run: its tokenizer and model, no training data.
+
+    Raises:
+        TokenizerError, FileNotFoundError: the run folder has no tokenizer.
+        ConfigError: ``eval_problems`` longer than the engine takes.
+    """
+    session = _session(config, run, load_tokenizer(run.tokenizer))
+    _check_prompts(config, session.chat, eval_problems)
+    return dataclasses.replace(session, eval_problems=eval_problems)
 
 
 @contextlib.asynccontextmanager
@@ -119,9 +130,13 @@ async def open_player(session: Session, params: Any, version: int) -> AsyncItera
             tools=(PythonTool(pool),),
             verifier=verifier,
             config=config.env,
-            max_prompt_tokens=config.engine.max_prompt_tokens,
             max_response_tokens=config.engine.max_response_tokens,
         )
+
+
+def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:
+    chat = ChatFormat(config.chat, (PythonTool.schema,), tokenizer)
+    return Session(config, run, tokenizer, chat, _model(config.model, tokenizer), meshes.make_mesh(config.mesh))
 
 
 def _tokenizer(
@@ -157,10 +172,12 @@ def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def _check_prompts(config: Config, chat: ChatFormat, questions: tuple[Problem, ...]) -> None:
     limit = config.engine.max_prompt_tokens
-    for problem in questions:
-        tokens = len(chat.prompt(problem.question))
-        if tokens > limit:
-            raise ConfigError(
-                f'max_prompt_tokens={limit} but problem "{problem.id}" has {tokens} tokens; '
-                "raise EngineConfig.max_prompt_tokens or filter"
-            )
+    lengths = {problem.id: len(chat.prompt(problem.question)) for problem in questions}
+    too_long = [name for name, tokens in lengths.items() if tokens > limit]
+    if too_long:
+        longest = max(too_long, key=lengths.__getitem__)
+        raise ConfigError(
+            f"max_prompt_tokens={limit} but {len(too_long)} of {len(lengths)} problems have more, the longest, "
+            f'"{longest}", {lengths[longest]}; raise EngineConfig.max_prompt_tokens (and TrainConfig.row_tokens), or '
+            "take them out of the file"
+        )

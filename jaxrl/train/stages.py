@@ -11,11 +11,14 @@ from jaxrl.episodes import Player, play_groups
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session
-from jaxrl.train.state import TrainState, new_state
+from jaxrl.train.state import TrainState
+from jaxrl.train.update import Updater
 
 DRAWS = 3 << 29
 """First draw number of the episodes that decide what a stage drops; keeps their random keys apart from
 training's and evaluation's."""
+IN_FLIGHT = 256
+"""Problems begun at once while every problem of a training set is played."""
 
 
 def index(config: Config, step: int) -> int:
@@ -30,6 +33,7 @@ async def enter(
     state: TrainState,
     reference: Any | None,
     player: Player,
+    updater: Updater,
 ) -> tuple[TrainState, Any | None, Player]:
     """Apply the stage of ``progress.step``: its limits always, its one-time changes on its first step."""
     stages = session.config.stages
@@ -47,7 +51,7 @@ async def enter(
             progress.stream |= {"problems": len(progress.problems)}
         progress.pending = ()
     if stages.reset_optimizer[number]:
-        state = new_state(state.params, session.rl_optimizer, session.mesh)
+        state = updater.reset(state)
         reference = None if reference is None else jax.tree.map(jnp.copy, state.params)
     progress.stage_entered = number + 1
     return state, reference, player
@@ -57,7 +61,7 @@ async def _unsolved(session: Session, recorder: Recorder, player: Player, number
     """Ids of the problems that ``samples`` episodes do not all solve; all problems if every one is solved."""
     draws = [(DRAWS + position, problem) for position, problem in enumerate(session.train_problems)]
     kept = []
-    async for group in play_groups(player, draws, samples):
+    async for group in play_groups(player, draws, samples, in_flight=IN_FLIGHT):
         if not all(trajectory.correct for trajectory in group.trajectories):
             kept.append(group.problem.id)
     recorder.view.note(f"stage {number + 1}: {len(kept)} of {len(draws)} problems are not always solved and stay")

@@ -64,14 +64,19 @@ def initial_params(specs: Any, mesh: jax.sharding.Mesh, seed: int) -> Any:
     return jax.jit(lambda key: spec.initialize(specs, key), out_shardings=shardings)(jax.random.key(seed))
 
 
-def abstract_state(specs: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, types and shardings of a state on ``mesh``, without values: the target of a restore."""
+def abstract_params(specs: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes, types and shardings of the parameters on ``mesh``, without values."""
     shardings = spec.shardings(specs, mesh, meshes.PARAM_RULES)
-    params = jax.tree.map(
+    return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         spec.abstract(specs),
         shardings,
     )
+
+
+def abstract_state(specs: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, types and shardings of a state on ``mesh``, without values: the target of a restore."""
+    params = abstract_params(specs, mesh)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), jnp.zeros((), jnp.int32)), params)
 

@@ -5,7 +5,7 @@ batch; the aggregation's global denominator is already in ``weights``, so micro-
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ from jaxrl.records import Batch
 from jaxrl.rl import losses, mismatch
 from jaxrl.train.state import TrainState
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+"""Name to (sum, count); of a name that ends in _max to (largest, 1 or 0)."""
 LossFunction = Callable[[Any, Batch, Any], tuple[jax.Array, Metrics]]  # parameters, batch, reference parameters or None
 
 
@@ -84,6 +85,22 @@ def _masked(values: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return jnp.where(batch.mask > 0, values, 0.0).sum(), batch.mask.sum()
 
 
+def _merge(name: str, total: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array]) -> tuple:
+    combine = jnp.maximum if name.endswith("_max") else jnp.add
+    return combine(total[0], new[0]), combine(total[1], new[1])
+
+
+def over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of a step with several updates: means, but the gap to the sampler as the first update found it.
+
+    Later updates meet weights that have moved on, so their gap is drift and not a fault of numerics.
+    """
+    if not updates:
+        return {}
+    means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    return means | {name: updates[0][name] for name in mismatch.GAP_METRICS if name in means}
+
+
 class Updater:
     """``step`` takes any number of micro-batches of the one shape that ``compile`` was given."""
 
@@ -94,7 +111,9 @@ class Updater:
             return gradient(params, batch, reference)
 
         def more(total: Any, params: Any, batch: Batch, reference: Any) -> Any:
-            return jax.tree.map(jnp.add, total, gradient(params, batch, reference))
+            gradients, metrics = gradient(params, batch, reference)
+            merged = {name: _merge(name, total[1][name], pair) for name, pair in metrics.items()}
+            return jax.tree.map(jnp.add, total[0], gradients), merged
 
         def apply(state: TrainState, gradients: Any) -> tuple[TrainState, jax.Array]:
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -102,12 +121,16 @@ class Updater:
             new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
             return jax.tree.map(lambda after, before: jnp.where(jnp.isfinite(norm), after, before), new, state), norm
 
+        def reset(state: TrainState) -> TrainState:
+            return TrainState(state.params, optimizer.init(state.params), jnp.zeros_like(state.step))
+
         self._mesh = mesh
         rows = meshes.partition_spec(("batch", "tokens"), meshes.COMPUTE_RULES, mesh)
         self._placement = jax.sharding.NamedSharding(mesh, rows)
         self._first = jax.jit(first)
         self._more = jax.jit(more, donate_argnums=0)
         self._apply = jax.jit(apply, donate_argnums=0)
+        self._reset = jax.jit(reset, donate_argnums=0)
 
     def compile(self, state: TrainState, rows: int, row_tokens: int, reference: Any = None) -> None:
         """Compile for micro-batches [rows, row_tokens], so that nothing is compiled once training runs."""
@@ -116,6 +139,12 @@ class Updater:
         with jax.set_mesh(self._mesh):
             gradients, _ = self._accumulate(state, [empty, empty], reference)
             self._apply = self._apply.lower(state, gradients).compile()
+            self._reset = self._reset.lower(state).compile()
+
+    def reset(self, state: TrainState) -> TrainState:
+        """The same parameters with a fresh optimizer; ``state`` is consumed."""
+        with jax.set_mesh(self._mesh):
+            return self._reset(state)
 
     def step(
         self, state: TrainState, batches: Iterable[Batch], reference: Any = None
@@ -125,7 +154,7 @@ class Updater:
         A gradient that is not finite changes nothing; its ``grad_norm`` says so, and an alarm rings.
 
         Returns:
-            The new state, and every metric as its mean, with ``grad_norm`` before clipping.
+            The new state, and every metric as its mean or maximum, with ``grad_norm`` before clipping.
         """
         with jax.set_mesh(self._mesh):
             gradients, metrics = self._accumulate(state, batches, reference)

@@ -68,7 +68,7 @@ def test_errors_name_file_and_line(tmp_path, row, message):
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b'{"question": "q", "answer": "1"}\n{"question": "\xff", "answer": "1"}\n')
-    with pytest.raises(DataError, match=r"bad\.jsonl:2: not JSON"):
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not UTF-8"):
         load(str(tmp_path / "bad.jsonl"))
 
 
@@ -97,9 +97,9 @@ def test_empty_and_missing_files(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(DataError, match=r"empty\.jsonl: no rows"):
         load(str(tmp_path / "empty.jsonl"))
-    with pytest.raises(FileNotFoundError, match=r"no problem file .*missing\.jsonl"):
+    with pytest.raises(DataError, match=r"no problem file .*missing\.jsonl"):
         load(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(FileNotFoundError, match="no problem file"):
+    with pytest.raises(DataError, match="is a folder; give the path of a JSONL file"):
         load(str(tmp_path))
 
 

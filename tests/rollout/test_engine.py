@@ -217,6 +217,21 @@ def test_a_slot_that_waits_for_a_tool_blocks_nobody(params):
     assert [len(sample.ids) for sample in asyncio.run(run())] == [5, 5, 5]
 
 
+def test_the_seconds_of_a_sample_are_those_of_its_own_rounds(params):
+    engine = make_engine(params, slots=1, stops=())
+
+    async def run():
+        async with engine.serving():
+            sequences = [await engine.open([draw], draw=draw, sample=0, max_tokens=16) for draw in range(3)]
+            started = time.perf_counter()
+            samples = await asyncio.gather(*(sequence.generate(16) for sequence in sequences))
+            return [sample.seconds for sample in samples], time.perf_counter() - started
+
+    seconds, elapsed = asyncio.run(run())
+    assert min(seconds) > 0
+    assert sum(seconds) <= elapsed  # they had the one slot in turn; waiting for it would count twice
+
+
 def test_limits_are_checked_before_anything_is_queued(params):
     engine = make_engine(params, stops=())
 

@@ -78,11 +78,21 @@ RunTiny = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def run_tiny(tiny_overrides: tuple[str, ...]) -> RunTiny:
-    """``run_tiny(folder, *by)`` trains the tiny run in a process of its own, by way of a script and its arguments."""
+    """``run_tiny(folder, *by)`` trains the tiny run in a process of its own, by way of a script and its arguments;
+    ``more`` is added to the command line."""
 
-    def run(folder: pathlib.Path, *by: str) -> subprocess.CompletedProcess[str]:
+    def run(folder: pathlib.Path, *by: str, more: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         settings = [argument for override in tiny_overrides for argument in ("--set", override)]
-        command = [sys.executable, *(by or ("-m", "jaxrl.cli")), "train", "smoke", "--run", str(folder), *settings]
+        command = [
+            sys.executable,
+            *(by or ("-m", "jaxrl.cli")),
+            "train",
+            "smoke",
+            "--run",
+            str(folder),
+            *settings,
+            *more,
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     return run

@@ -56,6 +56,18 @@ def test_a_checkpoint_of_another_model_is_refused(folder: pathlib.Path) -> None:
         Checkpoints(folder, CheckpointConfig()).restore(5, target(width=4), None)
 
 
+def test_going_back_removes_what_is_newer(tmp_path: pathlib.Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=3))
+    for step in range(3):
+        checkpoints.save(step, state(step), None, {}, None)
+    checkpoints.wait()
+    checkpoints.rewind(1)
+    assert checkpoints.latest() == 1
+    checkpoints.save(2, state(7), None, {}, None)
+    checkpoints.wait()
+    np.testing.assert_array_equal(checkpoints.restore(2, target(), None)[0]["weights"], state(7)["weights"])
+
+
 def test_a_full_disk_leaves_the_older_checkpoints_intact(tmp_path: pathlib.Path) -> None:
     """On a real file system of 700 KiB, mounted in a namespace of its own."""
     mount = f"mount -t tmpfs -o size=700k none {tmp_path}"

@@ -37,7 +37,7 @@ def test_the_run_learns_from_something(tiny_run: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     ("point", "count"),
-    [("episodes", 110), ("update", 64), ("checkpoint", 9)],
+    [("episodes", 110), ("update", 65), ("checkpoint", 9)],
     ids=["during episodes", "during an update", "during a checkpoint write"],
 )
 def test_promise_8_killed_and_resumed_gives_the_same_bits(

@@ -10,7 +10,7 @@ from jaxrl.config import AlgorithmConfig, MeshConfig, ModelConfig, OptimizerConf
 from jaxrl.model import logprob, transformer
 from jaxrl.records import Batch
 from jaxrl.train.state import abstract_state, initial_params, new_state, rl_optimizer
-from jaxrl.train.update import Updater, policy_gradient_loss
+from jaxrl.train.update import Updater, over_updates, policy_gradient_loss
 
 MODEL = ModelConfig(
     vocab_size=24, layers=1, width=16, query_heads=2, kv_heads=1, head_width=8, ffn_width=32, init_scale=0.3
@@ -58,7 +58,7 @@ def test_promise_3_an_update_does_not_depend_on_the_micro_batch_cut(mesh: jax.sh
     batch = random_batch(1, 4)
     (whole, metrics), (parts, other) = updated([batch], mesh), updated(cut(batch, 1), mesh)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), whole, parts)
-    for name in ("loss", "grad_norm", "entropy", "ratio"):
+    for name in ("loss", "grad_norm", "entropy", "ratio", "logprob_gap", "logprob_gap_max"):
         assert metrics[name] == pytest.approx(other[name], rel=1e-4), name
 
 
@@ -77,6 +77,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing(mesh: jax.sharding.Mesh) 
     after, metrics = updated([batch.replace(weights=batch.weights * np.float32(np.inf))], mesh)
     assert not np.isfinite(metrics["grad_norm"])
     jax.tree.map(np.testing.assert_array_equal, after, jax.device_get(initial_params(SPECS, mesh, 0)))
+
+
+def test_a_reset_keeps_the_parameters_and_nothing_else(mesh: jax.sharding.Mesh) -> None:
+    updater = Updater(policy_gradient_loss(MODEL, AlgorithmConfig(), 1.0), OPTIMIZER, mesh)
+    state, _ = updater.step(new_state(initial_params(SPECS, mesh, 0), OPTIMIZER, mesh), [random_batch(6, 2)])
+    params = jax.device_get(state.params)
+    state = updater.reset(state)
+    jax.tree.map(np.testing.assert_array_equal, state, new_state(params, OPTIMIZER, mesh))
+
+
+def test_metrics_of_several_updates_are_means_but_the_gap_is_the_first(mesh: jax.sharding.Mesh) -> None:
+    updates = [{"loss": 1.0, "ratio": 1.0, "logprob_gap": 0.0}, {"loss": 2.0, "ratio": 1.5, "logprob_gap": 0.3}]
+    assert over_updates(updates) == {"loss": 1.5, "ratio": 1.0, "logprob_gap": 0.0}
+    assert over_updates([]) == {}
 
 
 def score(params: dict, batch: Batch) -> jax.Array:

@@ -1,0 +1,115 @@
+"""Collecting a step's episodes: groups played ahead go on during the update, and end with it."""
+
+import asyncio
+import types
+
+import pytest
+
+from jaxrl.config import ChatConfig, Config, EnvConfig, TrainConfig
+from jaxrl.data.problems import ProblemStream
+from jaxrl.episodes import Player
+from jaxrl.observe.metrics import PhaseTimer
+from jaxrl.records import Problem, RewardStatus, ToolCall, ToolStatus
+from jaxrl.text.chat import ChatFormat, ToolSchema
+from jaxrl.train.loop import collect
+from jaxrl.train.progress import RunProgress
+from tests.scripted_engine import ScriptedEngine, answer, call, small_tokenizer
+
+OWN, AHEAD = 2, 1
+TRAIN = TrainConfig(problems=OWN, samples=4, prefetch_groups=AHEAD, max_draws=2)
+
+
+class GatedTool:
+    """A tool that answers once its gate is open."""
+
+    schema = ToolSchema("python", "Runs Python.", {"type": "object", "properties": {"code": {"type": "string"}}})
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+
+    async def call(self, arguments, seconds):
+        await self.gate.wait()
+        return ToolCall("python", arguments, ToolStatus.OK, stdout="15")
+
+
+class Verifier:
+    async def grade(self, text, gold):
+        return RewardStatus.CORRECT if text == gold else RewardStatus.WRONG
+
+
+def make_player(script, tool) -> Player:
+    tokenizer = small_tokenizer()
+    chat = ChatFormat(ChatConfig(show_tools=False), (tool.schema,), tokenizer)
+    engine = ScriptedEngine(tokenizer, script)
+    return Player(engine, chat, tokenizer, (tool,), Verifier(), EnvConfig(), max_response_tokens=400)
+
+
+def make_session() -> types.SimpleNamespace:
+    problems = tuple(Problem(f"sums/{i}", f"{i}?", "15") for i in range(8))
+    return types.SimpleNamespace(
+        config=Config(train=TRAIN), problem_stream=lambda progress: restored(ProblemStream(problems, 0), progress)
+    )
+
+
+def restored(stream: ProblemStream, progress: RunProgress) -> ProblemStream:
+    if progress.stream:
+        stream.restore(progress.stream)
+    return stream
+
+
+RECORDER = types.SimpleNamespace(timer=PhaseTimer(lambda phase: None))
+
+
+def half_right(draw: int, sample: int) -> list[str]:
+    """The step's own groups answer at once, half of them right; the group ahead waits for its tool."""
+    final = answer("15" if sample % 2 else "16")
+    return [final] if draw < OWN else [call("1"), final]
+
+
+def test_groups_ahead_are_still_played_during_the_update() -> None:
+    async def run() -> None:
+        tool = GatedTool()
+        player, progress = make_player(half_right, tool), RunProgress(stage="rl")
+        async with collect(make_session(), RECORDER, player, progress) as collected:
+            assert [chosen.kept[0].draw for chosen in collected.kept] == [0, 1]
+            await asyncio.sleep(0.01)  # the update
+            assert not collected.ahead.done()
+            tool.gate.set()
+            (group,) = await collected.ahead
+        assert group.draw == OWN and len(group.trajectories) == TRAIN.samples
+        progress.pending = (group,)
+        async with collect(make_session(), RECORDER, player, progress) as collected:
+            assert sorted({t.draw for t in collected.played}) == [OWN, OWN + 1]
+            assert [group.draw for group in await collected.ahead] == [OWN + 2]
+
+    asyncio.run(run())
+
+
+def test_an_update_that_fails_leaves_no_episode_behind() -> None:
+    async def run() -> None:
+        player = make_player(half_right, GatedTool())
+        with pytest.raises(FloatingPointError):
+            async with collect(make_session(), RECORDER, player, RunProgress(stage="rl")):
+                assert player.engine.active
+                raise FloatingPointError
+        assert not player.engine.active
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
+def test_groups_ahead_are_used_when_nothing_survived() -> None:
+    """Draws 0 and 1 are all wrong, so the step goes on with draw 2, which was played ahead, and draws 3."""
+
+    def script(draw: int, sample: int) -> list[str]:
+        return [answer("15" if draw >= OWN and sample % 2 else "16")]
+
+    async def run() -> None:
+        progress = RunProgress(stage="rl")
+        async with collect(make_session(), RECORDER, make_player(script, GatedTool()), progress) as collected:
+            assert sorted({t.draw for t in collected.played}) == [0, 1, 2, 3]
+            assert [chosen.kept[0].draw for chosen in collected.kept] == [2, 3]
+            assert [group.draw for group in await collected.ahead] == [4]
+        assert progress.stream["next_draw"] == 5
+
+    asyncio.run(run())
