@@ -33,10 +33,7 @@ PARAM_RULES: Rules = {
 }
 """Where the weights, their gradients and the optimizer state rest during training."""
 
-COMPUTE_RULES: Rules = {
-    "batch": ("data", "fsdp"),
-    "tokens": None,
-    "token_shards": "tensor",
+_TENSOR_PARALLEL: Rules = {
     "layers": None,
     "vocab": "tensor",
     "embed": None,
@@ -45,19 +42,12 @@ COMPUTE_RULES: Rules = {
     "head": None,
     "ffn": "tensor",
 }
+
+COMPUTE_RULES: Rules = {"batch": ("data", "fsdp"), "tokens": None, "token_shards": "tensor", **_TENSOR_PARALLEL}
 """Where weights and activations lie while they are multiplied. ``token_shards`` is the token axis of work that every
 tensor-parallel device does for its own share of the tokens."""
 
-ROLLOUT_RULES: Rules = {
-    "layers": None,
-    "pages": None,
-    "vocab": "tensor",
-    "embed": None,
-    "query_heads": "tensor",
-    "kv_heads": "tensor",
-    "head": None,
-    "ffn": "tensor",
-}
+ROLLOUT_RULES: Rules = {"pages": None, **_TENSOR_PARALLEL}
 """Where the rollout engine keeps its copy of the weights, and its KV pages."""
 
 

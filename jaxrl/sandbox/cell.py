@@ -24,8 +24,8 @@ def prepare() -> None:
     """Once per template: names that interactive Python has, lossless printing, and a first run of everything below."""
     site.setquit()
     site.sethelper()
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
-    sys.stderr.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    sys.stderr.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.argv = [FILENAME]
     sys.dont_write_bytecode = True
     _seed(b"warm")

@@ -12,6 +12,7 @@ import socket
 import stat
 import sys
 import sysconfig
+from collections.abc import Callable
 
 from jaxrl.sandbox import seccomp, syscalls
 
@@ -117,9 +118,9 @@ def enter(view: View) -> None:
     socket.sethostname("sandbox")
 
 
-def _layer(name: str, action: object, *arguments: object) -> None:
+def _layer(name: str, action: Callable[..., object], *arguments: object) -> None:
     try:
-        action(*arguments)  # type: ignore[operator]
+        action(*arguments)
     except OSError as error:
         raise unavailable(name, error) from error
 
