@@ -100,9 +100,10 @@ def final_table(report: Report) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
-    share = report.tool_error_share_in_correct
-    facts.add_row("failed tool calls in correct episodes", "no calls" if share is None else f"{share:.1%}")
-    facts.add_row("response tokens a second", f"{report.tokens_per_second:,.0f}")
+    if report.tokens_per_second:  # there was reinforcement
+        share = report.tool_error_share_in_correct
+        facts.add_row("failed tool calls in correct episodes", "no calls" if share is None else f"{share:.1%}")
+        facts.add_row("response tokens a second", f"{report.tokens_per_second:,.0f}")
     facts.add_row("time", _time_by_phase(report.seconds_by_phase))
     if report.left_out:
         facts.add_row("episodes left out (our faults)", Text(f"{report.left_out}", "yellow"))
