@@ -1,6 +1,7 @@
 """Collecting a step's episodes: groups played ahead go on during the update, and end with it."""
 
 import asyncio
+import dataclasses
 import types
 
 import pytest
@@ -44,10 +45,11 @@ def make_player(script, tool) -> Player:
     return Player(engine, chat, tokenizer, (tool,), Verifier(), EnvConfig(), max_response_tokens=400)
 
 
-def make_session() -> types.SimpleNamespace:
+def make_session(**changes: int) -> types.SimpleNamespace:
     problems = tuple(Problem(f"sums/{i}", f"{i}?", "15") for i in range(8))
+    config = Config(train=dataclasses.replace(TRAIN, **changes))
     return types.SimpleNamespace(
-        config=Config(train=TRAIN), problem_stream=lambda progress: restored(ProblemStream(problems, 0), progress)
+        config=config, problem_stream=lambda progress: restored(ProblemStream(problems, 0), progress)
     )
 
 
@@ -85,11 +87,27 @@ def test_groups_ahead_are_still_played_during_the_update() -> None:
     asyncio.run(run())
 
 
+def test_more_groups_ahead_than_a_step_needs_keep_their_order() -> None:
+    def script(draw: int, sample: int) -> list[str]:
+        return [answer("15" if sample % 2 else "16")]
+
+    async def run() -> None:
+        session, player, progress = make_session(prefetch_groups=3), make_player(script, GatedTool()), RunProgress()
+        for first in (0, 2, 4):
+            async with collect(session, RECORDER, player, progress) as collected:
+                assert [chosen.kept[0].draw for chosen in collected.kept] == [first, first + 1]
+                progress.pending = await collected.ahead
+            assert [group.draw for group in progress.pending] == [first + 2, first + 3, first + 4]
+
+    asyncio.run(run())
+
+
 def test_an_update_that_fails_leaves_no_episode_behind() -> None:
     async def run() -> None:
         player = make_player(half_right, GatedTool())
         with pytest.raises(FloatingPointError):
             async with collect(make_session(), RECORDER, player, RunProgress(stage="rl")):
+                await asyncio.sleep(0.01)
                 assert player.engine.active
                 raise FloatingPointError
         assert not player.engine.active
