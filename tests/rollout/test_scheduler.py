@@ -97,6 +97,17 @@ def test_first_come_first_served_even_when_a_later_one_would_fit():
     assert scheduler.admit() == tracks[1:]
 
 
+def test_those_that_leave_the_queue_hold_up_nobody():
+    scheduler = Scheduler(config(pages=FULL + 1))
+    first, gone, also_gone, last = (track(ticket, (ticket + 1,)) for ticket in range(4))
+    for one in (first, gone, also_gone, last):
+        scheduler.submit(one)
+    assert scheduler.admit() == [first]
+    for one in (gone, first, also_gone):
+        scheduler.close(one)
+    assert scheduler.admit() == [last] and scheduler.queued == 0
+
+
 def test_with_a_full_reserve_nothing_is_preempted():
     scheduler = Scheduler(config(pages=2 * FULL))
     tracks = [track(ticket, draw=ticket, prompt=range(ticket, ticket + 12)) for ticket in range(5)]
