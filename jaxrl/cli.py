@@ -17,6 +17,8 @@ DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     options = _parser().parse_args(arguments)
+    if options.run_verb is _doctor:  # needs neither jax nor a configuration
+        return _doctor()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax explains itself at length
@@ -93,6 +95,12 @@ def _export(commands, options: argparse.Namespace) -> None:
 
 def _import(commands, options: argparse.Namespace) -> None:
     commands.import_folder(_config(options), options.folder, options.run)
+
+
+def _doctor() -> int:
+    from jaxrl.sandbox import doctor
+
+    return doctor.main()
 
 
 def _run_folder(options: argparse.Namespace) -> pathlib.Path:
@@ -185,6 +193,13 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("folder", type=pathlib.Path, help="folder with config.json, safetensors and tokenizer")
     new.add_argument("config", help="recipe to train it with")
     new.add_argument("--run", type=pathlib.Path, required=True, help="run folder to make")
+    sandbox = verbs.add_parser("sandbox", help="the sandbox by itself", description="The sandbox by itself.")
+    doctor = sandbox.add_subparsers(required=True, metavar="VERB").add_parser(
+        "doctor",
+        help="which isolation this machine gives, layer by layer, and what to do about what is missing",
+        description="Tries every layer by itself, then a call in a whole jail. Exit code 1: it cannot start here.",
+    )
+    doctor.set_defaults(run_verb=_doctor)
     return parser
 
 

@@ -12,7 +12,7 @@ import signal
 import time
 from typing import NoReturn
 
-from jaxrl.sandbox import cell, forks, seccomp, syscalls
+from jaxrl.sandbox import cell, forks, landlock, seccomp, syscalls
 from jaxrl.sandbox.orders import STARTED
 from jaxrl.sandbox.protocol import unpack_for_child
 
@@ -35,6 +35,7 @@ class Child:
         self._work = work
         self._jailed = jailed
         self._filter = seccomp.child_filter()
+        self._file_rules = landlock.Rules(work) if jailed and landlock.version() else None
 
     def become(self, packed: bytes, address_space: int, fds: list[int], directory: str) -> NoReturn:
         """Set up, say that the walls stand, run the call.
@@ -89,6 +90,8 @@ class Child:
         os.chdir(self._work)
         syscalls.unshare(syscalls.CLONE_NEWUSER)
         syscalls.set_capabilities()
+        if self._file_rules is not None:
+            self._file_rules.confine()
 
 
 def _take_descriptors(fds: list[int], template: int) -> None:

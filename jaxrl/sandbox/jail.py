@@ -14,16 +14,16 @@ import sys
 import sysconfig
 from collections.abc import Callable
 
-from jaxrl.sandbox import seccomp, syscalls
+from jaxrl.sandbox import landlock, seccomp, syscalls
 
 UNSAFE = "unsafe: none"
-JAILED = "jail: namespaces, seccomp, rlimits, ordinary user"
+JAILED = "jail: namespaces, seccomp, rlimits, ordinary user" + (", landlock" if landlock.version() else "")
 
 _BASE = "/tmp"  # where the new root is put together, out of everybody else's sight
 _ORDINARY_USER = 65534
 _DEVICES = ("null", "zero", "random", "urandom")
 _LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
-_NAMESPACES = {
+NAMESPACES = {
     "mount": syscalls.CLONE_NEWNS,
     "pid": syscalls.CLONE_NEWPID,
     "network": syscalls.CLONE_NEWNET,
@@ -104,18 +104,23 @@ def enter(view: View) -> None:
         raise unavailable("a system-call filter", f"no table for {syscalls.MACHINE}")
     trees = None
     if os.geteuid() == 0:
-        # Root binds what only root may reach, then becomes an ordinary user: limits do not hold for root.
-        trees = _build_as_root(view)
-        _become_ordinary()
-    user, group = os.geteuid(), os.getegid()
-    _layer("a user namespace", syscalls.unshare, syscalls.CLONE_NEWUSER)
-    _layer("a user namespace's identity map", _map_identity, user, group)
-    for name, flag in _NAMESPACES.items():
+        trees = _build_as_root(view)  # binds what only root may reach
+    become_isolated_user()
+    for name, flag in NAMESPACES.items():
         _layer(f"a {name} namespace", syscalls.unshare, flag)
     if trees is None:
         _layer("a private root", _build_root, view)
     _layer("a private root", _pivot)
     socket.sethostname("sandbox")
+
+
+def become_isolated_user() -> None:
+    """Be an ordinary user, as limits do not hold for root, in a user namespace that allows to build the rest."""
+    if os.geteuid() == 0:
+        _become_ordinary()
+    user, group = os.geteuid(), os.getegid()
+    _layer("a user namespace", syscalls.unshare, syscalls.CLONE_NEWUSER)
+    _layer("a user namespace's identity map", _map_identity, user, group)
 
 
 def _layer(name: str, action: Callable[..., object], *arguments: object) -> None:

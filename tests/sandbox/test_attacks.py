@@ -14,6 +14,7 @@ import time
 import pytest
 
 from jaxrl.records import ToolStatus
+from jaxrl.sandbox import jail, landlock
 from tests.sandbox.driver import LIMITS, Driver, descendants
 
 OK, ERROR, TIMEOUT = ToolStatus.OK, ToolStatus.ERROR, ToolStatus.TIMEOUT
@@ -250,6 +251,18 @@ def test_attack(sandbox: Driver, name: str) -> None:
     healthy = sandbox.run("print(6 * 7)")
     assert (healthy.status, healthy.stdout, healthy.attempts) == (OK, "42\n", 1)
     assert sandbox.resting() == before, "a process survived, or a template was lost"
+
+
+@pytest.mark.skipif(landlock.version() < 5, reason="Landlock of this kernel does not know devices' controls")
+def test_landlock_stands_behind_the_other_walls(sandbox: Driver) -> None:
+    """Reading the kernel's entropy count is open to everybody and allowed by every other layer."""
+    assert "landlock" in jail.JAILED
+    ask = "import fcntl, os\nprint(len(fcntl.ioctl(os.open('/dev/random', os.O_RDONLY), 0x80045200, bytes(4))))"
+    result = sandbox.run(ask)
+    assert (result.status, "Permission denied" in result.stderr) == (ERROR, True), result
+    usual = "import os, tempfile\nwith tempfile.TemporaryDirectory() as d:\n    os.rename(d, d + 'x'); os.mkdir(d)\n"
+    result = sandbox.run(usual + "open('a', 'w').write('b'); open('/dev/null', 'w').write('c'); os.listdir('/')")
+    assert result.status == OK, result
 
 
 def test_every_exit_code_is_ok_or_error(sandbox: Driver) -> None:

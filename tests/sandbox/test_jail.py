@@ -128,3 +128,19 @@ def test_packages_in_the_temporary_folder_move_the_working_directory(
     finally:
         (folder / "found_in_tmp.py").unlink()
         folder.rmdir()
+
+
+def test_the_doctor_names_what_is_missing() -> None:
+    done = subprocess.run([sys.executable, "-m", "jaxrl.cli", "sandbox", "doctor"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "The sandbox works here." and f"{jail.JAILED}; a call took" in lines[-2]
+    assert not any(line.startswith(" NO") for line in lines)
+
+    script = REFUSE + "import sys; from jaxrl import cli; sys.exit(cli.main(['sandbox', 'doctor']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert " NO  user namespace              [Errno 1] unshare(0x10000000): Operation not permitted" in done.stdout
+    assert "→ sysctl user.max_user_namespaces must be above 0" in done.stdout
+    assert done.stdout.count("not tried: needs a user namespace") == 8
+    assert done.stdout.splitlines()[-1].endswith("at your own risk: --unsafe-sandbox")
