@@ -41,10 +41,10 @@ def main() -> None:
         overrides = [*options.set, f"TrainConfig.seed={seed}", f"DataConfig.seed={seed}"]
         cold = options.runs / f"cold_start_{seed}"
         if not folder.exists():
-            run("sft", options.recipe, cold, overrides)
+            if not (cold / SUMMARY_FILE).exists():
+                run("sft", options.recipe, cold, overrides)
             copy = folder.with_suffix(".tmp")
-            shutil.copytree(cold, copy, dirs_exist_ok=True)
-            (copy / SUMMARY_FILE).unlink()  # it tells of the cold start
+            shutil.copytree(cold, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SUMMARY_FILE))
             copy.rename(folder)
         if not (folder / SUMMARY_FILE).exists():
             run("train", options.recipe, folder, [*overrides, *VARIANTS[variant]])
@@ -86,7 +86,7 @@ def figure(name: str, values: list[float], unit: str, demand: str, holds: bool |
 
 
 def failed_share(folder: pathlib.Path) -> float:
-    """Share of failed calls in correct training episodes over the last steps."""
+    """Share of failed calls in a step's correct training episodes, mean over the last steps that had such calls."""
     shares = [
         row["tool_error_share_in_correct"] for row in read_metrics(folder, "rl") if "tool_error_share_in_correct" in row
     ]

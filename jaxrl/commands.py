@@ -1,6 +1,7 @@
 """What each verb of the command line does, once its arguments are read."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import math
@@ -63,7 +64,8 @@ def evaluate(config: Config, folder: pathlib.Path, which: str, as_json: bool) ->
     }
     figures = {f"avg@{report.samples}": report.average} | figures
     if as_json:
-        print(json.dumps(dataclasses.asdict(report)))
+        row = dataclasses.asdict(report)
+        print(json.dumps({name: None if value != value else value for name, value in row.items()}))  # NaN is no JSON
         return
     kind = "greedy" if report.greedy else f"sampled at temperature {config.eval.temperature:g}"
     print(f"{len(session.eval_problems)} problems, {report.samples} samples each, {kind}; 95 % intervals")
@@ -84,8 +86,9 @@ def rollout(config: Config, folder: pathlib.Path, which: str, count: int) -> Non
 
     async def play() -> None:
         async with open_player(session, params, version) as player:
-            async for group in play_groups(player, draws, 1):
-                console.print(format_trajectory(group.trajectories[0], session.tokenizer.decode))
+            async with contextlib.aclosing(play_groups(player, draws, 1)) as groups:
+                async for group in groups:
+                    console.print(format_trajectory(group.trajectories[0], session.tokenizer.decode))
 
     asyncio.run(play())
 
@@ -130,7 +133,8 @@ def _checkpoint(config: Config, folder: pathlib.Path, which: str) -> tuple[Sessi
     session = reopen_session(config, run, load_held_out(config.data))
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpoints.find(which)
-    version = RunProgress.from_json(checkpoints.host(step)).step
+    progress = RunProgress.from_json(checkpoints.host(step))
+    version = progress.step if progress.stage == "rl" else 0
     params = experiment.restore_params(session, checkpoints, step)
     checkpoints.close()
     return session, rollout_params(params, session.model), version

@@ -104,12 +104,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-    """Cold start on demonstrations."""
+    """Cold start on demonstrations: AdamW, second beta 0.95; first beta, decay and clipping as in OptimizerConfig."""
 
     demonstrations: Literal["stories", "gsm8k", ""] = "stories"
     """"stories" or "gsm8k" (calculator notes of DataConfig.train turned into Python); empty skips the cold start."""
     count: int = 8192
-    """Demonstrations to make (all there are, for a file)."""
+    """Stories: demonstrations to make. Files: at most so many of their rows."""
+    variants: int = 0
+    """Files: further demonstrations of each row, with other numbers in question and program."""
     wrong_share: float = 0.4
     """Stories: share of demonstrations with a wrong operation or operand."""
     repair_share: float = 0.25
@@ -229,7 +231,7 @@ class AlgorithmConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW for the RL updates."""
+    """AdamW for the RL updates; the cold start takes ``beta1``, ``weight_decay`` and ``clip_norm`` from here too."""
 
     learning_rate: float = 1e-6
     warmup_steps: int = 20
@@ -336,6 +338,32 @@ class Config:
 
 SECTIONS: dict[str, type] = {type(field.default).__name__: type(field.default) for field in dataclasses.fields(Config)}
 _BOUND = {name: gin.external_configurable(section, name=name, module="jaxrl") for name, section in SECTIONS.items()}
+
+
+_FIELD_OF = {type(field.default).__name__: field.name for field in dataclasses.fields(Config)}
+_RANGES = (
+    (
+        "Engine.slots Engine.page_size Engine.prefill_rows Engine.prefill_chunk Engine.round_steps "
+        "Engine.max_prompt_tokens Engine.max_response_tokens Model.logprob_chunk Sft.count Sft.rows Sft.row_tokens "
+        "Train.rows Train.row_tokens Train.problems Train.samples Train.max_draws Train.updates_per_step "
+        "Algorithm.keep Eval.samples Env.max_turns Env.max_parallel_calls Checkpoint.every Checkpoint.keep "
+        "Data.train_problems Data.eval_problems Reward.workers Sandbox.workers Sandbox.slots Sandbox.queue",
+        lambda value: value >= 1,
+        "be at least 1",
+    ),
+    (
+        "Train.steps Train.eval_every Train.prefetch_groups Sft.steps Sft.warmup_steps Optimizer.warmup_steps "
+        "Sft.variants Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed",
+        lambda value: value >= 0,
+        "not be negative",
+    ),
+    (
+        "Reward.seconds Env.wall_seconds Env.queue_seconds Sandbox.cpu_seconds Sandbox.wall_seconds",
+        lambda value: value > 0,
+        "be above 0",
+    ),
+)
+"""Fields by the range they must lie in: names without "Config", what holds, and the words for it."""
 
 
 def recipe_names() -> list[str]:
@@ -472,31 +500,19 @@ def check(config: Config) -> None:
         raise ConfigError("DataConfig.eval is empty: stories have a split of their own; set DataConfig.eval='stories'")
     if not 0 < engine.reserve_quantile <= 1:
         raise ConfigError(f"EngineConfig.reserve_quantile={engine.reserve_quantile} is outside (0, 1]")
-    positive = {
-        "EngineConfig.slots": engine.slots,
-        "EngineConfig.page_size": engine.page_size,
-        "EngineConfig.prefill_rows": engine.prefill_rows,
-        "EngineConfig.prefill_chunk": engine.prefill_chunk,
-        "ModelConfig.logprob_chunk": config.model.logprob_chunk,
-        "SftConfig.rows": config.sft.rows,
-        "TrainConfig.rows": config.train.rows,
-        "EngineConfig.round_steps": engine.round_steps,
-        "TrainConfig.problems": train.problems,
-        "TrainConfig.samples": train.samples,
-        "TrainConfig.max_draws": train.max_draws,
-        "TrainConfig.updates_per_step": train.updates_per_step,
-        "AlgorithmConfig.keep": algorithm.keep,
-        "EvalConfig.samples": config.eval.samples,
-        "EnvConfig.max_turns": config.env.max_turns,
-        "CheckpointConfig.every": config.checkpoint.every,
-        "CheckpointConfig.keep": config.checkpoint.keep,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1")
-    for name, value in {"TrainConfig.steps": train.steps, "SftConfig.steps": config.sft.steps}.items():
-        if value < 0:
-            raise ConfigError(f"{name}={value} must not be negative")
+    if train.prefetch_groups > train.problems:
+        raise ConfigError(
+            f"TrainConfig.prefetch_groups={train.prefetch_groups} is more than TrainConfig.problems={train.problems}: "
+            "groups would wait longer than one step; lower it"
+        )
+    if min(config.eval.k, default=1) < 1:
+        raise ConfigError(f"EvalConfig.k={config.eval.k} holds a k below 1")
+    for names, holds, words in _RANGES:
+        for name in names.split():
+            section, field = name.split(".")
+            value = getattr(getattr(config, _FIELD_OF[section + "Config"]), field)
+            if not holds(value):
+                raise ConfigError(f"{section}Config.{field}={value} must {words}")
 
 
 def _check_stages(config: Config) -> None:

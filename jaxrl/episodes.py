@@ -247,9 +247,8 @@ async def _converse(player: Player, sequence: EngineSequence, response: _Respons
 async def _answer_all(player: Player, requests: Sequence[ParsedCall | CallError], clock: _Clock) -> list[ToolCall]:
     """Run the calls of one turn side by side; results in the order of the calls."""
     left = player.config.max_parallel_calls
-    answers: list[ToolCall | asyncio.Task[ToolCall]] = []
+    answers: list[ToolCall | asyncio.Task[tuple[ToolCall, float]]] = []
     tools = {tool.schema.name: tool for tool in player.tools}
-    started = time.monotonic()
     async with asyncio.TaskGroup() as tasks:
         for request in requests:
             refusal = _refusal(request, tools, left, player.config.max_parallel_calls)
@@ -259,10 +258,9 @@ async def _answer_all(player: Player, requests: Sequence[ParsedCall | CallError]
             left -= 1
             call = _call_with_retries(tools[request.name], request.arguments, player.config, clock.left)
             answers.append(tasks.create_task(call))
-    calls = [answer if isinstance(answer, ToolCall) else answer.result() for answer in answers]
-    # The turn was held up by the call that waited longest; the others waited beside it.
-    clock.used += time.monotonic() - started - max(call.queue_seconds for call in calls)
-    return calls
+    results = [(answer, 0.0) if isinstance(answer, ToolCall) else answer.result() for answer in answers]
+    clock.used += max(seconds for _, seconds in results)  # they ran side by side
+    return [call for call, _ in results]
 
 
 def _refusal(request: ParsedCall | CallError, tools: dict[str, Tool], left: int, limit: int) -> ToolCall | None:
@@ -279,9 +277,12 @@ def _refusal(request: ParsedCall | CallError, tools: dict[str, Tool], left: int,
     return None
 
 
-async def _call_with_retries(tool: Tool, arguments: Any, config: EnvConfig, seconds: float) -> ToolCall:
-    """One call, tried afresh after faults of our own. ``attempts`` and ``queue_seconds`` count all tries."""
-    attempts, queued = 0, 0.0
+async def _call_with_retries(tool: Tool, arguments: Any, config: EnvConfig, seconds: float) -> tuple[ToolCall, float]:
+    """One call, tried afresh after faults of our own, and the seconds it ran, without waiting and without those tries.
+
+    ``attempts`` and ``queue_seconds`` of the call count all tries.
+    """
+    attempts, queued, began = 0, 0.0, time.monotonic()
     for _ in range(1 + config.infra_retries):
         started = time.monotonic()
         call = ToolCall(tool.schema.name, {}, ToolStatus.INFRA_ERROR, stderr="no result from the tool in time")
@@ -294,4 +295,4 @@ async def _call_with_retries(tool: Tool, arguments: Any, config: EnvConfig, seco
         queued += time.monotonic() - started if failed else call.queue_seconds
         if not failed:
             break
-    return dataclasses.replace(call, attempts=attempts, queue_seconds=queued)
+    return dataclasses.replace(call, attempts=attempts, queue_seconds=queued), time.monotonic() - began - queued

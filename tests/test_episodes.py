@@ -301,6 +301,19 @@ def test_time_in_queues_is_not_on_the_wall_clock():
         assert trajectory.seconds >= rounds
 
 
+def test_a_call_that_waited_does_not_hide_one_that_ran():
+    class TwoTools(Tool):
+        async def call(self, arguments, seconds):
+            waits = arguments["code"] == "waits"
+            await asyncio.sleep(0.15)
+            return ok("15", queue_seconds=0.15 if waits else 0.0)
+
+    both = call("waits") + call("runs")
+    trajectory = play([both, answer("15")], tool=TwoTools(), wall_seconds=0.1, max_parallel_calls=2)
+    assert trajectory.stop_reason is StopReason.WALL_CLOCK
+    assert trajectory.seconds > 0.1
+
+
 def test_promise_5_a_fault_is_retried_and_never_shown():
     outcomes = iter([fault(attempts=3), fault(), ok("15", attempts=1, queue_seconds=0.0)])
     trajectory = play([call("1"), answer("15")], tool=Tool(lambda code: next(outcomes)), infra_retries=2)

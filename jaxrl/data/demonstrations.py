@@ -4,6 +4,8 @@ The environment writes the opened ``<reason>``, so every policy turn begins insi
 written down: the value of the last expression, or the last line of the traceback.
 """
 
+import contextlib
+import dataclasses
 import itertools
 import json
 import random
@@ -21,8 +23,12 @@ TOOL_NAME = "python"
 _VERBS = {"+": "add", "-": "subtract", "*": "multiply", "//": "divide"}
 _OPERATOR = re.compile(r"//|[-+*]")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?|\.\d+")
+_STATED = re.compile(r"(?<![\w.,/])\d+(?![\w/]|[.,]\d)")  # whole numbers of a question, no part of 1,000 or of 1/2
+_LITERAL = re.compile(r"(?<![\w.])\d+(?![\w.])")  # whole numbers of a program, no part of 0.5 or of v1
+_OFTEN_IMPLIED = {"1", "2", "100"}  # by "half", "twice" and "percent"; where they stand they may mean something else
 _NOTE = re.compile(r"<<(.*?)>>")
 _TOLERANCE = 1e-6  # of a float against the answer it stands for
+_DRAWS = 20  # of numbers for a variant
 _OPERAND_SHARE = 0.3  # of wrong stories: wrong in an operand rather than in an operation
 
 
@@ -43,13 +49,13 @@ def load(sft: SftConfig, data: DataConfig, train: Sequence[Problem]) -> tuple[De
         raise DataError(f'SftConfig.demonstrations="gsm8k" needs files; DataConfig.train="{data.train}" has none')
     allowed = {(problem.source, problem.id) for problem in train}
     rows = [row for row in read_rows(files) if (row.path.stem, row_problem(row).id) in allowed]
-    made = gsm8k_demonstrations(rows)
+    made = gsm8k_demonstrations(rows[: sft.count], sft.variants, data.seed)
     if not made:
         raise DataError(
             f"none of the {len(rows)} training rows of {files} has calculator notes <<...>> or an equation that gives "
             'its answer; use GSM8K or SVAMP files, or set SftConfig.demonstrations=""'
         )
-    return made[: sft.count]
+    return made
 
 
 def story_demonstrations(count: int, wrong_share: float, repair_share: float, seed: int) -> tuple[Demonstration, ...]:
@@ -68,15 +74,25 @@ def story_demonstrations(count: int, wrong_share: float, repair_share: float, se
     )
 
 
-def gsm8k_demonstrations(rows: Sequence[Row]) -> tuple[Demonstration, ...]:
+def gsm8k_demonstrations(rows: Sequence[Row], variants: int = 0, seed: int = 0) -> tuple[Demonstration, ...]:
     """Human solutions as one Python call each.
 
     A GSM8K solution's calculator notes ``<<48/2=24>>`` become the lines of a program; a number that an earlier line
     computed and the question does not state becomes that line's name. An SVAMP row's ``equation`` is a program as it
     is. Rows whose program does not give the answer are left out: the length tells how many are left.
+
+    Args:
+        variants: how often each is repeated with other numbers, so that a model that sees few problems learns to copy
+            numbers rather than to remember them. What the question states is changed there and in the program alike;
+            rows where that gives no whole, positive result stay as they are alone.
+        seed: of the numbers.
     """
-    made = (_row_demonstration(row) for row in rows)
-    return tuple(demonstration for demonstration in made if demonstration is not None)
+    draw = random.Random(f"variants {seed}")
+    solved = [(problem, code) for row in rows if (problem := row_problem(row)) and (code := _row_program(row, problem))]
+    made = [_one_call(problem, code) for problem, code in solved]
+    for _ in range(variants):
+        made += [_one_call(*other) for one in solved if (other := _renumbered(*one, draw))]
+    return tuple(made)
 
 
 def _story_demonstration(story: Story, draw: random.Random, *, wrong: bool, repair: bool) -> Demonstration:
@@ -90,16 +106,48 @@ def _story_demonstration(story: Story, draw: random.Random, *, wrong: bool, repa
     return Demonstration(story.problem, (*turns, output.text, _answer_turn(output.text)))
 
 
-def _row_demonstration(row: Row) -> Demonstration | None:
-    problem = row_problem(row)
+def _one_call(problem: Problem, code: str) -> Demonstration:
+    return Demonstration(problem, (_call_turn("", code), run(code).text, _answer_turn(problem.answer)))
+
+
+def _row_program(row: Row, problem: Problem) -> str | None:
     for code in _row_programs(row, problem):
-        try:
-            output = run(code)
-        except UnsupportedProgram:
-            continue
-        if _gives(output, problem.answer):
-            return Demonstration(problem, (_call_turn("", code), output.text, _answer_turn(problem.answer)))
+        with contextlib.suppress(UnsupportedProgram):
+            if _gives(run(code), problem.answer):
+                return code
     return None
+
+
+def _renumbered(problem: Problem, code: str, draw: random.Random) -> tuple[Problem, str] | None:
+    """The problem with other numbers where its program uses what it states; None where no draw comes out even."""
+    stated = set(_STATED.findall(problem.question))
+    shared = sorted((stated & set(_LITERAL.findall(code))) - _OFTEN_IMPLIED)
+    if not shared:
+        return None
+    for _ in range(_DRAWS):
+        numbers = [str(_alike(int(number), draw)) for number in shared]
+        if len(set(numbers) | (stated - set(shared))) < len(stated):
+            continue  # two numbers of the question would become one
+        other = dict(zip(shared, numbers, strict=True))
+        program = _exchanged(_LITERAL, code, other)
+        value = run(program).value
+        if value is not None and value > 0 and value == int(value):
+            question = _exchanged(_STATED, problem.question, other)
+            return dataclasses.replace(problem, question=question, answer=str(int(value))), program
+    return None
+
+
+def _exchanged(pattern: re.Pattern[str], text: str, other: dict[str, str]) -> str:
+    return pattern.sub(lambda match: other.get(match[0], match[0]), text)
+
+
+def _alike(number: int, draw: random.Random) -> int:
+    """Another number with as many digits and as many zeros at its end."""
+    zeros = 0
+    while number >= 10 and number % 10 == 0:
+        number, zeros = number // 10, zeros + 1
+    least = 10 ** (len(str(number)) - 1)
+    return draw.randrange(max(2, least), 10 * least) * 10**zeros
 
 
 def _row_programs(row: Row, problem: Problem) -> Iterator[str]:

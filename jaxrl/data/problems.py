@@ -5,6 +5,7 @@ import json
 import pathlib
 import random
 import warnings
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,7 +116,7 @@ def load_split(config: DataConfig) -> tuple[tuple[Problem, ...], tuple[Problem, 
         DataError: nothing would be left to train on, and whatever ``load_problems`` raises.
     """
     train = load_problems(config.train, count=config.train_problems, seed=config.seed, split="train")
-    held = load_held_out(config)
+    held = load_held_out(config, train)
     forbidden = {_essence(problem) for problem in held}
     kept = tuple(problem for problem in train if _essence(problem) not in forbidden)
     if not kept:
@@ -131,12 +132,12 @@ def load_split(config: DataConfig) -> tuple[tuple[Problem, ...], tuple[Problem, 
     return kept, held
 
 
-def load_held_out(config: DataConfig) -> tuple[Problem, ...]:
+def load_held_out(config: DataConfig, train: tuple[Problem, ...] | None = None) -> tuple[Problem, ...]:
     """The evaluation problems of ``load_split`` alone; ``config.train`` is read only where it keeps them back."""
     if config.eval:
         held = load_problems(config.eval, count=config.eval_problems, seed=config.seed, split="eval")
     else:
-        train = load_problems(config.train, count=config.train_problems, seed=config.seed, split="train")
+        train = train or load_problems(config.train, count=config.train_problems, seed=config.seed, split="train")
         held = tuple({_essence(problem): problem for problem in train}.values())
     if len(held) <= config.eval_problems:
         return held
@@ -157,8 +158,8 @@ class ProblemStream:
         """
         if not problems:
             raise DataError("no problems to draw from; DataConfig.train must name at least one")
-        self._seed = seed
-        self._problems = len(problems)
+        digest = zlib.crc32("\n".join(problem.id for problem in problems).encode())
+        self._identity = {"seed": seed, "problems": len(problems), "ids": digest}
         self._draws = grain.MapDataset.source(problems).seed(seed).shuffle().repeat()
         self._next = 0
 
@@ -170,15 +171,15 @@ class ProblemStream:
 
     def state(self) -> dict[str, int]:
         """The position, as JSON can hold it."""
-        return {"next_draw": self._next, "seed": self._seed, "problems": self._problems}
+        return {"next_draw": self._next} | self._identity
 
     def restore(self, state: dict[str, int]) -> None:
         """Go on from ``state``: the next draw is the one that would have come next.
 
         Raises:
-            DataError: the state belongs to another seed or a set of another size.
+            DataError: the state belongs to another seed or to other problems.
         """
-        for name, mine in (("seed", self._seed), ("problems", self._problems)):
+        for name, mine in self._identity.items():
             if state[name] != mine:
                 raise DataError(
                     f"the saved position was taken with {name}={state[name]} but this run has {name}={mine}; "

@@ -7,6 +7,7 @@ time): a small model pays for every token. Whether a call failed is in its statu
 
 from typing import Literal
 
+from jaxrl.config import ConfigError
 from jaxrl.records import ToolCall, ToolStatus
 from jaxrl.text.tokenizer import Tokenizer
 
@@ -57,7 +58,7 @@ def tokenize_output(text: str, tokenizer: Tokenizer, max_tokens: int) -> list[in
     the last line of an error is what matters most.
 
     Raises:
-        ValueError: the limit cannot hold the mark and a token on either side.
+        ConfigError: as ``check_limit``.
     """
     reach = max_tokens * _LONGEST_TOKEN
     if len(text) <= 2 * reach:
@@ -67,13 +68,23 @@ def tokenize_output(text: str, tokenizer: Tokenizer, max_tokens: int) -> list[in
     else:
         head, tail = tokenizer.encode(text[:reach]), tokenizer.encode(text[-reach:])
     mark = tokenizer.encode(CUT_MARK)
+    check_limit(tokenizer, max_tokens)
     room = max_tokens - len(mark)
-    if room < 2:
-        raise ValueError(
-            f"max_tool_tokens={max_tokens} cannot hold the cut mark of {len(mark)} tokens and a token on either side; "
-            f"raise EnvConfig.max_tool_tokens to at least {len(mark) + 2}"
-        )
     return _whole_head(head, room // 2, tokenizer) + mark + _whole_tail(tail, room - room // 2, tokenizer)
+
+
+def check_limit(tokenizer: Tokenizer, max_tokens: int) -> None:
+    """Refuse a limit too small for any cut text.
+
+    Raises:
+        ConfigError: it cannot hold the mark and a token on either side.
+    """
+    mark = len(tokenizer.encode(CUT_MARK))
+    if max_tokens < mark + 2:
+        raise ConfigError(
+            f"max_tool_tokens={max_tokens} cannot hold the cut mark of {mark} tokens and a token on either side; "
+            f"raise EnvConfig.max_tool_tokens to at least {mark + 2}"
+        )
 
 
 def _whole_head(ids: list[int], count: int, tokenizer: Tokenizer) -> list[int]:

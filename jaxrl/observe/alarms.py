@@ -28,7 +28,7 @@ def pass_rate_falling(history: History) -> str | None:
         return None
     return (
         f"pass rate fell from {max(windows):.0%} to {windows[-1]:.0%} (means of {WINDOW} steps, limit "
-        f"{PASS_RATE_FALL:.0%}); lower OptimizerConfig.learning_rate, or go back with --step best"
+        f"{PASS_RATE_FALL:.0%}); lower OptimizerConfig.learning_rate and go back with --step best"
     )
 
 

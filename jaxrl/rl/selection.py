@@ -92,7 +92,13 @@ def text_penalties(text: str) -> tuple[float, float]:
 
 
 def quotas(
-    positives: int, negatives: int, keep: int, *, min_positive: int = 0, min_negative: int = 0
+    positives: int,
+    negatives: int,
+    keep: int,
+    *,
+    min_positive: int = 0,
+    min_negative: int = 0,
+    round_negatives_down: bool = False,
 ) -> tuple[int, int]:
     """How many positives and negatives to keep: the natural mix, with a floor on either side.
 
@@ -102,6 +108,8 @@ def quotas(
         keep: trajectories to keep in all.
         min_positive: floor on kept positives, as far as there are any; -1 for none.
         min_negative: likewise for negatives.
+        round_negatives_down: the paper's rule, ⌊negatives · keep / size⌋ and positives for the rest; else the
+            release's, which rounds both to the nearest, halves to even.
 
     Returns:
         (positives kept, negatives kept); never more than there are, summing to min(keep, positives + negatives).
@@ -116,8 +124,8 @@ def quotas(
     size = positives + negatives
     if size <= keep:
         return positives, negatives
-    kept_positives = round(positives * keep / size)  # Python rounds half to even, as the release does
-    kept_negatives = round(negatives * keep / size)
+    kept_negatives = negatives * keep // size if round_negatives_down else round(negatives * keep / size)
+    kept_positives = keep - kept_negatives if round_negatives_down else round(positives * keep / size)
     if kept_negatives <= (floor := min(min_negative, negatives)):
         kept_negatives, kept_positives = floor, keep - floor
     if kept_positives <= (floor := min(min_positive, positives)):
@@ -143,7 +151,7 @@ def resample_on_correct(
 
     * ``greedy`` (the release): the positives with the lowest penalties, ties by index; the first negatives.
     * ``inverse`` (the paper): positives drawn without replacement with weight 1 / (penalty + epsilon);
-      negatives drawn uniformly.
+      negatives drawn uniformly, their quota rounded down.
     * ``off``: the first ``keep``, whatever they are.
 
     Args:
@@ -166,7 +174,12 @@ def resample_on_correct(
         return np.arange(min(keep, len(positive)))
     positives, negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
     kept_positives, kept_negatives = quotas(
-        len(positives), len(negatives), keep, min_positive=min_positive, min_negative=min_negative
+        len(positives),
+        len(negatives),
+        keep,
+        min_positive=min_positive,
+        min_negative=min_negative,
+        round_negatives_down=mode == "inverse",
     )
     if mode == "greedy":
         chosen = positives[np.argsort(penalties[positives], kind="stable")[:kept_positives]], negatives[:kept_negatives]

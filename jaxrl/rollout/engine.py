@@ -385,7 +385,9 @@ class Engine:
                         await asyncio.sleep(0)
         except BaseException as error:
             self._failure = error
-            self._fail(error)
+            failure = EngineFailure(f"the device work failed: {error!r}")
+            failure.__cause__ = error
+            self._fail(failure)
             if not isinstance(error, Exception):
                 raise
 

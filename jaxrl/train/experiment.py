@@ -1,15 +1,16 @@
 """A whole run: cold start, reinforcement, export, report. Started again on its folder, it goes on where it stood."""
 
 import asyncio
+import contextlib
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxrl.config import Config
 from jaxrl.model import hf
 from jaxrl.observe import alarms
+from jaxrl.observe.metrics import PhaseTimer
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.report import Comparison, Estimate, Report, write_summary
 from jaxrl.train.checkpoint import Checkpoints
@@ -19,7 +20,7 @@ from jaxrl.train.recorder import Recorder
 from jaxrl.train.run import open_run
 from jaxrl.train.session import Session, open_session
 from jaxrl.train.sft import cold_start
-from jaxrl.train.state import TrainState, abstract_params, abstract_state, new_state, sft_optimizer
+from jaxrl.train.state import TrainState, abstract_params, abstract_state, copied, new_state, sft_optimizer
 
 
 def train(
@@ -33,36 +34,40 @@ def train(
     Raises:
         ConfigError, RunError, CheckpointError: before anything is compiled or lost, with the remedy.
     """
-    with open_run(folder) as run:
-        view.phase("prepare")
-        session = open_session(config, run)
-        checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
-        step = checkpoints.latest() if which == "latest" else checkpoints.find(which)
-        progress, state, reference = beginning(session) if step is None else restore(session, checkpoints, step)
-        if not cold_start_only:
-            asyncio.run(session.check_sandbox())
-        session.keep_tokenizer()
-        for line in run.write_config(config):
-            view.note(f"changed since the last start: {line}")
-        if step is not None:
-            checkpoints.rewind(step)
+    timer = PhaseTimer(view.phase)
+    with open_run(folder) as run, contextlib.closing(Checkpoints(run.checkpoints, config.checkpoint)) as checkpoints:
+        with timer.phase("prepare"):
+            session = open_session(config, run)
+            step = checkpoints.latest() if which == "latest" else checkpoints.find(which)
+            progress, state, reference = beginning(session) if step is None else restore(session, checkpoints, step)
+            if progress.stage == "rl":
+                session.problem_stream(progress)  # refuses data that is not the run's
+            if not cold_start_only:
+                asyncio.run(session.check_sandbox())
+            session.keep_tokenizer()
+            for line in run.write_config(config):
+                view.note(f"changed since the last start: {line}")
+            run.go_back(step, progress.global_step)
+            if step is not None:
+                checkpoints.rewind(step)
         if progress.stage == "rl" and progress.step >= config.train.steps and not cold_start_only:
             view.note(f"{progress.step} steps are done, TrainConfig.steps={config.train.steps}: nothing to train")
-        recorder = Recorder(config, run, view, progress, checkpoints)
+        recorder = Recorder(config, run, view, timer, progress, checkpoints)
         try:
             if progress.stage == "sft":
                 state = cold_start(session, recorder, progress, state)
             if progress.stage == "sft" and not cold_start_only:
                 progress.begin_reinforcement()
                 state = new_state(state.params, session.rl_optimizer, session.mesh)
-                reference = jax.tree.map(jnp.copy, state.params) if config.algorithm.kl_coefficient else None
+                reference = copied(state.params) if config.algorithm.kl_coefficient else None
             if not cold_start_only:
                 state = asyncio.run(reinforce(session, recorder, progress, state, reference))
-            with recorder.timer.phase("export"):
+            with timer.phase("export"):
                 export(session, state.params, run.export)
             recorder.settle(progress)
         finally:
             recorder.close()
+        checkpoints.wait()
         report = _report(session, progress)
         write_summary(run.path, report)
         return report
@@ -105,7 +110,7 @@ def beginning(session: Session) -> tuple[RunProgress, TrainState, Any | None]:
     if config.sft.demonstrations:
         optimizer = sft_optimizer(config.sft, config.optimizer, session.specs)
         return RunProgress(), new_state(params, optimizer, session.mesh), None
-    reference = jax.tree.map(jnp.copy, params) if config.algorithm.kl_coefficient else None
+    reference = copied(params) if config.algorithm.kl_coefficient else None
     return RunProgress(stage="rl"), new_state(params, session.rl_optimizer, session.mesh), reference
 
 

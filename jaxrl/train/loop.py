@@ -41,22 +41,26 @@ async def reinforce(
 ) -> TrainState:
     """Run the steps that remain and leave the run evaluated and saved; ``progress`` advances in place."""
     config, timer = session.config, recorder.timer
+    if progress.step >= config.train.steps and progress.after is not None:
+        return state
     recorder.view.stage("reinforcement", config.train.steps, first=progress.step)
     loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature)
     updater = Updater(loss, session.rl_optimizer, session.mesh)
-    with timer.phase("compile"):
-        updater.compile(state, config.train.rows, config.train.row_tokens, reference)
-        weights = rollout_params(state.params, session.model)
-    async with open_player(session, weights, progress.step) as player:
+    async with contextlib.AsyncExitStack() as stack:
+        with timer.phase("compile"):
+            updater.compile(state, config.train.rows, config.train.row_tokens, reference)
+            weights = rollout_params(state.params, session.model)
+            player = await stack.enter_async_context(open_player(session, weights, progress.step))
         if progress.before is None:
             progress.before = progress.after = await measure(session, recorder, player, progress)
             recorder.save(progress, state, reference, progress.before.get("pass_rate"))
         while progress.step < config.train.steps:
-            state, reference, player = await stages.enter(
+            state, reference, limited = await stages.enter(
                 session, recorder, progress, state, reference, player, updater
             )
+            recorder.begin_step(player.engine.stats())
             updates = []
-            async with collect(session, recorder, player, progress) as collected:
+            async with collect(session, recorder, limited, progress) as collected:
                 with timer.phase("update"):
                     for batches in pack(config, collected.kept):
                         state, metrics = await asyncio.to_thread(updater.step, state, batches, reference)
@@ -69,22 +73,32 @@ async def reinforce(
                 player.engine.set_weights(rollout_params(state.params, session.model), progress.step)
             metrics, engine = over_updates(updates), player.engine.stats()
             recorder.rl_step(progress, collected.played, collected.selections, metrics, engine)
-            last = progress.step == config.train.steps
-            evaluated = last or (config.train.eval_every and progress.step % config.train.eval_every == 0)
+            evaluated = _is_due(progress.step, config.train.eval_every, config.train.steps)
             if evaluated:
                 progress.after = await measure(session, recorder, player, progress)
-            if last or progress.step % config.checkpoint.every == 0:
+            if evaluated or progress.step % config.checkpoint.every == 0:
                 recorder.save(progress, state, reference, progress.after.get("pass_rate") if evaluated else None)
     return state
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
 
 
 async def measure(session: Session, recorder: Recorder, player: Player, progress: RunProgress) -> dict[str, Any]:
     """Evaluate the present weights, sampled and greedy, on problems never trained on."""
     config, problems = session.config.eval, session.eval_problems
+    played: list[Trajectory] = []
+
+    def note(group: Group) -> None:
+        played.extend(group.trajectories)
+
     with recorder.timer.phase("evaluate"):
-        sampled = await evaluate(player, problems, config)
-        greedy = await evaluate(player, problems, dataclasses.replace(config, temperature=0.0))
-    return recorder.evaluation(progress, sampled, greedy)
+        sampled = await evaluate(player, problems, config, on_group=note)
+        greedy = sampled
+        if not sampled.greedy:
+            greedy = await evaluate(player, problems, dataclasses.replace(config, temperature=0.0), on_group=note)
+    return recorder.evaluation(progress, sampled, greedy, played)
 
 
 @contextlib.asynccontextmanager
@@ -118,7 +132,8 @@ async def collect(
                 played += group.trajectories
             if any(chosen.kept for chosen in selections):
                 break
-            ready += [group async for group in playing]
+            with recorder.timer.phase("rollout"):
+                ready += [group async for group in playing]
         progress.stream = stream.state()
         ahead = asyncio.create_task(_all_of(ready, playing))
         stack.push_async_callback(_cancel, ahead)

@@ -5,8 +5,12 @@ from typing import Any, Literal
 
 from jaxrl.observe import traces
 from jaxrl.records import Group
+from jaxrl.train.checkpoint import CheckpointError
 
 Stage = Literal["sft", "rl"]
+
+FORMAT = 1
+"""Version of the host half of a checkpoint; a reader refuses any other."""
 
 
 @dataclasses.dataclass
@@ -40,11 +44,23 @@ class RunProgress:
 
     def to_json(self) -> dict[str, Any]:
         row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        row["format"] = FORMAT
         row["pending"] = [[traces.to_json(t) for t in group.trajectories] for group in self.pending]
         return row
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "RunProgress":
+        """What ``to_json`` wrote.
+
+        Raises:
+            CheckpointError: another format version.
+        """
+        row = dict(row)
+        version = row.pop("format", None)
+        if version != FORMAT:
+            raise CheckpointError(
+                f"a checkpoint of format {version}, but this jaxrl reads format {FORMAT}; use the one it was made with"
+            )
         groups = []
         for rows in row["pending"]:
             trajectories = tuple(traces.from_json(item) for item in rows)

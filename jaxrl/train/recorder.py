@@ -33,10 +33,16 @@ class Recorder:
     """
 
     def __init__(
-        self, config: Config, run: RunFolder, view: Progress, progress: RunProgress, checkpoints: Checkpoints
+        self,
+        config: Config,
+        run: RunFolder,
+        view: Progress,
+        timer: metrics.PhaseTimer,
+        progress: RunProgress,
+        checkpoints: Checkpoints,
     ) -> None:
         self.view = view
-        self.timer = metrics.PhaseTimer(view.phase)
+        self.timer = timer
         self._config, self._run, self._checkpoints = config, run, checkpoints
         self._engine_totals: dict[str, float] = {}
         nothing_yet = progress.global_step == 0 and progress.before is None
@@ -82,11 +88,17 @@ class Recorder:
             traces.write_episodes(self._run.path, "rl", step, played)
         self.view.step(row, played)
 
-    def evaluation(self, progress: RunProgress, sampled: EvalReport, greedy: EvalReport) -> dict[str, Any]:
+    def evaluation(
+        self, progress: RunProgress, sampled: EvalReport, greedy: EvalReport, played: Sequence[Trajectory]
+    ) -> dict[str, Any]:
         """One evaluation; returns it as JSON values: ``pass_rate``, figures by name, and estimates by label."""
-        estimates = {"pass@1, sampled": sampled.average, "pass@1, greedy": greedy.average}
-        estimates |= {f"pass@{k}": estimate for k, estimate in sampled.pass_at.items() if k > 1}
-        estimates[f"maj@{sampled.samples}"] = sampled.majority
+        estimates = {"pass@1, greedy": greedy.average}
+        if not sampled.greedy:
+            estimates = {"pass@1, sampled": sampled.average} | estimates
+            estimates |= {f"pass@{k}": estimate for k, estimate in sampled.pass_at.items() if k > 1}
+            estimates[f"maj@{sampled.samples}"] = sampled.majority
+        if self._config.train.dump_episodes:
+            traces.write_episodes(self._run.path, "eval", progress.global_step, played)
         figures = {
             "pass_rate": sampled.average.value,
             "tool_error_share_in_correct": sampled.tool_error_share_in_correct,
@@ -119,14 +131,16 @@ class Recorder:
         self._take_seconds(progress)
 
     def close(self) -> None:
-        """Wait for the last checkpoint and close every file."""
-        self._checkpoints.close()
+        """Close every file."""
         self._writer.close()
 
+    def begin_step(self, engine: Mapping[str, float]) -> None:
+        """What the engine did until now, for an evaluation say, is not the step's."""
+        self._engine_totals = dict(engine)
+
     def _engine_step(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """What the engine did since the last step; its own figures run over its whole life."""
-        done = {name: totals[name] - self._engine_totals.get(name, 0) for name in ENGINE_TOTALS}
-        self._engine_totals = dict(totals)
+        """What the engine did in this step; its own figures run over its whole life."""
+        done = {name: totals[name] - self._engine_totals[name] for name in ENGINE_TOTALS}
         slot_steps = done["decode_steps"] * self._config.engine.slots
         busy = done["decode_seconds"] + done["prefill_seconds"]
         rates = {

@@ -5,10 +5,13 @@ import dataclasses
 import fcntl
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 from jaxrl import config as configuration
 from jaxrl.config import Config
+from jaxrl.observe.report import SUMMARY_FILE
+from jaxrl.observe.traces import EPISODES_FOLDER
 
 
 class RunError(RuntimeError):
@@ -48,6 +51,18 @@ class RunFolder:
                 f"{self.path} holds no config.gin, so it is not a run folder; give the folder `jaxrl train --run` made"
             )
         return configuration.parse([self.config.read_text(encoding="utf-8")])
+
+    def go_back(self, checkpoint: int | None, step: int) -> None:
+        """Remove what a run that went on from here left: its summary, and the episodes of later steps.
+
+        Args:
+            checkpoint: the one to go on from; None = from the beginning.
+            step: its global step.
+        """
+        (self.path / SUMMARY_FILE).unlink(missing_ok=True)
+        for file in (self.path / EPISODES_FOLDER).glob("*_*.jsonl"):
+            if checkpoint is None or int(file.stem.rpartition("_")[2]) > step:
+                file.unlink()
 
     def write_config(self, config: Config) -> list[str]:
         """Put the resolved configuration beside the results; returns what changed since the last start, a line each."""
@@ -89,6 +104,5 @@ def open_run(path: pathlib.Path) -> Iterator[RunFolder]:
         try:
             yield RunFolder(path)
         finally:
-            if new and [entry.name for entry in path.iterdir()] == ["lock"]:  # it failed before anything was made
-                (path / "lock").unlink()
-                path.rmdir()
+            if new and [file.name for file in path.rglob("*") if not file.is_dir()] == ["lock"]:
+                shutil.rmtree(path)  # it failed before anything was made

@@ -13,6 +13,7 @@ from jaxrl import mesh as meshes
 from jaxrl.config import Config, ConfigError, ModelConfig
 from jaxrl.data import demonstrations, problems
 from jaxrl.envs.python_tool import PythonTool
+from jaxrl.envs.rendering import check_limit
 from jaxrl.episodes import Player
 from jaxrl.model import hf, spec, transformer
 from jaxrl.records import Demonstration, Problem
@@ -136,6 +137,7 @@ async def open_player(session: Session, params: Any, version: int) -> AsyncItera
 
 def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:
     chat = ChatFormat(config.chat, (PythonTool.schema,), tokenizer)
+    check_limit(tokenizer, config.env.max_tool_tokens)
     return Session(config, run, tokenizer, chat, _model(config.model, tokenizer), meshes.make_mesh(config.mesh))
 
 
@@ -172,12 +174,12 @@ def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def _check_prompts(config: Config, chat: ChatFormat, questions: tuple[Problem, ...]) -> None:
     limit = config.engine.max_prompt_tokens
-    lengths = {problem.id: len(chat.prompt(problem.question)) for problem in questions}
-    too_long = [name for name, tokens in lengths.items() if tokens > limit]
+    lengths = [(len(chat.prompt(problem.question)), problem.id) for problem in questions]
+    too_long = [length for length in lengths if length[0] > limit]
     if too_long:
-        longest = max(too_long, key=lengths.__getitem__)
+        tokens, name = max(too_long)
         raise ConfigError(
             f"max_prompt_tokens={limit} but {len(too_long)} of {len(lengths)} problems have more, the longest, "
-            f'"{longest}", {lengths[longest]}; raise EngineConfig.max_prompt_tokens (and TrainConfig.row_tokens), or '
+            f'"{name}", {tokens}; raise EngineConfig.max_prompt_tokens (and TrainConfig.row_tokens), or '
             "take them out of the file"
         )

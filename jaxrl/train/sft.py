@@ -19,6 +19,8 @@ SAVE_EVERY = 10
 def cold_start(session: Session, recorder: Recorder, progress: RunProgress, state: TrainState) -> TrainState:
     """Run the cold-start steps that remain; ``progress`` advances in place, checkpoints are written on the way."""
     config = session.config
+    if progress.step >= config.sft.steps:
+        return state
     recorder.view.stage("cold start", config.sft.steps, first=progress.step, every=LINE_EVERY)
     with recorder.timer.phase("pack"):
         sequences = [session.chat.demonstration(demonstration) for demonstration in session.demonstrations]

@@ -1,17 +1,15 @@
 """Stages of one run: limits that change at a step, problems that are dropped, optimizers that start anew."""
 
+import contextlib
 import dataclasses
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from jaxrl.config import Config
 from jaxrl.episodes import Player, play_groups
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session
-from jaxrl.train.state import TrainState
+from jaxrl.train.state import TrainState, copied
 from jaxrl.train.update import Updater
 
 DRAWS = 3 << 29
@@ -35,7 +33,11 @@ async def enter(
     player: Player,
     updater: Updater,
 ) -> tuple[TrainState, Any | None, Player]:
-    """Apply the stage of ``progress.step``: its limits always, its one-time changes on its first step."""
+    """Apply the stage of ``progress.step``: its limits always, its one-time changes on its first step.
+
+    Returns:
+        State, reference, and ``player`` with the limits of the stage.
+    """
     stages = session.config.stages
     if not stages.until:
         return state, reference, player
@@ -46,13 +48,15 @@ async def enter(
     if not begins:
         return state, reference, player
     if stages.drop_solved[number]:
-        progress.problems = await _unsolved(session, recorder, player, number, stages.drop_solved[number])
+        with recorder.timer.phase("choose problems"):
+            progress.problems = await _unsolved(session, recorder, player, number, stages.drop_solved[number])
         if progress.stream:
-            progress.stream |= {"problems": len(progress.problems)}
+            remaining = session.problem_stream(dataclasses.replace(progress, stream={})).state()
+            progress.stream = remaining | {"next_draw": progress.stream["next_draw"]}
         progress.pending = ()
     if stages.reset_optimizer[number]:
         state = updater.reset(state)
-        reference = None if reference is None else jax.tree.map(jnp.copy, state.params)
+        reference = None if reference is None else copied(state.params)
     progress.stage_entered = number + 1
     return state, reference, player
 
@@ -61,8 +65,9 @@ async def _unsolved(session: Session, recorder: Recorder, player: Player, number
     """Ids of the problems that ``samples`` episodes do not all solve; all problems if every one is solved."""
     draws = [(DRAWS + position, problem) for position, problem in enumerate(session.train_problems)]
     kept = []
-    async for group in play_groups(player, draws, samples, in_flight=IN_FLIGHT):
-        if not all(trajectory.correct for trajectory in group.trajectories):
-            kept.append(group.problem.id)
+    async with contextlib.aclosing(play_groups(player, draws, samples, in_flight=IN_FLIGHT)) as groups:
+        async for group in groups:
+            if not all(trajectory.correct for trajectory in group.trajectories):
+                kept.append(group.problem.id)
     recorder.view.note(f"stage {number + 1}: {len(kept)} of {len(draws)} problems are not always solved and stay")
     return tuple(kept) or tuple(problem.id for problem in session.train_problems)

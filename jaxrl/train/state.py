@@ -58,6 +58,11 @@ def new_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sh
     return TrainState(params, opt_state, step)
 
 
+def copied(params: Any) -> Any:
+    """A real copy where they rest; the next update consumes the original. Compiles nothing."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False), params)
+
+
 def initial_params(specs: Any, mesh: jax.sharding.Mesh, seed: int) -> Any:
     """Random parameters, made directly where they will rest."""
     shardings = spec.shardings(specs, mesh, meshes.PARAM_RULES)

@@ -65,7 +65,6 @@ def policy_gradient_loss(model: ModelConfig, algorithm: AlgorithmConfig, tempera
         )
         per_token = surrogate.loss
         metrics = {
-            "loss": ((batch.weights * surrogate.loss).sum(), jnp.zeros(())),  # a sum: the weights divide it already
             "entropy": _masked(stats.entropy, batch),
             "clip_fraction": _masked(surrogate.clipped, batch),
             **mismatch.gap(stats.logprobs, batch.behaviour_logprobs, batch.mask),
@@ -75,7 +74,8 @@ def policy_gradient_loss(model: ModelConfig, algorithm: AlgorithmConfig, tempera
             divergence = losses.kl(stats.logprobs, reference_stats.logprobs, batch.mask, algorithm.kl_estimator)
             per_token = per_token + algorithm.kl_coefficient * divergence
             metrics["kl_to_reference"] = _masked(divergence, batch)
-        return (batch.weights * per_token).sum(), metrics
+        total = (batch.weights * per_token).sum()
+        return total, metrics | {"loss": (total, jnp.zeros(()))}  # a sum: the weights divide it already
 
     return loss
 

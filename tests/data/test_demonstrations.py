@@ -1,6 +1,7 @@
 """Demonstrations say what a policy could write and what its tool would answer, in the shares asked for."""
 
 import json
+import re
 
 import pytest
 
@@ -174,3 +175,27 @@ def test_kinds_and_their_errors(tmp_path):
     bare = DataConfig(train=str(tmp_path / "a.jsonl"), eval="stories")
     with pytest.raises(DataError, match="none of the 1 training rows"):
         load(SftConfig(demonstrations="gsm8k"), bare, load_split(bare)[0])
+
+
+def test_variants_ask_the_same_with_other_numbers(tmp_path):
+    rows = rows_of(
+        tmp_path / "a.jsonl",
+        {
+            "question": "48 friends, half as many in May, 3.5 each of 1,000?",
+            "answer": "<<48/2=24>> <<48+24=72>>\n#### 72",
+        },
+        {"question": "Half of it?", "answer": "<<10/2=5>>\n#### 5"},
+    )
+    first, second, *others = gsm8k_demonstrations(rows, variants=20, seed=1)
+    assert (first.problem.answer, second.problem.answer) == ("72", "5")
+    assert len(others) == 20, "the second row states none of its numbers"
+    assert others == list(gsm8k_demonstrations(rows, variants=20, seed=1)[2:])
+    numbers = set()
+    for other in others:
+        stated = int(re.match(r"(\d\d) friends, half as many in May, 3.5 each of 1,000\?", other.problem.question)[1])
+        (code,) = codes(other)
+        assert code == f"v1 = {stated}/2\n{stated}+v1" and stated % 2 == 0
+        assert float(other.turns[1]) == 1.5 * stated == float(other.problem.answer)
+        assert other.turns[2].endswith(f"\\boxed{{{int(1.5 * stated)}}}</answer>")
+        numbers.add(stated)
+    assert len(numbers) > 5

@@ -1,6 +1,7 @@
 """Selection against the rStar release, the paper's tables, and properties that hold for every group."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -179,8 +180,10 @@ def test_quotas_are_exact_for_every_group() -> None:
         for positives in range(size + 1):
             negatives = size - positives
             for keep in range(1, size + 3):
-                for floor in (-1, 0, keep // 4, keep // 2):
-                    kept = selection.quotas(positives, negatives, keep, min_positive=floor, min_negative=floor)
+                for floor, down in itertools.product((-1, 0, keep // 4, keep // 2), (False, True)):
+                    kept = selection.quotas(
+                        positives, negatives, keep, min_positive=floor, min_negative=floor, round_negatives_down=down
+                    )
                     assert sum(kept) == min(keep, size)
                     assert 0 <= kept[0] <= positives
                     assert 0 <= kept[1] <= negatives
@@ -189,6 +192,15 @@ def test_quotas_are_exact_for_every_group() -> None:
                         assert kept[1] >= min(floor, negatives)
                         if floor < 1:  # nothing but rounding moves the mix
                             assert abs(kept[0] - positives * keep / size) <= 1
+
+
+def test_the_papers_quotas_round_the_negatives_down() -> None:
+    """arXiv 2508.20722, section 3.2: ⌊|O_neg| / 2⌋ of 2G = 32 wrong ones, correct ones for the rest of G = 16."""
+    for positives in range(1, 32):
+        kept_negatives = (32 - positives) // 2
+        quotas = selection.quotas(positives, 32 - positives, 16, round_negatives_down=True)
+        assert quotas == (16 - kept_negatives, kept_negatives)
+    assert selection.quotas(31, 1, 16, min_negative=1, round_negatives_down=True) == (15, 1)
 
 
 def test_quotas_where_both_halves_round_the_same_way() -> None:
@@ -218,7 +230,9 @@ def test_resampling_keeps_the_quotas_and_nothing_twice(
     if mode == "off":
         np.testing.assert_array_equal(kept, np.arange(len(kept)))
         return
-    expected = selection.quotas(int(positive.sum()), int((~positive).sum()), keep)
+    expected = selection.quotas(
+        int(positive.sum()), int((~positive).sum()), keep, round_negatives_down=mode == "inverse"
+    )
     assert (positive[kept].sum(), (~positive[kept]).sum()) == expected
     if mode == "greedy" and 0 < expected[0] < positive.sum():
         dropped = np.setdiff1d(np.flatnonzero(positive), kept)

@@ -273,7 +273,8 @@ def test_a_fault_of_the_device_reaches_everybody_who_waits(params, monkeypatch):
             monkeypatch.setattr(rounds, "decode_round", fail)
             waiting = [asyncio.create_task(play(engine, draw, 0)) for draw in range(4)]
             ended = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 60)
-            assert all(isinstance(error, MemoryError) for error in ended)
+            assert all(isinstance(error, EngineFailure) for error in ended)
+            assert all(isinstance(error.__cause__, MemoryError) for error in ended)
             with pytest.raises(EngineFailure, match="no more"):
                 await engine.open([1], draw=0, sample=0, max_tokens=5)
         assert engine.stats()["pages_used"] == 0

@@ -1,6 +1,7 @@
-"""Restores a run's newest checkpoint on a mesh of eight devices and says whether the values are those of the export.
+"""Restores a run's newest checkpoint on a mesh of eight devices and on one, takes the next update on both, and says
+whether everything restored is equal and how far the parameters lie apart after the update.
 
-``other_mesh.py RUN``; the export holds the same step's weights.
+``other_mesh.py RUN``
 """
 
 import dataclasses
@@ -10,12 +11,16 @@ import sys
 import jax
 import numpy as np
 
+from jaxrl import mesh as meshes
 from jaxrl.config import MeshConfig
-from jaxrl.model import hf
+from jaxrl.observe.traces import read_episodes
+from jaxrl.rl import selection
 from jaxrl.train import experiment
 from jaxrl.train.checkpoint import Checkpoints
+from jaxrl.train.loop import pack
 from jaxrl.train.run import RunFolder
 from jaxrl.train.session import open_session
+from jaxrl.train.update import Updater, policy_gradient_loss
 
 if __name__ == "__main__":
     run = RunFolder(pathlib.Path(sys.argv[1]))
@@ -26,11 +31,25 @@ if __name__ == "__main__":
         sft=dataclasses.replace(config.sft, rows=8),
         train=dataclasses.replace(config.train, rows=8),
     )
-    session = open_session(config, run)
+    episodes = read_episodes(sorted((run.path / "episodes").glob("rl_*.jsonl"))[-1])
+    groups = [[t for t in episodes if t.draw == draw] for draw in sorted({t.draw for t in episodes})]
+    kept = tuple(selection.select_group(group, config.algorithm, np.random.default_rng(0)) for group in groups)
+    (batches,) = pack(config, tuple(chosen for chosen in kept if chosen.kept))
+
+    wide = open_session(config, run)
+    narrow = dataclasses.replace(wide, mesh=meshes.make_mesh(MeshConfig(), jax.devices()[:1]))
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
-    progress, state, _ = experiment.restore(session, checkpoints, checkpoints.find("latest"))
+    restored, updated = [], []
+    for session in (narrow, wide):
+        progress, state, reference = experiment.restore(session, checkpoints, checkpoints.find("latest"))
+        restored.append(jax.device_get((state, reference)))
+        loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature)
+        split = len({shard.device for shard in state.params["layers"]["gate"].addressable_shards})
+        state, metrics = Updater(loss, session.rl_optimizer, session.mesh).step(state, batches, reference)
+        updated.append(jax.device_get(state.params))
     checkpoints.close()
-    _, exported = hf.load_folder(run.export)
-    same = jax.tree.map(lambda a, b: bool(np.array_equal(np.asarray(a), b)), state.params, exported)
-    split = len({shard.device for shard in state.params["layers"]["gate"].addressable_shards})
-    print(f"devices {split}, same values {all(jax.tree.leaves(same))}, step {progress.step}")
+    equal = jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), *restored))
+    moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), restored[0][0].params, updated[0])))
+    apart = max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), *updated)))
+    print(f"devices {split}, step {progress.step}, {len(equal)} arrays equal: {all(equal)}")
+    print(f"the update moved by {moved:.1e}, the two lie apart by less than a hundredth: {apart < 0.01 * moved}")

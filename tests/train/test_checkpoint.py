@@ -80,8 +80,9 @@ def test_a_full_disk_leaves_the_older_checkpoints_intact(tmp_path: pathlib.Path)
     assert "restored: True" in done.stdout
 
 
-def test_promise_8_another_mesh_gives_the_same_values(tiny_run: pathlib.Path) -> None:
+def test_promise_8_another_mesh_goes_on_with_the_same_values(tiny_run: pathlib.Path) -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, str(HERE / "other_mesh.py"), str(tiny_run)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert "devices 8, same values True, step 4" in done.stdout, done.stdout + done.stderr
+    assert "devices 8, step 4" in done.stdout and "arrays equal: True" in done.stdout, done.stdout + done.stderr
+    assert "less than a hundredth: True" in done.stdout

@@ -19,25 +19,33 @@ from jaxrl.train.run import RunFolder
 from jaxrl.train.session import open_session
 
 STAGES = StagesConfig(
-    until=(1, 3), max_response_tokens=(64, 96), max_turns=(2, 3), drop_solved=(0, 1), reset_optimizer=(False, True)
+    until=(1, 2, 4),
+    max_response_tokens=(30, 96, 96),
+    max_turns=(1, 3, 3),
+    drop_solved=(0, 0, 1),
+    reset_optimizer=(False, False, True),
 )
 
 
 def test_the_stage_of_every_step() -> None:
-    config = Config(stages=dataclasses.replace(STAGES, until=(2, 5)))
-    assert [stages.index(config, step) for step in range(6)] == [0, 0, 1, 1, 1, 1]
+    config = Config(stages=dataclasses.replace(STAGES, until=(2, 5, 6)))
+    assert [stages.index(config, step) for step in range(6)] == [0, 0, 1, 1, 1, 2]
     assert stages.index(Config(), 7) == 0
 
 
-def test_a_run_in_two_stages(tiny_config: Config, tmp_path: pathlib.Path) -> None:
-    train = dataclasses.replace(tiny_config.train, steps=3, eval_every=0, prefetch_groups=0)
+def test_a_run_in_three_stages(tiny_config: Config, tmp_path: pathlib.Path) -> None:
+    train = dataclasses.replace(tiny_config.train, steps=4, eval_every=0, prefetch_groups=0)
     config = dataclasses.replace(tiny_config, train=train, stages=STAGES)
     shown = io.StringIO()
     with Progress("tiny", file=shown, live=False) as view:
         experiment.train(config, tmp_path / "run", view)
     played = [read_episodes(file) for file in sorted((tmp_path / "run" / "episodes").glob("rl_*.jsonl"))]
-    assert max(t.policy_turns for t in played[0]) <= 2 and max(len(t.ids) for t in played[0]) <= 64
-    assert all("grad_norm" in row for row in read_metrics(tmp_path / "run", "rl"))  # every step made an update
+    assert {t.policy_turns for t in played[0]} == {1} and max(len(t.ids) for t in played[0]) <= 30
+    assert max(t.policy_turns for t in played[1]) > 1 and max(len(t.ids) for t in played[1]) > 30
+    # Nobody answers within one turn; the other steps make an update each.
+    assert ["grad_norm" in row for row in read_metrics(tmp_path / "run", "rl")] == [False, True, True, True]
+    evaluated = read_episodes(next((tmp_path / "run" / "episodes").glob("eval_*.jsonl")))
+    assert max(t.policy_turns for t in evaluated) > 1  # a stage limits training, not what it is judged by
     assert "of 16 problems are not always solved and stay" in shown.getvalue()
 
     run = RunFolder(tmp_path / "run")
@@ -46,21 +54,22 @@ def test_a_run_in_two_stages(tiny_config: Config, tmp_path: pathlib.Path) -> Non
     progress, state, _ = experiment.restore(session, checkpoints, checkpoints.find("latest"))
     assert int(state.step) == 2  # updates since the optimizer started anew
     assert progress.problems is not None and len(progress.problems) < 16
-    assert {t.problem.id for t in played[2]} <= set(progress.problems)
+    assert {t.problem.id for step in played[2:] for t in step} <= set(progress.problems)
+    assert {t.problem.id for t in played[3]} != {t.problem.id for t in played[2]}  # the stream went on
     assert len({(t.draw, t.sample) for step in played for t in step}) == sum(map(len, played))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_turns": (1,)}, "has not one entry for each of the 2 stages"),
-        ({"until": (3, 3)}, "must rise from stage to stage"),
-        ({"until": (1, 9)}, "the last stage ends at step 9 but TrainConfig.steps=3"),
-        ({"max_response_tokens": (64, 9999)}, "exceeds EngineConfig.max_response_tokens"),
+        ({"max_turns": (1,)}, "has not one entry for each of the 3 stages"),
+        ({"until": (3, 3, 4)}, "must rise from stage to stage"),
+        ({"until": (1, 2, 9)}, "the last stage ends at step 9 but TrainConfig.steps=4"),
+        ({"max_response_tokens": (64, 64, 9999)}, "exceeds EngineConfig.max_response_tokens"),
     ],
 )
 def test_stages_that_contradict_the_rest_are_refused(tiny_config: Config, change: dict, message: str) -> None:
-    train = dataclasses.replace(tiny_config.train, steps=3)
+    train = dataclasses.replace(tiny_config.train, steps=4)
     config = dataclasses.replace(tiny_config, train=train, stages=dataclasses.replace(STAGES, **change))
     with pytest.raises(ConfigError, match=message):
         configuration.check(config)
