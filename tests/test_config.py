@@ -44,6 +44,12 @@ def test_overrides_win_and_bare_words_are_strings() -> None:
         ("DataConfig.eval = ''", r"stories have a split of their own"),
         ("TrainConfig.steps = -1", r"TrainConfig.steps=-1 must not be negative"),
         ("EngineConfig.slots = 0", r"EngineConfig.slots=0 must be at least 1"),
+        ("RewardConfig.workers = 0", r"RewardConfig.workers=0 must be at least 1"),
+        ("OptimizerConfig.warmup_steps = -1", r"OptimizerConfig.warmup_steps=-1 must not be negative"),
+        ("EnvConfig.infra_retries = -1", r"EnvConfig.infra_retries=-1 must not be negative"),
+        ("SandboxConfig.cpu_seconds = 0.0", r"SandboxConfig.cpu_seconds=0.0 must be above 0"),
+        ("EvalConfig.k = (0, 1)", r"EvalConfig.k=\(0, 1\) holds a k below 1"),
+        ("TrainConfig.prefetch_groups = 17", r"prefetch_groups=17 is more than TrainConfig.problems=16"),
     ],
 )
 def test_bad_configuration_is_refused_with_a_remedy(text: str, message: str) -> None:

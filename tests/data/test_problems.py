@@ -189,6 +189,8 @@ def test_a_position_of_another_run_is_refused():
         ProblemStream(PROBLEMS, 1).restore(state)
     with pytest.raises(DataError, match="problems=7 but this run has problems=6"):
         ProblemStream(PROBLEMS[:6], 0).restore(state)
+    with pytest.raises(DataError, match="with ids="):
+        ProblemStream(PROBLEMS[::-1], 0).restore(state)
 
 
 def test_a_stream_needs_problems():

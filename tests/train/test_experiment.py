@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import pathlib
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from jaxrl import cli, commands
 from jaxrl.config import Config, OptimizerConfig, SftConfig
+from jaxrl.data.problems import DataError
 from jaxrl.model import spec, transformer
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.writers import read_metrics
@@ -47,6 +49,38 @@ def test_going_back_to_a_checkpoint_plays_the_same_steps_again(
     assert [row["step"] for row in read_metrics(copy, "rl")] == steps  # whatever SftConfig.steps says now
     weights = [(folder / "export" / "model.safetensors").read_bytes() for folder in (tiny_run, copy)]
     assert weights[0] == weights[1]
+
+
+def test_data_that_is_not_the_runs_is_refused_before_anything_is_changed(
+    tiny_config: Config, copy: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """The same number of problems under other names, with a step to go back to."""
+    rows = [
+        {"id": f"other/{i}", "question": f"{i} plus 1?", "answer": f"<<{i}+1={i + 1}>>\n#### {i + 1}"}
+        for i in range(16)
+    ]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = dataclasses.replace(
+        tiny_config, data=dataclasses.replace(tiny_config.data, train=str(tmp_path / "other.jsonl"))
+    )
+    before = contents(copy)
+    with pytest.raises(DataError, match="the saved position was taken with ids="):
+        train(other, copy, which="64")
+    assert contents(copy) == before
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != "lock")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_a_run_that_goes_back_forgets_how_it_ended(copy: pathlib.Path) -> None:
+    run = RunFolder(copy)
+    names = {file.name for file in (copy / "episodes").iterdir()}
+    run.go_back(64, 64)
+    assert not (copy / "summary.json").exists()
+    left = {file.name for file in (copy / "episodes").iterdir()}
+    assert names - left == {"rl_000065.jsonl", "eval_000065.jsonl"}
 
 
 def test_a_run_that_is_done_says_so(tiny_config: Config, copy: pathlib.Path) -> None:
