@@ -52,7 +52,7 @@ def test_overrides_win_and_bare_words_are_strings() -> None:
         ("TrainConfig.prefetch_groups = 17", r"prefetch_groups=17 is more than TrainConfig.problems=16"),
     ],
 )
-def test_bad_configuration_is_refused_with_a_remedy(text: str, message: str) -> None:
+def test_promise_10_bad_configuration_is_refused_with_a_remedy(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configuration.parse([text])
 

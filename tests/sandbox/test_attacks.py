@@ -238,7 +238,7 @@ if os.uname().machine == "x86_64":
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attack(sandbox: Driver, name: str) -> None:
+def test_promise_6_attack(sandbox: Driver, name: str) -> None:
     statuses, text, code = ATTACKS[name]
     before = sandbox.resting()
     # Only what is meant to run out of time has little of it: a busy machine must not turn other verdicts into timeouts.
@@ -293,7 +293,7 @@ def test_descriptors_are_three_and_none_is_inherited(sandbox: Driver) -> None:
     assert sandbox.run(code, stdin="text").stdout == "[0, 1, 2]\n"
 
 
-def test_nothing_is_left_for_the_next_call(sandbox: Driver) -> None:
+def test_promise_6_nothing_is_left_for_the_next_call(sandbox: Driver) -> None:
     """Hole 2: no writable place is shared between calls, and none lies outside the sized directory."""
     leave = """
 import os
