@@ -9,12 +9,14 @@ import itertools
 import shutil
 import tempfile
 import time
+import zlib
 from types import TracebackType
 from typing import Self
 
 from jaxrl.config import SandboxConfig
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import jail
+from jaxrl.sandbox.admission import Admission
 from jaxrl.sandbox.link import WardenLink, WardenLost
 from jaxrl.sandbox.protocol import Call, Limits, Outcome, Report
 
@@ -96,7 +98,7 @@ class Pool:
             "heartbeat_seconds": heartbeat_seconds,
             "unsafe": unsafe,
         }
-        self._admission = asyncio.Semaphore(slots + slow_slots + queue)
+        self._admission = Admission(slots + slow_slots + queue)
         self._ids = itertools.count(1)
         self._link: WardenLink | None = None
         self._starting = asyncio.Lock()
@@ -140,7 +142,9 @@ class Pool:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = ""
 
-    async def run(self, code: str, stdin: str = "", echo: bool = True, limits: Limits | None = None) -> Result:
+    async def run(
+        self, code: str, stdin: str = "", echo: bool = True, limits: Limits | None = None, tenant: str = ""
+    ) -> Result:
         """Run a snippet to its end. Never raises for what the snippet does; cancelling this kills it.
 
         Args:
@@ -148,6 +152,7 @@ class Pool:
             stdin: what the snippet reads from standard input.
             echo: print the repr of a trailing expression, as a notebook does.
             limits: for this call alone.
+            tenant: on whose behalf; waiting tenants take turns, each one's calls in their order.
 
         Raises:
             RuntimeError: the pool is not open.
@@ -160,13 +165,14 @@ class Pool:
             echo=echo,
             limits=limits or self.limits,
             submitted=time.monotonic(),
+            tenant=zlib.crc32(tenant.encode()),
         )
         for attempt in range(_ATTEMPTS):
-            await self._admission.acquire()
+            await self._admission.enter(call.tenant)
             try:
                 link = await self._warden()
             except BaseException:
-                self._admission.release()
+                self._admission.leave()
                 raise
             try:
                 report = await link.submit(dataclasses.replace(call, attempts=attempt))
@@ -186,7 +192,7 @@ class Pool:
             if self._link is None or not self._link.alive:
                 if self._link is not None:
                     await self._link.close()
-                link = WardenLink(on_slot_free=self._admission.release)
+                link = WardenLink(on_slot_free=self._admission.leave)
                 await link.start(self._settings)
                 self._link = link
             return self._link

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 _FRAME = struct.Struct("<IB")
 _LEAST_MEMORY_MIB = 16
 _LIMITS = struct.Struct("<ddIIIIII")
-_CALL = struct.Struct("<QdBBII")
+_CALL = struct.Struct("<QdBBIII")
 _OUTCOME = struct.Struct("<QBBBBiidddQII")
 
 
@@ -66,24 +66,27 @@ class Call:
     limits: Limits
     submitted: float  # time.monotonic() of the submission; one clock for all processes of the machine
     attempts: int = 0  # tries already spent
+    tenant: int = 0  # calls of different tenants take turns
 
     def pack(self) -> bytes:
         limits = _LIMITS.pack(*dataclasses.astuple(self.limits))
-        head = _CALL.pack(self.id, self.submitted, self.attempts, self.echo, len(self.code), len(self.stdin))
+        head = _CALL.pack(
+            self.id, self.submitted, self.attempts, self.echo, self.tenant, len(self.code), len(self.stdin)
+        )
         return head + limits + self.code + self.stdin
 
     @staticmethod
     def unpack(data: bytes) -> "Call":
-        id, submitted, attempts, echo, code_length, _ = _CALL.unpack_from(data)
+        id, submitted, attempts, echo, tenant, code_length, _ = _CALL.unpack_from(data)
         limits = Limits(*_LIMITS.unpack_from(data, _CALL.size))
         start = _CALL.size + _LIMITS.size
         code, stdin = data[start : start + code_length], data[start + code_length :]
-        return Call(id, code, stdin, bool(echo), limits, submitted, attempts)
+        return Call(id, code, stdin, bool(echo), limits, submitted, attempts, tenant)
 
 
 def unpack_for_child(data: bytes) -> tuple[bytes, bool, tuple]:
     """(code, echo, limits in the order of their fields) of a packed Call, without making objects of them."""
-    _, _, _, echo, code_length, _ = _CALL.unpack_from(data)
+    _, _, _, echo, _, code_length, _ = _CALL.unpack_from(data)
     start = _CALL.size + _LIMITS.size
     return data[start : start + code_length], bool(echo), _LIMITS.unpack_from(data, _CALL.size)
 

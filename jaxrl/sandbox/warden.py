@@ -20,6 +20,7 @@ from jaxrl.sandbox.fleet import Fleet, Settings, Template, pid_of
 from jaxrl.sandbox.job import Capture, Job, sealed_memory
 from jaxrl.sandbox.loop import Loop
 from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Outcome, Report, frame
+from jaxrl.sandbox.turns import Turns
 
 ATTEMPTS = 3  # tries of a call before a fault of ours is reported
 _DEATHS_TO_QUARANTINE = 2  # a call that was there when so many templates died runs alone
@@ -38,7 +39,7 @@ class Warden:
         self._outgoing = bytearray()
         self._fleet: Fleet | None = None
         self._mentions: re.Pattern[bytes] | None = None  # of a preloaded module, in a call's text
-        self._waiting: dict[bool, deque[Job]] = {False: deque(), True: deque()}  # by the kind of template wanted
+        self._waiting = Turns()
         self._quarantine: deque[Job] = deque()
         self._jobs: dict[int, Job] = {}
         self._running: dict[int, tuple[Job, Template]] = {}
@@ -128,7 +129,7 @@ class Warden:
     def _submit(self, call: Call) -> None:
         job = Job(call, full=self._mentions is not None and self._mentions.search(call.code) is not None)
         self._jobs[call.id] = job
-        self._waiting[job.full].append(job)
+        self._waiting.add(job)
 
     def _cancel(self, id: int) -> None:
         job = self._jobs.get(id)
@@ -140,7 +141,7 @@ class Warden:
             self._report(job, job.unfinished(Outcome.CANCELLED))  # skipped when its turn comes
 
     def _dispatch(self) -> None:
-        """Fill the free slots, oldest call first among those whose kind of template is ready."""
+        """Fill the free slots, tenants in turn, with calls whose kind of template is ready."""
         while self._fast < self._settings.slots:
             chosen = self._next()
             if chosen is None:
@@ -149,22 +150,15 @@ class Warden:
 
     def _next(self) -> tuple[Job, Template] | None:
         assert self._fleet is not None
+        fleet = self._fleet
+        while self._quarantine and self._quarantine[0].done:
+            self._quarantine.popleft()
         if self._quarantine:
-            if self._running:
-                return None
-            queues = [self._quarantine]
-        else:
-            queues = sorted(filter(None, self._waiting.values()), key=lambda queue: queue[0].call.submitted)
-            if any(job.template_deaths >= _DEATHS_TO_QUARANTINE for job, _ in self._running.values()):
-                return None
-        for queue in queues:
-            while queue and queue[0].done:
-                queue.popleft()
-            if queue:
-                template = self._fleet.choose(queue[0].full, queue[0].lost_on)
-                if template is not None:
-                    return queue.popleft(), template
-        return None
+            template = None if self._running else fleet.choose(self._quarantine[0].full, self._quarantine[0].lost_on)
+            return None if template is None else (self._quarantine.popleft(), template)
+        if any(job.template_deaths >= _DEATHS_TO_QUARANTINE for job, _ in self._running.values()):
+            return None
+        return self._waiting.take(lambda job: fleet.choose(job.full, job.lost_on))
 
     def _start(self, job: Job, template: Template) -> None:
         ends = job.open()
@@ -285,7 +279,7 @@ class Warden:
         elif job.template_deaths >= _DEATHS_TO_QUARANTINE:
             self._quarantine.append(job)
         else:
-            self._waiting[job.full].appendleft(job)
+            self._waiting.add(job, first=True)
 
 
 def main() -> None:

@@ -1,0 +1,43 @@
+"""Whose call is next: tenants in turn, so that one that submits thousands keeps nobody else waiting."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+from jaxrl.sandbox.job import Job
+
+Place = TypeVar("Place")
+
+
+class Turns:
+    """Waiting calls of all tenants. Within a tenant first come, first served, as far as there is a place for it."""
+
+    def __init__(self) -> None:
+        self._tenants: dict[
+            int, dict[bool, deque[Job]]
+        ] = {}  # whose turn is next first; by the kind of template wanted
+
+    def add(self, job: Job, *, first: bool = False) -> None:
+        """Let a call wait, with ``first`` before all others of its tenant."""
+        queue = self._tenants.setdefault(job.call.tenant, {False: deque(), True: deque()})[job.full]
+        if first:
+            queue.appendleft(job)
+        else:
+            queue.append(job)
+
+    def take(self, place_for: Callable[[Job], Place | None]) -> tuple[Job, Place] | None:
+        """The next call that has a place, which then no longer waits; calls that are done meanwhile are dropped."""
+        for _ in range(len(self._tenants)):
+            tenant = next(iter(self._tenants))
+            queues = self._tenants.pop(tenant)
+            for queue in queues.values():
+                while queue and queue[0].done:
+                    queue.popleft()
+            waiting = sorted(filter(None, queues.values()), key=lambda queue: queue[0].call.submitted)
+            if waiting:
+                self._tenants[tenant] = queues  # at the end: the others come first now
+            for queue in waiting:
+                place = place_for(queue[0])
+                if place is not None:
+                    return queue.popleft(), place
+        return None
