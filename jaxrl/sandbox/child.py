@@ -9,11 +9,12 @@ import os
 import resource
 import select
 import signal
+import socket
 import time
 from typing import NoReturn
 
-from jaxrl.sandbox import cell, forks, landlock, seccomp, syscalls
-from jaxrl.sandbox.orders import STARTED
+from jaxrl.sandbox import cell, files, forks, landlock, seccomp, syscalls
+from jaxrl.sandbox.orders import STARTED, send_packet
 from jaxrl.sandbox.protocol import unpack_for_child
 
 _MOUNT_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
@@ -43,15 +44,16 @@ class Child:
         Args:
             packed: the Call.
             address_space: bytes.
-            fds: stdout, stderr, started pipe and, if there is input, stdin.
+            fds: stdout, stderr, started pipe, where files are wanted a socket for the working directory, and, if
+                there is input, stdin.
             directory: working directory where there is no jail.
         """
         code = 1
         try:
-            source, echo, limits = unpack_for_child(packed)
-            cpu_seconds, _, _, _, _, disk_mib, open_files, threads = limits
+            source, echo, limits, given, wanted = unpack_for_child(packed)
+            cpu_seconds, _, _, _, _, disk_mib, open_files, threads, _ = limits
             os.setsid()  # a signal to process group 0 must not reach the template
-            _take_descriptors(fds, self._template)
+            _take_descriptors(fds, self._template, wanted)
             if self._jailed:
                 self._build_walls(disk_mib)
                 # Counted per user of the namespace that is this call's own; elsewhere it would count others' threads.
@@ -60,6 +62,10 @@ class Child:
                 os.chdir(directory)
                 os.environ.update(HOME=directory, TMPDIR=directory)
                 forks.register_hooks()
+            if given:
+                files.place(given)
+            if wanted:
+                _show_directory()
             # Soft = hard: the first process of a pid namespace ignores the soft limit's signal. The warden, which
             # knows fractions of seconds, is expected to act first.
             seconds = int(cpu_seconds) + 2
@@ -94,17 +100,34 @@ class Child:
             self._file_rules.confine()
 
 
-def _take_descriptors(fds: list[int], template: int) -> None:
-    """stdin, stdout, stderr and the started pipe become 0, 1, 2 and 3, the template 4; all others are closed."""
+def _take_descriptors(fds: list[int], template: int, wanted: bool) -> None:
+    """stdin, stdout, stderr and the started pipe become 0, 1, 2 and 3, the template 4; all others are closed.
+
+    Where files are wanted the socket for the working directory becomes 5.
+    """
     stdout, stderr, started, *stdin = fds
+    collector = stdin.pop(0) if wanted else -1
     if stdin:
         os.dup2(stdin[0], 0)
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
-    spare = fcntl.fcntl(template, fcntl.F_DUPFD_CLOEXEC, 5)  # out of the way of the two numbers filled next
+    # Out of the way of the numbers filled next.
+    spare = fcntl.fcntl(template, fcntl.F_DUPFD_CLOEXEC, 6)
+    if wanted:
+        collector = fcntl.fcntl(collector, fcntl.F_DUPFD_CLOEXEC, 6)
     os.dup2(started, 3)
     os.dup2(spare, 4)
-    syscalls.close_from(5)
+    if wanted:
+        os.dup2(collector, 5)
+    syscalls.close_from(6 if wanted else 5)
+
+
+def _show_directory() -> None:
+    """Give the warden a descriptor of the working directory, so that it can read there when the call is over."""
+    with socket.socket(fileno=5) as collector:
+        directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+        send_packet(collector, b"directory", (directory,))
+        os.close(directory)
 
 
 def _tie_to_template() -> None:

@@ -4,9 +4,12 @@ import contextlib
 import fcntl
 import os
 import signal
+import socket
 import time
+from typing import Any
 
-from jaxrl.sandbox.orders import STARTED
+from jaxrl.sandbox import files
+from jaxrl.sandbox.orders import STARTED, receive_packet
 from jaxrl.sandbox.protocol import Call, Outcome, Report
 
 _CHUNK = 1 << 18
@@ -80,6 +83,7 @@ class Job:
         self.stdout: Capture | None = None
         self.stderr: Capture | None = None
         self.started_fd = -1
+        self.collector: socket.socket | None = None  # where the child shows its working directory
 
     def open(self) -> tuple[int, ...]:
         """Make the pipes of one attempt; returns the child's ends, which the caller closes after sending them."""
@@ -92,6 +96,10 @@ class Job:
         os.set_blocking(self.started_fd, False)
         self.stdout, self.stderr = Capture(out_read, cap), Capture(err_read, cap)
         ends = (out_write, err_write, started_write)
+        if self.call.wanted:
+            self.collector, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.collector.setblocking(False)
+            ends = (*ends, theirs.detach())
         if self.call.stdin:
             return (*ends, sealed_memory("stdin", self.call.stdin))
         return ends
@@ -100,7 +108,9 @@ class Job:
         for fd in (self.started_fd, self.pidfd, *(stream.fd for stream in (self.stdout, self.stderr) if stream)):
             if fd >= 0:
                 os.close(fd)
-        self.started_fd = self.pidfd = -1
+        if self.collector is not None:
+            self.collector.close()
+        self.started_fd, self.pidfd, self.collector = -1, -1, None
         self.stdout = self.stderr = None
 
     def kill(self, reason: Outcome) -> None:
@@ -182,7 +192,23 @@ class Job:
             stderr=self.stderr.kept(),
             stdout_truncated=self.stdout.truncated,
             stderr_truncated=self.stderr.truncated,
+            **self._returned_files(),
         )
+
+    def _returned_files(self) -> dict[str, Any]:
+        """What the call left in its working directory of what was wanted."""
+        if self.collector is None:
+            return {}
+        try:
+            _, descriptors = receive_packet(self.collector)
+        except BlockingIOError:
+            return {}
+        found: dict[str, bytes] = {}
+        left_out = 0
+        for directory in descriptors:
+            found, left_out = files.gather(directory, self.call.wanted.split("\n"), self.call.limits.files_mib << 20)
+            os.close(directory)
+        return {"files": files.pack(found), "files_left_out": left_out}
 
     def unfinished(self, outcome: Outcome) -> Report:
         """A report without a run: cancelled, or given up after faults of ours."""

@@ -10,11 +10,13 @@ import shutil
 import tempfile
 import time
 import zlib
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 from jaxrl.config import SandboxConfig
 from jaxrl.records import ToolStatus
+from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox import jail
 from jaxrl.sandbox.admission import Admission
 from jaxrl.sandbox.link import WardenLink, WardenLost
@@ -49,6 +51,8 @@ class Result:
     stdout_truncated: bool
     stderr_truncated: bool
     isolation: str  # which walls stood around the code
+    files: dict[str, bytes]  # that were wanted and written, by path
+    files_left_out: int  # wanted and written, but beyond Limits.files_mib or unreadable
 
 
 class Pool:
@@ -143,7 +147,14 @@ class Pool:
             self._scratch = ""
 
     async def run(
-        self, code: str, stdin: str = "", echo: bool = True, limits: Limits | None = None, tenant: str = ""
+        self,
+        code: str,
+        stdin: str = "",
+        echo: bool = True,
+        limits: Limits | None = None,
+        tenant: str = "",
+        files: Mapping[str, bytes] | None = None,
+        wanted: Sequence[str] = (),
     ) -> Result:
         """Run a snippet to its end. Never raises for what the snippet does; cancelling this kills it.
 
@@ -153,19 +164,26 @@ class Pool:
             echo: print the repr of a trailing expression, as a notebook does.
             limits: for this call alone.
             tenant: on whose behalf; waiting tenants take turns, each one's calls in their order.
+            files: content by relative path, laid into the working directory before the code begins.
+            wanted: patterns (``fnmatch``, relative paths) of files there to return when the code has ended, however.
 
         Raises:
+            ValueError: a file's path is not a plain relative one, or the files are larger than the directory.
             RuntimeError: the pool is not open.
             SandboxUnavailable: the jail was lost and could not be built again.
         """
+        limits = limits or self.limits
+        file_bytes.check(files or {}, limits.disk_mib << 20)
         call = Call(
             id=next(self._ids),
             code=code.encode("utf-8", "surrogatepass"),
             stdin=stdin.encode("utf-8", "surrogatepass"),
             echo=echo,
-            limits=limits or self.limits,
+            limits=limits,
             submitted=time.monotonic(),
             tenant=zlib.crc32(tenant.encode()),
+            files=file_bytes.pack(files or {}),
+            wanted="\n".join(wanted),
         )
         for attempt in range(_ATTEMPTS):
             await self._admission.enter(call.tenant)
@@ -212,6 +230,8 @@ class Pool:
             stdout_truncated=report.stdout_truncated,
             stderr_truncated=report.stderr_truncated,
             isolation=self.isolation,
+            files=dict(file_bytes.unpack(report.files)),
+            files_left_out=report.files_left_out,
         )
 
 

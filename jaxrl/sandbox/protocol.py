@@ -7,13 +7,13 @@ runs user code.
 import dataclasses
 import enum
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _FRAME = struct.Struct("<IB")
 _LEAST_MEMORY_MIB = 16
-_LIMITS = struct.Struct("<ddIIIIII")
-_CALL = struct.Struct("<QdBBIII")
-_OUTCOME = struct.Struct("<QBBBBiidddQII")
+_LIMITS = struct.Struct("<ddIIIIIII")
+_CALL = struct.Struct("<QdBBIIIII")
+_OUTCOME = struct.Struct("<QBBBBiidddQIIII")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Limits:
     """Size of the call's private working directory, which lives in memory."""
     open_files: int = 64
     threads: int = 128
+    files_mib: int = 16
+    """Returned files together; those beyond it are left out and counted."""
 
     def __post_init__(self) -> None:
         if not min(dataclasses.astuple(self)) > 0:
@@ -67,28 +69,37 @@ class Call:
     submitted: float  # time.monotonic() of the submission; one clock for all processes of the machine
     attempts: int = 0  # tries already spent
     tenant: int = 0  # calls of different tenants take turns
+    files: bytes = b""  # given, as ``files.pack`` lays them out
+    wanted: str = ""  # patterns of the files to return, a line each
 
     def pack(self) -> bytes:
         limits = _LIMITS.pack(*dataclasses.astuple(self.limits))
-        head = _CALL.pack(
-            self.id, self.submitted, self.attempts, self.echo, self.tenant, len(self.code), len(self.stdin)
-        )
-        return head + limits + self.code + self.stdin
+        parts = (self.code, self.stdin, self.files, self.wanted.encode("utf-8", "surrogatepass"))
+        lengths = map(len, parts)
+        head = _CALL.pack(self.id, self.submitted, self.attempts, self.echo, self.tenant, *lengths)
+        return b"".join((head, limits, *parts))
 
     @staticmethod
     def unpack(data: bytes) -> "Call":
-        id, submitted, attempts, echo, tenant, code_length, _ = _CALL.unpack_from(data)
+        id, submitted, attempts, echo, tenant, *lengths = _CALL.unpack_from(data)
         limits = Limits(*_LIMITS.unpack_from(data, _CALL.size))
-        start = _CALL.size + _LIMITS.size
-        code, stdin = data[start : start + code_length], data[start + code_length :]
-        return Call(id, code, stdin, bool(echo), limits, submitted, attempts, tenant)
+        code, stdin, files, wanted = _cut(data, _CALL.size + _LIMITS.size, lengths)
+        text = wanted.decode("utf-8", "surrogatepass")
+        return Call(id, code, stdin, bool(echo), limits, submitted, attempts, tenant, files, text)
 
 
-def unpack_for_child(data: bytes) -> tuple[bytes, bool, tuple]:
-    """(code, echo, limits in the order of their fields) of a packed Call, without making objects of them."""
-    _, _, _, echo, _, code_length, _ = _CALL.unpack_from(data)
+def unpack_for_child(data: bytes) -> tuple[bytes, bool, tuple, bytes, bool]:
+    """(code, echo, limits in the order of their fields, files, whether files are wanted) of a packed Call."""
+    _, _, _, echo, _, code, stdin, files, wanted = _CALL.unpack_from(data)
     start = _CALL.size + _LIMITS.size
-    return data[start : start + code_length], bool(echo), _LIMITS.unpack_from(data, _CALL.size)
+    given = data[start + code + stdin : start + code + stdin + files]
+    return data[start : start + code], bool(echo), _LIMITS.unpack_from(data, _CALL.size), given, wanted > 0
+
+
+def _cut(data: bytes, start: int, lengths: Sequence[int]) -> Iterator[bytes]:
+    for length in lengths:
+        yield data[start : start + length]
+        start += length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +119,8 @@ class Report:
     stderr: bytes
     stdout_truncated: bool
     stderr_truncated: bool
+    files: bytes = b""  # returned, as ``files.pack`` lays them out
+    files_left_out: int = 0
 
     def pack(self) -> bytes:
         return (
@@ -123,18 +136,23 @@ class Report:
                 self.wall_seconds,
                 self.queue_seconds,
                 self.peak_rss_kib,
+                self.files_left_out,
                 len(self.stdout),
                 len(self.stderr),
+                len(self.files),
             )
             + self.stdout
             + self.stderr
+            + self.files
         )
 
     @staticmethod
     def unpack(data: bytes) -> "Report":
         fields = _OUTCOME.unpack_from(data)
-        id, outcome, attempts, stdout_cut, stderr_cut, exit_code, signal, cpu, wall, queue, rss, length, _ = fields
-        body = data[_OUTCOME.size :]
+        id, outcome, attempts, stdout_cut, stderr_cut, exit_code, signal, cpu, wall, queue, rss, left_out, *lengths = (
+            fields
+        )
+        stdout, stderr, files = _cut(data, _OUTCOME.size, lengths)
         return Report(
             id=id,
             outcome=Outcome(outcome),
@@ -145,10 +163,12 @@ class Report:
             wall_seconds=wall,
             queue_seconds=queue,
             peak_rss_kib=rss,
-            stdout=body[:length],
-            stderr=body[length:],
+            stdout=stdout,
+            stderr=stderr,
             stdout_truncated=bool(stdout_cut),
             stderr_truncated=bool(stderr_cut),
+            files=files,
+            files_left_out=left_out,
         )
 
 

@@ -23,6 +23,7 @@ from typing import NoReturn
 from jaxrl.sandbox import cell, forks, jail, orders, seccomp, syscalls
 from jaxrl.sandbox.child import Child
 from jaxrl.sandbox.orders import receive_packet, send_packet
+from jaxrl.sandbox.protocol import unpack_for_child
 
 # Typical work, run once in a stem: its caches are then shared by every call instead of filled by each.
 _WARM_UP = {
@@ -173,6 +174,8 @@ class _Template:
             send_packet(self._control, orders.ANSWER_DIED + orders.DIED.pack(id, 0, 0.0, 0.0, 0))
             return
         pidfd = os.pidfd_open(pid)
+        if directory and unpack_for_child(packed)[4]:
+            directory = ""  # the warden has yet to read there; it goes with the pool
         self._children[pidfd] = (id, pid, directory)
         self._poller.register(pidfd, select.POLLIN)
         send_packet(self._control, orders.ANSWER_BORN + orders.BORN.pack(id), (pidfd,))

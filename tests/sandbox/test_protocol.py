@@ -19,6 +19,7 @@ limits = st.builds(
     disk_mib=positive,
     open_files=positive,
     threads=positive,
+    files_mib=positive,
 )
 calls = st.builds(
     Call,
@@ -29,6 +30,9 @@ calls = st.builds(
     limits=limits,
     submitted=st.floats(0, 1e9),
     attempts=st.integers(0, 255),
+    tenant=st.integers(0, 2**32 - 1),
+    files=st.binary(),
+    wanted=st.text(),
 )
 seconds = st.floats(0, 1e6)
 reports = st.builds(
@@ -46,13 +50,16 @@ reports = st.builds(
     stderr=st.binary(),
     stdout_truncated=st.booleans(),
     stderr_truncated=st.booleans(),
+    files=st.binary(),
+    files_left_out=st.integers(0, 2**32 - 1),
 )
 
 
 @given(calls)
 def test_call_round_trip(call: Call) -> None:
     assert Call.unpack(call.pack()) == call
-    assert unpack_for_child(call.pack()) == (call.code, call.echo, dataclasses.astuple(call.limits))
+    limits = dataclasses.astuple(call.limits)
+    assert unpack_for_child(call.pack()) == (call.code, call.echo, limits, call.files, bool(call.wanted))
 
 
 @given(reports)

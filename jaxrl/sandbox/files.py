@@ -1,0 +1,120 @@
+"""Files that a call is given and files that it returns: their bytes on the way, and the trusted side's look at them."""
+
+import contextlib
+import fnmatch
+import os
+import stat
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+
+_ENTRY = struct.Struct("<HI")  # lengths of name and content
+_MOST = 1024  # files that are given, and that are returned
+_DEEPEST = 8  # folders that the search for returned files goes down
+
+
+def check(given: Mapping[str, bytes], room: int) -> None:
+    """Refuse files that a call cannot be given.
+
+    Args:
+        given: content by path relative to the call's working directory.
+        room: bytes of that directory.
+
+    Raises:
+        ValueError: naming the path, or the sizes.
+    """
+    for name in given:
+        parts = name.split("/")
+        if not name or "\0" in name or len(name.encode()) > 255 or {"", ".", ".."} & set(parts):
+            raise ValueError(
+                f"file {name!r} is no plain relative path of at most 255 bytes; give one such as 'a/b.csv'"
+            )
+    total = sum(map(len, given.values()))
+    if total > room or len(given) > _MOST:
+        raise ValueError(
+            f"{len(given)} files of {total} bytes do not fit: at most {_MOST} files and Limits.disk_mib ({room} bytes)"
+        )
+
+
+def pack(files: Mapping[str, bytes]) -> bytes:
+    """Names and contents in a row."""
+    return b"".join(_ENTRY.pack(len(name.encode()), len(data)) + name.encode() + data for name, data in files.items())
+
+
+def unpack(packed: bytes) -> Iterator[tuple[str, bytes]]:
+    """What ``pack`` was given."""
+    start = 0
+    while start < len(packed):
+        name_length, length = _ENTRY.unpack_from(packed, start)
+        start += _ENTRY.size
+        name = packed[start : start + name_length].decode()
+        start += name_length
+        yield name, packed[start : start + length]
+        start += length
+
+
+def place(packed: bytes) -> None:
+    """Write the files into the present directory; called by a child before its snippet begins."""
+    for name, data in unpack(packed):
+        folder = os.path.dirname(name)
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+        with open(name, "wb") as file:
+            file.write(data)
+
+
+def gather(directory: int, patterns: Sequence[str], room: int) -> tuple[dict[str, bytes], int]:
+    """The files below an open directory whose relative paths match, smallest path first.
+
+    The directory is a snippet's own work: links are not followed, and only regular files are read.
+
+    Args:
+        directory: descriptor; stays open.
+        patterns: as for ``fnmatch``; ``*`` matches ``/`` too.
+        room: bytes to return at most; a file that does not fit is left out whole.
+
+    Returns:
+        Contents by path, and how many matching files were left out.
+    """
+    found: dict[str, bytes] = {}
+    left_out = 0
+    for name, parent in _walk(directory, "", 0):
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            continue
+        data = _read(parent, name.rpartition("/")[2], room) if len(found) < _MOST else None
+        if data is None:
+            left_out += 1
+        else:
+            found[name] = data
+            room -= len(data)
+    return found, left_out
+
+
+def _walk(directory: int, prefix: str, depth: int) -> Iterator[tuple[str, int]]:
+    """Paths of regular files and the descriptors of their folders, open while the generator stands there."""
+    with os.scandir(directory) as listing:
+        entries = sorted(listing, key=lambda entry: entry.name)
+    for entry in entries:
+        try:
+            name = prefix + entry.name
+            name.encode()
+            if entry.is_file(follow_symlinks=False):
+                yield name, directory
+            elif entry.is_dir(follow_symlinks=False) and depth < _DEEPEST:
+                below = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+                try:
+                    yield from _walk(below, name + "/", depth + 1)
+                finally:
+                    os.close(below)
+        except (OSError, UnicodeEncodeError):
+            continue  # a folder without rights, or a name that is no text
+
+
+def _read(directory: int, name: str, room: int) -> bytes | None:
+    """The content of a regular file; None if it is larger than ``room`` or cannot be read."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+        with open(descriptor, "rb") as file:
+            size = os.fstat(descriptor).st_size
+            if stat.S_ISREG(os.fstat(descriptor).st_mode) and size <= room:
+                return file.read(size)
+    return None

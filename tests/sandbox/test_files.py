@@ -1,0 +1,94 @@
+"""Files that a call is given and files that it returns."""
+
+import os
+import pathlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxrl.records import ToolStatus
+from jaxrl.sandbox import Limits, files
+from tests.sandbox.driver import LIMITS, Driver
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda t: t.isprintable()), st.binary(max_size=50)))
+def test_files_survive_the_way(content: dict[str, bytes]) -> None:
+    assert dict(files.unpack(files.pack(content))) == content
+
+
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "../x", "a/../b", "a//b", ".", "a\0b", "x" * 300])
+def test_paths_that_leave_the_directory_are_refused(sandbox: Driver, name: str) -> None:
+    with pytest.raises(ValueError, match="is no plain relative path"):
+        sandbox.run("1", files={name: b""})
+
+
+def test_files_larger_than_the_directory_are_refused(sandbox: Driver) -> None:
+    with pytest.raises(ValueError, match=r"2 files of 9437184 bytes do not fit: .*\(8388608 bytes\)"):
+        sandbox.run("1", files={"a": bytes(9 << 20), "b": b""})
+
+
+@pytest.mark.parametrize("size", [10, 300_000], ids=["in the packet", "in a memory file"])
+def test_a_call_reads_what_it_is_given_and_returns_what_it_wrote(sandbox: Driver, size: int) -> None:
+    code = """
+import os
+text = open('in/data.csv').read()
+os.makedirs('out/deep')
+open('out/deep/copy.csv', 'w').write(text[::-1])
+open('plot.png', 'wb').write(bytes([0, 255]))
+open('other.txt', 'w').write('not asked for')
+"""
+    before = sandbox.resting()
+    descriptors = len(os.listdir(f"/proc/{sandbox.pool.warden_pid}/fd"))
+    text = "0123456789" * (size // 10)
+    result = sandbox.run(code, files={"in/data.csv": text.encode()}, wanted=["*.csv", "plot.png"])
+    assert result.status == ToolStatus.OK, result
+    assert result.files == {
+        "in/data.csv": text.encode(),
+        "out/deep/copy.csv": text[::-1].encode(),
+        "plot.png": bytes([0, 255]),
+    }
+    assert (sandbox.resting(), result.files_left_out) == (before, 0)
+    assert len(os.listdir(f"/proc/{sandbox.pool.warden_pid}/fd")) == descriptors
+    assert sandbox.run("import os; os.listdir('.')", wanted=["*"]).stdout == "[]\n", "nothing is left for the next"
+
+
+def test_files_come_back_however_the_call_ended(sandbox: Driver) -> None:
+    write = "open('half', 'w').write('done')\n"
+    for end, status in (
+        ("import os; os._exit(3)", ToolStatus.ERROR),
+        ("while True: pass", ToolStatus.TIMEOUT),
+        ("import os; os.kill(os.getpid(), 9) or os.abort()", None),
+    ):
+        result = sandbox.run(write + end, wanted=["half"])
+        assert result.files == {"half": b"done"}, result
+        assert status is None or result.status == status
+
+
+def test_what_does_not_fit_is_left_out_and_counted(sandbox: Driver) -> None:
+    code = "for n, size in enumerate([600_000, 600_000, 10]): open(f'f{n}', 'wb').write(bytes(size))"
+    limits = Limits(**{**LIMITS.__dict__, "files_mib": 1})
+    result = sandbox.run(code, wanted=["f*"], limits=limits)
+    assert (sorted(result.files), result.files_left_out) == (["f0", "f2"], 1)
+
+
+def test_promise_6_no_link_leads_the_collector_outside(sandbox: Driver, tmp_path: pathlib.Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("of the host")
+    code = f"""
+import os
+os.symlink({str(secret)!r}, 'link'); os.symlink('/etc', 'folder'); os.symlink('/proc/self', 'proc')
+os.mkfifo('pipe'); open('honest', 'w').write('mine'); os.mkdir('locked', 0)
+os.mkdir(b'not \\xff text')
+deep = '.'
+for n in range(30): deep += '/d'; os.mkdir(deep)
+open(deep + '/buried', 'w')
+"""
+    result = sandbox.run(code, wanted=["*"])
+    assert (result.status, result.files) == (ToolStatus.OK, {"honest": b"mine"}), result
+
+
+def test_without_a_jail_files_work_too() -> None:
+    with Driver(workers=1, slots=1, preload=(), unsafe=True) as driver:
+        result = driver.run("open('b', 'w').write(open('a').read() * 2)", files={"a": b"x"}, wanted=["b"])
+        assert result.files == {"b": b"xx"}
