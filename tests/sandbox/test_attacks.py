@@ -197,6 +197,91 @@ ATTACKS: dict[str, tuple[tuple[ToolStatus, ...], str, str]] = {
         refused("open('p', 'w').write('#!/bin/sh'); os.chmod('p', 0o755); os.execv('p', ['p'])"),
     ),
     "become root": ((OK,), "held", refused("os.setuid(0)")),
+    # further ways, not in any list of attacks we know
+    "hard link to a library": ((OK,), "held", refused("os.link(os.__file__, 'l')")),
+    "rename the working directory": ((OK,), "held", refused("os.rename('/tmp', '/x')")),
+    "make a library writable": ((OK,), "held 30", refused("os.chmod(os.__file__, 0o777)")),
+    "set back a library's time": ((OK,), "held 30", refused("os.utime(os.__file__, (0, 0))")),
+    "privileged file attribute": (
+        (OK,),
+        "held",
+        refused("open('f', 'w'); os.setxattr('f', 'security.capability', bytes(20))"),
+    ),
+    "up from the root by a descriptor": (
+        (OK,),
+        "held",
+        "import os\nup = os.open('..', os.O_RDONLY, dir_fd=os.open('/', os.O_RDONLY))\n"
+        "print('held' if os.fstat(up).st_ino == os.stat('/').st_ino else 'GOT THROUGH')",
+    ),
+    "descriptors by path": ((OK,), "held 2", refused("open('/dev/fd/1', 'w')")),
+    "load a written library": (
+        (OK,),
+        "held",
+        "import _ctypes, ctypes\nopen('x.so', 'wb').write(open(_ctypes.__file__, 'rb').read())\n"
+        "try: ctypes.CDLL('./x.so'); print('GOT THROUGH')\nexcept OSError: print('held')",
+    ),
+    "sparse file": ((OK,), "held", refused("open('x', 'w').truncate(1 << 40)")),
+    "reserve the disk": (
+        (OK,),
+        "held",
+        refused("os.posix_fallocate(os.open('x', os.O_RDWR | os.O_CREAT), 0, 1 << 30)"),
+    ),
+    "nameless file": (
+        (OK,),
+        "held",
+        refused("open(os.open('.', os.O_TMPFILE | os.O_RDWR), 'wb').write(bytes(9 << 20))"),
+    ),
+    "folders without end": ((OK,), "held", refused("[(os.mkdir('d'), os.chdir('d')) for _ in range(10**5)]")),
+    "widen a pipe": ((OK,), "held", refused("fcntl.fcntl(os.pipe()[1], 1031, 1 << 30)", ", fcntl")),
+    "lock memory": (
+        (OK,),
+        "held",
+        "import ctypes\nprint('held' if ctypes.CDLL(None).mlockall(3) == -1 else 'GOT THROUGH')",
+    ),
+    "file watches": (
+        (OK,),
+        "held",
+        "import ctypes\nopened = [ctypes.CDLL(None).inotify_init() for _ in range(200)]\n"
+        "print('held' if opened[-1] == -1 else 'GOT THROUGH')",
+    ),
+    "wait for a lock of its own": ((TIMEOUT,), "", "import threading\nl = threading.Lock()\nl.acquire()\nl.acquire()"),
+    "storm of signals": (
+        (TIMEOUT,),
+        "",
+        "import os, signal\nsignal.signal(10, lambda *_: None)\nwhile True: os.kill(os.getpid(), 10)",
+    ),
+    "timer without end": (
+        (TIMEOUT,),
+        "",
+        "import signal\nsignal.signal(14, lambda *_: None)\nsignal.setitimer(0, 1e-4, 1e-4)\nwhile True: pass",
+    ),
+    "name that looks like a status": (
+        (MEMORY,),
+        "",
+        "import ctypes\nctypes.CDLL(None).prctl(15, b') R 0\\nVmSize:0')\nx = [0] * 10**10",
+    ),
+    "hide from whoever looks": ((TIMEOUT,), "", "import ctypes\nctypes.CDLL(None).prctl(4, 0)\nwhile True: pass"),
+    "hidden, and out of memory": ((MEMORY,), "", "import ctypes\nctypes.CDLL(None).prctl(4, 0)\nx = [0] * 10**10"),
+    "large requests from many threads": (
+        (OK, ERROR, MEMORY),
+        "",
+        "import mmap, threading\ndef take():\n    for _ in range(50):\n        try: mmap.mmap(-1, 100 << 20).close()\n"
+        "        except OSError: pass\n"
+        "threads = [threading.Thread(target=take) for _ in range(8)]\n[t.start() for t in threads]",
+    ),
+    "exit with a word of ours": ((ERROR,), "", "raise SystemExit('infra_error')"),
+    "error that cannot be told": (
+        (ERROR,),
+        "",
+        "class E(Exception):\n    def __str__(self): raise self\n    __repr__ = __str__\nraise E",
+    ),
+    "errors in a circle": (
+        (ERROR,),
+        "",
+        "a, b = ValueError(), ValueError()\na.__cause__ = b\nb.__cause__ = a\nraise a",
+    ),
+    "hook on everything": ((OK, ERROR), "", "import sys\nsys.addaudithook(lambda *_: 1 / 0)"),
+    "no standard streams": ((OK,), "", "import sys\nsys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = None"),
     # forgery
     "exit code of a failed set-up": ((ERROR,), "", "import os\nos._exit(121)"),
     "exit 0 with a forged report": (
