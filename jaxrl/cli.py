@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 from jaxrl import __version__
@@ -25,9 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jaxrl import commands  # imports jax, which `--help` and usage errors need not wait for
 
     try:
-        options.run_verb(commands, options)
-    except (ConfigError, commands.DataError) as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"jaxrl: {message}", file=sys.stderr)
+            options.run_verb(commands, options)
+    except (ConfigError, commands.DataError, commands.TokenizerError, FileNotFoundError) as error:
         return _complain(error, BAD_USAGE)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        print(f"jaxrl: the output was closed{_how_to_go_on(options)}", file=sys.stderr)
+        return FAILED
     except commands.EXPECTED_ERRORS as error:
         return _complain(error, FAILED)
     except KeyboardInterrupt:

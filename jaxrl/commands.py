@@ -31,14 +31,13 @@ from jaxrl.train.sync import rollout_params
 EXPECTED_ERRORS = (
     RunError,
     CheckpointError,
-    TokenizerError,
     SandboxUnavailable,
     VerifierStartError,
     OSError,
 )
-"""Errors whose message is all a user needs, beside ``ConfigError`` and ``DataError``, which are about what was given;
+"""Errors whose message is all a user needs, beside those about what was given (configuration, data, tokenizer, files);
 anything else is a defect and shows its traceback."""
-__all__ = ["EXPECTED_ERRORS", "DataError", "evaluate", "export", "import_folder", "rollout", "train"]
+__all__ = ["EXPECTED_ERRORS", "DataError", "TokenizerError", "evaluate", "export", "import_folder", "rollout", "train"]
 
 PIPE_COLUMNS = 120
 

@@ -10,6 +10,7 @@ import importlib.resources
 import os
 import pathlib
 import re
+import tokenize
 import types
 import typing
 from collections.abc import Sequence
@@ -17,9 +18,7 @@ from typing import Literal
 
 import gin
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the value, the limit and the remedy."""
+from jaxrl.checks import ConfigError, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,62 +339,46 @@ SECTIONS: dict[str, type] = {type(field.default).__name__: type(field.default) f
 _BOUND = {name: gin.external_configurable(section, name=name, module="jaxrl") for name, section in SECTIONS.items()}
 
 
-_FIELD_OF = {type(field.default).__name__: field.name for field in dataclasses.fields(Config)}
-_RANGES = (
-    (
-        "Engine.slots Engine.page_size Engine.prefill_rows Engine.prefill_chunk Engine.round_steps "
-        "Engine.max_prompt_tokens Engine.max_response_tokens Model.logprob_chunk Sft.count Sft.rows Sft.row_tokens "
-        "Train.rows Train.row_tokens Train.problems Train.samples Train.max_draws Train.updates_per_step "
-        "Algorithm.keep Eval.samples Env.max_turns Env.max_parallel_calls Checkpoint.every Checkpoint.keep "
-        "Data.train_problems Data.eval_problems Reward.workers Sandbox.workers Sandbox.slots Sandbox.queue",
-        lambda value: value >= 1,
-        "be at least 1",
-    ),
-    (
-        "Train.steps Train.eval_every Train.prefetch_groups Sft.steps Sft.warmup_steps Optimizer.warmup_steps "
-        "Sft.variants Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed",
-        lambda value: value >= 0,
-        "not be negative",
-    ),
-    (
-        "Reward.seconds Env.wall_seconds Env.queue_seconds Sandbox.cpu_seconds Sandbox.wall_seconds",
-        lambda value: value > 0,
-        "be above 0",
-    ),
-)
-"""Fields by the range they must lie in: names without "Config", what holds, and the words for it."""
-
-
 def recipe_names() -> list[str]:
     """Names of the recipes that come with jaxrl."""
     folder = importlib.resources.files("jaxrl_configs")
     return sorted(entry.name.removesuffix(".gin") for entry in folder.iterdir() if entry.name.endswith(".gin"))
 
 
-def read_recipe(name: str) -> str:
+def read_recipe(name: str, within: tuple[str, ...] = ()) -> str:
     """The text of a recipe, given by path or by the name of one that comes with jaxrl, its includes expanded.
 
+    Args:
+        within: the recipes that include this one.
+
     Raises:
-        ConfigError: no such file and no such name; the message lists the nearest names.
+        ConfigError: no such file and no such name; the message lists the nearest names. Or a file that is no text, or
+            includes itself.
     """
+    if name in within:
+        raise ConfigError(f"recipe {name} includes itself: {' → '.join((*within, name))}")
     if name.endswith(".gin") or os.sep in name:
         path = pathlib.Path(name)
         if not path.is_file():
             raise ConfigError(
                 f"no recipe file {name}; give the path of a .gin file or one of: {', '.join(recipe_names())}"
             )
-        return _expand(path.read_text(encoding="utf-8"))
-    if name not in recipe_names():
+        data = path.read_bytes()
+    elif name in recipe_names():
+        data = (importlib.resources.files("jaxrl_configs") / f"{name}.gin").read_bytes()
+    else:
         raise ConfigError(
             f"no recipe called {name!r}{_nearest(name, recipe_names())}; recipes: {', '.join(recipe_names())}"
         )
-    return _expand((importlib.resources.files("jaxrl_configs") / f"{name}.gin").read_text(encoding="utf-8"))
-
-
-def _expand(text: str) -> str:
-    """Replace every ``include 'name'`` line by that recipe's text."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {name} is no UTF-8 text: {error}") from error
     return re.sub(
-        r"^include\s+['\"](.+?)['\"]\s*$", lambda match: read_recipe(match.group(1)), text, flags=re.MULTILINE
+        r"^include\s+['\"](.+?)['\"]\s*$",
+        lambda match: read_recipe(match.group(1), (*within, name)),
+        text,
+        flags=re.MULTILINE,
     )
 
 
@@ -416,15 +399,19 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
 def parse(texts: Sequence[str], overrides: Sequence[str] = ()) -> Config:
     """As ``load``, from gin text."""
     gin.clear_config()
+    macros = {name for text in texts for name in re.findall(r"%(\w+)", text)}
     try:
         for text in texts:
-            _parse_gin(text)
+            _parse_gin(text, macros)
         for override in overrides:
-            _parse_override(override)
+            _parse_override(override, macros)
         sections = {}
         for field in dataclasses.fields(Config):
             section = type(field.default)
-            bound = _BOUND[section.__name__]()
+            try:
+                bound = _BOUND[section.__name__]()
+            except (TypeError, ValueError) as error:  # a macro that nobody defined
+                raise ConfigError(f"cannot resolve {section.__name__}: {str(error).splitlines()[0]}") from error
             sections[field.name] = section(
                 **{f.name: _typed(section, f, getattr(bound, f.name)) for f in dataclasses.fields(section)}
             )
@@ -447,112 +434,40 @@ def dump(config: Config) -> str:
     return "\n".join(lines)
 
 
-def check(config: Config) -> None:
-    """Refuse values that contradict each other.
-
-    Raises:
-        ConfigError: naming the values, the limit and the remedy.
-    """
-    algorithm, engine, train = config.algorithm, config.engine, config.train
-    for section in (getattr(config, field.name) for field in dataclasses.fields(config)):
-        for field in dataclasses.fields(section):
-            key = f"{type(section).__name__}.{field.name}"
-            if getattr(section, field.name) == "REQUIRED":
-                raise ConfigError(f"{key} must be set; add --set {key}=…")
-    if algorithm.keep > train.samples:
-        raise ConfigError(
-            f"AlgorithmConfig.keep={algorithm.keep} is more than TrainConfig.samples={train.samples}; "
-            "lower keep or play more samples"
-        )
-    if algorithm.min_positive + algorithm.min_negative > algorithm.keep:
-        raise ConfigError(
-            f"AlgorithmConfig.min_positive={algorithm.min_positive} and min_negative={algorithm.min_negative} exceed "
-            f"keep={algorithm.keep}; lower them or raise keep"
-        )
-    longest = engine.max_prompt_tokens + engine.max_response_tokens
-    if train.row_tokens < longest:
-        raise ConfigError(
-            f"TrainConfig.row_tokens={train.row_tokens} cannot hold the longest trajectory of {longest} tokens "
-            "(EngineConfig.max_prompt_tokens + max_response_tokens); raise row_tokens"
-        )
-    if config.model.query_heads % config.model.kv_heads:
-        raise ConfigError(
-            f"ModelConfig.query_heads={config.model.query_heads} is no multiple of kv_heads={config.model.kv_heads}"
-        )
-    _check_stages(config)
-    if not engine.temperature > 0:
-        raise ConfigError(
-            f"EngineConfig.temperature={engine.temperature} must be above 0: the policy is trained on what it samples; "
-            "for greedy evaluation set EvalConfig.temperature=0"
-        )
-    if config.eval.temperature > 0 and max(config.eval.k, default=1) > config.eval.samples:
-        raise ConfigError(
-            f"EvalConfig.k={config.eval.k} asks for more than EvalConfig.samples={config.eval.samples}; "
-            "raise samples or lower k"
-        )
-    if algorithm.roc == "inverse" and algorithm.roc_epsilon <= 0:
-        raise ConfigError(f"AlgorithmConfig.roc_epsilon={algorithm.roc_epsilon} must be above 0 for roc='inverse'")
-    if algorithm.kl_coefficient and algorithm.kl_estimator == "k1":
-        raise ConfigError(
-            "AlgorithmConfig.kl_estimator='k1' has no gradient in expectation; use 'k2' or 'k3' in a loss"
-        )
-    if not config.data.eval and "stories" in config.data.train.split(","):
-        raise ConfigError("DataConfig.eval is empty: stories have a split of their own; set DataConfig.eval='stories'")
-    if not 0 < engine.reserve_quantile <= 1:
-        raise ConfigError(f"EngineConfig.reserve_quantile={engine.reserve_quantile} is outside (0, 1]")
-    if train.prefetch_groups > train.problems:
-        raise ConfigError(
-            f"TrainConfig.prefetch_groups={train.prefetch_groups} is more than TrainConfig.problems={train.problems}: "
-            "groups would wait longer than one step; lower it"
-        )
-    if min(config.eval.k, default=1) < 1:
-        raise ConfigError(f"EvalConfig.k={config.eval.k} holds a k below 1")
-    for names, holds, words in _RANGES:
-        for name in names.split():
-            section, field = name.split(".")
-            value = getattr(getattr(config, _FIELD_OF[section + "Config"]), field)
-            if not holds(value):
-                raise ConfigError(f"{section}Config.{field}={value} must {words}")
-
-
-def _check_stages(config: Config) -> None:
-    stages = config.stages
-    for field in dataclasses.fields(stages):
-        if len(getattr(stages, field.name)) != len(stages.until):
-            raise ConfigError(
-                f"StagesConfig.{field.name}={getattr(stages, field.name)} has not one entry for each of the "
-                f"{len(stages.until)} stages of StagesConfig.until={stages.until}"
-            )
-    if list(stages.until) != sorted(set(stages.until)):
-        raise ConfigError(f"StagesConfig.until={stages.until} must rise from stage to stage")
-    if stages.until and stages.until[-1] != config.train.steps:
-        raise ConfigError(f"the last stage ends at step {stages.until[-1]} but TrainConfig.steps={config.train.steps}")
-    if stages.until and max(stages.max_response_tokens) > config.engine.max_response_tokens:
-        raise ConfigError(
-            f"StagesConfig.max_response_tokens={stages.max_response_tokens} exceeds "
-            f"EngineConfig.max_response_tokens={config.engine.max_response_tokens}; raise the latter"
-        )
-
-
-def _parse_gin(text: str) -> None:
+def _parse_gin(text: str, macros: set[str]) -> None:
+    _check_keys(text, macros)
     try:
         gin.parse_config(text)
     except ValueError as error:
         raise ConfigError(_explain(str(error))) from error
-    except (SyntaxError, TypeError, AttributeError, OSError) as error:
+    except (SyntaxError, TypeError, AttributeError, OSError, tokenize.TokenError) as error:
         raise ConfigError(f"cannot read the configuration: {str(error).splitlines()[0]}") from error
 
 
-def _parse_override(override: str) -> None:
+def _check_keys(text: str, macros: set[str]) -> None:
+    """Refuse what gin would take and never use: scopes, and names that are neither fields nor macros in use."""
+    for line in text.splitlines():
+        if line.startswith(("import ", "from ")):
+            raise ConfigError(f"{line.strip()!r}: a recipe imports nothing; it binds fields and includes recipes")
+        match = re.match(r"([\w./]+)\s*=", line)
+        if match is None or re.fullmatch(r"\w+\.\w+", match[1]) or match[1] in macros:
+            continue
+        fields = [f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
+        ends = [key for key in fields if key.endswith("." + match[1].rpartition(".")[2])]
+        hint = f"; did you mean {ends[0]}?" if ends else _nearest(match[1], fields)
+        raise ConfigError(f"unknown key {match[1]}{hint}")
+
+
+def _parse_override(override: str, macros: set[str]) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r} has no value; write --set Section.field=value")
     try:
-        _parse_gin(f"{key.strip()} = {value.strip()}")
+        _parse_gin(f"{key.strip()} = {value.strip()}", macros)
     except ConfigError as error:
-        if not isinstance(error.__cause__, SyntaxError):
+        if not isinstance(error.__cause__, SyntaxError | tokenize.TokenError):
             raise
-        _parse_gin(f"{key.strip()} = {value.strip()!r}")
+        _parse_gin(f"{key.strip()} = {value.strip()!r}", macros)
 
 
 def _explain(message: str) -> str:

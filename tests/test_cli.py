@@ -43,6 +43,9 @@ def test_every_verb_shows_examples(capsys: pytest.CaptureFixture[str], verb: str
         ("EngineConfig.max_prompt_tokens=10", "max_prompt_tokens=10 but 68 of 68 problems have more, the longest,"),
         ("ModelConfig.vocab_size=100", "ModelConfig.vocab_size=100 is smaller than the tokenizer's"),
         ("MeshConfig.data=7", "MeshConfig asks for"),
+        ("EngineConfig.pages=1", "EngineConfig.pages=1 of 16 tokens cannot hold one sequence"),
+        ("SandboxConfig.preload=('nope',)", "preload names 'nope', which"),
+        ("EnvConfig.max_tool_tokens=3", "max_tool_tokens=3 cannot hold the cut mark"),
     ],
 )
 def test_bad_configuration_is_bad_usage(

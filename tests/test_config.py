@@ -1,6 +1,7 @@
 """Promise 10: every configuration key is checked before anything is compiled."""
 
 import dataclasses
+import pathlib
 
 import pytest
 
@@ -48,13 +49,54 @@ def test_overrides_win_and_bare_words_are_strings() -> None:
         ("OptimizerConfig.warmup_steps = -1", r"OptimizerConfig.warmup_steps=-1 must not be negative"),
         ("EnvConfig.infra_retries = -1", r"EnvConfig.infra_retries=-1 must not be negative"),
         ("SandboxConfig.cpu_seconds = 0.0", r"SandboxConfig.cpu_seconds=0.0 must be above 0"),
-        ("EvalConfig.k = (0, 1)", r"EvalConfig.k=\(0, 1\) holds a k below 1"),
+        ("EvalConfig.k = (0, 1)", r"EvalConfig.k=\(0, 1\) must be at least 1"),
         ("TrainConfig.prefetch_groups = 17", r"prefetch_groups=17 is more than TrainConfig.problems=16"),
     ],
 )
 def test_promise_10_bad_configuration_is_refused_with_a_remedy(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configuration.parse([text])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = 9", "unknown key steps; did you mean SftConfig.steps\\?"),
+        ("train/TrainConfig.steps = 4", "unknown key train/TrainConfig.steps; did you mean"),
+        ("import os", "a recipe imports nothing"),
+        ("TrainConfig.steps = %unheard_of", "cannot resolve TrainConfig"),
+        ("TrainConfig.steps = [1", "cannot read the configuration"),
+        ("ModelConfig.kv_heads = 0", r"ModelConfig.kv_heads=0 must be at least 1"),
+        ("ModelConfig.head_width = 15", "head_width=15 must be even"),
+        ("ModelConfig.sliding_layers = (7,)", "names layer 7 of 4"),
+        ("ModelConfig.max_positions = 10", "max_positions=10 is less than the longest trajectory of 512"),
+        ("OptimizerConfig.beta1 = 2.0", "beta1=2.0 must be at least 0 and below 1"),
+        ("AlgorithmConfig.dual_clip = 0.5", "dual_clip=0.5 must be above 1, or 0"),
+        ("SandboxConfig.memory_mib = 5", "memory_mib=5 must be at least 16"),
+    ],
+)
+def test_promise_10_nothing_is_swallowed_and_nothing_senseless_taken(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configuration.parse([text])
+    if "import" not in text:
+        with pytest.raises(ConfigError, match=message if "[1" not in text else "must be int"):
+            configuration.load("", [text.replace(" = ", "=")])
+
+
+def test_macros_of_a_recipe_can_be_set() -> None:
+    recipe = "rate = 1e-3\nOptimizerConfig.learning_rate = %rate\nSftConfig.learning_rate = %rate\n"
+    assert configuration.parse([recipe]).optimizer.learning_rate == 1e-3
+    assert configuration.parse([recipe], ["rate=1e-4"]).sft.learning_rate == 1e-4
+
+
+def test_recipe_files_that_cannot_be_read(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.gin").write_text(f"include '{tmp_path}/b.gin'\n")
+    (tmp_path / "b.gin").write_text(f"include '{tmp_path}/a.gin'\n")
+    with pytest.raises(ConfigError, match="includes itself: .*a.gin → .*b.gin → .*a.gin"):
+        configuration.load(f"{tmp_path}/a.gin")
+    (tmp_path / "c.gin").write_bytes(bytes([0xFF, 0xFE]))
+    with pytest.raises(ConfigError, match="is no UTF-8 text"):
+        configuration.load(f"{tmp_path}/c.gin")
 
 
 def test_unknown_override_names_the_nearest_key() -> None:

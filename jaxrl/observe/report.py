@@ -119,7 +119,7 @@ def final_table(report: Report) -> RenderableType:
 
 def _comparison_table(comparisons: tuple[Comparison, ...]) -> RenderableType:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for comparison in comparisons:

@@ -72,6 +72,7 @@ class WardenLink(asyncio.Protocol):
         try:
             await asyncio.wait_for(asyncio.shield(self._ready), _START_SECONDS)
         except BaseException:
+            self._ready.cancel()  # nobody waits for it any more
             await self.close()
             raise
 
@@ -131,7 +132,7 @@ class WardenLink(asyncio.Protocol):
                 self._on_slot_free()
                 if not future.done():
                     future.set_result(report)
-            elif kind is Kind.READY:
+            elif kind is Kind.READY and not self._ready.done():
                 self._ready.set_result(None)
             elif kind is Kind.UNAVAILABLE and not self._ready.done():
                 self._ready.set_exception(SandboxUnavailable(body.decode()))

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from jaxrl.config import SandboxConfig
+from jaxrl.config import ConfigError, SandboxConfig
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox import jail
@@ -236,18 +236,25 @@ class Pool:
 
 
 def pool_from_config(config: SandboxConfig) -> Pool:
-    """The pool that a run's configuration asks for."""
+    """The pool that a run's configuration asks for.
+
+    Raises:
+        ConfigError: a module of ``preload`` is not installed.
+    """
     limits = Limits(
         cpu_seconds=config.cpu_seconds,
         wall_seconds=config.wall_seconds,
         memory_mib=config.memory_mib,
         output_kib=config.output_kib,
     )
-    return Pool(
-        limits,
-        workers=config.workers,
-        slots=config.slots,
-        queue=config.queue,
-        preload=tuple(config.preload),
-        unsafe=config.unsafe,
-    )
+    try:
+        return Pool(
+            limits,
+            workers=config.workers,
+            slots=config.slots,
+            queue=config.queue,
+            preload=tuple(config.preload),
+            unsafe=config.unsafe,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

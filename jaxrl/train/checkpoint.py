@@ -108,11 +108,12 @@ class Checkpoints:
         with self._reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             return reader.restore(self._manager.directory / str(step) / "state", arguments)["params"]
 
-    def rewind(self, step: int) -> None:
-        """Remove every checkpoint newer than ``step``, so that it is the latest."""
-        for newer in self._manager.all_steps():
-            if newer > step:
-                self._manager.delete(newer)
+    def rewind(self, step: int) -> list[int]:
+        """Remove every checkpoint newer than ``step``, so that it is the latest; returns which."""
+        newer = [other for other in self._manager.all_steps() if other > step]
+        for other in newer:
+            self._manager.delete(other)
+        return newer
 
     def wait(self) -> None:
         """Until the last write is complete; a fault of it is raised here."""

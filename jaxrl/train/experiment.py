@@ -48,8 +48,8 @@ def train(
             for line in run.write_config(config):
                 view.note(f"changed since the last start: {line}")
             run.go_back(step, progress.global_step)
-            if step is not None:
-                checkpoints.rewind(step)
+            if step is not None and (removed := checkpoints.rewind(step)):
+                view.note(f"going back to checkpoint {step}: removed {', '.join(map(str, removed))}")
         if progress.stage == "rl" and progress.step >= config.train.steps and not cold_start_only:
             view.note(f"{progress.step} steps are done, TrainConfig.steps={config.train.steps}: nothing to train")
         recorder = Recorder(config, run, view, timer, progress, checkpoints)

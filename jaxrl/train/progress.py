@@ -58,8 +58,10 @@ class RunProgress:
         row = dict(row)
         version = row.pop("format", None)
         if version != FORMAT:
+            found = "an older jaxrl" if version is None else f"format {version}"
             raise CheckpointError(
-                f"a checkpoint of format {version}, but this jaxrl reads format {FORMAT}; use the one it was made with"
+                f"a checkpoint of {found}, but this jaxrl reads format {FORMAT}; go on with the one that made it, or "
+                "choose a new folder with --run"
             )
         groups = []
         for rows in row["pending"]:

@@ -19,6 +19,7 @@ from jaxrl.model import hf, spec, transformer
 from jaxrl.records import Demonstration, Problem
 from jaxrl.rewards.verifier import MathVerifier
 from jaxrl.rollout.engine import Engine
+from jaxrl.rollout.scheduler import Scheduler
 from jaxrl.sandbox import pool_from_config
 from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -90,6 +91,7 @@ def open_session(config: Config, run: RunFolder) -> Session:
         ConfigError: values that the data shows to be wrong, such as prompts longer than the engine takes.
         DataError: problems or demonstrations that cannot be used.
     """
+    Scheduler(config.engine)  # refuses pages that cannot hold one sequence
     train, held_out = problems.load_split(config.data)
     worked = demonstrations.load(config.sft, config.data, train) if config.sft.demonstrations else ()
     session = _session(config, run, _tokenizer(config, run, train, worked))

@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 
 import jax
@@ -20,6 +21,7 @@ from jaxrl.observe.progress import Progress
 from jaxrl.observe.writers import read_metrics
 from jaxrl.train import experiment, state
 from jaxrl.train.checkpoint import CheckpointError, Checkpoints
+from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunFolder
 from jaxrl.train.session import reopen_session
 
@@ -143,6 +145,27 @@ def test_the_rate_rises_from_the_first_update_on(warmup: int) -> None:
             moved.append(-float(update["final_norm"][0]))
         # Adam's update of a constant gradient is the rate itself.
         assert moved == pytest.approx([0.1 * (step + 1) / (warmup + 1) for step in range(warmup + 1)], rel=1e-3)
+
+
+def test_a_checkpoint_of_another_format_is_refused() -> None:
+    row = RunProgress().to_json()
+    assert RunProgress.from_json(row) == RunProgress()
+    with pytest.raises(CheckpointError, match="a checkpoint of format 99, but this jaxrl reads format"):
+        RunProgress.from_json(row | {"format": 99})
+    del row["format"]
+    with pytest.raises(CheckpointError, match="a checkpoint of an older jaxrl"):
+        RunProgress.from_json(row)
+
+
+def test_a_closed_output_is_no_traceback() -> None:
+    script = (
+        "import sys\nfrom jaxrl import cli, commands\n"
+        "def train(*_, **__): raise BrokenPipeError\n"
+        "commands.train = train\nsys.exit(cli.main(['train', 'smoke', '--run', 'nowhere']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (cli.FAILED, "")
+    assert done.stderr.startswith("jaxrl: the output was closed before the first checkpoint")
 
 
 def test_ctrl_c_promises_only_a_checkpoint_that_is_there(

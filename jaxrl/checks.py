@@ -1,0 +1,153 @@
+"""Which values a configuration may hold: ranges of single fields, and what must agree between them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the value, the limit and the remedy."""
+
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "Engine.slots Engine.page_size Engine.prefill_rows Engine.prefill_chunk Engine.round_steps "
+        "Engine.max_prompt_tokens Engine.max_response_tokens Model.logprob_chunk Model.layers Model.width "
+        "Model.query_heads Model.kv_heads Model.head_width Model.ffn_width Model.max_positions Sft.count Sft.rows "
+        "Sft.row_tokens Train.rows Train.row_tokens Train.problems Train.samples Train.max_draws "
+        "Train.updates_per_step Algorithm.keep Eval.samples Eval.k Env.max_turns Env.max_parallel_calls "
+        "Checkpoint.every Checkpoint.keep Data.train_problems Data.eval_problems Reward.workers Sandbox.workers "
+        "Sandbox.slots Sandbox.queue Sandbox.output_kib Tokenizer.vocab_size Stages.until Stages.max_turns "
+        "Stages.max_response_tokens",
+        lambda value: value >= 1,
+        "be at least 1",
+    ),
+    (
+        "Train.steps Train.eval_every Train.prefetch_groups Sft.steps Sft.warmup_steps Sft.learning_rate Sft.variants "
+        "Optimizer.warmup_steps Optimizer.learning_rate Optimizer.weight_decay Algorithm.clip_high "
+        "Algorithm.kl_coefficient Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed "
+        "Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature Stages.drop_solved",
+        lambda value: value >= 0,
+        "not be negative",
+    ),
+    (
+        "Reward.seconds Env.wall_seconds Env.queue_seconds Sandbox.cpu_seconds Sandbox.wall_seconds Model.rope_theta "
+        "Model.norm_eps Model.init_scale Optimizer.eps Optimizer.clip_norm",
+        lambda value: value > 0,
+        "be above 0",
+    ),
+    ("Optimizer.beta1 Optimizer.beta2", lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+    ("Sft.wrong_share Sft.repair_share Algorithm.clip_low", lambda value: 0 <= value <= 1, "lie between 0 and 1"),
+    ("Engine.reserve_quantile", lambda value: 0 < value <= 1, "be above 0 and at most 1"),
+    (
+        "Engine.temperature",
+        lambda value: value > 0,
+        "be above 0: the policy is trained on what it samples; for greedy evaluation set EvalConfig.temperature=0",
+    ),
+    ("Algorithm.dual_clip", lambda value: value == 0 or value > 1, "be above 1, or 0 to switch it off"),
+    (
+        "Algorithm.min_positive Algorithm.min_negative",
+        lambda value: value >= -1,
+        "be at least -1, which means no floor",
+    ),
+    ("Sandbox.memory_mib", lambda value: value >= 16, "be at least 16, which a call needs to start"),
+)
+"""Fields by the range they must lie in, each entry of a tuple: names without "Config", what holds, the words for it."""
+
+
+def check(config: Any) -> None:
+    """Refuse values of a ``Config`` that are out of range or contradict each other.
+
+    Raises:
+        ConfigError: naming the values, the limit and the remedy.
+    """
+    algorithm, engine, train = config.algorithm, config.engine, config.train
+    sections = {}
+    for section in (getattr(config, field.name) for field in dataclasses.fields(config)):
+        sections[type(section).__name__.removesuffix("Config")] = section
+        for field in dataclasses.fields(section):
+            key = f"{type(section).__name__}.{field.name}"
+            if getattr(section, field.name) == "REQUIRED":
+                raise ConfigError(f"{key} must be set; add --set {key}=…")
+    _check_ranges(sections)
+    if not all(part.strip() for part in config.data.train.split(",")):
+        raise ConfigError(f'DataConfig.train="{config.data.train}" names no file; give paths, or "stories"')
+    if algorithm.keep > train.samples:
+        raise ConfigError(
+            f"AlgorithmConfig.keep={algorithm.keep} is more than TrainConfig.samples={train.samples}; "
+            "lower keep or play more samples"
+        )
+    if algorithm.min_positive + algorithm.min_negative > algorithm.keep:
+        raise ConfigError(
+            f"AlgorithmConfig.min_positive={algorithm.min_positive} and min_negative={algorithm.min_negative} exceed "
+            f"keep={algorithm.keep}; lower them or raise keep"
+        )
+    longest = engine.max_prompt_tokens + engine.max_response_tokens
+    if train.row_tokens < longest:
+        raise ConfigError(
+            f"TrainConfig.row_tokens={train.row_tokens} cannot hold the longest trajectory of {longest} tokens "
+            "(EngineConfig.max_prompt_tokens + max_response_tokens); raise row_tokens"
+        )
+    if config.model.query_heads % config.model.kv_heads:
+        raise ConfigError(
+            f"ModelConfig.query_heads={config.model.query_heads} is no multiple of kv_heads={config.model.kv_heads}"
+        )
+    _check_stages(config)
+    if config.eval.temperature > 0 and max(config.eval.k, default=1) > config.eval.samples:
+        raise ConfigError(
+            f"EvalConfig.k={config.eval.k} asks for more than EvalConfig.samples={config.eval.samples}; "
+            "raise samples or lower k"
+        )
+    if algorithm.roc == "inverse" and algorithm.roc_epsilon <= 0:
+        raise ConfigError(f"AlgorithmConfig.roc_epsilon={algorithm.roc_epsilon} must be above 0 for roc='inverse'")
+    if algorithm.kl_coefficient and algorithm.kl_estimator == "k1":
+        raise ConfigError(
+            "AlgorithmConfig.kl_estimator='k1' has no gradient in expectation; use 'k2' or 'k3' in a loss"
+        )
+    if not config.data.eval and "stories" in config.data.train.split(","):
+        raise ConfigError("DataConfig.eval is empty: stories have a split of their own; set DataConfig.eval='stories'")
+    if train.prefetch_groups > train.problems:
+        raise ConfigError(
+            f"TrainConfig.prefetch_groups={train.prefetch_groups} is more than TrainConfig.problems={train.problems}: "
+            "groups would wait longer than one step; lower it"
+        )
+    if config.model.head_width % 2:
+        raise ConfigError(f"ModelConfig.head_width={config.model.head_width} must be even, for rotary positions")
+    if outside := [layer for layer in config.model.sliding_layers if layer >= config.model.layers]:
+        raise ConfigError(
+            f"ModelConfig.sliding_layers={config.model.sliding_layers} names layer {outside[0]} of "
+            f"{config.model.layers}; they are counted from 0"
+        )
+    if config.model.max_positions < longest:
+        raise ConfigError(
+            f"ModelConfig.max_positions={config.model.max_positions} is less than the longest trajectory of {longest} "
+            "tokens; raise it"
+        )
+
+
+def _check_ranges(sections: Mapping[str, Any]) -> None:
+    for names, holds, words in _RANGES:
+        for name in names.split():
+            section, field = name.split(".")
+            value = getattr(sections[section], field)
+            if not all(map(holds, value if isinstance(value, tuple) else (value,))):
+                raise ConfigError(f"{section}Config.{field}={value} must {words}")
+
+
+def _check_stages(config: Any) -> None:
+    stages = config.stages
+    for field in dataclasses.fields(stages):
+        if len(getattr(stages, field.name)) != len(stages.until):
+            raise ConfigError(
+                f"StagesConfig.{field.name}={getattr(stages, field.name)} has not one entry for each of the "
+                f"{len(stages.until)} stages of StagesConfig.until={stages.until}"
+            )
+    if list(stages.until) != sorted(set(stages.until)):
+        raise ConfigError(f"StagesConfig.until={stages.until} must rise from stage to stage")
+    if stages.until and stages.until[-1] != config.train.steps:
+        raise ConfigError(f"the last stage ends at step {stages.until[-1]} but TrainConfig.steps={config.train.steps}")
+    if stages.until and max(stages.max_response_tokens) > config.engine.max_response_tokens:
+        raise ConfigError(
+            f"StagesConfig.max_response_tokens={stages.max_response_tokens} exceeds "
+            f"EngineConfig.max_response_tokens={config.engine.max_response_tokens}; raise the latter"
+        )
