@@ -51,8 +51,8 @@ class Result:
     stdout_truncated: bool
     stderr_truncated: bool
     isolation: str  # which walls stood around the code
-    files: dict[str, bytes]  # that were wanted and written, by path
-    files_left_out: int  # wanted and written, but beyond Limits.files_mib or unreadable
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # that were wanted and written, by path
+    files_left_out: int = 0  # wanted and written, but beyond Limits.files_mib or unreadable
 
 
 class Pool:
