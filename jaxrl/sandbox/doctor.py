@@ -97,7 +97,7 @@ def _try(layer: str, action: Callable[[], object], remedy: str) -> Finding:
             jail.become_isolated_user()
             action()
             text = ""
-        except Exception as error:
+        except Exception as error:  # of any kind: a layer that breaks is no layer, and nothing may leave this fork
             text = str(error.__cause__ or error) or repr(error)
         os.write(writer, text.encode())
         os._exit(0)

@@ -86,6 +86,18 @@ open(deep + '/buried', 'w')
 """
     result = sandbox.run(code, wanted=["*"])
     assert (result.status, result.files) == (ToolStatus.OK, {"honest": b"mine"}), result
+    assert result.files_left_out == 0, "a link is no file, so it is not even tried"
+
+
+def test_promise_6_a_link_is_not_read_even_if_taken_for_a_file(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "secret").write_text("of the host")
+    (tmp_path / "link").symlink_to(tmp_path / "secret")
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert files._read(directory, "link", 100) is None
+        assert files._read(directory, "secret", 100) == b"of the host"
+    finally:
+        os.close(directory)
 
 
 def test_without_a_jail_files_work_too() -> None:
