@@ -199,3 +199,14 @@ def test_variants_ask_the_same_with_other_numbers(tmp_path):
         assert other.turns[2].endswith(f"\\boxed{{{int(1.5 * stated)}}}</answer>")
         numbers.add(stated)
     assert len(numbers) > 5
+
+
+def test_a_variant_keeps_different_numbers_apart(tmp_path):
+    row = {
+        "question": "3 boxes of 4 and 5 of 6, from 7 on 8 days?",
+        "answer": "<<3*4=12>> <<5*6=30>> <<12+30=42>>\n#### 42",
+    }
+    (_, *others) = gsm8k_demonstrations(rows_of(tmp_path / "a.jsonl", row), variants=200)
+    stated = [re.findall(r"\d+", other.problem.question) for other in others]
+    assert len(stated) > 100
+    assert all(len(set(numbers)) == 6 and numbers[4:] == ["7", "8"] for numbers in stated)
