@@ -13,9 +13,8 @@ class Turns:
     """Waiting calls of all tenants. Within a tenant first come, first served, as far as there is a place for it."""
 
     def __init__(self) -> None:
-        self._tenants: dict[
-            int, dict[bool, deque[Job]]
-        ] = {}  # whose turn is next first; by the kind of template wanted
+        # Whose turn is next comes first; within a tenant by the kind of template wanted.
+        self._tenants: dict[int, dict[bool, deque[Job]]] = {}
 
     def add(self, job: Job, *, first: bool = False) -> None:
         """Let a call wait, with ``first`` before all others of its tenant."""

@@ -174,7 +174,8 @@ class _Template:
             send_packet(self._control, orders.ANSWER_DIED + orders.DIED.pack(id, 0, 0.0, 0.0, 0))
             return
         pidfd = os.pidfd_open(pid)
-        if directory and unpack_for_child(packed)[4]:
+        *_, wanted = unpack_for_child(packed)
+        if wanted:
             directory = ""  # the warden has yet to read there; it goes with the pool
         self._children[pidfd] = (id, pid, directory)
         self._poller.register(pidfd, select.POLLIN)
