@@ -70,6 +70,7 @@ def launch(control_fd: int, settings: dict) -> NoReturn:
         if jailed:
             jail.confine_template()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))  # some hosts grant it without bound
         cell.prepare()
         _stem(control, settings["watch_bytes"], view.work, jailed)
     os._exit(0)

@@ -236,7 +236,8 @@ ATTACKS: dict[str, tuple[tuple[ToolStatus, ...], str, str]] = {
     "lock memory": (
         (OK,),
         "held",
-        "import ctypes\nprint('held' if ctypes.CDLL(None).mlockall(3) == -1 else 'GOT THROUGH')",
+        "import ctypes, resource\nmay = resource.getrlimit(resource.RLIMIT_MEMLOCK) != (0, 0)\n"
+        "print('GOT THROUGH' if may or ctypes.CDLL(None).mlockall(3) == 0 else 'held')",
     ),
     "file watches": (
         (OK,),
