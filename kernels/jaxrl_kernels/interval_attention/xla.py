@@ -71,18 +71,19 @@ def _attend_chunk(
 def _backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, end, window, output, log_total = saved
     delta = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
-    key_gradient, value_gradient = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    sums = (jnp.zeros((*k.shape[:2], 0, k.shape[3]), jnp.float32),) * 2
     query_gradients = []
     for chunks, reach in _spans(q):
-        keys, values = k[:, :, :reach], v[:, :, :reach]
-        differentiate = functools.partial(_differentiate_chunk, keys, values, end[:, :reach], window)
-        zeros = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32))
+        # Each span goes on with the sums of the shorter ones: a slice updated in place inside shard_map crashes the
+        # compiler of jaxlib 0.11 for CPUs.
+        sums = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, reach - x.shape[2]), (0, 0))) for x in sums)
+        differentiate = functools.partial(
+            _differentiate_chunk, k[:, :, :reach], v[:, :, :reach], end[:, :reach], window
+        )
         pieces = (chunks * q.shape[4], q[chunks], log_total[chunks], delta[chunks], gradient[chunks])
-        sums, query_gradient = jax.lax.scan(differentiate, zeros, pieces)
-        key_gradient = key_gradient.at[:, :, :reach].add(sums[0])
-        value_gradient = value_gradient.at[:, :, :reach].add(sums[1])
+        sums, query_gradient = jax.lax.scan(differentiate, sums, pieces)
         query_gradients.append(query_gradient)
-    return jnp.concatenate(query_gradients), key_gradient.astype(k.dtype), value_gradient.astype(v.dtype), None, None
+    return jnp.concatenate(query_gradients), sums[0].astype(k.dtype), sums[1].astype(v.dtype), None, None
 
 
 def _differentiate_chunk(
