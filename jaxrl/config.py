@@ -277,7 +277,9 @@ class StagesConfig:
     """At most EngineConfig.max_response_tokens, for which everything is compiled."""
     max_turns: tuple[int, ...] = ()
     drop_solved: tuple[int, ...] = ()
-    """On entering the stage play every problem this often and drop those always solved; 0 keeps all."""
+    """On entering the stage play every problem this often and drop those always solved; 0 drops none."""
+    drop_unsolved: tuple[int, ...] = ()
+    """The same for those never solved, so that a weak policy's steps are not spent on groups that are all wrong."""
     reset_optimizer: tuple[bool, ...] = ()
     """Begin the stage with a fresh optimizer, and the present policy as the reference."""
 

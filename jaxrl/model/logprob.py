@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model.transformer import Params, hidden_states
+from jaxrl_kernels.products import product
 
 
 @flax.struct.dataclass
@@ -23,7 +24,7 @@ def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Float32 logits [..., V] of hidden states [..., D], rows and vocabulary unsplit: for few rows, as in sampling."""
     head = to_compute(_head(params).astype(hidden.dtype), ("vocab", "embed"))
     spec = compute_spec((*[None] * (hidden.ndim - 1), "vocab"))
-    split = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32, out_sharding=spec)
+    split = product("...d,vd->...v", hidden, head, out_sharding=spec)
     return to_compute(split, (None,) * hidden.ndim)
 
 
@@ -94,7 +95,7 @@ def _score_chunks(
 
     @jax.checkpoint
     def score(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scaled = jnp.einsum("td,vd->tv", hidden, head, preferred_element_type=jnp.float32) / temperature
+        scaled = product("td,vd->tv", hidden, head) / temperature
         log_total = jax.nn.logsumexp(scaled, axis=-1)
         hit = targets[:, None] == jnp.arange(head.shape[0], dtype=targets.dtype)
         logprob = jnp.sum(jnp.where(hit, scaled, 0.0), axis=-1) - log_total

@@ -16,6 +16,7 @@ from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl_kernels import interval_attention, paged_attention, segment_ends
+from jaxrl_kernels.products import product
 
 Params = dict[str, Any]
 
@@ -233,16 +234,16 @@ def _layer(
     dtype = jnp.dtype(config.compute_dtype)
     axes = {name: spec.axes[1:] for name, spec in param_specs(config)["layers"].items()}
 
-    def product(equation: str, x: jax.Array, name: str, out_axes: tuple[str | None, ...]) -> jax.Array:
+    def multiply(equation: str, x: jax.Array, name: str, out_axes: tuple[str | None, ...]) -> jax.Array:
         """A matrix product of operands in the compute type, with a float32 result."""
         weight = to_compute(weights[name].astype(dtype), axes[name])
         spec = compute_spec((rows, None, *out_axes))
-        return jnp.einsum(equation, x.astype(dtype), weight, preferred_element_type=jnp.float32, out_sharding=spec)
+        return product(equation, x.astype(dtype), weight, out_sharding=spec)
 
     normed = _rms_norm(x, weights["attention_norm"], config)
-    q = product("btd,dnh->btnh", normed, "query", ("query_heads", None))
-    k = product("btd,dkh->btkh", normed, "key", ("kv_heads", None))
-    v = product("btd,dkh->btkh", normed, "value", ("kv_heads", None))
+    q = multiply("btd,dnh->btnh", normed, "query", ("query_heads", None))
+    k = multiply("btd,dkh->btkh", normed, "key", ("kv_heads", None))
+    v = multiply("btd,dkh->btkh", normed, "value", ("kv_heads", None))
     if "query_bias" in weights:
         q, k, v = (
             y + to_compute(weights[name].astype(jnp.float32), axes[name])
@@ -252,14 +253,14 @@ def _layer(
         q, k = _rms_norm(q, weights["query_norm"], config), _rms_norm(k, weights["key_norm"], config)
     q, k = _rotate(q, rotation), _rotate(k, rotation)
     attended, state = attend(q.astype(dtype), k.astype(dtype), v.astype(dtype))
-    x = x + product("btnh,nhd->btd", attended, "output", (None,))
+    x = x + multiply("btnh,nhd->btd", attended, "output", (None,))
     if "output_bias" in weights:
         x = x + to_compute(weights["output_bias"].astype(x.dtype), axes["output_bias"])
 
     normed = _rms_norm(x, weights["ffn_norm"], config)
-    gate = product("btd,df->btf", normed, "gate", ("ffn",))
-    up = product("btd,df->btf", normed, "up", ("ffn",))
-    return x + product("btf,fd->btd", jax.nn.silu(gate) * up, "down", (None,)), state
+    gate = multiply("btd,df->btf", normed, "gate", ("ffn",))
+    up = multiply("btd,df->btf", normed, "up", ("ffn",))
+    return x + multiply("btf,fd->btd", jax.nn.silu(gate) * up, "down", (None,)), state
 
 
 def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: str | None) -> jax.Array:

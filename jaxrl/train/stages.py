@@ -47,9 +47,9 @@ async def enter(
     begins = progress.step == (0, *stages.until)[number] and progress.stage_entered < number + 1
     if not begins:
         return state, reference, player
-    if stages.drop_solved[number]:
+    if stages.drop_solved[number] or stages.drop_unsolved[number]:
         with recorder.timer.phase("choose problems"):
-            progress.problems = await _unsolved(session, recorder, player, number, stages.drop_solved[number])
+            progress.problems = await _choose(session, recorder, player, number)
         if progress.stream:
             remaining = session.problem_stream(dataclasses.replace(progress, stream={})).state()
             progress.stream = remaining | {"next_draw": progress.stream["next_draw"]}
@@ -61,13 +61,22 @@ async def enter(
     return state, reference, player
 
 
-async def _unsolved(session: Session, recorder: Recorder, player: Player, number: int, samples: int) -> tuple[str, ...]:
-    """Ids of the problems that ``samples`` episodes do not all solve; all problems if every one is solved."""
+async def _choose(session: Session, recorder: Recorder, player: Player, number: int) -> tuple[str, ...]:
+    """Ids of the problems that the stage keeps after playing each; all problems if it would drop every one."""
+    stages = session.config.stages
+    samples = max(stages.drop_solved[number], stages.drop_unsolved[number])
     draws = [(DRAWS + position, problem) for position, problem in enumerate(session.train_problems)]
-    kept = []
+    kept, solved, unsolved = [], 0, 0
     async with contextlib.aclosing(play_groups(player, draws, samples, in_flight=IN_FLIGHT)) as groups:
         async for group in groups:
-            if not all(trajectory.correct for trajectory in group.trajectories):
+            correct = [trajectory.correct for trajectory in group.trajectories]
+            always = stages.drop_solved[number] and all(correct[: stages.drop_solved[number]])
+            never = stages.drop_unsolved[number] and not any(correct[: stages.drop_unsolved[number]])
+            solved += bool(always)
+            unsolved += bool(never)
+            if not (always or never):
                 kept.append(group.problem.id)
-    recorder.view.note(f"stage {number + 1}: {len(kept)} of {len(draws)} problems are not always solved and stay")
+    recorder.view.note(
+        f"stage {number + 1}: {len(kept)} of {len(draws)} problems stay, {solved} always solved and {unsolved} never"
+    )
     return tuple(kept) or tuple(problem.id for problem in session.train_problems)

@@ -15,6 +15,7 @@ from jaxrl.observe.traces import read_episodes
 from jaxrl.observe.writers import read_metrics
 from jaxrl.train import experiment, stages
 from jaxrl.train.checkpoint import Checkpoints
+from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunFolder
 from jaxrl.train.session import open_session
 
@@ -23,6 +24,7 @@ STAGES = StagesConfig(
     max_response_tokens=(30, 96, 96),
     max_turns=(1, 3, 3),
     drop_solved=(0, 0, 1),
+    drop_unsolved=(0, 0, 0),
     reset_optimizer=(False, False, True),
 )
 
@@ -46,7 +48,7 @@ def test_a_run_in_three_stages(tiny_config: Config, tmp_path: pathlib.Path) -> N
     assert ["grad_norm" in row for row in read_metrics(tmp_path / "run", "rl")] == [False, True, True, True]
     evaluated = read_episodes(next((tmp_path / "run" / "episodes").glob("eval_*.jsonl")))
     assert max(t.policy_turns for t in evaluated) > 1  # a stage limits training, not what it is judged by
-    assert "of 16 problems are not always solved and stay" in shown.getvalue()
+    assert "of 16 problems stay, " in shown.getvalue()
 
     run = RunFolder(tmp_path / "run")
     session = open_session(config, run)
@@ -57,6 +59,22 @@ def test_a_run_in_three_stages(tiny_config: Config, tmp_path: pathlib.Path) -> N
     assert {t.problem.id for step in played[2:] for t in step} <= set(progress.problems)
     assert {t.problem.id for t in played[3]} != {t.problem.id for t in played[2]}  # the stream went on
     assert len({(t.draw, t.sample) for step in played for t in step}) == sum(map(len, played))
+
+
+def test_what_one_stage_drops_as_solved_another_drops_all_but(tiny_config: Config, tmp_path: pathlib.Path) -> None:
+    kept = []
+    for solved, unsolved in ((1, 0), (0, 1)):
+        train = dataclasses.replace(tiny_config.train, steps=1, eval_every=0, prefetch_groups=0)
+        only = StagesConfig((1,), (96,), (3,), (solved,), (unsolved,), (False,))
+        folder = tmp_path / f"{solved}{unsolved}"
+        with Progress("tiny", file=io.StringIO(), live=False) as view:
+            experiment.train(dataclasses.replace(tiny_config, train=train, stages=only), folder, view)
+        checkpoints = Checkpoints(RunFolder(folder).checkpoints, tiny_config.checkpoint, read_only=True)
+        kept.append(set(RunProgress.from_json(checkpoints.host(checkpoints.find("latest"))).problems or ()))
+        checkpoints.close()
+    assert not kept[0] & kept[1]
+    assert len(kept[0] | kept[1]) == 16
+    assert all(kept)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels.products import product
+
 
 def interval_attention(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array) -> jax.Array:
     """As the contract says, one line per step."""
@@ -12,9 +14,9 @@ def interval_attention(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array,
     query, key = jnp.arange(tokens)[:, None], jnp.arange(tokens)[None, :]
     visible = (key <= query) & (query < end[:, None, :]) & ((window == 0) | (query - key < window))  # [B, T, T]
     visible = visible[:, None]
-    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k) / q.shape[3] ** 0.5
+    scores = product("btnh,bsnh->bnts", q.astype(jnp.float32), k) / q.shape[3] ** 0.5
     scores = jnp.where(visible, scores, -jnp.inf)
     anything = visible.any(axis=-1, keepdims=True)
     weights = jax.nn.softmax(jnp.where(anything, scores, 0.0), axis=-1)
     weights = jnp.where(anything, weights, 0.0)
-    return jnp.einsum("bnts,bsnh->btnh", weights, v).astype(q.dtype)
+    return product("bnts,bsnh->btnh", weights, v).astype(q.dtype)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import MASKED, round_up
 
 CHUNK = 256
@@ -58,12 +59,12 @@ def _attend_chunk(
     """Output and log-sum-exp of one chunk, given its first index and its queries."""
     start, query = chunk
     visible = _visible(start, query.shape[3], end, window)
-    scores = jnp.where(visible, _product("bkmh,bksh->bkms", query, keys), MASKED)
+    scores = jnp.where(visible, _over_heads("bkmh,bksh->bkms", query, keys), MASKED)
     top = round_up(scores.max(axis=-1, keepdims=True))
     top = jnp.where(top > MASKED / 2, top, 0.0)  # a row that sees nothing: every weight becomes exp(MASKED) = 0
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
-    output = _product("bkms,bksh->bkmh", weights.astype(values.dtype), values)
+    output = _over_heads("bkms,bksh->bkmh", weights.astype(values.dtype), values)
     total = jnp.where(total > 0, total, 1.0)
     return (output / total).astype(query.dtype), top + jnp.log(total)
 
@@ -97,13 +98,13 @@ def _differentiate_chunk(
     """Adds one chunk's share to the sums of key and value gradients; gives its query gradient."""
     start, query, log_total, delta, gradient = chunk
     visible = _visible(start, query.shape[3], end, window)
-    scores = jnp.where(visible, _product("bkmh,bksh->bkms", query, keys), MASKED)
+    scores = jnp.where(visible, _over_heads("bkmh,bksh->bkms", query, keys), MASKED)
     weights = jnp.exp(scores - log_total)
-    weight_gradient = _product("bkmh,bksh->bkms", gradient, values)
+    weight_gradient = _over_heads("bkmh,bksh->bkms", gradient, values)
     score_gradient = (weights * (weight_gradient - delta)).astype(query.dtype)
-    key_sum = sums[0] + _key_product(score_gradient, query)
-    value_sum = sums[1] + _key_product(weights.astype(gradient.dtype), gradient)
-    return (key_sum, value_sum), _product("bkms,bksh->bkmh", score_gradient, keys).astype(query.dtype)
+    key_sum = sums[0] + _over_queries(score_gradient, query)
+    value_sum = sums[1] + _over_queries(weights.astype(gradient.dtype), gradient)
+    return (key_sum, value_sum), _over_heads("bkms,bksh->bkmh", score_gradient, keys).astype(query.dtype)
 
 
 _attend.defvjp(_forward, _backward)
@@ -123,16 +124,16 @@ def _visible(start: jax.Array, count: int, end: jax.Array, window: jax.Array) ->
     return visible[:, None, None]
 
 
-def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+def _over_heads(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """A product of [B, K, G, C, x] with [B, K, S, H] in float32; G and C are one axis, which XLA multiplies faster."""
     batch, kv_heads, groups, count = left.shape[:4]
     merged = left.reshape(batch, kv_heads, groups * count, left.shape[4])
-    product = jnp.einsum(equation, merged, right, preferred_element_type=jnp.float32)
-    return product.reshape(batch, kv_heads, groups, count, product.shape[3])
+    result = product(equation, merged, right)
+    return result.reshape(batch, kv_heads, groups, count, result.shape[3])
 
 
-def _key_product(left: jax.Array, right: jax.Array) -> jax.Array:
+def _over_queries(left: jax.Array, right: jax.Array) -> jax.Array:
     """The sum over queries [B, K, S, H] of [B, K, G, C, S] times [B, K, G, C, H]."""
     batch, kv_heads, groups, count = left.shape[:4]
     merged = [x.reshape(batch, kv_heads, groups * count, x.shape[4]) for x in (left, right)]
-    return jnp.einsum("bkms,bkmh->bksh", *merged, preferred_element_type=jnp.float32)
+    return product("bkms,bkmh->bksh", *merged)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels.products import product
+
 
 def paged_attention(
     q: jax.Array,
@@ -23,8 +25,8 @@ def paged_attention(
     visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, C, S]
     seen = visible.any(axis=1)[:, :, None, None]
     k, v = jnp.where(seen, k, 0.0), jnp.where(seen, v, 0.0)
-    scores = jnp.einsum("rcnh,rsnh->rncs", q.astype(jnp.float32), k) / width**0.5
+    scores = product("rcnh,rsnh->rncs", q.astype(jnp.float32), k) / width**0.5
     scores = jnp.where(visible[:, None], scores, -jnp.inf)
     anything = visible.any(axis=-1)[:, None, :, None]
     weights = jnp.where(anything, jax.nn.softmax(jnp.where(anything, scores, 0.0), axis=-1), 0.0)
-    return jnp.einsum("rncs,rsnh->rcnh", weights, v).astype(q.dtype)
+    return product("rncs,rsnh->rcnh", weights, v).astype(q.dtype)

@@ -15,6 +15,7 @@ Time is proportional to the longest row present, not to the width of the page ta
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import MASKED, round_up
 
 BLOCK = 128
@@ -50,14 +51,14 @@ def paged_attention(
         v = jnp.where(held, v, 0)
         query = positions[:, None, None, :, None]
         visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, 1, 1, C, S]
-        scores = jnp.einsum("rkmh,rskh->rkms", q, k, preferred_element_type=jnp.float32)
+        scores = product("rkmh,rskh->rkms", q, k)
         scores = jnp.where(visible, scores.reshape(rows, kv_heads, groups, count, block), MASKED)
         new_top = jnp.maximum(top, round_up(scores.max(axis=-1)))
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
         correction = jnp.exp(top - new_top)
         merged = weights.astype(v.dtype).reshape(rows, kv_heads, groups * count, block)
-        product = jnp.einsum("rkms,rskh->rkmh", merged, v, preferred_element_type=jnp.float32).reshape(output.shape)
-        return new_top, total * correction + weights.sum(axis=-1), output * correction[..., None] + product
+        attended = product("rkms,rskh->rkmh", merged, v).reshape(output.shape)
+        return new_top, total * correction + weights.sum(axis=-1), output * correction[..., None] + attended
 
     shape = (rows, kv_heads, groups, count)
     start = (round_up(jnp.full(shape, MASKED)), jnp.zeros(shape), jnp.zeros((*shape, width)))

@@ -1,0 +1,44 @@
+"""Matrix products keep float32 where an accelerator would round it by itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl.config import ModelConfig
+from jaxrl.model.logprob import logits, sequence_logprobs
+from jaxrl.model.spec import initialize
+from jaxrl.model.transformer import init_pages, paged_hidden_states, param_specs
+from jaxrl_kernels.products import product
+
+CONFIG = ModelConfig(vocab_size=32, layers=1, width=16, query_heads=2, kv_heads=1, head_width=8, ffn_width=16)
+
+
+def products(function, *arguments) -> list[str]:
+    """The matrix products of a program, as it is handed to the compiler."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    return [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+
+
+def test_the_result_is_float32_whatever_the_operands() -> None:
+    left, right = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.bfloat16)
+    result = product("ab,bc->ac", left, right)
+    assert result.dtype == jnp.float32
+    np.testing.assert_array_equal(result, np.full((2, 4), 3.0))
+
+
+def test_no_product_of_training_or_decoding_is_left_to_the_accelerators_default() -> None:
+    params = initialize(param_specs(CONFIG), jax.random.key(0))
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    positions = jnp.arange(4, dtype=jnp.int32)[None]
+
+    def loss(params: dict) -> jax.Array:
+        return sequence_logprobs(params, CONFIG, tokens, positions, tokens + 1).logprobs.sum()
+
+    def decode(params: dict) -> jax.Array:
+        pages = init_pages(CONFIG, 2, 4)
+        hidden, _ = paged_hidden_states(params, CONFIG, tokens, positions, pages, jnp.zeros((1, 1), jnp.int32))
+        return logits(params, CONFIG, hidden)
+
+    for lines in (products(jax.grad(loss), params), products(decode, params)):
+        assert len(lines) >= 8
+        assert all("precision = [HIGHEST, HIGHEST]" in line for line in lines)
