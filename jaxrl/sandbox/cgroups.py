@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 
 _PREFIX = "jaxrl-"  # of the folders that hold one warden's groups
+_LAST_REQUEST = 4 << 20  # bytes, two huge pages: a group whose peak is so near its limit was refused more
 _REMEDY = (
     "Remedies: as root make /sys/fs/cgroup writable (in Docker --privileged, or -v /sys/fs/cgroup:/sys/fs/cgroup:rw "
     "with --cgroupns=host); as an ordinary user start under `systemd-run --user --scope -p Delegate=yes`; or accept "
@@ -162,6 +163,8 @@ class Group:
             self._limits = (0, 0)
             self._set_limits(memory, processes)
             self._limits = (memory, processes)
+        if self._version == 1:
+            _write(f"{self.folders['memory']}/memory.max_usage_in_bytes", "0")  # its peak, from here
         self._start = self._counts()
 
     def doors(self) -> tuple[int, ...]:
@@ -220,7 +223,8 @@ class Group:
         memory, cpu = self.folders["memory"], self.folders.get("cpu", "")
         if self._version == 1:
             kills = _field(f"{memory}/memory.oom_control", "oom_kill")
-            reached = int(_read(f"{memory}/memory.failcnt"))
+            # Not failcnt: kernels of 2025 no longer count there.
+            reached = int(_read(f"{memory}/memory.max_usage_in_bytes")) > self._limits[0] - _LAST_REQUEST
         else:
             kills = _field(f"{memory}/memory.events", "oom_kill")
             reached = _field(f"{memory}/memory.events", "oom")

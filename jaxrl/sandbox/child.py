@@ -13,7 +13,7 @@ import socket
 import time
 from typing import NoReturn
 
-from jaxrl.sandbox import cell, files, forks, landlock, programs, seccomp, syscalls
+from jaxrl.sandbox import cell, files, forks, jail, landlock, programs, seccomp, syscalls
 from jaxrl.sandbox.orders import STARTED, send_packet
 from jaxrl.sandbox.protocol import unpack_for_child
 
@@ -41,7 +41,8 @@ class Child:
         self._groups = groups
         self._mount_flags = _MOUNT_FLAGS | (0 if processes else syscalls.MS_NOEXEC)
         self._filter = seccomp.child_filter(processes)
-        self._file_rules = landlock.Rules(work, processes) if jailed and landlock.version() else None
+        writable = (work, jail.SHARED_MEMORY) if processes else (work,)
+        self._file_rules = landlock.Rules(writable, processes) if jailed and landlock.version() else None
 
     def become(self, packed: bytes, address_space: int, fds: list[int], directory: str) -> NoReturn:
         """Set up, say that the walls stand, run the call.
@@ -102,6 +103,9 @@ class Child:
         syscalls.unshare(syscalls.CLONE_NEWNS)
         size = f"size={disk_mib}m,nr_inodes={_FILES_IN_WORK},mode=700"
         syscalls.mount("tmpfs", self._work, "tmpfs", self._mount_flags, size)
+        if self._processes:  # where processes share semaphores
+            flags = _MOUNT_FLAGS | syscalls.MS_NOEXEC
+            syscalls.mount("tmpfs", jail.SHARED_MEMORY, "tmpfs", flags, size)
         os.chdir(self._work)
         syscalls.unshare(syscalls.CLONE_NEWUSER)
         syscalls.set_capabilities()

@@ -21,6 +21,7 @@ JAILED = "jail: namespaces, seccomp, rlimits, ordinary user" + (", landlock" if 
 
 _BASE = "/tmp"  # where the new root is put together, out of everybody else's sight
 _ORDINARY_USER = 65534
+SHARED_MEMORY = "/dev/shm"  # a folder that nobody can write to, unless a call mounts its own over it
 _DEVICES = ("null", "zero", "random", "urandom")
 _LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 NAMESPACES = {
@@ -184,7 +185,8 @@ def _build_root(view: View) -> None:
     for name in _DEVICES:
         trees.append((syscalls.clone_mount(f"/dev/{name}"), f"/dev/{name}", plain, False))
     syscalls.mount("tmpfs", _BASE, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "size=1m,mode=755")
-    os.mkdir(_BASE + view.work)
+    for path in (view.work, SHARED_MEMORY):
+        os.makedirs(_BASE + path, mode=0o755)
     for tree, path, attributes, folder in trees:
         target = _BASE + path
         if folder:

@@ -37,11 +37,11 @@ class Rules:
     """What a child may do to files; made before the fork.
 
     Args:
-        work: its working directory, mounted by the time it calls ``confine``.
+        writable: its own folders, mounted by the time it calls ``confine``.
         programs: what can be read can also be executed.
     """
 
-    def __init__(self, work: str, programs: bool = False) -> None:
+    def __init__(self, writable: tuple[str, ...], programs: bool = False) -> None:
         known = version()
         files = max((accesses for first, accesses in _FILE_ACCESSES.items() if first <= known), default=0)
         tcp = _TCP_BIND_AND_CONNECT if known >= 4 else 0
@@ -52,7 +52,7 @@ class Rules:
         self._rules = (
             ("/", read),
             ("/dev", files & (_READ_FILE | _READ_FOLDER | _WRITE_FILE | _TRUNCATE)),
-            (work, files & ~(_EXECUTE | _MAKE_DEVICES | _CONTROL_DEVICE) | execute),
+            *((place, files & ~(_EXECUTE | _MAKE_DEVICES | _CONTROL_DEVICE) | execute) for place in writable),
         )
 
     def confine(self) -> None:
