@@ -64,7 +64,7 @@ class Child:
             if self._jailed:
                 self._build_walls(disk_mib)
                 # Counted per user of the namespace that is this call's own; elsewhere it would count others' threads.
-                most = processes + 1 if self._processes else threads  # this process is not the call's
+                most = processes + bool(command) if self._processes else threads  # a program's parent is ours
                 resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
             else:
                 os.chdir(directory)

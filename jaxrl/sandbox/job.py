@@ -154,6 +154,7 @@ class Job:
 
         Args:
             wait_status: as from ``waitpid``.
+            cpu_seconds: as from ``wait4``; a control group, where there is one, knows better.
             peak_rss_kib: of the child, shared pages of the template included.
         """
         assert self.stdout is not None and self.stderr is not None
@@ -177,6 +178,8 @@ class Job:
         killed = os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else 0
         exit_code = os.WEXITSTATUS(wait_status) if os.WIFEXITED(wait_status) else -1
         program_signal = exit_code - 128 if self.call.command else 0
+        together = self.group.cpu_seconds() if self.group is not None else None
+        cpu_seconds = cpu_seconds if together is None else together
         if self.output_exceeded():
             outcome = Outcome.OUTPUT_LIMIT
         elif killed == signal.SIGKILL and self.kill_reason is not None:

@@ -30,6 +30,7 @@ _FAST_SECONDS = 0.25  # a call that runs longer moves to the slow lane
 _SLOW_NICENESS = 10  # added in the slow lane: about a tenth of a core that the trainer wants too
 _CHECK_SECONDS = 0.02  # shortest time between two looks at a running call
 _READ = 1 << 18
+_CORES = os.cpu_count() or 1
 
 
 class Warden:
@@ -278,7 +279,8 @@ class Warden:
             if now >= deadline:
                 job.kill(Outcome.TIMEOUT)
                 return
-        upcoming = min(deadline, now + cpu_limit - cpu)
+        cores = min(job.call.limits.processes, _CORES) if job.call.processes else 1  # that it may keep busy at once
+        upcoming = min(deadline, now + (cpu_limit - cpu) / cores)
         if job.fast:
             if now - job.born >= _FAST_SECONDS and self._slow < self._settings.slow_slots:
                 self._demote(job)

@@ -35,7 +35,14 @@ ENDS: dict[str, tuple[str, ToolStatus, int | None, str, str, str]] = {
     "bash memory, noticed": ("bash", OK, 0, "went on", "", "python3 -c 'bytearray(1 << 28)' || echo went on"),
     "bash output": ("bash", OUTPUT, None, "y\n", "", "yes"),
     "c++ ok": ("c++", OK, 0, "14\n", "", "int main() { std::cout << 2 * 7 << std::endl; }"),
-    "c++ input": ("c++", OK, 0, "4 text", "", "int main() { std::string s; std::cin >> s; std::cout << s.size() << ' ' << s; }"),
+    "c++ input": (
+        "c++",
+        OK,
+        0,
+        "4 text",
+        "",
+        "int main() { std::string s; std::cin >> s; std::cout << s.size() << ' ' << s; }",
+    ),
     "c++ exit code": ("c++", ERROR, 9, "", "", "int main() { return 9; }"),
     "c++ compile error": ("c++", ERROR, 1, "", "'x' was not declared", "int main() { return x; }"),
     "c++ link error": ("c++", ERROR, 1, "", "undefined reference to `f()'", "int f();\nint main() { return f(); }"),
@@ -52,7 +59,7 @@ ENDS: dict[str, tuple[str, ToolStatus, int | None, str, str, str]] = {
         "",
         "int main() { for (;;) { char* p = new char[1 << 20]; memset(p, 1, 1 << 20); std::cin.rdbuf((std::streambuf*)p); } }",
     ),
-    "c++ output": ("c++", OUTPUT, None, "x\n", "", "int main() { for (;;) puts(\"x\"); }"),
+    "c++ output": ("c++", OUTPUT, None, "x\n", "", 'int main() { for (;;) puts("x"); }'),
 }
 
 
@@ -96,7 +103,9 @@ def test_files_in_and_out(sandbox: Driver) -> None:
 def test_a_program_is_built_once_and_its_limits_are_its_own(sandbox: Driver) -> None:
     """What the compiler takes is neither the program's time nor its memory, and is not taken again for other input."""
     needs("bash")
-    write = "(echo '#!/usr/bin/bash'; echo \"read x; echo \\$x $RANDOM$RANDOM$RANDOM\") > made; sleep 0.5; cat source >&2"
+    write = (
+        "(echo '#!/usr/bin/bash'; echo \"read x; echo \\$x $RANDOM$RANDOM$RANDOM\") > made; sleep 0.5; cat source >&2"
+    )
     language = Language("made up", "source", run=("./made",), build=("bash", "-c", write), program="made")
     limits = dataclasses.replace(PATIENT, wall_seconds=0.4)
 
@@ -225,7 +234,9 @@ print(json.dumps([asyncio.run(use(processes_without_cgroup=allowed)) for allowed
     assert refused[0] == "42\n", "Python by itself needs none"
     assert "no memory cgroup can be made here" in refused[1] and "Pool(processes_without_cgroup=True)" in refused[1]
     assert "systemd-run --user --scope" in refused[1]
-    assert allowed[1:3] == ["ok", "42\n"] and allowed[3].endswith("each process's memory bounded by itself, not all together")
+    assert allowed[1:3] == ["ok", "42\n"] and allowed[3].endswith(
+        "each process's memory bounded by itself, not all together"
+    )
     assert allowed[5] == "error" and "MemoryError" in allowed[8], "each process is bounded by itself"
 
 
