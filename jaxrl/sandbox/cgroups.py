@@ -290,6 +290,7 @@ class Groups:
 
     def close(self) -> None:
         """Remove what can be removed; a group whose processes are still dying is left to the next ``sweep``."""
+        sweep(self._place)
         for group in [*self._idle, *self._taken]:
             group.close()
         _remove(self._place, self._name)

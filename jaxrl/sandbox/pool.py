@@ -4,6 +4,7 @@ Safe to start in a process that already runs threads or jax: helpers are fresh i
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import shutil
@@ -159,6 +160,9 @@ class Pool:
             link, self._link = self._link, None
         if link is not None:
             await link.close()
+        if self._isolation_of_processes and not self._unsafe:
+            with contextlib.suppress(cgroups.CgroupsUnavailable):
+                cgroups.sweep(cgroups.find())  # where a warden was killed
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = ""

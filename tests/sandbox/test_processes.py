@@ -1,4 +1,4 @@
-"""What hostile code tries where it may start processes: the walls of every call, and what many processes add to that."""
+"""What hostile code tries where it may start processes: the walls of every call, and what many processes add."""
 
 import asyncio
 import dataclasses
@@ -159,7 +159,8 @@ PROCESS_ATTACKS: dict[str, tuple[str, tuple[ToolStatus, ...], str, str]] = {
         "bash",
         (OK,),
         "held",
-        "for f in /usr/bin/x /bin/bash /usr/lib/x /etc/x /dev/x /x; do echo x 2>/dev/null >> $f && echo GOT THROUGH; done\n"
+        "for f in /usr/bin/x /bin/bash /usr/lib/x /etc/x /dev/x /x; do\n"
+        "    echo x 2>/dev/null >> $f && echo GOT THROUGH\ndone\n"
         "rm -f /usr/bin/ls && echo GOT THROUGH; mv /usr/bin/ls /tmp && echo GOT THROUGH; echo held",
     ),
     "network by a program": (
@@ -178,7 +179,8 @@ PROCESS_ATTACKS: dict[str, tuple[str, tuple[ToolStatus, ...], str, str]] = {
         "bash",
         (OK,),
         "held",
-        "ulimit -u 1000 && echo GOT THROUGH; ulimit -n 1000 && echo GOT THROUGH; ulimit -f unlimited && echo GOT THROUGH\n"
+        "ulimit -u 1000 && echo GOT THROUGH; ulimit -n 1000 && echo GOT THROUGH\n"
+        "ulimit -f unlimited && echo GOT THROUGH\n"
         "ulimit -t unlimited && echo GOT THROUGH; nice -n -5 true 2>&1 | grep -q 'cannot set' && echo held",
     ),
     "compiler that includes the host's files": (
@@ -258,9 +260,7 @@ def test_neighbours_of_one_that_takes_all_memory_are_fine(quiet: Driver) -> None
     assert [(r.status, r.attempts) for r in results] == [(OK, 1)] * 10, results
     assert [r.stdout for r in results] == [text + "\n"] * 2 + ["108893\n"] * 4 + ["52428800\n"] * 4
     granted = (PATIENT.memory_mib + PATIENT.disk_mib + 16) << 20
-    assert all(int(peak.read_text()) <= 6 * granted for peak in peaks), (
-        "the bound of six such calls held on the machine"
-    )
+    assert all(int(peak.read_text()) <= 6 * granted for peak in peaks), "more than six such calls may have"
 
 
 def test_nothing_is_left_for_the_next_call(quiet: Driver) -> None:
