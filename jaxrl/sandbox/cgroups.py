@@ -87,18 +87,20 @@ def find(trees: list[Hierarchy] | None = None) -> Place:
         CgroupsUnavailable: no memory controller may be used; says why.
     """
     trees = _seen_by_this_process() if trees is None else trees
-    refusals = []
-    for tree in sorted(trees, key=lambda tree: tree.version):
-        if tree.version == 1 and "memory" in tree.controllers:
-            if os.access(tree.own, os.W_OK):
-                return Place(1, {"memory": tree.own, **_side_folders(trees)})
-            refusals.append(f"{tree.own} is not writable")
-        elif tree.version == 2:
-            folder = _delegated(tree)
-            if folder is not None:
-                return Place(2, dict.fromkeys(("memory", "pids", "cpu", "pressure"), folder))
-            refusals.append(f"between {tree.own} and {tree.top} no group is writable that can hand on the controller")
-    why = "; ".join(refusals) or "no control groups are mounted"
+    # A controller is in one tree only: in that of version 2 where it is in none of version 1.
+    tree = next((tree for tree in trees if "memory" in tree.controllers), None)
+    tree = tree or next((tree for tree in trees if tree.version == 2), None)
+    if tree is None:
+        why = "no control groups are mounted"
+    elif tree.version == 1:
+        if os.access(tree.own, os.W_OK):
+            return Place(1, {"memory": tree.own, **_side_folders(trees)})
+        why = f"{tree.own} is not writable"
+    else:
+        folder = _delegated(tree)
+        if folder is not None:
+            return Place(2, dict.fromkeys(("memory", "pids", "cpu", "pressure"), folder))
+        why = f"from {tree.own} up to {tree.top} no group is writable that can hand on the memory controller"
     raise CgroupsUnavailable(f"no memory cgroup can be made here: {why}. {_REMEDY}")
 
 

@@ -10,9 +10,10 @@ import time
 import pytest
 
 from jaxrl.records import ToolStatus
-from jaxrl.sandbox import cgroups
+from jaxrl.sandbox import cgroups, doctor
 from jaxrl.sandbox.cgroups import CgroupsUnavailable, Group, Groups, Hierarchy, Place
 from tests.sandbox.driver import LIMITS, Driver
+from tests.sandbox.test_jail import ORDINARY, REPOSITORY, python
 from tests.sandbox.test_languages import needs
 
 PATIENT = dataclasses.replace(LIMITS, cpu_seconds=8.0, wall_seconds=20.0, memory_mib=64)
@@ -192,6 +193,24 @@ def test_a_pool_leaves_no_group(place: Place) -> None:
 
 def groups_in(home: str) -> list[str]:
     return [entry.name for entry in os.scandir(home) if entry.is_dir()]
+
+
+def test_the_doctor_names_memory_groups_and_languages() -> None:
+    findings = {finding.layer: finding for finding in doctor.examine()}
+    needs("bash")
+    assert findings["memory cgroup"].works and findings["memory cgroup"].detail.startswith("version ")
+    assert findings["language bash"].detail == "/usr/bin/bash"
+    assert not any(findings[name].needed for name in ("memory cgroup", "language bash", "language c++"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes the right to make cgroups away from root")
+def test_the_doctor_names_the_remedy_where_there_is_no_group() -> None:
+    script = "import dataclasses, json; from jaxrl.sandbox import doctor\n"
+    script += "print(json.dumps({finding.layer: dataclasses.astuple(finding) for finding in doctor.examine()}))"
+    found = python(ORDINARY, str(REPOSITORY), script)
+    _, works, _, detail, remedy = found["memory cgroup"]
+    assert not works and "is not writable; calls that start processes need one" in detail
+    assert remedy.startswith("as root make /sys/fs/cgroup writable")
 
 
 def test_groups_of_a_killed_warden_are_removed(place: Place) -> None:
