@@ -21,7 +21,7 @@ JAILED = "jail: namespaces, seccomp, rlimits, ordinary user" + (", landlock" if 
 
 _BASE = "/tmp"  # where the new root is put together, out of everybody else's sight
 _ORDINARY_USER = 65534
-SHARED_MEMORY = "/dev/shm"  # a folder that nobody can write to, unless a call mounts its own over it
+SHARED_MEMORY = "/dev/shm"
 _DEVICES = ("null", "zero", "random", "urandom")
 _LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 NAMESPACES = {
@@ -54,6 +54,7 @@ class View:
     links: tuple[tuple[str, str], ...]  # (path, target) of top-level symbolic links such as /lib64
     packages: tuple[str, ...]  # appended to the module search path
     files: tuple[str, ...] = ()  # single ones, bound likewise
+    shared_memory: bool = False  # an empty /dev/shm, over which a call mounts its own
     work: str = "/tmp"  # the child's private working directory; without a jail the folder that holds all of them
 
 
@@ -185,7 +186,7 @@ def _build_root(view: View) -> None:
     for name in _DEVICES:
         trees.append((syscalls.clone_mount(f"/dev/{name}"), f"/dev/{name}", plain, False))
     syscalls.mount("tmpfs", _BASE, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "size=1m,mode=755")
-    for path in (view.work, SHARED_MEMORY):
+    for path in (view.work, SHARED_MEMORY) if view.shared_memory else (view.work,):
         os.makedirs(_BASE + path, mode=0o755)
     for tree, path, attributes, folder in trees:
         target = _BASE + path

@@ -116,7 +116,7 @@ def plan_view(preload: tuple[str, ...], more: tuple[str, ...]) -> jail.View:
     if folder not in view.folders:
         files.append(interpreter())
         links += [(os.path.join(folder, other), name) for other in {"python3", "python"} - {name}]
-    return dataclasses.replace(view, files=tuple(files), links=(*view.links, *links))
+    return dataclasses.replace(view, files=tuple(files), links=(*view.links, *links), shared_memory=True)
 
 
 def environment(view: jail.View) -> dict[str, str]:

@@ -207,7 +207,7 @@ class Pool:
         if language == "python":
             return await self._submit(dataclasses.replace(call, code=source, echo=echo, processes=processes))
         chosen = languages.named(language)
-        taken = chosen.own_files & set(files or {})
+        taken = chosen.own_files & {name.partition("/")[0] for name in files or {}}
         if taken:
             raise ValueError(f"files {sorted(taken)} have the names of the program's own; give them others")
         if chosen.build:

@@ -181,6 +181,35 @@ def test_what_a_process_does_in_a_group_is_counted(place: Place) -> None:
     groups.close()
 
 
+def test_waiting_for_a_core_is_counted(place: Place) -> None:
+    """Two processes on one core wait for each other as long as both are there."""
+    groups = Groups(place)
+    group = groups.take(64 << 20, 8)
+    children = []
+    for _ in range(2):
+        doors = group.doors()
+        pid = os.fork()
+        if not pid:
+            for door in doors:
+                os.write(door, b"0")
+            os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+            end = time.process_time() + 0.3
+            while time.process_time() < end:
+                pass
+            os._exit(0)
+        for door in doors:
+            os.close(door)
+        children.append(pid)
+    for pid in children:
+        os.waitpid(pid, 0)
+    waited = group.waited_seconds()
+    groups.give_back(group)
+    groups.close()
+    if waited is None:
+        pytest.skip("this kernel does not count pressure")
+    assert waited > 0.1
+
+
 def test_a_pool_leaves_no_group(place: Place) -> None:
     before = homes(place)
     with Driver(workers=1, slots=3, preload=()) as driver:
