@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import errno
 import os
 import pathlib
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from jaxrl.records import ToolStatus
-from jaxrl.sandbox import Result, cgroups
+from jaxrl.sandbox import Limits, Result, cgroups, seccomp, syscalls
 from tests.sandbox.driver import LIMITS, Driver, descendants
 from tests.sandbox.test_attacks import ATTACKS
 from tests.sandbox.test_languages import needs
@@ -224,7 +225,7 @@ def test_promise_6_attack_with_processes(quiet: Driver, name: str) -> None:
     assert result.attempts == 1, "a snippet must not look like a fault of ours"
 
 
-def run(driver: Driver, code: str, language: str, limits) -> Result:
+def run(driver: Driver, code: str, language: str, limits: Limits) -> Result:
     processes = language == "python"
     return driver.run(code, language=language, processes=processes, limits=limits)
 
@@ -236,6 +237,31 @@ def test_the_walls_are_those_of_every_call(quiet: Driver, name: str) -> None:
     result = run(quiet, code, "python", LIMITS if TIMEOUT in statuses else PATIENT)
     assert result.status in statuses and text in result.stdout, result
     assert "GOT THROUGH" not in result.stdout and result.attempts == 1, result
+
+
+def test_a_process_is_cloned_and_a_namespace_is_not() -> None:
+    """The filter by itself, as behind it the lack of rights refuses the same."""
+    number = {"x86_64": 56, "aarch64": 220}[syscalls.MACHINE]
+    namespaces = [1 << bit for bit in (17, 25, 26, 27, 28, 29, 30)]  # mount, cgroup, uts, ipc, user, pid, network
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        answers = []
+        syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+        seccomp.child_filter(processes=True).install()
+        for flag in [0, *namespaces]:
+            try:
+                if not syscalls.raw("clone", number, flag | signal.SIGCHLD, 0, 0, 0, 0):
+                    os._exit(0)
+                answers.append(0)
+            except OSError as error:
+                answers.append(error.errno)
+        os.write(writer, bytes(answers))
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as answers:
+        assert list(answers.read()) == [0] + [errno.EAGAIN] * len(namespaces)
+    os.waitpid(pid, 0)
 
 
 def test_every_row_is_named_that_means_something_else_here() -> None:
