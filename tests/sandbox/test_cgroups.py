@@ -5,6 +5,8 @@ import dataclasses
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -222,6 +224,25 @@ def test_a_pool_leaves_no_group(place: Place) -> None:
 
 def groups_in(home: str) -> list[str]:
     return [entry.name for entry in os.scandir(home) if entry.is_dir()]
+
+
+def test_groups_of_a_killed_pool_are_removed_by_its_warden(place: Place) -> None:
+    script = """
+import asyncio, os, signal
+from jaxrl.sandbox import Pool
+async def use():
+    async with Pool(workers=1, slots=1, preload=()) as pool:
+        assert (await pool.run("true", language="bash")).status == "ok"
+        os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(use())"""
+    before = homes(place)
+    environment = {"PYTHONPATH": str(REPOSITORY), "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    deadline = time.monotonic() + 20.0
+    while homes(place) != before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert homes(place) == before
 
 
 def test_the_doctor_names_memory_groups_and_languages() -> None:
