@@ -210,27 +210,28 @@ class Pool:
         taken = chosen.own_files & {name.partition("/")[0] for name in files or {}}
         if taken:
             raise ValueError(f"files {sorted(taken)} have the names of the program's own; give them others")
+        own = {chosen.source: source}
         if chosen.build:
             built = await self._builds.get((chosen, source), lambda: self._build(chosen, source, tenant))
-            if chosen.program not in built.files:
+            if built.status is not ToolStatus.OK:
                 return built
-            own = {chosen.program: built.files[chosen.program]}
-        else:
-            own = {chosen.source: source}
+            own = dict(built.files)
         result = await self._submit(self._with_program(call, chosen.run, own))
-        return dataclasses.replace(
-            result, files={name: data for name, data in result.files.items() if name not in chosen.own_files}
-        )
+        kept = {name: data for name, data in result.files.items() if name not in chosen.own_files}
+        return dataclasses.replace(result, files=kept)
 
     async def _build(self, language: Language, source: bytes, tenant: str) -> Result:
-        """The compiled program, among the files of the result, unless the code or the compiler failed."""
+        """The compiled program, the one file of the result where that is ok."""
         call = self._call("", language.build_limits, tenant, {}, (language.program,))
         result = await self._submit(self._with_program(call, language.build, {language.source: source}))
-        if result.status is ToolStatus.OK and language.program not in result.files:
-            text = f"{result.stderr}{language.build[0]} left no file {language.program!r} of at most "
-            text += f"files_mib={language.build_limits.files_mib}\n"
-            result = dataclasses.replace(result, status=ToolStatus.ERROR, stderr=text)
-        return dataclasses.replace(result, stage="build")
+        result = dataclasses.replace(result, stage="build")
+        if result.status is not ToolStatus.OK:
+            return dataclasses.replace(result, files={})
+        if language.program in result.files:
+            return result
+        most = language.build_limits.files_mib
+        text = f"{result.stderr}{language.build[0]} left no file {language.program!r} of at most files_mib={most}\n"
+        return dataclasses.replace(result, status=ToolStatus.ERROR, stderr=text)
 
     def _call(self, stdin: str, limits: Limits, tenant: str, files: Mapping[str, bytes], wanted: Sequence[str]) -> Call:
         file_bytes.check(files, limits.disk_mib << 20)

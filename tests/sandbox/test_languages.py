@@ -133,6 +133,7 @@ def test_building_can_fail_in_every_way(sandbox: Driver) -> None:
         ("while :; do :; done", {"cpu_seconds": 0.2}, TIMEOUT, ""),
         ("x=0123456789; while :; do x=$x$x; done", {"memory_mib": 32}, MEMORY, ""),
         ("yes >&2", {}, OUTPUT, "y\n"),
+        ("cp /usr/bin/true made; echo half done >&2; exit 1", {}, ERROR, "half done\n"),
         ("true", {}, ERROR, "bash left no file 'made' of at most files_mib=16"),
         ("truncate -s 2M made", {"files_mib": 1}, ERROR, "bash left no file 'made' of at most files_mib=1"),
     ):
@@ -181,6 +182,31 @@ def test_calls_of_both_jails_run_beside_each_other_and_are_counted_once(sandbox:
         return [(r.status, r.stdout) for r in await asyncio.gather(*bash, *python)]
 
     assert sandbox.wait(together()) == [(OK, f"{i}\n") for i in range(20)] * 2
+
+
+def test_many_calls_leave_no_descriptor_and_no_further_group(sandbox: Driver) -> None:
+    needs("bash")
+
+    def burst() -> tuple[int, int, int]:
+        codes = ["echo", "exit 1", "sleep 60 & echo", "yes", "cat"] * 8
+
+        async def together() -> list[ToolStatus]:
+            calls = (sandbox.pool.run(code, language="bash", limits=PATIENT, wanted=["*"]) for code in codes)
+            return [result.status for result in await asyncio.gather(*calls)]
+
+        assert sandbox.wait(together()) == [OK, ERROR, OK, OUTPUT, OK] * 8
+        warden = pathlib.Path(f"/proc/{sandbox.pool.warden_pid}")
+        group = pathlib.Path(cgroups.find().folders["memory"])
+        resting = len(sandbox.resting())
+        return len(list((warden / "fd").iterdir())), resting, len(list(group.glob("jaxrl-*/[0-9]*")))
+
+    first = burst()
+    assert first[2] <= 12, "a group for every call that runs at once"
+    for _ in range(2):
+        descriptors, resting, groups = burst()
+        assert resting == first[1] and groups <= 12
+        # A group that was not needed before keeps its doors open: one a hierarchy, four at most.
+        assert descriptors <= first[0] + 4 * (groups - first[2])
 
 
 def test_a_cancelled_call_ends_with_all_its_processes(sandbox: Driver) -> None:
