@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxrl.sandbox.jail import SandboxUnavailable
+    from jaxrl.sandbox.languages import Language
     from jaxrl.sandbox.pool import Pool, Result, pool_from_config
     from jaxrl.sandbox.protocol import Limits
 
 _HOMES = {
+    "Language": "languages",
     "Limits": "protocol",
     "Pool": "pool",
     "Result": "pool",
@@ -26,7 +28,7 @@ _HOMES = {
     "pool_from_config": "pool",
 }
 
-__all__ = ["Limits", "Pool", "Result", "SandboxUnavailable", "pool_from_config"]
+__all__ = ["Language", "Limits", "Pool", "Result", "SandboxUnavailable", "pool_from_config"]
 
 
 def __getattr__(name: str) -> Any:

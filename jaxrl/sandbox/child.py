@@ -13,11 +13,11 @@ import socket
 import time
 from typing import NoReturn
 
-from jaxrl.sandbox import cell, files, forks, landlock, seccomp, syscalls
+from jaxrl.sandbox import cell, files, forks, jail, landlock, programs, seccomp, syscalls
 from jaxrl.sandbox.orders import STARTED, send_packet
 from jaxrl.sandbox.protocol import unpack_for_child
 
-_MOUNT_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+_MOUNT_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV
 _FILES_IN_WORK = 4096
 _exit = os._exit  # a snippet may replace the name in its place
 
@@ -29,38 +29,47 @@ class Child:
         template: pidfd of the template.
         work: the directory inside the jail over which the child mounts its own.
         jailed: False runs the snippet with resource limits only.
+        processes: the calls may start processes and programs.
+        groups: control groups that each call joins.
     """
 
-    def __init__(self, template: int, work: str, jailed: bool) -> None:
+    def __init__(self, template: int, work: str, jailed: bool, processes: bool, groups: int) -> None:
         self._template = template
         self._work = work
         self._jailed = jailed
-        self._filter = seccomp.child_filter()
-        self._file_rules = landlock.Rules(work) if jailed and landlock.version() else None
+        self._processes = processes
+        self._groups = groups
+        self._mount_flags = _MOUNT_FLAGS | (0 if processes else syscalls.MS_NOEXEC)
+        self._filter = seccomp.child_filter(processes)
+        writable = (work, jail.SHARED_MEMORY) if processes else (work,)
+        self._file_rules = landlock.Rules(writable, processes) if jailed and landlock.version() else None
 
     def become(self, packed: bytes, address_space: int, fds: list[int], directory: str) -> NoReturn:
         """Set up, say that the walls stand, run the call.
 
         Args:
             packed: the Call.
-            address_space: bytes.
-            fds: stdout, stderr, started pipe, where files are wanted a socket for the working directory, and, if
-                there is input, stdin.
+            address_space: bytes; 0 for no limit of its own.
+            fds: stdout, stderr, started pipe, where files are wanted a socket for the working directory, if there is
+                input stdin, and the doors of the control groups.
             directory: working directory where there is no jail.
         """
         code = 1
         try:
-            source, echo, limits, given, wanted = unpack_for_child(packed)
-            cpu_seconds, _, _, _, _, disk_mib, open_files, threads, _ = limits
+            source, echo, limits, given, command, wanted = unpack_for_child(packed)
+            cpu_seconds, _, _, _, _, disk_mib, open_files, threads, _, processes = limits
+            programs.join(fds, self._groups)  # first, for what follows is charged there
             os.setsid()  # a signal to process group 0 must not reach the template
             _take_descriptors(fds, self._template, wanted)
             if self._jailed:
                 self._build_walls(disk_mib)
                 # Counted per user of the namespace that is this call's own; elsewhere it would count others' threads.
-                resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
+                most = processes + bool(command) if self._processes else threads  # a program's parent is ours
+                resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
             else:
                 os.chdir(directory)
                 os.environ.update(HOME=directory, TMPDIR=directory)
+            if self._processes or not self._jailed:
                 forks.register_hooks()
             if given:
                 files.place(given)
@@ -70,7 +79,8 @@ class Child:
             # knows fractions of seconds, is expected to act first.
             seconds = int(cpu_seconds) + 2
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-            resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+            if address_space:
+                resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
             resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
             resource.setrlimit(resource.RLIMIT_FSIZE, (disk_mib << 20, disk_mib << 20))
             _tie_to_template()
@@ -84,7 +94,7 @@ class Child:
             os.write(2, f"the sandbox could not prepare a call: {error!r}".encode())
             os._exit(0)
         try:
-            code = cell.run(source, echo)
+            code = programs.run(command) if command else cell.run(source, echo)
         finally:
             _exit(code)
 
@@ -92,7 +102,10 @@ class Child:
         """An own mount namespace with an empty sized directory, an own user for counting, no capability."""
         syscalls.unshare(syscalls.CLONE_NEWNS)
         size = f"size={disk_mib}m,nr_inodes={_FILES_IN_WORK},mode=700"
-        syscalls.mount("tmpfs", self._work, "tmpfs", _MOUNT_FLAGS, size)
+        syscalls.mount("tmpfs", self._work, "tmpfs", self._mount_flags, size)
+        if self._processes:  # where processes share semaphores
+            flags = _MOUNT_FLAGS | syscalls.MS_NOEXEC
+            syscalls.mount("tmpfs", jail.SHARED_MEMORY, "tmpfs", flags, size)
         os.chdir(self._work)
         syscalls.unshare(syscalls.CLONE_NEWUSER)
         syscalls.set_capabilities()

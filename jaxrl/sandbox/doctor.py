@@ -11,7 +11,8 @@ import platform
 import time
 from collections.abc import Callable
 
-from jaxrl.sandbox import jail, landlock, seccomp, syscalls
+from jaxrl.sandbox import cgroups, jail, landlock, languages, seccomp, syscalls
+from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.pool import Pool
 
 _USER_NAMESPACES = (
@@ -64,6 +65,8 @@ def examine() -> list[Finding]:
         *inner,
         Finding("Landlock", known > 0, False, f"version {known}" if known else "absent", _LANDLOCK),
         _huge_pages(),
+        _memory_groups(),
+        *map(_language, languages.LANGUAGES.values()),
         _whole_jail(),
     ]
 
@@ -133,6 +136,33 @@ def _huge_pages() -> Finding:
         chosen = "absent"
     remedy = f"forks with large libraries cost twice as much; echo madvise > {_HUGE_PAGES}"
     return Finding("huge pages", chosen in ("always", "madvise"), False, chosen, remedy)
+
+
+def _memory_groups() -> Finding:
+    """Makes a group and removes it."""
+    layer = "memory cgroup"
+    try:
+        place = cgroups.find()
+        groups = cgroups.Groups(place)
+        try:
+            groups.take(64 << 20, 1)
+        finally:
+            groups.close()
+    except (cgroups.CgroupsUnavailable, OSError) as error:
+        reason, _, remedies = str(error).partition(". Remedies: ")
+        return Finding(layer, False, False, f"{reason}; calls that start processes need one", remedies)
+    others = [purpose for purpose in place.folders if purpose != "memory"]
+    return Finding(layer, True, False, f"version {place.version}, with {', '.join(others) or 'nothing else'}")
+
+
+def _language(language: Language) -> Finding:
+    missing = language.missing()
+    if missing is not None:
+        places = ", ".join(languages.search_path())
+        return Finding(f"language {language.name}", False, False, f"no {missing} in {places}", f"install {missing}")
+    return Finding(
+        f"language {language.name}", True, False, languages.locate((language.build or language.run)[0]) or ""
+    )
 
 
 def _whole_jail() -> Finding:

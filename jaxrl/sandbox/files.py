@@ -28,6 +28,10 @@ def check(given: Mapping[str, bytes], room: int) -> None:
             raise ValueError(
                 f"file {name!r} is no plain relative path of at most 255 bytes; give one such as 'a/b.csv'"
             )
+        folders = ("/".join(parts[:depth]) for depth in range(1, len(parts)))
+        clash = next((folder for folder in folders if folder in given), None)
+        if clash is not None:
+            raise ValueError(f"file {name!r} lies in {clash!r}, which is given as a file; rename one of them")
     total = sum(map(len, given.values()))
     if total > room or len(given) > _MOST:
         raise ValueError(

@@ -56,6 +56,12 @@ class Settings:
     slow_slots: int  # further calls that may run on once they have proved long
     heartbeat_seconds: float  # a template silent for so long is taken for dead
     unsafe: bool
+    program_view: dict  # fields of jail.View, for calls that may start processes
+    program_environment: dict  # what those find in their environment besides
+    interpreter: str  # real path of the interpreter, as they see it
+    processes_without_cgroup: bool  # where none can be had, each process is bounded by itself
+    processes: bool = False  # this fleet is for such calls
+    groups: int = 0  # control groups that each of them joins
 
 
 class Member:
@@ -129,7 +135,7 @@ class Fleet:
         return min(fitting, key=lambda t: (t.number == avoid, len(t.jobs)))
 
     def close(self) -> None:
-        """Kill everything and wait for it."""
+        """Kill everything; ``reap`` waits for it."""
         self._closing = True
         members = [*self.templates, *self._stems.values()]
         for template in self.templates:
@@ -138,7 +144,6 @@ class Fleet:
                     send_signal(job.pidfd, signal.SIGKILL)
         for member in reversed(members):
             self._drop(member)
-        self._reap(wait_seconds=5.0)
 
     def _launch(self) -> None:
         """Start a fresh interpreter that builds the jail and leaves its first process, the bare stem, to us."""
@@ -147,12 +152,16 @@ class Fleet:
             "view": self._settings.view,
             "home": self._settings.home,
             "unsafe": self._settings.unsafe,
-            "watch_bytes": _WATCH_BYTES,
+            "watch_bytes": 0 if self._settings.processes else _WATCH_BYTES,  # a process of a process would be unknown
+            "processes": self._settings.processes,
+            "groups": self._settings.groups,
+            "interpreter": self._settings.interpreter,
         }
+        environment = _ENVIRONMENT | (self._settings.program_environment if self._settings.processes else {})
         work = self._settings.view["work"]
         launcher = subprocess.run(
             [sys.executable, "-s", "-S", "-P", "-c", _LAUNCH, str(theirs.fileno()), json.dumps(settings)],
-            env=_ENVIRONMENT | {"HOME": work, "TMPDIR": work, "MPLCONFIGDIR": work},
+            env=environment | {"HOME": work, "TMPDIR": work, "MPLCONFIGDIR": work},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -304,21 +313,8 @@ class Fleet:
                     template.asked = now
                 except OSError:
                     self.lose(template)
-        self._reap()
+        reap()
         self._loop.at(now + self._settings.heartbeat_seconds / 4, self._beat)
-
-    def _reap(self, wait_seconds: float = 0.0) -> None:
-        """Collect processes that the kernel handed to us, for at most this long."""
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                if time.monotonic() >= deadline:
-                    return
-                time.sleep(0.005)
 
     def _weigh_request(self, template: Template) -> None:
         """A child asks for much memory: note whether its limit refuses that, then let the kernel decide."""
@@ -348,6 +344,20 @@ class Fleet:
                 release_request(template.listener, request)
             else:
                 template.halted.append(request)
+
+
+def reap(wait_seconds: float = 0.0) -> None:
+    """Collect processes that the kernel handed to us, for at most this long."""
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(0.005)
 
 
 def pid_of(pidfd: int) -> int:

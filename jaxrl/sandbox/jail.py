@@ -21,6 +21,7 @@ JAILED = "jail: namespaces, seccomp, rlimits, ordinary user" + (", landlock" if 
 
 _BASE = "/tmp"  # where the new root is put together, out of everybody else's sight
 _ORDINARY_USER = 65534
+SHARED_MEMORY = "/dev/shm"
 _DEVICES = ("null", "zero", "random", "urandom")
 _LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 NAMESPACES = {
@@ -52,11 +53,17 @@ class View:
     folders: tuple[str, ...]  # bound at their own real path
     links: tuple[tuple[str, str], ...]  # (path, target) of top-level symbolic links such as /lib64
     packages: tuple[str, ...]  # appended to the module search path
+    files: tuple[str, ...] = ()  # single ones, bound likewise
+    shared_memory: bool = False  # an empty /dev/shm, over which a call mounts its own
     work: str = "/tmp"  # the child's private working directory; without a jail the folder that holds all of them
 
 
-def plan_view(preload: tuple[str, ...]) -> View:
+def plan_view(preload: tuple[str, ...], more: tuple[str, ...] = ()) -> View:
     """The interpreter's libraries, the packages of this environment and the system's shared libraries.
+
+    Args:
+        preload: modules that must be found.
+        more: further folders, as far as they exist.
 
     Raises:
         ValueError: a module of ``preload`` is not installed.
@@ -72,7 +79,7 @@ def plan_view(preload: tuple[str, ...]) -> View:
         for place in spec.submodule_search_locations or [spec.origin or ""]:
             packages.append(os.path.dirname(place))
     packages = [os.path.realpath(path) for path in packages if os.path.isdir(path)]
-    folders = [*packages, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+    folders = [*more, *packages, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
     if sys.base_prefix != "/usr":
         folders.append(os.path.join(sys.base_prefix, "lib"))
     links = []
@@ -87,7 +94,7 @@ def plan_view(preload: tuple[str, ...]) -> View:
     real = sorted({os.path.realpath(path) for path in folders if os.path.isdir(path)})
     outermost = [path for path in real if not any(path != other and _inside(path, other) for other in real)]
     work = "/sandbox" if any(_inside(path, "/tmp") for path in outermost) else "/tmp"
-    return View(tuple(outermost), tuple(links), tuple(dict.fromkeys(packages)), work)
+    return View(tuple(outermost), tuple(links), tuple(dict.fromkeys(packages)), work=work)
 
 
 def _inside(path: str, folder: str) -> bool:
@@ -174,10 +181,13 @@ def _build_root(view: View) -> None:
     trees = []
     for folder in view.folders:
         trees.append((syscalls.clone_mount(folder), folder, plain | syscalls.MOUNT_ATTR_NODEV, True))
+    for path in view.files:
+        trees.append((syscalls.clone_mount(path), path, plain | syscalls.MOUNT_ATTR_NODEV, False))
     for name in _DEVICES:
         trees.append((syscalls.clone_mount(f"/dev/{name}"), f"/dev/{name}", plain, False))
     syscalls.mount("tmpfs", _BASE, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "size=1m,mode=755")
-    os.mkdir(_BASE + view.work)
+    for path in (view.work, SHARED_MEMORY) if view.shared_memory else (view.work,):
+        os.makedirs(_BASE + path, mode=0o755)
     for tree, path, attributes, folder in trees:
         target = _BASE + path
         if folder:

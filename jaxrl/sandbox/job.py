@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from jaxrl.sandbox import files
+from jaxrl.sandbox.cgroups import Group
 from jaxrl.sandbox.orders import STARTED, receive_packet
 from jaxrl.sandbox.protocol import Call, Outcome, Report
 
@@ -68,6 +69,7 @@ class Job:
     def __init__(self, call: Call, full: bool) -> None:
         self.call = call
         self.full = full  # wants the template with the modules preloaded
+        self.kind = "processes" if call.processes else "full" if full else "bare"  # of the template wanted
         self.attempts = call.attempts
         self.template_deaths = 0
         self.lost_on = -1  # number of the template that last failed this job
@@ -84,6 +86,7 @@ class Job:
         self.stderr: Capture | None = None
         self.started_fd = -1
         self.collector: socket.socket | None = None  # where the child shows its working directory
+        self.group: Group | None = None  # of all its processes, where it may start some
 
     def open(self) -> tuple[int, ...]:
         """Make the pipes of one attempt; returns the child's ends, which the caller closes after sending them."""
@@ -125,7 +128,10 @@ class Job:
         return self.stdout.total + self.stderr.total > self.call.limits.output_hard_mib << 20
 
     def cpu_seconds(self) -> float:
-        """CPU time so far, all threads; 0 where the process is already gone."""
+        """CPU time so far, all threads and processes; 0 where the process is already gone."""
+        together = self.group.cpu_seconds() if self.group is not None else None
+        if together is not None:
+            return together
         try:
             return time.clock_gettime((~self.pid << 3) | 2)  # clock_getcpuclockid(3): another process's clock
         except OSError:
@@ -134,18 +140,21 @@ class Job:
     def wall_deadline(self) -> float:
         """When the wall limit ends: later by the time for which the code was ready but had no core."""
         wall = self.call.limits.wall_seconds
-        try:
-            with open(f"/proc/{self.pid}/schedstat", "rb") as file:
-                waited = int(file.read().split()[1]) * 1e-9
-        except (OSError, IndexError, ValueError):
-            waited = 0.0
+        waited = self.group.waited_seconds() if self.group is not None else None
+        if waited is None:
+            waited = max(map(_waited_seconds, self.processes()), default=0.0)
         return self.born + wall + min(waited, _LONGEST_STRETCH * wall)
+
+    def processes(self) -> list[int]:
+        """Process ids of the call."""
+        return self.group.processes() if self.group is not None else [self.pid]
 
     def verdict(self, wait_status: int, cpu_seconds: float, peak_rss_kib: int, template_rss_kib: int) -> Report | None:
         """What the end means, from the kernel's evidence alone; None if our own side failed.
 
         Args:
             wait_status: as from ``waitpid``.
+            cpu_seconds: as from ``wait4``; a control group, where there is one, knows better.
             peak_rss_kib: of the child, shared pages of the template included.
         """
         assert self.stdout is not None and self.stderr is not None
@@ -161,20 +170,25 @@ class Job:
         if len(stamp) != STARTED.size:
             self.fault = self.stderr.kept()  # written by our own set-up: the snippet never ran
             return None
+        if self.group is not None and self.group.starved():
+            self.fault = b"the machine, or a control group above the sandbox's, ran out of memory"
+            return None
         (started,) = STARTED.unpack(stamp)
         limits = self.call.limits
         killed = os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else 0
         exit_code = os.WEXITSTATUS(wait_status) if os.WIFEXITED(wait_status) else -1
-        granted_kib = limits.memory_mib << 10
+        program_signal = exit_code - 128 if self.call.command else 0
+        together = self.group.cpu_seconds() if self.group is not None else None
+        cpu_seconds = cpu_seconds if together is None else together
         if self.output_exceeded():
             outcome = Outcome.OUTPUT_LIMIT
         elif killed == signal.SIGKILL and self.kill_reason is not None:
             outcome = self.kill_reason
-        elif killed == signal.SIGKILL and cpu_seconds >= limits.cpu_seconds:
+        elif signal.SIGKILL in (killed, program_signal) and cpu_seconds >= limits.cpu_seconds:
             outcome = Outcome.TIMEOUT
         elif exit_code == 0:
             outcome = Outcome.OK
-        elif self.memory_refused or peak_rss_kib - template_rss_kib > _MEMORY_USED_UP * granted_kib:
+        elif self._memory_ran_out(peak_rss_kib - template_rss_kib):
             outcome = Outcome.OUT_OF_MEMORY
         else:
             outcome = Outcome.ERROR
@@ -194,6 +208,11 @@ class Job:
             stderr_truncated=self.stderr.truncated,
             **self._returned_files(),
         )
+
+    def _memory_ran_out(self, own_rss_kib: int) -> bool:
+        if self.group is not None:
+            return self.group.out_of_memory()
+        return self.memory_refused or own_rss_kib > _MEMORY_USED_UP * (self.call.limits.memory_mib << 10)
 
     def _returned_files(self) -> dict[str, Any]:
         """What the call left in its working directory of what was wanted."""
@@ -225,6 +244,15 @@ def sealed_memory(name: str, data: bytes) -> int:
     os.lseek(fd, 0, os.SEEK_SET)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
     return fd
+
+
+def _waited_seconds(pid: int) -> float:
+    """For how long a process was ready but had no core; 0 if it is dead."""
+    try:
+        with open(f"/proc/{pid}/schedstat", "rb") as file:
+            return int(file.read().split()[1]) * 1e-9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def send_signal(pidfd: int, number: int) -> None:

@@ -1,8 +1,8 @@
 """A second wall around files: Landlock rules, which hold even where a mount or a namespace should not.
 
 The rules name the same things the private root holds: everything may be read, ``/dev`` written, the working directory
-used as any other; nothing executed. From the kernel's documentation, userspace-api/landlock.rst. A kernel without
-Landlock is left as it is: the walls of ``jail`` stand without it.
+used as any other; nothing executed unless the call may start programs. From the kernel's documentation,
+userspace-api/landlock.rst. A kernel without Landlock is left as it is: the walls of ``jail`` stand without it.
 """
 
 import functools
@@ -37,20 +37,22 @@ class Rules:
     """What a child may do to files; made before the fork.
 
     Args:
-        work: its working directory, mounted by the time it calls ``confine``.
+        writable: its own folders, mounted by the time it calls ``confine``.
+        programs: what can be read can also be executed.
     """
 
-    def __init__(self, work: str) -> None:
+    def __init__(self, writable: tuple[str, ...], programs: bool = False) -> None:
         known = version()
         files = max((accesses for first, accesses in _FILE_ACCESSES.items() if first <= known), default=0)
         tcp = _TCP_BIND_AND_CONNECT if known >= 4 else 0
         scopes = _SCOPE_SOCKETS_AND_SIGNALS if known >= 6 else 0
         self._ruleset = _RULESET.pack(files, tcp, scopes)
-        read = _READ_FILE | _READ_FOLDER
+        execute = _EXECUTE if programs else 0
+        read = _READ_FILE | _READ_FOLDER | execute
         self._rules = (
             ("/", read),
             ("/dev", files & (_READ_FILE | _READ_FOLDER | _WRITE_FILE | _TRUNCATE)),
-            (work, files & ~(_EXECUTE | _MAKE_DEVICES | _CONTROL_DEVICE)),
+            *((place, files & ~(_EXECUTE | _MAKE_DEVICES | _CONTROL_DEVICE) | execute) for place in writable),
         )
 
     def confine(self) -> None:

@@ -4,6 +4,7 @@ Safe to start in a process that already runs threads or jax: helpers are fresh i
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import shutil
@@ -16,12 +17,15 @@ from typing import Self
 
 from jaxrl.config import ConfigError, SandboxConfig
 from jaxrl.records import ToolStatus
+from jaxrl.sandbox import cgroups, jail, languages
 from jaxrl.sandbox import files as file_bytes
-from jaxrl.sandbox import jail
 from jaxrl.sandbox.admission import Admission
+from jaxrl.sandbox.builds import Builds
+from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.link import WardenLink, WardenLost
 from jaxrl.sandbox.protocol import Call, Limits, Outcome, Report
 
+_PROGRAMS_KEPT = 64 << 20  # bytes of compiled programs
 _ATTEMPTS = 3  # wardens that a call may lose before the fault is reported
 
 _STATUS = {
@@ -53,10 +57,11 @@ class Result:
     isolation: str  # which walls stood around the code
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # that were wanted and written, by path
     files_left_out: int = 0  # wanted and written, but beyond Limits.files_mib or unreadable
+    stage: str = "run"  # "build" where the compiler refused the code, and everything above is about the compiler
 
 
 class Pool:
-    """Runs snippets of Python, each in its own fork of a warm, jailed interpreter.
+    """Runs snippets, each in its own fork of a warm, jailed interpreter; those in other languages become its program.
 
     Args:
         limits: what one call may use, unless ``run`` is given others; None takes the defaults of ``Limits``.
@@ -68,6 +73,9 @@ class Pool:
         preload: modules that calls which mention them find already imported.
         unsafe: no isolation at all, named in every result.
         heartbeat_seconds: a template that is silent for so long is replaced.
+        processes_without_cgroup: let calls start processes also where no memory cgroup can be had. Each process is then
+            bounded by ``memory_mib``, all of a call together are not; named in their results.
+        program_folders: further folders of the host that such calls can see, for languages of the caller's own.
 
     Raises (on entering):
         SandboxUnavailable: the machine refuses a layer of the jail; names it and the remedy.
@@ -85,6 +93,8 @@ class Pool:
         preload: tuple[str, ...] = ("numpy", "scipy", "sympy"),
         unsafe: bool = False,
         heartbeat_seconds: float = 8.0,
+        processes_without_cgroup: bool = False,
+        program_folders: tuple[str, ...] = (),
     ) -> None:
         for name, value in (("workers", workers), ("slots", slots), ("queue", queue)):
             if value < 1:
@@ -92,7 +102,11 @@ class Pool:
         self.limits = limits or Limits()
         self.isolation = jail.UNSAFE if unsafe else jail.JAILED
         self._unsafe = unsafe
+        self._processes_without_cgroup = processes_without_cgroup
+        self._isolation_of_processes = ""  # "" until a call has asked for it
+        self._builds: Builds[Result] = Builds(_PROGRAMS_KEPT, _weight)
         self._scratch = ""  # folder of the calls' directories where there is no jail
+        program_view = languages.plan_view(preload, program_folders)
         self._settings: dict = {
             "view": dataclasses.asdict(jail.plan_view(preload)),
             "preload": preload,
@@ -101,6 +115,10 @@ class Pool:
             "slow_slots": slow_slots,
             "heartbeat_seconds": heartbeat_seconds,
             "unsafe": unsafe,
+            "program_view": dataclasses.asdict(program_view),
+            "program_environment": languages.environment(program_view),
+            "interpreter": languages.interpreter(),
+            "processes_without_cgroup": processes_without_cgroup,
         }
         self._admission = Admission(slots + slow_slots + queue)
         self._ids = itertools.count(1)
@@ -122,7 +140,7 @@ class Pool:
         if self._unsafe and not self._open:
             # Without a jail nothing hides the calls' directories; at least they lie together, and go together.
             self._scratch = tempfile.mkdtemp(prefix="jaxrl-unsafe-")
-            self._settings["view"]["work"] = self._scratch
+            self._settings["view"]["work"] = self._settings["program_view"]["work"] = self._scratch
         self._open = True
         try:
             await self._warden()
@@ -142,6 +160,9 @@ class Pool:
             link, self._link = self._link, None
         if link is not None:
             await link.close()
+        if self._isolation_of_processes and not self._unsafe:
+            with contextlib.suppress(cgroups.CgroupsUnavailable):
+                cgroups.sweep(cgroups.find())  # where a warden was killed
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = ""
@@ -155,36 +176,101 @@ class Pool:
         tenant: str = "",
         files: Mapping[str, bytes] | None = None,
         wanted: Sequence[str] = (),
+        language: str | Language = "python",
+        processes: bool = False,
     ) -> Result:
         """Run a snippet to its end. Never raises for what the snippet does; cancelling this kills it.
 
         Args:
-            code: Python source.
+            code: source text.
             stdin: what the snippet reads from standard input.
-            echo: print the repr of a trailing expression, as a notebook does.
+            echo: print the repr of a trailing expression of Python, as a notebook does.
             limits: for this call alone.
             tenant: on whose behalf; waiting tenants take turns, each one's calls in their order.
             files: content by relative path, laid into the working directory before the code begins.
             wanted: patterns (``fnmatch``, relative paths) of files there to return when the code has ended, however.
+            language: "python", a name of ``languages.LANGUAGES``, or a record of your own.
+            processes: let Python start processes and programs; other languages always may.
 
         Raises:
-            ValueError: a file's path is not a plain relative one, or the files are larger than the directory.
+            ValueError: a file's path is not a plain relative one, or the files are larger than the directory; or there
+                is no such language.
             RuntimeError: the pool is not open.
-            SandboxUnavailable: the jail was lost and could not be built again.
+            SandboxUnavailable: the jail was lost and could not be built again; the language is not installed; or
+                processes are to be started and there is no memory cgroup to bound them.
         """
         limits = limits or self.limits
-        file_bytes.check(files or {}, limits.disk_mib << 20)
-        call = Call(
-            id=next(self._ids),
-            code=code.encode("utf-8", "surrogatepass"),
+        call = self._call(stdin, limits, tenant, files or {}, wanted)
+        source = code.encode("utf-8", "surrogatepass")
+        if processes or language != "python":
+            self._check_processes()
+        if language == "python":
+            return await self._submit(dataclasses.replace(call, code=source, echo=echo, processes=processes))
+        chosen = languages.named(language)
+        taken = chosen.own_files & {name.partition("/")[0] for name in files or {}}
+        if taken:
+            raise ValueError(f"files {sorted(taken)} have the names of the program's own; give them others")
+        own = {chosen.source: source}
+        if chosen.build:
+            built = await self._builds.get((chosen, source), lambda: self._build(chosen, source, tenant))
+            if built.status is not ToolStatus.OK:
+                return built
+            own = dict(built.files)
+        result = await self._submit(self._with_program(call, chosen.run, own))
+        kept = {name: data for name, data in result.files.items() if name not in chosen.own_files}
+        return dataclasses.replace(result, files=kept)
+
+    async def _build(self, language: Language, source: bytes, tenant: str) -> Result:
+        """The compiled program, the one file of the result where that is ok."""
+        call = self._call("", language.build_limits, tenant, {}, (language.program,))
+        result = await self._submit(self._with_program(call, language.build, {language.source: source}))
+        result = dataclasses.replace(result, stage="build")
+        if result.status is not ToolStatus.OK:
+            return dataclasses.replace(result, files={})
+        if language.program in result.files:
+            return result
+        most = language.build_limits.files_mib
+        text = f"{result.stderr}{language.build[0]} left no file {language.program!r} of at most files_mib={most}\n"
+        return dataclasses.replace(result, status=ToolStatus.ERROR, stderr=text)
+
+    def _call(self, stdin: str, limits: Limits, tenant: str, files: Mapping[str, bytes], wanted: Sequence[str]) -> Call:
+        file_bytes.check(files, limits.disk_mib << 20)
+        return Call(
+            id=0,  # this and the time come with the submission
+            code=b"",
             stdin=stdin.encode("utf-8", "surrogatepass"),
-            echo=echo,
+            echo=False,
             limits=limits,
-            submitted=time.monotonic(),
+            submitted=0.0,
             tenant=zlib.crc32(tenant.encode()),
-            files=file_bytes.pack(files or {}),
+            files=file_bytes.pack(files),
             wanted="\n".join(wanted),
         )
+
+    def _with_program(self, call: Call, words: tuple[str, ...], files: Mapping[str, bytes]) -> Call:
+        """The call as one of a program that finds these files besides its own."""
+        file_bytes.check(files, call.limits.disk_mib << 20)
+        packed = call.files + file_bytes.pack(files)
+        return dataclasses.replace(call, command=languages.command(words), files=packed, processes=True)
+
+    def _check_processes(self) -> None:
+        """Raise SandboxUnavailable where processes cannot be bounded, unless that was allowed."""
+        if self._isolation_of_processes:
+            return
+        if self._unsafe:
+            self._isolation_of_processes = self.isolation
+            return
+        try:
+            words = f"processes in a memory cgroup (version {cgroups.find().version})"
+        except cgroups.CgroupsUnavailable as error:
+            if not self._processes_without_cgroup:
+                raise jail.SandboxUnavailable(f"calls that may start processes are refused: {error}") from error
+            words = "each process's memory bounded by itself, not all together"
+        self._isolation_of_processes = f"{self.isolation}; {words}"
+
+    async def _submit(self, call: Call) -> Result:
+        """Run a call on a living warden, on another where that one dies."""
+        call = dataclasses.replace(call, id=next(self._ids), submitted=time.monotonic())
         for attempt in range(_ATTEMPTS):
             await self._admission.enter(call.tenant)
             try:
@@ -196,10 +282,11 @@ class Pool:
                 report = await link.submit(dataclasses.replace(call, attempts=attempt))
             except WardenLost:
                 continue
-            return self._result(report)
+            return self._result(report, call.processes)
         queued = time.monotonic() - call.submitted
         return self._result(
-            Report(call.id, Outcome.INFRA_ERROR, _ATTEMPTS, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
+            Report(call.id, Outcome.INFRA_ERROR, _ATTEMPTS, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False),
+            call.processes,
         )
 
     async def _warden(self) -> WardenLink:
@@ -215,7 +302,7 @@ class Pool:
                 self._link = link
             return self._link
 
-    def _result(self, report: Report) -> Result:
+    def _result(self, report: Report, processes: bool) -> Result:
         return Result(
             status=_STATUS[report.outcome],
             stdout=report.stdout.decode("utf-8", "replace"),
@@ -229,10 +316,17 @@ class Pool:
             attempts=report.attempts,
             stdout_truncated=report.stdout_truncated,
             stderr_truncated=report.stderr_truncated,
-            isolation=self.isolation,
+            isolation=self._isolation_of_processes if processes else self.isolation,
             files=dict(file_bytes.unpack(report.files)),
             files_left_out=report.files_left_out,
         )
+
+
+def _weight(built: Result) -> int | None:
+    """Bytes for which to remember how building ended; None where it might end otherwise another time."""
+    if built.status not in (ToolStatus.OK, ToolStatus.ERROR):
+        return None
+    return len(built.stdout) + len(built.stderr) + sum(map(len, built.files.values())) + 1024
 
 
 def pool_from_config(config: SandboxConfig) -> Pool:

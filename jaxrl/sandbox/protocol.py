@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 
 _FRAME = struct.Struct("<IB")
 _LEAST_MEMORY_MIB = 16
-_LIMITS = struct.Struct("<ddIIIIIII")
-_CALL = struct.Struct("<QdBBIIIII")
+_LIMITS = struct.Struct("<ddIIIIIIII")
+_CALL = struct.Struct("<QdBBIIIIII")
+_ECHO, _PROCESSES = 1, 4  # flags of a call
 _OUTCOME = struct.Struct("<QBBBBiidddQIIII")
 
 
@@ -25,7 +26,8 @@ class Limits:
     wall_seconds: float = 8.0
     """Wall time for code that sleeps; stretched by the time the code was ready to run but had no core."""
     memory_mib: int = 512
-    """Address space the call may add to that of the warm interpreter."""
+    """Address space the call may add to that of the warm interpreter. A call that may start processes is bounded by
+    what all of them use together instead, its files included: this and ``disk_mib``."""
     output_kib: int = 64
     """Kept of stdout and of stderr each: the first and the last half of this."""
     output_hard_mib: int = 16
@@ -36,6 +38,8 @@ class Limits:
     threads: int = 128
     files_mib: int = 16
     """Returned files together; those beyond it are left out and counted."""
+    processes: int = 32
+    """Processes and threads at once of a call that may start processes."""
 
     def __post_init__(self) -> None:
         if not min(dataclasses.astuple(self)) > 0:
@@ -71,29 +75,36 @@ class Call:
     tenant: int = 0  # calls of different tenants take turns
     files: bytes = b""  # given, as ``files.pack`` lays them out
     wanted: str = ""  # patterns of the files to return, a line each
+    processes: bool = False  # may start processes and programs
+    command: str = ""  # program and arguments, "\0" between; empty: ``code`` is Python
 
     def pack(self) -> bytes:
         limits = _LIMITS.pack(*dataclasses.astuple(self.limits))
-        parts = (self.code, self.stdin, self.files, self.wanted.encode("utf-8", "surrogatepass"))
+        words = (text.encode("utf-8", "surrogatepass") for text in (self.wanted, self.command))
+        parts = (self.code, self.stdin, self.files, *words)
         lengths = map(len, parts)
-        head = _CALL.pack(self.id, self.submitted, self.attempts, self.echo, self.tenant, *lengths)
+        flags = self.echo * _ECHO | self.processes * _PROCESSES
+        head = _CALL.pack(self.id, self.submitted, self.attempts, flags, self.tenant, *lengths)
         return b"".join((head, limits, *parts))
 
     @staticmethod
     def unpack(data: bytes) -> "Call":
-        id, submitted, attempts, echo, tenant, *lengths = _CALL.unpack_from(data)
+        id, submitted, attempts, flags, tenant, *lengths = _CALL.unpack_from(data)
         limits = Limits(*_LIMITS.unpack_from(data, _CALL.size))
-        code, stdin, files, wanted = _cut(data, _CALL.size + _LIMITS.size, lengths)
-        text = wanted.decode("utf-8", "surrogatepass")
-        return Call(id, code, stdin, bool(echo), limits, submitted, attempts, tenant, files, text)
+        code, stdin, files, *words = _cut(data, _CALL.size + _LIMITS.size, lengths)
+        wanted, command = (word.decode("utf-8", "surrogatepass") for word in words)
+        echo, processes = bool(flags & _ECHO), bool(flags & _PROCESSES)
+        return Call(id, code, stdin, echo, limits, submitted, attempts, tenant, files, wanted, processes, command)
 
 
-def unpack_for_child(data: bytes) -> tuple[bytes, bool, tuple, bytes, bool]:
-    """(code, echo, limits in the order of their fields, files, whether files are wanted) of a packed Call."""
-    _, _, _, echo, _, code, stdin, files, wanted = _CALL.unpack_from(data)
+def unpack_for_child(data: bytes) -> tuple[bytes, bool, tuple, bytes, bytes, bool]:
+    """(code, echo, limits in the order of their fields, files, command, whether files are wanted) of a packed Call."""
+    _, _, _, flags, _, code, stdin, files, wanted, command = _CALL.unpack_from(data)
     start = _CALL.size + _LIMITS.size
     given = data[start + code + stdin : start + code + stdin + files]
-    return data[start : start + code], bool(echo), _LIMITS.unpack_from(data, _CALL.size), given, wanted > 0
+    words = data[len(data) - command :]
+    limits = _LIMITS.unpack_from(data, _CALL.size)
+    return data[start : start + code], bool(flags & _ECHO), limits, given, words, wanted > 0
 
 
 def _cut(data: bytes, start: int, lengths: Sequence[int]) -> Iterator[bytes]:

@@ -95,14 +95,13 @@ _DENIED = {
 }
 _DENIED_IN_CHILD = {
     "chroot": (161, 51),
-    "execve": (59, 221),
-    "execveat": (322, 281),
     "mount": (165, 40),
     "seccomp": (317, 277),
     "setns": (308, 268),
     "umount2": (166, 39),
     "unshare": (272, 97),
 }
+_PROGRAMS = {"execve": (59, 221), "execveat": (322, 281)}
 _FORKS = {"fork": (57, None), "vfork": (58, None)}
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _SOCKETPAIR = (53, 199)
@@ -116,6 +115,7 @@ _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _COLUMN = {"x86_64": 0, "aarch64": 1}.get(syscalls.MACHINE, -1)
 _X32_BIT = 0x40000000
 _CLONE_THREAD = 0x00010000
+_CLONE_NAMESPACES = 0x7E020000
 _AF_UNIX = 1
 
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -185,13 +185,19 @@ def template_filter() -> Filter:
     )
 
 
-def child_filter() -> Filter:
-    """For the child, after its set-up: no mounts, namespaces, programs or processes; threads are allowed."""
+def child_filter(processes: bool = False) -> Filter:
+    """For the child, after its set-up: no mounts and namespaces; programs and processes only with ``processes``.
+
+    Threads are allowed.
+    """
+    processes_denied = [*_deny(_PROGRAMS, errno.EPERM), *_deny(_FORKS, errno.EAGAIN)]
+    # With processes a clone is a process or a thread, never a new namespace; else it is a thread or nothing.
+    clone = [(_JUMP_ANY_BIT, 0, 1, _CLONE_NAMESPACES)] if processes else [(_JUMP_ANY_BIT, 1, 0, _CLONE_THREAD)]
     return Filter(
         [
             *_head(),
             *_deny(_DENIED_IN_CHILD, errno.EPERM),
-            *_deny(_FORKS, errno.EAGAIN),
+            *([] if processes else processes_denied),
             *_deny({"clone3": _CLONE3}, errno.ENOSYS),  # its flags lie in memory, out of a filter's sight
             # The child's life hangs on its template's: it may not untie that.
             (_JUMP_EQUAL, 0, 4, _PRCTL[_COLUMN]),
@@ -201,7 +207,7 @@ def child_filter() -> Filter:
             (_RETURN, 0, 0, _ALLOW),
             (_JUMP_EQUAL, 0, 3, _CLONE[_COLUMN]),
             (_LOAD, 0, 0, _ARGUMENTS),
-            (_JUMP_ANY_BIT, 1, 0, _CLONE_THREAD),
+            *clone,
             (_RETURN, 0, 0, _ERRNO | errno.EAGAIN),
             (_RETURN, 0, 0, _ALLOW),
         ]

@@ -14,11 +14,11 @@ class Turns:
 
     def __init__(self) -> None:
         # Whose turn is next comes first; within a tenant by the kind of template wanted.
-        self._tenants: dict[int, dict[bool, deque[Job]]] = {}
+        self._tenants: dict[int, dict[str, deque[Job]]] = {}
 
     def add(self, job: Job, *, first: bool = False) -> None:
         """Let a call wait, with ``first`` before all others of its tenant."""
-        queue = self._tenants.setdefault(job.call.tenant, {False: deque(), True: deque()})[job.full]
+        queue = self._tenants.setdefault(job.call.tenant, {}).setdefault(job.kind, deque())
         if first:
             queue.appendleft(job)
         else:

@@ -16,7 +16,9 @@ import time
 from collections import deque
 
 from jaxrl.sandbox import orders, syscalls
-from jaxrl.sandbox.fleet import Fleet, Settings, Template, pid_of
+from jaxrl.sandbox.annex import Annex
+from jaxrl.sandbox.cgroups import CgroupsUnavailable
+from jaxrl.sandbox.fleet import Fleet, Settings, Template, pid_of, reap
 from jaxrl.sandbox.job import Capture, Job, sealed_memory
 from jaxrl.sandbox.loop import Loop
 from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Outcome, Report, frame
@@ -28,6 +30,7 @@ _FAST_SECONDS = 0.25  # a call that runs longer moves to the slow lane
 _SLOW_NICENESS = 10  # added in the slow lane: about a tenth of a core that the trainer wants too
 _CHECK_SECONDS = 0.02  # shortest time between two looks at a running call
 _READ = 1 << 18
+_CORES = os.cpu_count() or 1
 
 
 class Warden:
@@ -38,6 +41,8 @@ class Warden:
         self._frames = FrameReader()
         self._outgoing = bytearray()
         self._fleet: Fleet | None = None
+        self._annex: Annex | None = None
+        self._annex_refusal = b""  # why calls that may start processes cannot be had
         self._mentions: re.Pattern[bytes] | None = None  # of a preloaded module, in a call's text
         self._waiting = Turns()
         self._quarantine: deque[Job] = deque()
@@ -48,8 +53,12 @@ class Warden:
 
     def run(self) -> None:
         self._loop.run()
-        if self._fleet is not None:
-            self._fleet.close()
+        for fleet in (self._fleet, self._annex.fleet if self._annex is not None else None):
+            if fleet is not None:
+                fleet.close()
+        reap(wait_seconds=5.0)
+        if self._annex is not None:
+            self._annex.close()
         self._channel.setblocking(True)
         with contextlib.suppress(OSError):  # the pool is gone
             self._channel.sendall(self._outgoing)
@@ -130,6 +139,32 @@ class Warden:
         job = Job(call, full=self._mentions is not None and self._mentions.search(call.code) is not None)
         self._jobs[call.id] = job
         self._waiting.add(job)
+        if call.processes:
+            self._open_annex()
+
+    def _open_annex(self) -> None:
+        if self._annex_refusal:
+            self._refuse_processes(self._annex_refusal.decode())
+        elif self._annex is None:
+            try:
+                self._annex = Annex(
+                    self._loop,
+                    self._settings,
+                    on_change=self._dispatch,
+                    on_lost=self._give_back,
+                    on_message=self._hear,
+                    on_failure=self._refuse_processes,
+                )
+            except (OSError, CgroupsUnavailable) as error:
+                self._refuse_processes(str(error))
+
+    def _refuse_processes(self, text: str) -> None:
+        """No jail for such calls can be had; those that ask for it are told, the others go on."""
+        self._annex_refusal = text.encode()
+        for job in list(self._jobs.values()):
+            if job.call.processes and job.call.id not in self._running:
+                job.fault = self._annex_refusal
+                self._report(job, job.unfinished(Outcome.INFRA_ERROR))
 
     def _cancel(self, id: int) -> None:
         job = self._jobs.get(id)
@@ -149,21 +184,34 @@ class Warden:
             self._start(*chosen)
 
     def _next(self) -> tuple[Job, Template] | None:
-        assert self._fleet is not None
-        fleet = self._fleet
         while self._quarantine and self._quarantine[0].done:
             self._quarantine.popleft()
         if self._quarantine:
-            template = None if self._running else fleet.choose(self._quarantine[0].full, self._quarantine[0].lost_on)
+            template = None if self._running else self._choose(self._quarantine[0])
             return None if template is None else (self._quarantine.popleft(), template)
         if any(job.template_deaths >= _DEATHS_TO_QUARANTINE for job, _ in self._running.values()):
             return None
-        return self._waiting.take(lambda job: fleet.choose(job.full, job.lost_on))
+        return self._waiting.take(self._choose)
+
+    def _choose(self, job: Job) -> Template | None:
+        if job.call.processes:
+            return None if self._annex is None else self._annex.fleet.choose(full=False, avoid=job.lost_on)
+        assert self._fleet is not None
+        return self._fleet.choose(job.full, job.lost_on)
 
     def _start(self, job: Job, template: Template) -> None:
-        ends = job.open()
+        try:
+            doors = self._annex.admit(job) if job.call.processes and self._annex is not None else ()
+        except OSError as error:
+            job.attempts += 1
+            job.fault = f"no control group could be had: {error}".encode()
+            self._retry(job, template)
+            return
+        ends = (*job.open(), *doors)
         job.fast = True
         job.address_space = template.address_space + (job.call.limits.memory_mib << 20)
+        if job.group is not None:
+            job.address_space = 0  # bounded together with the others, not by itself
         packed = job.call.pack()
         in_memory = len(packed) > orders.PACKET_LIMIT
         head = orders.CALL_HEAD.pack(job.call.id, job.address_space, in_memory)
@@ -179,9 +227,14 @@ class Warden:
         try:
             orders.send_packet(template.control, orders.ORDER_CALL + head + packed, ends)
         except OSError:
-            self._loop.at(time.monotonic(), lambda: self._fleet.lose(template))
+            self._loop.at(time.monotonic(), lambda: self._lose(job, template))
         for end in ends:
             os.close(end)
+
+    def _lose(self, job: Job, template: Template) -> None:
+        fleet = self._annex.fleet if job.call.processes and self._annex is not None else self._fleet
+        assert fleet is not None
+        fleet.lose(template)
 
     # Running
 
@@ -200,7 +253,7 @@ class Warden:
             job = template.jobs.pop(id)
             self._end_attempt(job)
             report = job.verdict(status, user + system, rss, template.rss_kib)
-            job.close()
+            self._close(job)
             if report is None:
                 self._retry(job, template)
             else:
@@ -226,7 +279,8 @@ class Warden:
             if now >= deadline:
                 job.kill(Outcome.TIMEOUT)
                 return
-        upcoming = min(deadline, now + cpu_limit - cpu)
+        cores = min(job.call.limits.processes, _CORES) if job.call.processes else 1  # that it may keep busy at once
+        upcoming = min(deadline, now + (cpu_limit - cpu) / cores)
         if job.fast:
             if now - job.born >= _FAST_SECONDS and self._slow < self._settings.slow_slots:
                 self._demote(job)
@@ -238,9 +292,10 @@ class Warden:
         job.fast = False
         self._fast -= 1
         self._slow += 1
-        with contextlib.suppress(OSError):  # already dead
-            niceness = os.getpriority(os.PRIO_PROCESS, job.pid) + _SLOW_NICENESS
-            os.setpriority(os.PRIO_PROCESS, job.pid, min(niceness, 19))
+        for pid in job.processes():
+            with contextlib.suppress(OSError):  # already dead
+                niceness = os.getpriority(os.PRIO_PROCESS, pid) + _SLOW_NICENESS
+                os.setpriority(os.PRIO_PROCESS, pid, min(niceness, 19))
         self._dispatch()
 
     def _collect(self, job: Job, stream: Capture) -> None:
@@ -261,11 +316,16 @@ class Warden:
         self._loop.forget(job.stdout.fd)
         self._loop.forget(job.stderr.fd)
 
+    def _close(self, job: Job) -> None:
+        job.close()
+        if self._annex is not None:
+            self._annex.release(job)
+
     def _give_back(self, template: Template, jobs: list[Job]) -> None:
         """The calls of a lost template: each is tried again elsewhere."""
         for job in jobs:
             self._end_attempt(job)
-            job.close()
+            self._close(job)
             job.template_deaths += 1
             self._retry(job, template)
         self._dispatch()

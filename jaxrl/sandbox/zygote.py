@@ -72,11 +72,13 @@ def launch(control_fd: int, settings: dict) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))  # some hosts grant it without bound
         cell.prepare()
-        _stem(control, settings["watch_bytes"], view.work, jailed)
+        if settings["processes"]:
+            sys.executable = settings["interpreter"]  # the path within a virtual environment does not exist here
+        _stem(control, settings, jailed)
     os._exit(0)
 
 
-def _stem(control: socket.socket, watch_bytes: int, work: str, jailed: bool) -> NoReturn:
+def _stem(control: socket.socket, settings: dict, jailed: bool) -> NoReturn:
     """Fork templates and further stems on order."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps; the warden watches through pidfds
     forks.settle_heap()
@@ -92,7 +94,7 @@ def _stem(control: socket.socket, watch_bytes: int, work: str, jailed: bool) -> 
         control = socket.socket(fileno=fds[0])
         if order[:1] == orders.ORDER_TEMPLATE:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _Template(control, watch_bytes, work, jailed).serve()
+            _Template(control, settings, jailed).serve()
         try:
             _load(json.loads(order[1:]))
         except BaseException as error:
@@ -120,13 +122,13 @@ def _announce(control: socket.socket, *fds: int) -> None:
 class _Template:
     """Forks children and reports their births and deaths."""
 
-    def __init__(self, control: socket.socket, watch_bytes: int, work: str, jailed: bool) -> None:
+    def __init__(self, control: socket.socket, settings: dict, jailed: bool) -> None:
         self._control = control
-        self._watch_bytes = watch_bytes
+        self._watch_bytes = settings["watch_bytes"]
         self._jailed = jailed
-        self._work = work
+        self._work = settings["view"]["work"]
         self._own = os.pidfd_open(os.getpid())
-        self._child = Child(self._own, work, jailed)
+        self._child = Child(self._own, self._work, jailed, settings["processes"], settings["groups"])
         self._poller = select.poll()
         self._poller.register(control, select.POLLIN)
         self._children: dict[int, tuple[int, int, str]] = {}  # pidfd → (call id, pid, directory to remove)
@@ -134,7 +136,7 @@ class _Template:
     def serve(self) -> NoReturn:
         forks.restore_registration()
         watch: tuple[int, ...] = ()
-        if self._jailed:
+        if self._jailed and self._watch_bytes:
             watch = (seccomp.memory_watch(self._watch_bytes).install(listen=True),)
         _announce(self._control, *watch)
         for fd in watch:

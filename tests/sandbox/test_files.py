@@ -23,6 +23,11 @@ def test_paths_that_leave_the_directory_are_refused(sandbox: Driver, name: str) 
         sandbox.run("1", files={name: b""})
 
 
+def test_a_file_in_a_file_is_refused(sandbox: Driver) -> None:
+    with pytest.raises(ValueError, match="file 'a/b/c' lies in 'a/b', which is given as a file"):
+        sandbox.run("1", files={"a/b/c": b"", "a/b": b"", "a/d": b""})
+
+
 def test_files_larger_than_the_directory_are_refused(sandbox: Driver) -> None:
     with pytest.raises(ValueError, match=r"2 files of 9437184 bytes do not fit: .*\(8388608 bytes\)"):
         sandbox.run("1", files={"a": bytes(9 << 20), "b": b""})

@@ -20,6 +20,7 @@ limits = st.builds(
     open_files=positive,
     threads=positive,
     files_mib=positive,
+    processes=positive,
 )
 calls = st.builds(
     Call,
@@ -33,6 +34,8 @@ calls = st.builds(
     tenant=st.integers(0, 2**32 - 1),
     files=st.binary(),
     wanted=st.text(),
+    processes=st.booleans(),
+    command=st.text(),
 )
 seconds = st.floats(0, 1e6)
 reports = st.builds(
@@ -59,7 +62,8 @@ reports = st.builds(
 def test_call_round_trip(call: Call) -> None:
     assert Call.unpack(call.pack()) == call
     limits = dataclasses.astuple(call.limits)
-    assert unpack_for_child(call.pack()) == (call.code, call.echo, limits, call.files, bool(call.wanted))
+    command = call.command.encode()
+    assert unpack_for_child(call.pack()) == (call.code, call.echo, limits, call.files, command, bool(call.wanted))
 
 
 @given(reports)
