@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import Self
 
 from jaxrl.config import ConfigError, SandboxConfig
-from jaxrl.records import ToolStatus
 from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox import jail
 from jaxrl.sandbox.admission import Admission
 from jaxrl.sandbox.link import WardenLink, WardenLost
 from jaxrl.sandbox.protocol import Call, Limits, Outcome, Report
+from jaxrl.statuses import ToolStatus
 
 _ATTEMPTS = 3  # wardens that a call may lose before the fault is reported
 
