@@ -14,12 +14,13 @@ import socket
 import sys
 import time
 from collections import deque
+from typing import Any
 
 from jaxrl.sandbox import orders, syscalls
-from jaxrl.sandbox.fleet import Fleet, Settings, Template, pid_of
+from jaxrl.sandbox.fleet import Fleet, Settings, Template, pid_of, resident_kib
 from jaxrl.sandbox.job import Capture, Job, sealed_memory
 from jaxrl.sandbox.loop import Loop
-from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Outcome, Report, frame
+from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Limits, Outcome, Report, frame
 from jaxrl.sandbox.turns import Turns
 
 ATTEMPTS = 3  # tries of a call before a fault of ours is reported
@@ -28,6 +29,7 @@ _FAST_SECONDS = 0.25  # a call that runs longer moves to the slow lane
 _SLOW_NICENESS = 10  # added in the slow lane: about a tenth of a core that the trainer wants too
 _CHECK_SECONDS = 0.02  # shortest time between two looks at a running call
 _READ = 1 << 18
+_SELF_TEST = 1 << 63  # plus a template's number: the id of the call that shows whether it works
 
 
 class Warden:
@@ -77,9 +79,23 @@ class Warden:
                 self._cancel(int.from_bytes(body, "little"))
             elif kind is Kind.SETUP:
                 self._set_up(Settings(**json.loads(body)))
+            elif kind is Kind.STATS:
+                self._send(frame(Kind.STATS, json.dumps(self._stats()).encode()))
             elif kind is Kind.CLOSE:
                 self._loop.stop()
         self._dispatch()
+
+    def _stats(self) -> dict[str, Any]:
+        """The fields of ``metrics.WardenMetrics``."""
+        assert self._fleet is not None
+        return {
+            "waiting": len(self._jobs) - len(self._running),
+            "oldest_submitted": self._waiting.oldest(),
+            "running": len(self._running),
+            "rss_kib": resident_kib(os.getpid()),
+            "template_rss_kib": [resident_kib(template.pid) for template in self._fleet.templates if template.ready],
+            "template_restarts": self._fleet.restarts,
+        }
 
     def _set_up(self, settings: Settings) -> None:
         self._settings = settings
@@ -179,7 +195,7 @@ class Warden:
         try:
             orders.send_packet(template.control, orders.ORDER_CALL + head + packed, ends)
         except OSError:
-            self._loop.at(time.monotonic(), lambda: self._fleet.lose(template))
+            self._loop.at(time.monotonic(), lambda: self._fleet.lose(template, "died"))
         for end in ends:
             os.close(end)
 
@@ -201,11 +217,32 @@ class Warden:
             self._end_attempt(job)
             report = job.verdict(status, user + system, rss, template.rss_kib)
             job.close()
-            if report is None:
+            self._fleet.ended(template)
+            if id & _SELF_TEST:
+                self._judge(template, report)
+            elif report is None:
                 self._retry(job, template)
+                self._try(template)
             else:
                 self._report(job, report)
             self._dispatch()
+
+    def _try(self, template: Template) -> None:
+        """A call did not start on this template: does any?"""
+        if template.alive and not template.on_trial:
+            template.on_trial = True
+            now = time.monotonic()
+            call = Call(_SELF_TEST | template.number, b"6 * 7", b"", True, Limits(wall_seconds=60.0), now)
+            job = Job(call, full=template.full)
+            self._jobs[call.id] = job
+            self._start(job, template)
+
+    def _judge(self, template: Template, report: Report | None) -> None:
+        del self._jobs[_SELF_TEST | template.number]
+        template.on_trial = False
+        if report is None or report.stdout != b"42\n":
+            assert self._fleet is not None
+            self._fleet.lose(template, "failed its self-test")
 
     def _limits(self, job: Job) -> tuple[float, float]:
         return job.call.limits.cpu_seconds, job.call.limits.wall_seconds
@@ -266,6 +303,9 @@ class Warden:
         for job in jobs:
             self._end_attempt(job)
             job.close()
+            if job.call.id & _SELF_TEST:
+                del self._jobs[job.call.id]
+                continue
             job.template_deaths += 1
             self._retry(job, template)
         self._dispatch()
