@@ -14,19 +14,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxrl.sandbox.client import SandboxClient
     from jaxrl.sandbox.jail import SandboxUnavailable
+    from jaxrl.sandbox.metrics import Metrics
     from jaxrl.sandbox.pool import Pool, Result, pool_from_config
     from jaxrl.sandbox.protocol import Limits
+    from jaxrl.sandbox.wire import RunRequest
 
 _HOMES = {
     "Limits": "protocol",
+    "Metrics": "metrics",
     "Pool": "pool",
     "Result": "pool",
+    "RunRequest": "wire",
+    "SandboxClient": "client",
     "SandboxUnavailable": "jail",
     "pool_from_config": "pool",
 }
 
-__all__ = ["Limits", "Pool", "Result", "SandboxUnavailable", "pool_from_config"]
+__all__ = [
+    "Limits",
+    "Metrics",
+    "Pool",
+    "Result",
+    "RunRequest",
+    "SandboxClient",
+    "SandboxUnavailable",
+    "pool_from_config",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator, Sequence
 
 _FRAME = struct.Struct("<IB")
-_LEAST_MEMORY_MIB = 16
+LEAST_MEMORY_MIB = 16
 _LIMITS = struct.Struct("<ddIIIIIII")
 _CALL = struct.Struct("<QdBBIIIII")
 _OUTCOME = struct.Struct("<QBBBBiidddQIIII")
@@ -40,8 +40,8 @@ class Limits:
     def __post_init__(self) -> None:
         if not min(dataclasses.astuple(self)) > 0:
             raise ValueError(f"every limit must be greater than 0: {self}")
-        if self.memory_mib < _LEAST_MEMORY_MIB:
-            least = f"{_LEAST_MEMORY_MIB} are needed to start a call"
+        if self.memory_mib < LEAST_MEMORY_MIB:
+            least = f"{LEAST_MEMORY_MIB} are needed to start a call"
             raise ValueError(f"Limits.memory_mib={self.memory_mib} is too small: {least}")
 
 

@@ -6,6 +6,7 @@ import pathlib
 import resource
 import signal
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -95,11 +96,17 @@ def test_a_call_that_runs_outlives_the_replacement_of_its_template() -> None:
         (first,) = templates(driver)
 
         async def together() -> tuple[Result, list[int]]:
-            long = asyncio.create_task(driver.pool.run(SLEEP.format(1.2), limits=Limits(wall_seconds=30)))
+            long = asyncio.create_task(driver.pool.run(SLEEP.format(2.0), limits=Limits(wall_seconds=30)))
             await asyncio.sleep(0.1)
             for _ in range(4):
                 await driver.pool.run("1")
+            while len((await driver.pool.metrics()).template_rss_kib) < 2:
+                await asyncio.sleep(0.02)
+            later = [asyncio.create_task(driver.pool.run(SLEEP.format(0.4))) for _ in range(3)]
+            await asyncio.sleep(0.3)
+            assert len(descendants(first)) == 1  # the successor takes what comes, however busy
             meanwhile = descendants(driver.pool.warden_pid)
+            await asyncio.gather(*later)
             return await long, meanwhile
 
         result, meanwhile = driver.wait(together())
@@ -170,6 +177,51 @@ def test_a_template_is_not_blamed_for_a_call_that_cannot_start() -> None:
         assert (result.status, result.attempts) == (ToolStatus.INFRA_ERROR, 3)
         assert [driver.run("1").status for _ in range(4)] == [OK] * 4
         assert (templates(driver), restarts(driver)) == (before, {})
+
+
+def test_a_call_that_saw_two_templates_die_runs_alone() -> None:
+    """What runs when the second dies is waited for, and what waits then keeps waiting."""
+    with Driver(workers=2, slots=8, preload=()) as driver:
+        limits = Limits(wall_seconds=60)
+
+        def running() -> dict[int, list[int]]:
+            """Calls that run, by template."""
+            _, *templates = descendants(driver.pool.warden_pid)
+            return {template: calls for template in templates if (calls := descendants(template))}
+
+        async def until(condition: Callable[[Metrics], bool]) -> Metrics:
+            while not condition(metrics := await driver.pool.metrics()):
+                await asyncio.sleep(0.02)
+            return metrics
+
+        async def home_of_only_call() -> int:
+            while len(found := running()) != 1:
+                await asyncio.sleep(0.02)
+            return next(iter(found))
+
+        async def watch() -> tuple[Result, list[Result]]:
+            poison = asyncio.create_task(driver.pool.run(SLEEP.format(50), limits=limits))
+            os.kill(await home_of_only_call(), signal.SIGKILL)
+            await until(lambda metrics: metrics.template_restarts == {"died": 1} and metrics.running == 1)
+            home = await home_of_only_call()
+            others = [driver.pool.run(f"{SLEEP.format(1.5)}; print('fine')", limits=limits) for _ in range(6)]
+            others = [asyncio.create_task(other) for other in others]
+            await until(lambda metrics: metrics.running == 7)
+            while sum(map(len, running().values())) < 7:
+                await asyncio.sleep(0.02)
+            left = 7 - len(running()[home])
+            os.kill(home, signal.SIGKILL)
+            seen = [await until(lambda metrics: metrics.template_restarts == {"died": 2})]
+            seen.append(await until(lambda metrics: metrics.calls.get(OK, 0) == left and metrics.running > 0))
+            await asyncio.sleep(0.3)
+            seen.append(await driver.pool.metrics())
+            assert [(metrics.running, metrics.waiting) for metrics in seen] == [(left, 7 - left), *[(1, 6 - left)] * 2]
+            os.kill(await home_of_only_call(), signal.SIGKILL)
+            return await poison, await asyncio.gather(*others)
+
+        poison, others = driver.wait(watch())
+    assert (poison.status, poison.attempts) == (ToolStatus.INFRA_ERROR, 3)
+    assert [(other.status, other.stdout) for other in others] == [(OK, "fine\n")] * 6
 
 
 # Draining
