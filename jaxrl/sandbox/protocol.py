@@ -183,7 +183,7 @@ class Kind(enum.IntEnum):
     CANCEL = 5  # pool → warden: a call id
     REPORT = 6  # warden → pool: a Report
     CLOSE = 7  # pool → warden: end everything
-    STATS = 8  # pool → warden: a question; warden → pool: JSON, the fields of metrics.WardenMetrics
+    STATS = 10  # pool → warden: a question; warden → pool: JSON, the fields of metrics.WardenMetrics
 
 
 def frame(kind: Kind, body: bytes = b"") -> bytes:
