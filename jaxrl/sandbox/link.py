@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from jaxrl.sandbox.jail import SandboxUnavailable
+from jaxrl.sandbox.metrics import WardenMetrics
 from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Report, frame
 
 _HOME = str(pathlib.Path(__file__).resolve().parents[2])  # the folder that holds the package
@@ -33,6 +34,7 @@ class WardenLink(asyncio.Protocol):
         self._on_slot_free = on_slot_free
         self._frames = FrameReader()
         self._pending: dict[int, asyncio.Future[Report]] = {}
+        self._asked: list[asyncio.Future[WardenMetrics]] = []  # in the order of the questions, and of the answers
         self._outgoing: list[bytes] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.Transport | None = None
@@ -94,6 +96,19 @@ class WardenLink(asyncio.Protocol):
             self._send(frame(Kind.CANCEL, call.id.to_bytes(8, "little")))
             raise
 
+    async def metrics(self) -> WardenMetrics:
+        """What the warden says of itself.
+
+        Raises:
+            WardenLost: it ended first.
+        """
+        if not self.alive:
+            raise WardenLost
+        future: asyncio.Future[WardenMetrics] = asyncio.get_running_loop().create_future()
+        self._asked.append(future)
+        self._send(frame(Kind.STATS))
+        return await future
+
     async def close(self) -> None:
         """End the process and everything it started; nothing is left when this returns."""
         if self.alive:
@@ -132,6 +147,11 @@ class WardenLink(asyncio.Protocol):
                 self._on_slot_free()
                 if not future.done():
                     future.set_result(report)
+            elif kind is Kind.STATS:
+                answer = json.loads(body)
+                asked = self._asked.pop(0)
+                if not asked.done():
+                    asked.set_result(WardenMetrics(**answer | {"template_rss_kib": tuple(answer["template_rss_kib"])}))
             elif kind is Kind.READY and not self._ready.done():
                 self._ready.set_result(None)
             elif kind is Kind.UNAVAILABLE and not self._ready.done():
@@ -146,3 +166,6 @@ class WardenLink(asyncio.Protocol):
             self._on_slot_free()
             if not future.done():
                 future.set_exception(WardenLost())
+        for asked in self._asked:
+            if not asked.done():
+                asked.set_exception(WardenLost())
