@@ -86,10 +86,12 @@ def _divide_assert(test: CodeTest, strangers: set[str]) -> Plan | None:
     """
     *setup, last = ast.parse(test.code).body or [ast.Pass()]
     match last:
-        case ast.Assert(ast.Compare(ast.Call(ast.Name(name)) as call, [ast.Eq()], [expected])) if name in strangers:
+        case ast.Assert(ast.Compare(ast.Call(ast.Name(name)) as call, [ast.Eq()], [expected])):
             pass
         case _:
             return None
+    if name not in strangers or name in builtins.__dict__:
+        return None
     if any(isinstance(node, ast.Assert) for part in setup for node in ast.walk(part)) or not _is_constant(expected):
         return None
     asked = f"def {_ASKED}():\n    return {ast.unparse(call)}"
