@@ -55,7 +55,7 @@ class Cache:
 
     def _read(self, key: str) -> Grade | None:
         if self._folder is not None:
-            with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or damaged: graded anew
+            with contextlib.suppress(OSError, ValueError, TypeError, LookupError):  # absent, or damaged: graded anew
                 fields = json.loads(self._path(self._folder, key).read_text(encoding="utf-8"))
                 return Grade(**fields | {"status": ToolStatus(fields["status"])})
         return None

@@ -26,7 +26,7 @@ from jaxrl.sandbox.grading.plan import Plan, divide
 from jaxrl.sandbox.pool import Result
 from jaxrl.sandbox.protocol import Limits
 
-_ROUNDS = 8  # times that a test may ask something that rests on earlier answers
+_ROUNDS = 32  # times that a test may ask something that rests on earlier answers
 _INTERVIEWS = 16384  # remembered
 
 
@@ -245,11 +245,15 @@ class Grader:
         files: Mapping[str, bytes] | None = None,
         wanted: Sequence[str] = (),
     ) -> Result:
+        limits = limits or self._limits
+        # Room for what is given, so that long answers of a program never make the setting up of its test fail.
+        given = sum(map(len, (files or {}).values()))
+        limits = dataclasses.replace(limits, disk_mib=limits.disk_mib + (given >> 20) + 1)
         result = await self._pool.run(
             code,
             stdin=stdin,
             echo=False,
-            limits=limits or self._limits,
+            limits=limits,
             tenant=self._tenant,
             files=files,
             wanted=wanted,

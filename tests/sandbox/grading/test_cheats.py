@@ -26,7 +26,7 @@ CHEATS = {
     "exits when called": "import os\ndef f(x): os._exit(0)",
     "leaves when called": "def f(x): raise SystemExit(0)",
     "raises an assertion": "def f(x): raise AssertionError",
-    "equals everything": "class Yes:\n    def __eq__(self, o): return True\n    __req__ = __eq__\ndef f(x): return Yes()",
+    "equals everything": "class Yes:\n    def __eq__(self, other): return True\ndef f(x): return Yes()",
     "number that equals everything": (
         "class Yes(int):\n    __eq__ = lambda *_: True\n    __ne__ = lambda *_: False\n    __hash__ = int.__hash__\n"
         "    __sub__ = __rsub__ = __float__ = lambda *_: 0.0\ndef f(x): return Yes()"
@@ -40,7 +40,8 @@ CHEATS = {
     + WRONG,
     "replaces the harness": (
         "import sys\nfor name, module in list(sys.modules.items()):\n    if name.startswith('jaxrl'):\n"
-        "        module.pack = module.unpack = lambda *_: True\n        module.line = lambda *_: '[\"value\", true]\\n'\n"
+        "        module.pack = module.unpack = lambda *_: True\n"
+        "        module.line = lambda *_: '[\"value\", true]\\n'\n"
     )
     + WRONG,
     "replaces json": "import json\njson.dumps = lambda *_, **__: 'passed'\njson.loads = lambda *_: [[], {}]\n" + WRONG,
@@ -54,7 +55,8 @@ CHEATS = {
     "asks nothing": "open('questions', 'w').close()\n" + WRONG,
     "answers with a link": "import os\nos.remove('answers'); os.symlink('/proc/self/environ', 'answers')\n" + WRONG,
     "answers in a thread afterwards": (
-        "import threading, time\ndef late():\n    time.sleep(0.1)\n    open('answers', 'w').write('[\"value\", true]\\n' * 9)\n"
+        "import threading, time\ndef late():\n    time.sleep(0.1)\n"
+        "    open('answers', 'w').write('[\"value\", true]\\n' * 9)\n"
         "threading.Thread(target=late).start()\n"
     )
     + WRONG,
@@ -153,5 +155,10 @@ def test_helpers_of_the_test_cannot_be_replaced(sandbox: Driver) -> None:
 def test_what_a_program_prints_passes_only_as_output(sandbox: Driver) -> None:
     test = StdioTest("4\n", "16\n")
     assert grade(sandbox, "print(int(input()) ** 2)", test).passed
-    for program in ("print('passed')", "print(16); raise SystemExit(3)", "print(16)\nwhile True: pass", "print(16, 16)"):
+    for program in (
+        "print('passed')",
+        "print(16); raise SystemExit(3)",
+        "print(16)\nwhile True: pass",
+        "print(16, 16)",
+    ):
         assert not grade(sandbox, program, test).passed, program
