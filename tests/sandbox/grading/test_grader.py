@@ -39,6 +39,8 @@ def grade(sandbox: Driver, program: str, test: Test, hidden_only: bool = True) -
         (CodeTest("try:\n    double(None)\nexcept TypeError:\n    pass\nelse:\n    assert False", "double"), True),
         (CodeTest("try:\n    double(1)\nexcept TypeError:\n    pass\nelse:\n    assert False", "double"), False),
         (CodeTest("x = double(1)\nassert double(double(x) + x) == 12"), True),
+        (CodeTest("x = int(double(3))\nassert double(x) == 12"), True),
+        (CodeTest("x = int(double(3))\nassert double(x) == 2"), False),
         (CodeTest("n = 1\nwhile n < 100:\n    n = double(n)\nassert n == 128"), True),
         (CodeTest("n = 0\nwhile double(n) < 100:\n    n += 1\nassert n == 50"), True),
     ],
