@@ -174,7 +174,7 @@ class Grader:
         ran = await self._run(program, limits=limits, stdin=test.stdin)
         if ran.status != ToolStatus.OK:
             return _grade([ran], False, ran.status, _last_line(ran.stderr))
-        passed = not ran.stdout_truncated and test.accepts(ran.stdout)
+        passed = test.accepts(ran.stdout)
         return _grade([ran], passed, ran.status, "" if passed else "the output is not the expected one")
 
     async def _grade_answers(self, program: str, plan: Plan, questions: bytes) -> Grade:

@@ -1,9 +1,11 @@
 """Values survive the way between two jails, and nothing but plain data makes it."""
 
+import enum
 import math
 import subprocess
 import sys
-from typing import Any
+from collections import Counter
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -91,6 +93,23 @@ def test_a_subclass_arrives_without_its_methods() -> None:
     assert _Yes(1) == 2
     assert type(crossed(_Yes(1))) is int
     assert crossed([_Yes(1)]) != [2]
+
+
+class _Point(NamedTuple):
+    x: int
+
+
+class _Colour(enum.IntEnum):
+    RED = 1
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [(_Point(1), (1,)), (Counter("aa"), {"a": 2}), ([_Point(1)], [(1,)]), (_Colour.RED, 1), (bytearray(b"a"), b"a")],
+)
+def test_a_subclass_arrives_as_what_it_extends(value: object, plain: object) -> None:
+    assert crossed(value) == plain == value
+    assert _shape(crossed(value)) == _shape(plain)
 
 
 @pytest.mark.parametrize("value", [object(), lambda: 1, [object()], {"a": iter([])}, math, np.zeros(2), codec.NotData])

@@ -30,6 +30,7 @@ def grade(sandbox: Driver, program: str, test: Test, hidden_only: bool = True) -
         (CodeTest("assert double(3) == 7"), False),
         (CodeTest("assert double(3)"), True),
         (CodeTest("assert not double(3)"), False),
+        (CodeTest("for n in range(50):\n    assert not double(n) - n - n"), True),  # a failing assert hides no question
         (CodeTest("assert {6} == set([double(3)])", "double"), True),
         (CodeTest("assert double('a') == 'aa' and double(1) == 2"), True),
         (CodeTest("assert double(1) == 2\nassert double(2) == 5\nassert double(3) == 6"), False),
@@ -90,6 +91,8 @@ def test_arguments_are_passed_by_value(sandbox: Driver) -> None:
         ("def f(x): return [0] * 10**9", ToolStatus.OUT_OF_MEMORY),
         ("def f(x):\n    while True: print('x' * 4096)", ToolStatus.OUTPUT_LIMIT),
         ("def f(x): import os; os.kill(os.getpid(), 9) or os.abort()", ToolStatus.ERROR),
+        ("import os\ndef f(x): os._exit(0)", ToolStatus.ERROR),
+        ("def f(x): raise SystemExit", ToolStatus.ERROR),
         ("def f(x): return x + 1", ToolStatus.OK),
     ],
 )
@@ -112,6 +115,15 @@ def test_a_long_answer_is_no_fault_of_ours(sandbox: Driver, mebibytes: int) -> N
     program = f"def f(x): return 'x' * ({mebibytes} * 2**20 - 20)"
     found = grade(sandbox, program, CodeTest("assert len(f(1)) == 1", "f"))
     assert (found.passed, found.status) in ((False, ToolStatus.OK), (False, ToolStatus.ERROR)), found
+
+
+@pytest.mark.parametrize(("length", "true"), [(0, False), (1, True)])
+def test_an_object_of_the_program_is_as_true_as_it_was_there(sandbox: Driver, length: int, true: bool) -> None:
+    program = f"class Found:\n    def __len__(self): return {length}\ndef f(x): return Found()"
+    assert grade(sandbox, program, CodeTest("assert f(1)")).passed == true
+    assert grade(sandbox, program, CodeTest("assert not f(1)")).passed != true
+    assert grade(sandbox, program, CodeTest("assert f(1) is not None")).passed
+    assert not grade(sandbox, program, CodeTest("assert f(1) == f(1)")).passed
 
 
 def test_main_blocks_run_in_whole_programs_only(sandbox: Driver) -> None:
@@ -140,7 +152,7 @@ def test_output_longer_than_the_pools_cap_is_compared_whole(sandbox: Driver) -> 
     found = grade(sandbox, "print(*range(20_001), sep='\\n')", StdioTest("", expected))
     assert (found.passed, found.status) == (False, ToolStatus.OK)
     found = grade(sandbox, "print('1'); print('\\n' * 2_000_000)", StdioTest("", "1"))
-    assert (found.passed, found.status) == (False, ToolStatus.OK), "what was cut may have been anything"
+    assert (found.passed, found.status) == (False, ToolStatus.OK), "what was cut out may have been anything"
 
 
 def test_modules_that_a_program_mentions_are_there_loaded(sandbox: Driver) -> None:

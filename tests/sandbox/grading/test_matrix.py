@@ -11,7 +11,7 @@ import pytest
 
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Limits, Result
-from jaxrl.sandbox.grading import CallTest, CodeTest, Grade, Grader, StdioTest, Test
+from jaxrl.sandbox.grading import CallTest, CodeTest, Grade, Grader, NotHidden, StdioTest, Test
 from jaxrl.sandbox.grading.cache import Cache
 from tests.sandbox.driver import LIMITS, Driver
 
@@ -101,6 +101,14 @@ def test_grades_are_kept_by_content(sandbox: Driver, tmp_path: pathlib.Path) -> 
     assert calls_for(PROGRAMS[0], dataclasses.replace(test, tolerance=0.1)) > 0
     assert calls_for(PROGRAMS[0], test, dataclasses.replace(LIMITS, cpu_seconds=0.5)) == 1
     assert calls_for(PROGRAMS[0], test, isolation="another") == 1
+
+
+def test_a_grade_that_was_not_hidden_is_no_grade_where_it_has_to_be(sandbox: Driver, tmp_path: pathlib.Path) -> None:
+    test = CodeTest("b = Box()\nassert f(b) == 1 != b", "f")
+    program = "Box = list\ndef f(x): return 1"
+    assert sandbox.wait(Grader(sandbox.pool, LIMITS, cache_folder=tmp_path).grade(program, test)).passed
+    with pytest.raises(NotHidden):
+        sandbox.wait(Grader(sandbox.pool, LIMITS, cache_folder=tmp_path, hidden_only=True).grade(program, test))
 
 
 def test_promise_5_faults_of_ours_are_masked_and_never_kept(sandbox: Driver, tmp_path: pathlib.Path) -> None:
