@@ -52,13 +52,13 @@ def load(*sources: str) -> types.ModuleType:
     return module
 
 
-def _described(error: Exception) -> tuple[str, str]:
-    """The nearest built-in class and the text of an exception."""
-    names = (kind.__name__ for kind in type(error).__mro__ if kind.__module__ == builtins.__name__)
+def _described(error: Exception) -> tuple[str, object]:
+    """The nearest built-in class of an exception, and its arguments where they are plain data."""
+    name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == builtins.__name__)
     try:
-        return next(names), str(error)
-    except Exception:
-        return "Exception", "its text cannot be read"
+        return name, pack(error.args)
+    except NotData:
+        return name, pack(())
 
 
 def stand_beside(program: str, prelude: str, test: str, token: str) -> None:

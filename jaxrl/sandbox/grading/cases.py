@@ -43,6 +43,8 @@ class CodeTest:
     """Name of the program's function that the code calls; empty finds it where the code calls only one stranger."""
     prelude: str = ""
     """Helpers of the code. A program that defines the same names does not alter them."""
+    beside: str = ""
+    """Runs after the program, in its module, and may define the function. The program sees it: no answers here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class CallTest:
     """
 
     function: str
+    """Its name, or an expression for it such as ``Solution().solve``."""
     arguments: Sequence[object]
     expected: object
     keywords: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -67,11 +70,15 @@ class CallTest:
         """The same test as an assert; ``repr`` of plain data is Python."""
         arguments = [repr(argument) for argument in self.arguments]
         arguments += [f"{name}={value!r}" for name, value in self.keywords.items()]
-        call = f"{self.function}({', '.join(arguments)})"
+        function, beside = self.function, ""
+        if not function.isidentifier():
+            function = "_jaxrl_called"
+            beside = f"def {function}(*arguments, **keywords):\n    return {self.function}(*arguments, **keywords)"
+        call = f"{function}({', '.join(arguments)})"
         if self.tolerance is None:
-            return CodeTest(f"assert {call} == {self.expected!r}", self.function, _NAMES)
+            return CodeTest(f"assert {call} == {self.expected!r}", function, _NAMES, beside)
         compared = f"assert _close({call}, {self.expected!r}, {self.tolerance!r})"
-        return CodeTest(compared, self.function, f"{_NAMES}\n{inspect.getsource(closeness)}\n_close = close")
+        return CodeTest(compared, function, f"{_NAMES}\n{inspect.getsource(closeness)}\n_close = close", beside)
 
 
 _NAMES = "from decimal import Decimal\nfrom fractions import Fraction\nfrom math import inf, nan"

@@ -8,12 +8,15 @@ import json
 
 # The files in which things cross.
 QUESTIONS = "questions"  # a line of JSON each: packed (arguments, keywords)
-ANSWERS = "answers"  # in the same order: ["value", packed], ["object", class, truth] or ["raised", class, text]
+ANSWERS = (
+    "answers"  # in the same order: ["value", packed], ["object", class, truth] or ["raised", class, packed arguments]
+)
 EXAM = "exam"  # the test
 VERDICT = "verdict"  # a word, and on the next line what is to be said about it
 
 _TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict)}
-_SEQUENCES = (list, tuple, set, frozenset)
+_SEQUENCES = (list, tuple)
+_SETS = (set, frozenset)
 _SHORT = 1 << 63  # longer integers are written in base 16: the decimal form is slow, and Python limits its length
 
 
@@ -54,6 +57,9 @@ def pack(value: object) -> object:
     for kind in _SEQUENCES:
         if isinstance(value, kind):
             return [kind.__name__, *map(pack, value)]
+    for kind in _SETS:
+        if isinstance(value, kind):  # in one order everywhere, so that equal sets are equal text
+            return [kind.__name__, *sorted(map(pack, value), key=line)]
     if isinstance(value, dict):
         return ["dict", *([pack(key), pack(held)] for key, held in value.items())]
     if isinstance(value, complex):

@@ -83,13 +83,13 @@ class Examination:
     """One run of a test.
 
     Args:
-        asked: questions already put to the program, packed.
+        asked: questions already put to the program, as text; no two values have the same, and NaN has its own.
         answers: what it wrote in reply, as read from JSON; anything at all may stand there.
     """
 
-    def __init__(self, asked: list[object], answers: list[Any]) -> None:
+    def __init__(self, asked: list[str], answers: list[Any]) -> None:
         self._known = list(zip(asked, answers, strict=False))
-        self.questions: list[object] = []
+        self.questions: list[str] = []
         self.blind = False
         self._asked_blindly = 0
         self.raised: BaseException | None = None  # what the program's function raised last
@@ -97,7 +97,7 @@ class Examination:
     def ask(self, *arguments: object, **keywords: object) -> Any:
         """What the test calls in place of the program's function."""
         try:
-            question = pack((arguments, keywords))
+            question = line(pack((arguments, keywords)))
         except NotData as error:
             raise EnoughAsked if isinstance(error.value, Unknown) else NotAskable(str(error)) from error
         number = len(self.questions)
@@ -113,10 +113,11 @@ class Examination:
             return unpack(answer[0])
         if kind == "object":
             return Stranger(*answer)
-        name, text = answer
-        found = getattr(builtins, name, None)
-        known = isinstance(found, type) and issubclass(found, Exception)
-        self.raised = found(text) if known else Exception(f"{name}: {text}")
+        name, arguments_raised = answer
+        found = getattr(builtins, name)
+        if not issubclass(found, Exception):
+            raise TypeError(f"{name} is no exception")
+        self.raised = found.__new__(found, *unpack(arguments_raised))
         raise self.raised
 
 
@@ -165,7 +166,7 @@ def _described(error: BaseException, code: str) -> str:
 def examine() -> None:
     """Read exam, questions and answers; write the verdict and the questions of this run."""
     exam = json.loads(_read(EXAM))
-    asked = lines(_read(QUESTIONS))
+    asked = _read(QUESTIONS).decode().splitlines(keepends=True)
     try:
         answers = lines(_read(ANSWERS))
     except (ValueError, RecursionError) as error:
@@ -175,7 +176,7 @@ def examine() -> None:
         word, text = run_test(exam, examination)
         asked = examination.questions
     with open(QUESTIONS, "w", encoding="utf-8") as file:
-        file.writelines(map(line, asked))
+        file.writelines(asked)
     with open(VERDICT, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"{word}\n{text}")
 

@@ -57,10 +57,11 @@ class _OurFault(Exception):
 
 @dataclasses.dataclass
 class _Interview:
-    """What a test asks when nothing is known of the program; the same for all programs."""
+    """What is known of a test without any program."""
 
-    questions: bytes = b""
-    obstacle: str = ""  # why there are no questions
+    plan: Plan
+    questions: bytes  # what it asks first
+    obstacle: str  # why it asks nothing
     turn: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)  # one finds out, the others wait
 
 
@@ -157,16 +158,14 @@ class Grader:
             return await self._grade_printed(program, test)
         if isinstance(test, CallTest):
             test = test.as_code()
-        plan = divide(test)
-        questions, obstacle = plan.questions, plan.obstacle
-        if not obstacle and not questions:
-            interview = await self._interview(test, plan)
-            questions, obstacle = interview.questions, interview.obstacle
-        if not obstacle:
-            return await self._grade_answers(program, plan, questions)
+        interview = await self._interview(test)
+        if not interview.obstacle:
+            return await self._grade_answers(program, interview.plan, interview.questions)
         if self._hidden_only:
-            raise NotHidden(f"hidden_only=True but {obstacle}; rewrite the test, or let it run beside the program")
-        return await self._grade_beside(program, test, obstacle)
+            raise NotHidden(
+                f"hidden_only=True but {interview.obstacle}; rewrite the test, or let it run beside the program"
+            )
+        return await self._grade_beside(program, test, interview.obstacle)
 
     async def _grade_printed(self, program: str, test: StdioTest) -> Grade:
         kib = 1 + len(test.expected.encode("utf-8", "replace")) // 1024
@@ -210,15 +209,18 @@ class Grader:
         status = ToolStatus.ERROR if word == "raised" else ToolStatus.OK
         return _Verdict(word, text, judged.files[QUESTIONS], status)
 
-    async def _interview(self, test: CodeTest, plan: Plan) -> _Interview:
+    async def _interview(self, test: CodeTest) -> _Interview:
         """What the test asks first; found once per test."""
-        interview = self._interviews.setdefault(test, _Interview())
+        interview = self._interviews.get(test)
+        if interview is None:
+            plan = divide(test)
+            interview = self._interviews[test] = _Interview(plan, plan.questions, plan.obstacle)
         self._interviews.move_to_end(test)
         while len(self._interviews) > _INTERVIEWS:
             self._interviews.popitem(last=False)
         async with interview.turn:
             if not interview.questions and not interview.obstacle:
-                verdict = await self._examine(plan, b"", b"")
+                verdict = await self._examine(interview.plan, b"", b"")
                 if verdict.word == "more":
                     interview.questions = verdict.questions
                 elif verdict.word == "closed":
@@ -230,7 +232,7 @@ class Grader:
     async def _grade_beside(self, program: str, test: CodeTest, obstacle: str) -> Grade:
         # The token only tells an end of the test from an early end of the program; here the program may know all.
         token = secrets.token_hex(16)
-        script = scripts.stand_beside(program, test.prelude, test.code, token)
+        script = scripts.stand_beside(program, test.prelude, f"{test.beside}\n{test.code}", token)
         ran = await self._run(script, wanted=[ANSWERS])
         passed = ran.status == ToolStatus.OK and ran.files.get(ANSWERS) == token.encode()
         status = ToolStatus.ERROR if ran.status == ToolStatus.OK and not passed else ran.status

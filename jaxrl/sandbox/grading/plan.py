@@ -36,6 +36,8 @@ def divide(test: CodeTest) -> Plan:
         SyntaxError: the test or its prelude is no Python.
     """
     strangers = _strangers(f"{test.prelude}\n{test.code}")
+    if (divided := _divide_assert(test, strangers, ast.Attribute)) is not None:
+        return divided
     called = _called(test.code) & strangers
     function = test.function
     if not function:
@@ -46,8 +48,8 @@ def divide(test: CodeTest) -> Plan:
     modules = {name for name in rest - called if name in sys.stdlib_module_names}
     if function and not rest - modules:
         exam = _exam(test.prelude, test.code, function, sorted(modules))
-        return Plan(function, "", exam, "", *_foreseen(test.code, function))
-    if (divided := _divide_assert(test, strangers)) is not None:
+        return Plan(function, test.beside, exam, "", *_foreseen(test.code, function))
+    if (divided := _divide_assert(test, strangers, ast.Name)) is not None:
         return divided
     if function:
         return Plan(obstacle=f"the test needs {sorted(rest - modules)} of the program besides {function!r}")
@@ -79,23 +81,27 @@ def _foreseen(code: str, function: str) -> tuple[bytes, bytes | None]:
     return line(question).encode(), line(answer).encode()
 
 
-def _divide_assert(test: CodeTest, strangers: set[str]) -> Plan | None:
-    """The plan for ``set up; assert f(...) == constant``, where objects of the program stand among the arguments.
+def _divide_assert(test: CodeTest, strangers: set[str], kind: type[ast.expr]) -> Plan | None:
+    """The plan for ``set up; assert f(...) == constant``, where the program's objects are needed on the left side.
 
     All but the constant runs beside the program.
+
+    Args:
+        kind: how the function is given, by name, or as an attribute as in ``Solution().f(...)``.
     """
     *setup, last = ast.parse(test.code).body or [ast.Pass()]
     match last:
-        case ast.Assert(ast.Compare(ast.Call(ast.Name(name)) as call, [ast.Eq()], [expected])):
-            pass
+        case ast.Assert(ast.Compare(ast.Call(called) as call, [ast.Eq()], [expected])) if isinstance(called, kind):
+            needing = [called] if kind is ast.Name else [*setup, call]
         case _:
             return None
-    if name not in strangers or name in builtins.__dict__:
+    names = {node.id for part in needing for node in ast.walk(part) if isinstance(node, ast.Name)}
+    if not names & strangers - set(builtins.__dict__) - sys.stdlib_module_names:
         return None
     if any(isinstance(node, ast.Assert) for part in setup for node in ast.walk(part)) or not _is_constant(expected):
         return None
     asked = f"def {_ASKED}():\n    return {ast.unparse(call)}"
-    beside = "\n".join([test.prelude, *map(ast.unparse, setup), asked])
+    beside = "\n".join([test.prelude, test.beside, *map(ast.unparse, setup), asked])
     code = f"assert {_ASKED}() == {ast.unparse(expected)}"
     return Plan(_ASKED, beside, _exam("", code, _ASKED, []), "", *_foreseen(code, _ASKED))
 

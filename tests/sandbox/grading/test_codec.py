@@ -58,6 +58,13 @@ def _shape(value: object) -> object:
     return type(value)
 
 
+@given(st.permutations([0, 8, 16, "a", "b", (1,), frozenset([1])]))
+def test_equal_sets_are_equal_text(members: list) -> None:
+    """The order in which a set is gone through depends on its history, and on the process."""
+    backwards = members[::-1]
+    assert codec.line(codec.pack(set(members))) == codec.line(codec.pack(set(backwards)))
+
+
 @pytest.mark.parametrize("text", ["\ud800", "\0", "a\nb", "\u2028"])
 def test_any_text_arrives_on_one_line(text: str) -> None:
     assert crossed(text) == text

@@ -30,6 +30,10 @@ def grade(sandbox: Driver, program: str, test: Test, hidden_only: bool = True) -
         (CodeTest("assert double(3) == 7"), False),
         (CodeTest("assert double(3)"), True),
         (CodeTest("assert not double(3)"), False),
+        (CodeTest("assert double('A').lower() == 'aa'"), True),
+        (CodeTest("assert str(double(float('nan'))) == 'nan'", "double"), True),
+        (CodeTest("assert len(double([{'a', 'b', 'c', 'd', 'e'}])) == 2", "double"), True),
+        (CodeTest("assert triple(1) == 3", "triple", "", "def triple(x): return double(x) + x"), True),
         (CodeTest("for n in range(50):\n    assert not double(n) - n - n"), True),  # a failing assert hides no question
         (CodeTest("assert {6} == set([double(3)])", "double"), True),
         (CodeTest("assert double('a') == 'aa' and double(1) == 2"), True),
@@ -66,6 +70,27 @@ def test_a_question_that_the_test_would_not_ask_does_no_harm(sandbox: Driver) ->
     assert found.passed, found
     found = grade(sandbox, program, CodeTest("n = 0\nwhile slow(n) < 6:\n    n += 1\nassert n == 6"))
     assert (found.passed, found.status) == (False, ToolStatus.TIMEOUT), found
+
+
+@pytest.mark.parametrize(("expected", "passed"), [(("a", 2), True), (("a", 3), False)])
+def test_methods_are_called_where_their_object_is(sandbox: Driver, expected: tuple, passed: bool) -> None:
+    program = "class Solution:\n    def __init__(self): self.a = 'a'\n    def solve(self, n): return self.a, n"
+    assert grade(sandbox, program, CallTest("Solution().solve", [2], expected)).passed == passed
+    assert grade(sandbox, program, CallTest("Solution().solve", [2], expected, tolerance=0.1)).passed == passed
+    assert grade(sandbox, program, CodeTest(f"assert Solution().solve(2) == {expected}")).passed == passed
+    assert (
+        grade(sandbox, program, CodeTest(f"s = Solution()\nassert s.solve(2) == {expected}", "Solution")).passed
+        == passed
+    )
+
+
+@pytest.mark.parametrize("raised", ["KeyError('a')", "OSError(2, 'gone')", "UnicodeDecodeError('a', b'b', 0, 1, 'c')"])
+def test_an_exception_arrives_with_its_arguments(sandbox: Driver, raised: str) -> None:
+    compared = f"assert (type(error), error.args) == (type({raised}), {raised}.args)"
+    code = f"try:\n    f(1)\nexcept Exception as error:\n    {compared}\nelse:\n    assert False"
+    assert grade(sandbox, f"def f(x): raise {raised}", CodeTest(code, "f")).passed
+    child = "class Own(ValueError): pass\ndef f(x): raise Own(1, object())"
+    assert grade(sandbox, child, CodeTest("try:\n    f(1)\nexcept ValueError:\n    pass", "f")).passed
 
 
 def test_all_questions_of_a_test_go_to_one_process(sandbox: Driver) -> None:
