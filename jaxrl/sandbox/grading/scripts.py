@@ -2,16 +2,20 @@
 
 import hashlib
 import inspect
+import marshal
+import sys
 from types import ModuleType
 
 from jaxrl.sandbox.grading import answering, codec, examining
 
-_LOAD = """
-import sys, types
+# Compiled here where the jail's interpreter is of the same version, for compiling would be half of a short call.
+_LOAD = f"""
+import marshal, sys, types
 
-def load(name, source):
+def load(name, source, compiled):
     module = sys.modules[name] = types.ModuleType(name)
-    exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
+    same = sys.hexversion == {sys.hexversion}
+    exec(marshal.loads(compiled) if same else compile(source, name, "exec", dont_inherit=True), module.__dict__)
     return module
 """
 
@@ -28,10 +32,14 @@ def stand_beside(program: str, prelude: str, test: str, token: str) -> str:
 
 def _loading(*modules: ModuleType) -> str:
     """Source that loads modules from their own source; it ends with an expression that is the last of them."""
-    loads = [f"load({module.__name__!r}, {inspect.getsource(module)!r})" for module in modules]
+    loads = []
+    for name, source in ((module.__name__, inspect.getsource(module)) for module in modules):
+        compiled = marshal.dumps(compile(source, name, "exec", dont_inherit=True))
+        loads.append(f"load({name!r}, {source!r}, {compiled!r})")
     return "\n".join([_LOAD, *loads])
 
 
 _ANSWERING = _loading(codec, answering)
 EXAMINE = f"{_loading(codec, examining)}.examine()"
-VERSION = hashlib.sha256((_ANSWERING + EXAMINE).encode()).hexdigest()  # of the way of grading
+# Of the way of grading. Made from the sources: compiled code is not the same bytes in every process.
+VERSION = hashlib.sha256("".join(map(inspect.getsource, (codec, answering, examining))).encode()).hexdigest()

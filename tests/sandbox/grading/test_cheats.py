@@ -145,6 +145,17 @@ def test_beside_its_test_too_a_program_has_to_stay_to_the_end(sandbox: Driver, p
     assert (found.passed, found.hidden, found.status) == (False, False, ToolStatus.ERROR), found
 
 
+def test_what_the_test_compares_with_cannot_be_changed_through_an_argument(sandbox: Driver) -> None:
+    test = CodeTest("x = [3, 1, 2]\nassert f(x) == sorted(x)")
+    assert grade(sandbox, "f = sorted", test).passed
+    assert not grade(sandbox, "def f(x):\n    x.clear()\n    return x", test).passed
+    in_place = CodeTest(
+        "x = [3, 1]\nassert changed(x) == [1, 3]", "changed", "", "def changed(x):\n    f(x)\n    return x"
+    )
+    assert grade(sandbox, "f = list.sort", in_place).passed
+    assert not grade(sandbox, "f = sorted", in_place).passed
+
+
 def test_helpers_of_the_test_cannot_be_replaced(sandbox: Driver) -> None:
     prelude = "def mirrored(text):\n    return text[::-1]"
     test = CodeTest("assert f(mirrored('abc')) == 'abc'", "f", prelude)
