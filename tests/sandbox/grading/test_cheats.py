@@ -82,11 +82,15 @@ FORGED = {
 }
 
 
-@pytest.mark.parametrize("test", TESTS)
 @pytest.mark.parametrize("cheat", CHEATS)
-def test_a_cheat_does_not_pass(sandbox: Driver, cheat: str, test: str) -> None:
-    found = grade(sandbox, CHEATS[cheat], TESTS[test])
-    assert not found.passed and found.hidden and not found.is_infra, found
+def test_a_cheat_does_not_pass(sandbox: Driver, cheat: str) -> None:
+    found = sandbox.wait(Grader(sandbox.pool, LIMITS).matrix([CHEATS[cheat]], list(TESTS.values())))
+    assert not found.passed.any() and not found.infra.any() and found.hidden.all(), found
+
+
+def test_an_honest_program_passes_what_the_cheats_do_not(sandbox: Driver) -> None:
+    program = f"Box = list\ndef f(x): return {ANSWER}"
+    assert sandbox.wait(Grader(sandbox.pool, LIMITS).matrix([program], list(TESTS.values()))).passed.all()
 
 
 @pytest.mark.parametrize("forged", FORGED)
