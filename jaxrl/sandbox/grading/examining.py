@@ -52,9 +52,9 @@ def _same(self: Unknown, *_: object) -> Unknown:
     return self
 
 
-_UNARY = ("abs", "call", "invert", "neg", "pos", "getitem", "setitem", "eq", "ne", "lt", "le", "gt", "ge")
+_PLAIN = ("abs", "call", "invert", "neg", "pos", "getitem", "setitem", "eq", "ne", "lt", "le", "gt", "ge")
 _BINARY = ("add", "and", "floordiv", "matmul", "mod", "mul", "or", "pow", "sub", "truediv", "xor")
-for _name in (*_UNARY, *_BINARY, *("r" + name for name in _BINARY)):
+for _name in (*_PLAIN, *_BINARY, *("r" + name for name in _BINARY)):
     setattr(Unknown, f"__{_name}__", _same)
 
 
