@@ -17,6 +17,8 @@ class StdioTest:
     """White space at the end of a line and empty lines at the end do not count."""
     tolerance: float | None = None
     """If given, words that are numbers may be off by so much, relatively or absolutely, and spacing does not count."""
+    language: str = "python"
+    """Of the program, as the pool names it."""
 
     def accepts(self, printed: str) -> bool:
         """Whether this output is the expected one."""

@@ -44,6 +44,7 @@ class Runner(Protocol):
         tenant: str = "",
         files: Mapping[str, bytes] | None = None,
         wanted: Sequence[str] = (),
+        language: str = "python",
     ) -> Result: ...
 
 
@@ -170,7 +171,7 @@ class Grader:
     async def _grade_printed(self, program: str, test: StdioTest) -> Grade:
         kib = 1 + len(test.expected.encode("utf-8", "replace")) // 1024
         limits = dataclasses.replace(self._limits, output_kib=max(self._limits.output_kib, 2 * kib))
-        ran = await self._run(program, limits=limits, stdin=test.stdin)
+        ran = await self._run(program, limits=limits, stdin=test.stdin, language=test.language)
         if ran.status != ToolStatus.OK:
             return _grade([ran], False, ran.status, _last_line(ran.stderr))
         passed = test.accepts(ran.stdout)
@@ -246,6 +247,7 @@ class Grader:
         stdin: str = "",
         files: Mapping[str, bytes] | None = None,
         wanted: Sequence[str] = (),
+        language: str = "python",
     ) -> Result:
         limits = limits or self._limits
         # Room for what is given, so that long answers of a program never make the setting up of its test fail.
@@ -259,6 +261,7 @@ class Grader:
             tenant=self._tenant,
             files=files,
             wanted=wanted,
+            language=language,
         )
         if result.status == ToolStatus.INFRA_ERROR:
             raise _OurFault(result.stderr)

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxrl.records import ToolStatus
-from jaxrl.sandbox import Limits
+from jaxrl.sandbox import Limits, SandboxUnavailable
 from jaxrl.sandbox.grading import CallTest, CodeTest, Grade, Grader, NotHidden, StdioTest, Test
 from tests.sandbox.driver import LIMITS, Driver
 
@@ -231,3 +231,23 @@ def test_the_limits_are_those_of_the_grader(sandbox: Driver) -> None:
     test = CallTest("f", [1], 1)
     assert sandbox.wait(Grader(sandbox.pool, limits).grade(program, test)).status == ToolStatus.TIMEOUT
     assert sandbox.wait(Grader(sandbox.pool, LIMITS).grade(program, test)).passed
+
+
+@pytest.mark.parametrize(
+    ("language", "program"),
+    [
+        ("bash", "read n; echo $((2 * n))"),
+        ("c++", "#include <iostream>\nint main() { int n; std::cin >> n; std::cout << 2 * n << std::endl; }"),
+    ],
+)
+def test_programs_in_other_languages_are_graded_by_what_they_print(
+    sandbox: Driver, language: str, program: str
+) -> None:
+    tests = [StdioTest("21", "42", language=language), StdioTest("1", "3", language=language)]
+    grader = Grader(sandbox.pool, LIMITS)
+    try:
+        matrix = sandbox.wait(grader.matrix([program, "what is this?"], tests))
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    assert matrix.passed.tolist() == [[True, False], [False, False]]
+    assert matrix.status.tolist() == [["ok", "ok"], ["error", "error"]]
