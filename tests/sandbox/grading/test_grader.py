@@ -1,5 +1,7 @@
 """Programs are graded as their test would grade them if it ran beside them."""
 
+import dataclasses
+
 import pytest
 
 from jaxrl.records import ToolStatus
