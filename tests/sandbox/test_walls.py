@@ -69,7 +69,7 @@ ATTACKS: dict[str, tuple[tuple[ToolStatus, ...], str, str]] = {
     "endless, and deaf to what happens": (
         (OUTPUT,),
         "",
-        "import os, signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except OSError: pass\n"
+        "import os, signal\nfor s in range(1, 32):\n    try: signal.signal(s, 1)\n    except OSError: pass\n"
         "while True: os.write(1, bytes(65536))",
     ),
     # the interpreter itself
@@ -183,7 +183,7 @@ def test_priorities_of_everybody_else_stay(sandbox: Driver) -> None:
     family = sandbox.resting()
     before = [os.getpriority(os.PRIO_PROCESS, pid) for pid in family]
     code = (
-        "import ctypes, os\nfor which in (os.PRIO_USER, os.PRIO_PGRP, os.PRIO_PROCESS):\n    os.setpriority(which, 0, 19)\n"
+        "import ctypes, os\nfor which in (os.PRIO_USER, os.PRIO_PGRP, os.PRIO_PROCESS): os.setpriority(which, 0, 19)\n"
         "print([ctypes.CDLL(None).syscall(251, which, 0, 3 << 13) for which in (1, 2, 3)])"
     )
     assert sandbox.run(code).status is OK
