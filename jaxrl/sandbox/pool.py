@@ -26,7 +26,8 @@ from jaxrl.sandbox.link import WardenLink, WardenLost
 from jaxrl.sandbox.protocol import Call, Limits, Outcome, Report
 
 _PROGRAMS_KEPT = 64 << 20  # bytes of compiled programs
-_ATTEMPTS = 3  # wardens that a call may lose before the fault is reported
+_ATTEMPTS = 3  # wardens that may be lost while they run a call before the fault is reported
+_WARDENS = 10  # and wardens in all, also those lost while the call waited
 
 _STATUS = {
     Outcome.OK: ToolStatus.OK,
@@ -144,8 +145,10 @@ class Pool:
         self._open = True
         try:
             await self._warden()
-        except BaseException:
+        except BaseException as error:
             await self.close()
+            if isinstance(error, WardenLost):
+                raise jail.SandboxUnavailable("the sandbox's warden process ended while starting") from error
             raise
 
     @property
@@ -271,26 +274,37 @@ class Pool:
     async def _submit(self, call: Call) -> Result:
         """Run a call on a living warden, on another where that one dies."""
         call = dataclasses.replace(call, id=next(self._ids), submitted=time.monotonic())
-        for attempt in range(_ATTEMPTS):
+        attempts = 0
+        for _ in range(_WARDENS):
             await self._admission.enter(call.tenant)
             try:
                 link = await self._warden()
+            except WardenLost:
+                self._admission.leave()
+                continue
             except BaseException:
                 self._admission.leave()
                 raise
             try:
-                report = await link.submit(dataclasses.replace(call, attempts=attempt))
-            except WardenLost:
+                report = await link.submit(dataclasses.replace(call, attempts=attempts))
+            except WardenLost as lost:
+                attempts += lost.running
+                if attempts == _ATTEMPTS:
+                    break
                 continue
             return self._result(report, call.processes)
         queued = time.monotonic() - call.submitted
         return self._result(
-            Report(call.id, Outcome.INFRA_ERROR, _ATTEMPTS, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False),
+            Report(call.id, Outcome.INFRA_ERROR, attempts, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False),
             call.processes,
         )
 
     async def _warden(self) -> WardenLink:
-        """The living warden; a lost one is replaced."""
+        """The living warden; a lost one is replaced.
+
+        Raises:
+            WardenLost: the new one ended while starting.
+        """
         async with self._starting:
             if not self._open:
                 raise RuntimeError("the sandbox pool is not open: use it inside `async with Pool(...)`")

@@ -193,6 +193,8 @@ class Kind(enum.IntEnum):
     CANCEL = 5  # pool → warden: a call id
     REPORT = 6  # warden → pool: a Report
     CLOSE = 7  # pool → warden: end everything
+    PING = 8  # pool → warden: are you there
+    PONG = 9  # warden → pool
 
 
 def frame(kind: Kind, body: bytes = b"") -> bytes:

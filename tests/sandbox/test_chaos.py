@@ -1,0 +1,186 @@
+"""Our own processes die or halt at random moments under load: each call is answered once, as on a calm day."""
+
+import asyncio
+import collections
+import dataclasses
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from jaxrl.records import ToolStatus
+from jaxrl.sandbox import Result
+from tests.sandbox.driver import LIMITS, Driver, descendants
+
+INFRA = ToolStatus.INFRA_ERROR
+LOSSES = 3  # of templates or wardens while a call runs, until it is given up
+LONG = dataclasses.replace(LIMITS, cpu_seconds=2.0, wall_seconds=8.0)
+
+# Programs that tell their number, so that an answer that went astray or came twice would show.
+KINDS = (
+    "print({n})",
+    "print({n})\nimport time; time.sleep(0.05)",
+    "print({n})\nraise SystemExit({n} % 200 + 1)",
+    "print({n})\nundefined",
+    "print({n})\nx = [0] * 10**10",
+    "print({n})\nsum(range(2 * 10**5))",
+)
+
+
+def codes(count: int) -> list[str]:
+    return [KINDS[n % len(KINDS)].format(n=n) for n in range(count)]
+
+
+def family(driver: Driver) -> tuple[int, list[int]]:
+    """(stem, templates) of a pool with bare templates; the stem is 0 while there is none."""
+    warden = driver.pool.warden_pid
+    stems = [pid for pid in descendants(warden) if parent_of(pid) == warden]
+    if not stems:
+        return 0, []
+    return stems[0], [pid for pid in descendants(stems[0]) if parent_of(pid) == stems[0]]
+
+
+def parent_of(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def hit(pid: int, number: int) -> None:
+    if pid > 0:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+
+
+def strike(driver: Driver, draw: random.Random, targets: Sequence[str]) -> None:
+    """Do one thing to one of ours."""
+    target, number = draw.choice(targets).split()
+    stem, templates = family(driver)
+    victim = {
+        "template": draw.choice(templates) if templates else 0,
+        "stem": stem,
+        "warden": driver.pool.warden_pid,
+    }[target]
+    hit(victim, getattr(signal, number))
+
+
+def under(driver: Driver, programs: Sequence[str], act: Callable[[], None], pause: Callable[[], float]) -> list[Result]:
+    """Results of the programs, all submitted at once, with ``act`` done after every pause until they are there."""
+
+    async def together() -> list[Result]:
+        calls = asyncio.gather(*(driver.pool.run(code, limits=LONG) for code in programs))
+        while not calls.done():
+            await asyncio.wait([calls], timeout=pause())
+            if not calls.done():
+                await asyncio.to_thread(act)
+        return calls.result()
+
+    return driver.wait(together(), seconds=280.0)
+
+
+def assert_as_on_a_calm_day(calm: Sequence[Result], stormy: Sequence[Result]) -> None:
+    given_up = 0
+    for expected, found in zip(calm, stormy, strict=True):
+        if found.status is INFRA:
+            assert found.attempts == LOSSES, f"given up too early: {found}"
+            given_up += 1
+            continue
+        assert (found.status, found.exit_code, found.stdout) == (expected.status, expected.exit_code, expected.stdout)
+    assert given_up <= len(calm) // 50, f"{given_up} of {len(calm)} calls had no chance"
+
+
+STORMS = {
+    "templates": ("template SIGKILL", "template SIGKILL", "template SIGSTOP"),
+    "stems": ("template SIGKILL", "stem SIGKILL", "stem SIGSTOP"),
+    "wardens": ("warden SIGKILL",),
+    "halted wardens": ("warden SIGSTOP",),
+    "everything": ("template SIGKILL", "template SIGSTOP", "stem SIGKILL", "stem SIGSTOP", "warden SIGKILL"),
+}
+
+
+@pytest.mark.parametrize("storm", STORMS)
+def test_nobody_notices_a_storm(storm: str) -> None:
+    ride_out(storm, calls=240, seed=1, shortest=0.3, longest=0.9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storm", STORMS)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_nobody_notices_a_long_storm(storm: str, seed: int) -> None:
+    ride_out(storm, calls=1200, seed=seed, shortest=0.2, longest=1.2)
+
+
+def test_waiting_is_no_try() -> None:
+    """A call that runs when three wardens die is given up; those that waited behind it have lost nothing."""
+    patient = dataclasses.replace(LIMITS, wall_seconds=200.0)
+    with Driver(workers=1, slots=1, slow_slots=0, preload=()) as driver:
+
+        async def lose_wardens() -> tuple[Result, list[Result]]:
+            first = asyncio.create_task(driver.pool.run("import time; time.sleep(99)", limits=patient))
+            await asyncio.sleep(0)
+            others = asyncio.gather(*(driver.pool.run(f"print({n})") for n in range(20)))
+            for _ in range(LOSSES):
+                warden = driver.pool.warden_pid
+                while len(descendants(warden)) < 3:  # stem, template, call
+                    await asyncio.sleep(0.05)
+                await asyncio.sleep(0.3)
+                os.kill(warden, signal.SIGKILL)
+                while driver.pool.warden_pid == warden and not first.done():
+                    await asyncio.sleep(0.05)
+            return await first, await others
+
+        first, others = driver.wait(lose_wardens())
+    assert (first.status, first.attempts) == (INFRA, LOSSES)
+    assert [(r.status, r.stdout, r.attempts) for r in others] == [(ToolStatus.OK, f"{n}\n", 1) for n in range(20)]
+
+
+def test_a_halted_warden_is_replaced() -> None:
+    with Driver(workers=1, slots=2, preload=(), heartbeat_seconds=0.5) as driver:
+        warden = driver.pool.warden_pid
+        os.kill(warden, signal.SIGSTOP)
+        assert [result.stdout for result in driver.run_all(["6 * 7"] * 9)] == ["42\n"] * 9
+        assert driver.pool.warden_pid != warden and not os.path.exists(f"/proc/{warden}")
+
+
+def test_a_warden_that_only_paused_goes_on() -> None:
+    """Half a heartbeat of silence costs nobody anything, nor does a caller whose event loop was held up for long."""
+    with Driver(workers=1, slots=2, preload=(), heartbeat_seconds=2.0) as driver:
+        warden = driver.pool.warden_pid
+
+        async def pause_both() -> list[Result]:
+            calls = asyncio.gather(*(driver.pool.run("import time; time.sleep(0.1); print(1)") for _ in range(30)))
+            await asyncio.sleep(0.3)
+            os.kill(warden, signal.SIGSTOP)
+            await asyncio.sleep(1.0)
+            os.kill(warden, signal.SIGCONT)
+            time.sleep(6.0)
+            return await calls
+
+        results = driver.wait(pause_both())
+        assert [(result.status, result.attempts) for result in results] == [(ToolStatus.OK, 1)] * 30
+        assert driver.pool.warden_pid == warden
+
+
+def ride_out(storm: str, *, calls: int, seed: int, shortest: float, longest: float) -> None:
+    draw = random.Random(seed)
+    programs = codes(calls)
+    with Driver(workers=2, slots=4, preload=(), heartbeat_seconds=0.6) as driver:
+        calm = driver.run_all(programs)
+        assert len({result.stdout for result in calm}) == calls
+        strikes: collections.Counter[str] = collections.Counter()
+
+        def act() -> None:
+            strike(driver, draw, STORMS[storm])
+            strikes["all"] += 1
+
+        stormy = under(driver, programs, act, lambda: draw.uniform(shortest, longest))
+        assert strikes["all"] >= 2, "there was no storm"
+        assert_as_on_a_calm_day(calm, stormy)
+        assert driver.run("print(6 * 7)", limits=LONG).stdout == "42\n"
