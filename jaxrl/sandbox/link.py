@@ -25,11 +25,12 @@ class WardenLost(Exception):
 
     Attributes:
         running: the call was being run, and not just waiting for a slot.
+        served: the warden had finished other calls.
     """
 
-    def __init__(self, running: bool = False) -> None:
+    def __init__(self, *, running: bool = False, served: bool = False) -> None:
         super().__init__("the sandbox's warden process ended")
-        self.running = running
+        self.running, self.served = running, served
 
 
 class WardenLink(asyncio.Protocol):
@@ -52,6 +53,7 @@ class WardenLink(asyncio.Protocol):
         self._heartbeat_seconds = 0.0
         self._heard = self._asked = 0.0  # when the last data came, and when the unanswered ping was sent, 0 for none
         self._overdue = False
+        self._served = False
 
     @property
     def alive(self) -> bool:
@@ -105,7 +107,7 @@ class WardenLink(asyncio.Protocol):
         """
         if not self.alive:
             self._on_slot_free()
-            raise WardenLost
+            raise WardenLost(served=self._served)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Report] = loop.create_future()
         self._pending[call.id] = future
@@ -175,6 +177,7 @@ class WardenLink(asyncio.Protocol):
                 report = Report.unpack(body)
                 future = self._pending.pop(report.id)
                 self._on_slot_free()
+                self._served = True
                 if not future.done():
                     future.set_result(report)
             elif kind is Kind.READY and not self._ready.done():
@@ -191,4 +194,4 @@ class WardenLink(asyncio.Protocol):
         for id, future in pending.items():
             self._on_slot_free()
             if not future.done():
-                future.set_exception(WardenLost(id in running))
+                future.set_exception(WardenLost(running=id in running, served=self._served))

@@ -27,7 +27,7 @@ from jaxrl.sandbox.protocol import Call, Limits, Outcome, Report
 
 _PROGRAMS_KEPT = 64 << 20  # bytes of compiled programs
 _ATTEMPTS = 3  # wardens that may be lost while they run a call before the fault is reported
-_WARDENS = 10  # and wardens in all, also those lost while the call waited
+_VAIN_WARDENS = 5  # and wardens lost one after the other, while it waited, that served nobody
 
 _STATUS = {
     Outcome.OK: ToolStatus.OK,
@@ -274,13 +274,14 @@ class Pool:
     async def _submit(self, call: Call) -> Result:
         """Run a call on a living warden, on another where that one dies."""
         call = dataclasses.replace(call, id=next(self._ids), submitted=time.monotonic())
-        attempts = 0
-        for _ in range(_WARDENS):
+        attempts = in_vain = 0
+        while attempts < _ATTEMPTS and in_vain < _VAIN_WARDENS:
             await self._admission.enter(call.tenant)
             try:
                 link = await self._warden()
             except WardenLost:
                 self._admission.leave()
+                in_vain += 1
                 continue
             except BaseException:
                 self._admission.leave()
@@ -289,8 +290,7 @@ class Pool:
                 report = await link.submit(dataclasses.replace(call, attempts=attempts))
             except WardenLost as lost:
                 attempts += lost.running
-                if attempts == _ATTEMPTS:
-                    break
+                in_vain = 0 if lost.served else in_vain + 1
                 continue
             return self._result(report, call.processes)
         queued = time.monotonic() - call.submitted

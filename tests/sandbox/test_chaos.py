@@ -107,14 +107,14 @@ STORMS = {
 
 @pytest.mark.parametrize("storm", STORMS)
 def test_nobody_notices_a_storm(storm: str) -> None:
-    ride_out(storm, calls=240, seed=1, shortest=0.3, longest=0.9)
+    ride_out(storm, calls=150, seed=1, shortest=0.3, longest=0.9)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("storm", STORMS)
 @pytest.mark.parametrize("seed", [2, 3])
 def test_nobody_notices_a_long_storm(storm: str, seed: int) -> None:
-    ride_out(storm, calls=1200, seed=seed, shortest=0.2, longest=1.2)
+    ride_out(storm, calls=900, seed=seed, shortest=0.2, longest=1.2)
 
 
 def test_waiting_is_no_try() -> None:
