@@ -34,23 +34,6 @@ def codes(count: int) -> list[str]:
     return [KINDS[n % len(KINDS)].format(n=n) for n in range(count)]
 
 
-def family(driver: Driver) -> tuple[int, list[int]]:
-    """(stem, templates) of a pool with bare templates; the stem is 0 while there is none."""
-    warden = driver.pool.warden_pid
-    stems = [pid for pid in descendants(warden) if parent_of(pid) == warden]
-    if not stems:
-        return 0, []
-    return stems[0], [pid for pid in descendants(stems[0]) if parent_of(pid) == stems[0]]
-
-
-def parent_of(pid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-
-
 def hit(pid: int, number: int) -> None:
     if pid > 0:
         try:
@@ -62,7 +45,7 @@ def hit(pid: int, number: int) -> None:
 def strike(driver: Driver, draw: random.Random, targets: Sequence[str]) -> None:
     """Do one thing to one of ours."""
     target, number = draw.choice(targets).split()
-    stem, templates = family(driver)
+    stem, templates = driver.family()
     victim = {
         "template": draw.choice(templates) if templates else 0,
         "stem": stem,
