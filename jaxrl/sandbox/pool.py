@@ -287,9 +287,10 @@ class Pool:
                 self._admission.leave()
                 raise
             try:
-                report = await link.submit(dataclasses.replace(call, attempts=attempts))
+                report = await link.submit(call)
             except WardenLost as lost:
                 attempts += lost.running
+                call = dataclasses.replace(call, attempts=attempts)
                 in_vain = 0 if lost.served else in_vain + 1
                 continue
             return self._result(report, call.processes)

@@ -90,14 +90,13 @@ STORMS = {
 
 @pytest.mark.parametrize("storm", STORMS)
 def test_nobody_notices_a_storm(storm: str) -> None:
-    ride_out(storm, calls=150, seed=1, shortest=0.3, longest=0.9)
+    ride_out(storm, calls=120, seed=1, shortest=0.3, longest=0.9)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("storm", STORMS)
-@pytest.mark.parametrize("seed", [2, 3])
-def test_nobody_notices_a_long_storm(storm: str, seed: int) -> None:
-    ride_out(storm, calls=900, seed=seed, shortest=0.2, longest=1.2)
+def test_nobody_notices_a_long_storm(storm: str) -> None:
+    ride_out(storm, calls=600, seed=2, shortest=0.2, longest=1.2)
 
 
 def test_waiting_is_no_try() -> None:
@@ -149,6 +148,28 @@ def test_a_warden_that_only_paused_goes_on() -> None:
         results = driver.wait(pause_both())
         assert [(result.status, result.attempts) for result in results] == [(ToolStatus.OK, 1)] * 30
         assert driver.pool.warden_pid == warden
+
+
+def test_a_call_dies_with_its_template_though_nobody_kills_it() -> None:
+    """The warden would; it is halted here. A call cannot untie itself from its template."""
+    code = "import ctypes, time; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); time.sleep(60)"
+    with Driver(workers=1, slots=1, preload=()) as driver:
+        call = asyncio.run_coroutine_threadsafe(driver.pool.run(code, limits=LONG), driver.loop)
+        _, (template,) = driver.family()
+        while not (children := descendants(template)):
+            time.sleep(0.02)
+        time.sleep(0.3)
+        warden = driver.pool.warden_pid
+        os.kill(warden, signal.SIGSTOP)
+        try:
+            os.kill(template, signal.SIGKILL)
+            deadline = time.monotonic() + 10.0
+            while os.path.exists(f"/proc/{children[0]}/exe") and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert not os.path.exists(f"/proc/{children[0]}/exe")
+        finally:
+            os.kill(warden, signal.SIGCONT)
+            call.cancel()
 
 
 def ride_out(storm: str, *, calls: int, seed: int, shortest: float, longest: float) -> None:

@@ -61,12 +61,12 @@ def test_statuses_do_not_depend_on_load(sandbox: Driver) -> None:
     assert not misjudged(sandbox, batch, outstanding=1)
     with busy_cores(4):
         assert not misjudged(sandbox, batch, outstanding=16)
-    assert not misjudged(sandbox, repeated(batch, 300), outstanding=300)
+    assert not misjudged(sandbox, repeated(batch, 200), outstanding=200)
 
 
 @pytest.mark.slow
 def test_statuses_do_not_depend_on_load_at_length(sandbox: Driver) -> None:
-    batch = drawn(250)
+    batch = drawn(120)
     assert not misjudged(sandbox, batch, outstanding=1)
     assert not misjudged(sandbox, batch, outstanding=64)
     assert not misjudged(sandbox, repeated(batch, 1100), outstanding=1024)
