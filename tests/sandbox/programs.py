@@ -61,6 +61,8 @@ _OKS = (
     "import atexit; atexit.register(print, {n})",
     "try:\n    [0] * 10**11\nexcept MemoryError: pass",
     "import os\nfor fd in range(3): os.close(fd)",
+    "import time; time.sleep(0.4)",
+    "sum(range(5 * 10**6))",
 )
 _ERRORS = (
     "1 / 0",
