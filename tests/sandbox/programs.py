@@ -1,7 +1,9 @@
 """Random programs whose end is known before they run."""
 
 import dataclasses
+import random
 import signal
+from collections.abc import Iterator, Sequence
 
 from hypothesis import strategies as st
 
@@ -111,33 +113,43 @@ _LOUD = (
 _FATAL = ("import ctypes; ctypes.string_at(0)", "import os; os.abort()")
 
 
-def _ends() -> st.SearchStrategy[Program]:
-    def of(codes: tuple[str, ...], status: ToolStatus, end: object, limits: Limits) -> st.SearchStrategy[Program]:
-        return st.sampled_from(codes).map(lambda code: Program(code, status, end, limits))
-
-    def leaving(code: str) -> st.SearchStrategy[Program]:
-        numbers = st.integers(1, 255)
-        return numbers.map(lambda number: Program(code.format(number), ERROR, (number, None), _USUAL))
-
+def _all_ends() -> Iterator[Program]:
     killed = (None, int(signal.SIGKILL))
-    return st.one_of(
-        of(_OKS, OK, (0, None), _USUAL),
-        of(_ERRORS, ERROR, (1, None), _USUAL),
-        leaving("import sys; sys.exit({})"),
-        leaving("import os; os._exit({})"),
-        of(_FATAL, ERROR, (None, int(signal.SIGSEGV)), _USUAL),
-        of(_BUSY, TIMEOUT, killed, _SHORT),
-        of(_ASLEEP, TIMEOUT, killed, _SHORT),
-        of(_HUNGRY, MEMORY, None, _PATIENT),
-        of(_LOUD, OUTPUT, None, _PATIENT),
+    kinds = (
+        (_OKS, OK, (0, None), _USUAL),
+        (_ERRORS, ERROR, (1, None), _USUAL),
+        (_FATAL, ERROR, (None, int(signal.SIGSEGV)), _USUAL),
+        (_BUSY, TIMEOUT, killed, _SHORT),
+        (_ASLEEP, TIMEOUT, killed, _SHORT),
+        (_HUNGRY, MEMORY, None, _PATIENT),
+        (_LOUD, OUTPUT, None, _PATIENT),
     )
+    for codes, status, end, limits in kinds:
+        yield from (Program(code, status, end, limits) for code in codes)
+    for number in (2, 98, 121, 124, 137, 255):
+        yield Program(f"import sys; sys.exit({number})", ERROR, (number, None), _USUAL)
+        yield Program(f"import os; os._exit({number})", ERROR, (number, None), _USUAL)
 
 
-@st.composite
-def programs(draw: st.DrawFn) -> Program:
-    """A program of up to three harmless beginnings and one end."""
-    end = draw(_ends())
-    beginnings = draw(st.lists(st.sampled_from(_BEGINNINGS), max_size=3))
+ENDS = tuple(_all_ends())
+
+
+def begun(end: Program, beginnings: Sequence[str], number: int) -> Program:
+    """A program of some harmless beginnings and one end, with a number (0 to 9999) of its own."""
     code = "\n".join([*beginnings, end.code])
-    number, digit = draw(st.integers(0, 9999)), draw(st.integers(1, 9))
-    return dataclasses.replace(end, code=code.replace("{n}", str(number)).replace("{digit}", str(digit)))
+    code = code.replace("{n}", str(number)).replace("{digit}", str(number % 10))
+    return dataclasses.replace(end, code=code)
+
+
+def programs() -> st.SearchStrategy[Program]:
+    """Any end behind up to three beginnings."""
+    beginnings = st.lists(st.sampled_from(_BEGINNINGS), max_size=3)
+    return st.builds(begun, st.sampled_from(ENDS), beginnings, st.integers(0, 9999))
+
+
+def batch(count: int, seed: int) -> list[Program]:
+    """So many programs in random order, every end as often as any other."""
+    draw = random.Random(seed)
+    ends = [ENDS[n % len(ENDS)] for n in range(count)]
+    draw.shuffle(ends)
+    return [begun(end, draw.sample(_BEGINNINGS, draw.randrange(4)), draw.randrange(10_000)) for end in ends]
