@@ -10,6 +10,7 @@ of this process, of the warden and of the processes in the jail.
 import argparse
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -83,9 +84,11 @@ def _stat(pid: int) -> list[str]:
 
 
 def _kib(pid: int, field: str) -> int:
-    for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
+    """One figure of a process's memory; 0 for a zombie."""
+    with contextlib.suppress(ProcessLookupError):
+        for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1])
     return 0
 
 
