@@ -35,7 +35,8 @@ _CORES = os.cpu_count() or 1
 
 
 class Warden:
-    """
+    """Serves one pool until its socket closes.
+
     Args:
         channel: socket to the pool.
         memory: descriptor of the board's memory.
