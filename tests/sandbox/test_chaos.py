@@ -150,6 +150,7 @@ def test_a_warden_that_only_paused_goes_on() -> None:
 
         results = driver.wait(pause_both())
         assert [(result.status, result.attempts) for result in results] == [(ToolStatus.OK, 1)] * 30
+        assert driver.run("6 * 7").stdout == "42\n"
         assert driver.pool.warden_pid == warden
 
 
