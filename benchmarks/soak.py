@@ -117,7 +117,7 @@ def footprint(pool: Pool) -> Footprint:
 
 async def settled(pool: Pool, processes: int) -> None:
     """Wait until as many processes as at the start are there, each of them at rest."""
-    for _ in range(500):
+    for _ in range(250):
         below = children_of(os.getpid())
         if len(below) == processes and all(_stat(pid)[0] == "S" for pid in below):
             return
