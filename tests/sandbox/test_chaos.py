@@ -88,7 +88,7 @@ STORMS = {
 }
 
 
-@pytest.mark.parametrize("storm", STORMS)
+@pytest.mark.parametrize("storm", ["templates", "wardens", "everything"])
 def test_nobody_notices_a_storm(storm: str) -> None:
     ride_out(storm, calls=120, seed=1, shortest=0.3, longest=0.9)
 
