@@ -22,7 +22,7 @@ LONG = dataclasses.replace(LIMITS, cpu_seconds=2.0, wall_seconds=8.0)
 # Programs that tell their number, so that an answer that went astray or came twice would show.
 KINDS = (
     "print({n})",
-    "print({n})\nimport time; time.sleep(0.05)",
+    "print({n})\nimport time; time.sleep(0.1)",
     "print({n})\nraise SystemExit({n} % 200 + 1)",
     "print({n})\nundefined",
     "print({n})\nx = [0] * 10**10",
@@ -90,7 +90,7 @@ STORMS = {
 
 @pytest.mark.parametrize("storm", ["templates", "wardens", "everything"])
 def test_nobody_notices_a_storm(storm: str) -> None:
-    ride_out(storm, calls=120, seed=1, shortest=0.3, longest=0.9)
+    ride_out(storm, calls=120, seed=1, shortest=0.1, longest=0.9)
 
 
 @pytest.mark.slow
@@ -189,6 +189,6 @@ def ride_out(storm: str, *, calls: int, seed: int, shortest: float, longest: flo
             strikes["all"] += 1
 
         stormy = under(driver, programs, act, lambda: draw.uniform(shortest, longest))
-        assert strikes["all"] >= 2, "there was no storm"
+        assert strikes["all"] >= 1, "there was no storm"
         assert_as_on_a_calm_day(calm, stormy)
         assert driver.run("print(6 * 7)", limits=LONG).stdout == "42\n"
