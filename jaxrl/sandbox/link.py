@@ -99,24 +99,20 @@ class WardenLink(asyncio.Protocol):
             raise
         self._beat()
 
-    async def submit(self, call: Call) -> Report:
-        """Send a call and wait for its report; cancelling this kills the call.
-
-        Raises:
-            WardenLost: the process ended first.
-        """
-        if not self.alive:
+    def submit(self, call: Call) -> "asyncio.Future[Report]":
+        """Send a call; its report, or WardenLost, comes with the future. A coroutine would be larger than that."""
+        future: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
+        if self.alive:
+            self._pending[call.id] = future
+            self._send(frame(Kind.SUBMIT, call.pack()))
+        else:
             self._on_slot_free()
-            raise WardenLost(served=self._served)
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Report] = loop.create_future()
-        self._pending[call.id] = future
-        self._send(frame(Kind.SUBMIT, call.pack()))
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self._send(frame(Kind.CANCEL, call.id.to_bytes(8, "little")))
-            raise
+            future.set_exception(WardenLost(served=self._served))
+        return future
+
+    def cancel(self, id: int) -> None:
+        """Kill a call that nobody waits for any more."""
+        self._send(frame(Kind.CANCEL, id.to_bytes(8, "little")))
 
     async def close(self) -> None:
         """End the process and everything it started; nothing is left when this returns."""

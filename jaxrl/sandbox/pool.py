@@ -203,14 +203,29 @@ class Pool:
                 processes are to be started and there is no memory cgroup to bound them.
         """
         limits = limits or self.limits
-        call = self._call(stdin, limits, tenant, files or {}, wanted)
-        source = code.encode("utf-8", "surrogatepass")
+        given = files or {}
+        file_bytes.check(given, limits.disk_mib << 20)
         if processes or language != "python":
             self._check_processes()
+        source = code.encode("utf-8", "surrogatepass")
         if language == "python":
-            return await self._submit(dataclasses.replace(call, code=source, echo=echo, processes=processes))
+            # Made in passing: tens of thousands may wait here, each with what this frame holds.
+            return await self._submit(self._call(source, stdin, limits, tenant, given, wanted, echo, processes))
+        return await self._run_program(language, source, stdin, limits, tenant, given, wanted)
+
+    async def _run_program(
+        self,
+        language: str | Language,
+        source: bytes,
+        stdin: str,
+        limits: Limits,
+        tenant: str,
+        given: Mapping[str, bytes],
+        wanted: Sequence[str],
+    ) -> Result:
+        """A program of another language than Python, built first where it has to be."""
         chosen = languages.named(language)
-        taken = chosen.own_files & {name.partition("/")[0] for name in files or {}}
+        taken = chosen.own_files & {name.partition("/")[0] for name in given}
         if taken:
             raise ValueError(f"files {sorted(taken)} have the names of the program's own; give them others")
         own = {chosen.source: source}
@@ -219,13 +234,14 @@ class Pool:
             if built.status is not ToolStatus.OK:
                 return built
             own = dict(built.files)
+        call = self._call(b"", stdin, limits, tenant, given, wanted)
         result = await self._submit(self._with_program(call, chosen.run, own))
         kept = {name: data for name, data in result.files.items() if name not in chosen.own_files}
         return dataclasses.replace(result, files=kept)
 
     async def _build(self, language: Language, source: bytes, tenant: str) -> Result:
         """The compiled program, the one file of the result where that is ok."""
-        call = self._call("", language.build_limits, tenant, {}, (language.program,))
+        call = self._call(b"", "", language.build_limits, tenant, {}, (language.program,))
         result = await self._submit(self._with_program(call, language.build, {language.source: source}))
         result = dataclasses.replace(result, stage="build")
         if result.status is not ToolStatus.OK:
@@ -236,18 +252,28 @@ class Pool:
         text = f"{result.stderr}{language.build[0]} left no file {language.program!r} of at most files_mib={most}\n"
         return dataclasses.replace(result, status=ToolStatus.ERROR, stderr=text)
 
-    def _call(self, stdin: str, limits: Limits, tenant: str, files: Mapping[str, bytes], wanted: Sequence[str]) -> Call:
-        file_bytes.check(files, limits.disk_mib << 20)
+    def _call(
+        self,
+        code: bytes,
+        stdin: str,
+        limits: Limits,
+        tenant: str,
+        files: Mapping[str, bytes],
+        wanted: Sequence[str],
+        echo: bool = False,
+        processes: bool = False,
+    ) -> Call:
         return Call(
-            id=0,  # this and the time come with the submission
-            code=b"",
+            id=next(self._ids),
+            code=code,
             stdin=stdin.encode("utf-8", "surrogatepass"),
-            echo=False,
+            echo=echo,
             limits=limits,
-            submitted=0.0,
+            submitted=time.monotonic(),
             tenant=zlib.crc32(tenant.encode()),
             files=file_bytes.pack(files),
             wanted="\n".join(wanted),
+            processes=processes,
         )
 
     def _with_program(self, call: Call, words: tuple[str, ...], files: Mapping[str, bytes]) -> Call:
@@ -273,7 +299,6 @@ class Pool:
 
     async def _submit(self, call: Call) -> Result:
         """Run a call on a living warden, on another where that one dies."""
-        call = dataclasses.replace(call, id=next(self._ids), submitted=time.monotonic())
         attempts = in_vain = 0
         while attempts < _ATTEMPTS and in_vain < _VAIN_WARDENS:
             await self._admission.enter(call.tenant)
@@ -288,6 +313,9 @@ class Pool:
                 raise
             try:
                 report = await link.submit(call)
+            except asyncio.CancelledError:
+                link.cancel(call.id)
+                raise
             except WardenLost as lost:
                 attempts += lost.running
                 call = dataclasses.replace(call, attempts=attempts)
