@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from jaxrl import __version__
 from jaxrl import config as configuration
 from jaxrl.config import Config, ConfigError
+from jaxrl.sandbox import serve
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -18,8 +19,8 @@ DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     options = _parser().parse_args(arguments)
-    if options.run_verb is _doctor:  # needs neither jax nor a configuration
-        return _doctor()
+    if options.run_verb in (_doctor, serve.main):  # need neither jax nor a configuration
+        return options.run_verb(options)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax explains itself at length
@@ -104,7 +105,7 @@ def _import(commands, options: argparse.Namespace) -> None:
     commands.import_folder(_config(options), options.folder, options.run)
 
 
-def _doctor() -> int:
+def _doctor(options: argparse.Namespace) -> int:
     from jaxrl.sandbox import doctor
 
     return doctor.main()
@@ -201,12 +202,22 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("config", help="recipe to train it with")
     new.add_argument("--run", type=pathlib.Path, required=True, help="run folder to make")
     sandbox = verbs.add_parser("sandbox", help="the sandbox by itself", description="The sandbox by itself.")
-    doctor = sandbox.add_subparsers(required=True, metavar="VERB").add_parser(
+    sandbox_verbs = sandbox.add_subparsers(required=True, metavar="VERB")
+    doctor = sandbox_verbs.add_parser(
         "doctor",
         help="which isolation this machine gives, layer by layer, and what to do about what is missing",
         description="Tries every layer by itself, then a call in a whole jail. Exit code 1: it cannot start here.",
     )
     doctor.set_defaults(run_verb=_doctor)
+    server = sandbox_verbs.add_parser(
+        "serve",
+        help="offer the sandbox to other programs over HTTP",
+        description="Offers the sandbox over HTTP until SIGTERM or Ctrl-C; /openapi.json describes the interface.",
+        epilog=serve.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_options(server)
+    server.set_defaults(run_verb=serve.main)
     return parser
 
 

@@ -14,21 +14,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxrl.sandbox.client import SandboxClient
     from jaxrl.sandbox.jail import SandboxUnavailable
     from jaxrl.sandbox.languages import Language
+    from jaxrl.sandbox.metrics import Metrics
     from jaxrl.sandbox.pool import Pool, Result, pool_from_config
     from jaxrl.sandbox.protocol import Limits
+    from jaxrl.sandbox.wire import RunRequest
 
 _HOMES = {
     "Language": "languages",
     "Limits": "protocol",
+    "Metrics": "metrics",
     "Pool": "pool",
     "Result": "pool",
+    "RunRequest": "wire",
+    "SandboxClient": "client",
     "SandboxUnavailable": "jail",
     "pool_from_config": "pool",
 }
 
-__all__ = ["Language", "Limits", "Pool", "Result", "SandboxUnavailable", "pool_from_config"]
+__all__ = [
+    "Language",
+    "Limits",
+    "Metrics",
+    "Pool",
+    "Result",
+    "RunRequest",
+    "SandboxClient",
+    "SandboxUnavailable",
+    "pool_from_config",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """How many calls are under way, and who may submit next: a semaphore whose waiters take turns by tenant."""
 
 import asyncio
+import time
 from collections import deque
 
 
@@ -9,7 +10,13 @@ class Admission:
 
     def __init__(self, room: int) -> None:
         self._room = room
-        self._waiting: dict[int, deque[asyncio.Future[None]]] = {}  # whose turn is next first
+        # Whose turn is next first; with each waiter when it came.
+        self._waiting: dict[int, deque[tuple[asyncio.Future[None], float]]] = {}
+
+    def waiting(self) -> tuple[int, float | None]:
+        """How many wait, and the time.monotonic() at which the first of them came; None where none waits."""
+        came = [moment for turns in self._waiting.values() for turn, moment in turns if not turn.done()]
+        return len(came), min(came, default=None)
 
     async def enter(self, tenant: int) -> None:
         """Wait for room and take it."""
@@ -17,7 +24,7 @@ class Admission:
             self._room -= 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(turn)
+        self._waiting.setdefault(tenant, deque()).append((turn, time.monotonic()))
         try:
             await turn
         except asyncio.CancelledError:
@@ -31,7 +38,7 @@ class Admission:
         while self._room and self._waiting:
             tenant = next(iter(self._waiting))
             turns = self._waiting.pop(tenant)
-            turn = turns.popleft()
+            turn, _ = turns.popleft()
             if turns:
                 self._waiting[tenant] = turns  # to the end
             if not turn.done():

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from jaxrl.sandbox import orders
@@ -55,6 +56,8 @@ class Settings:
     slots: int  # calls that run at once
     slow_slots: int  # further calls that may run on once they have proved long
     heartbeat_seconds: float  # a template silent for so long is taken for dead
+    recycle_calls: int  # a template that has run so many is replaced
+    recycle_growth_mib: int  # and one whose own memory has grown by so much
     unsafe: bool
     program_view: dict  # fields of jail.View, for calls that may start processes
     program_environment: dict  # what those find in their environment besides
@@ -86,6 +89,10 @@ class Template(Member):
         self.listener = -1
         self.address_space = 0  # bytes
         self.rss_kib = 0
+        self.own_kib = 0  # memory of its own when it was new
+        self.calls = 0  # that ended here
+        self.retiring = False  # takes no further calls once its successor is ready
+        self.on_trial = False  # failed to start a call, and has yet to show that it starts any
         self.asked = 0.0  # when the unanswered ping was sent; 0 where none is open
         self.halted: list[MemoryRequest] = []  # memory requests of children whose birth is not yet known
 
@@ -121,18 +128,20 @@ class Fleet:
         self._announced = False
         self._closing = False
         self.templates: list[Template] = []
-        self.restarts = 0
+        self.restarts: Counter[str] = Counter()  # templates replaced, by reason
 
     def start(self) -> None:
         self._launch()
         self._loop.at(time.monotonic() + self._settings.heartbeat_seconds / 4, self._beat)
 
     def choose(self, full: bool, avoid: int) -> Template | None:
-        """The ready template of this kind with the fewest calls, not number ``avoid`` where there is another."""
+        """The ready template of this kind with the fewest calls; where there is another, not number ``avoid``, nor
+        one that is to be replaced.
+        """
         fitting = [t for t in self.templates if t.ready and t.full == full]
         if not fitting:
             return None
-        return min(fitting, key=lambda t: (t.number == avoid, len(t.jobs)))
+        return min(fitting, key=lambda t: (t.retiring, t.number == avoid or t.on_trial, len(t.jobs)))
 
     def close(self) -> None:
         """Kill everything; ``reap`` waits for it."""
@@ -190,7 +199,8 @@ class Fleet:
             if not full and self._settings.preload:
                 modules = json.dumps(self._settings.preload).encode()
                 self._add_stem(self._order(stem, orders.ORDER_STEM + modules), full=True)
-            for _ in range(self._settings.templates):
+            there = sum(template.full == full and not template.retiring for template in self.templates)
+            for _ in range(self._settings.templates - there):
                 self._add_template(full)
         elif answer[:1] == orders.ANSWER_FAILED:
             self._on_failure(answer[1:].decode())
@@ -220,13 +230,15 @@ class Fleet:
         answer, fds = orders.receive_packet(template.control)
         if answer[:1] == orders.ANSWER_READY:
             self._identify(template, fds[0])
-            self._loop.watch(template.pidfd, lambda _: self.lose(template))
+            self._loop.watch(template.pidfd, lambda _: self.lose(template, "died"))
             template.address_space, template.rss_kib = _memory(template.pid)
+            template.own_kib = _own_memory(template.pid)
             template.asked = 0.0
             if len(fds) > 1:
                 template.listener = fds[1]
                 self._loop.watch(template.listener, lambda _: self._weigh_request(template))
             self._launches_in_vain = 0
+            self._end_retired()
             if not self._announced and self._complete():
                 self._announced = True
                 self._on_ready()
@@ -236,7 +248,7 @@ class Fleet:
         elif answer:
             self._on_message(template, answer, fds)
         else:
-            self.lose(template)
+            self.lose(template, "died")
 
     def _complete(self) -> bool:
         kinds = 2 if self._settings.preload else 1
@@ -245,7 +257,7 @@ class Fleet:
     def _identify(self, member: Member, pidfd: int) -> None:
         member.pidfd, member.pid, member.ready = pidfd, pid_of(pidfd), True
 
-    def lose(self, template: Template) -> None:
+    def lose(self, template: Template, reason: str) -> None:
         """A template is gone or no longer to be trusted: end it and its children, replace it, give its jobs back."""
         if not template.alive:
             return
@@ -254,12 +266,35 @@ class Fleet:
                 send_signal(job.pidfd, signal.SIGKILL)
         self._drop(template)
         self.templates.remove(template)
-        self.restarts += 1
-        if not self._closing:
-            self._add_template(template.full)
+        if not template.retiring:
+            self.restarts[reason] += 1
+            if not self._closing:
+                self._add_template(template.full)
         jobs = list(template.jobs.values())
         template.jobs.clear()
         self._on_lost(template, jobs)
+
+    def ended(self, template: Template) -> None:
+        """A call ended on this template, which may be due for replacement."""
+        template.calls += 1
+        if template.calls >= self._settings.recycle_calls:
+            self._retire(template, "calls")
+        if template.retiring:
+            self._end_retired()
+
+    def _retire(self, template: Template, reason: str) -> None:
+        """Replace a template without hurting its calls."""
+        if not template.retiring and not self._closing:
+            template.retiring = True
+            self.restarts[reason] += 1
+            self._add_template(template.full)
+
+    def _end_retired(self) -> None:
+        """End the templates that have no calls any more and are not needed for the next."""
+        fresh = {template.full for template in self.templates if template.ready and not template.retiring}
+        for template in [t for t in self.templates if t.retiring and not t.jobs and t.full in fresh]:
+            self._drop(template)
+            self.templates.remove(template)
 
     def _lose_stem(self, stem: Member, full: bool) -> None:
         if not stem.alive or self._closing:
@@ -278,7 +313,7 @@ class Fleet:
         if child is not None:
             self._drop(child)
         for template in list(self.templates):
-            self.lose(template)
+            self.lose(template, "jail died")
         self._launches_in_vain += 1
         if self._launches_in_vain > _REBUILDS:
             self._on_failure(f"the sandbox's jail died {_REBUILDS} times before it was ready")
@@ -306,13 +341,18 @@ class Fleet:
                 stem = self._stems.get(template.full)
                 if not template.ready and stem is not None:
                     self._lose_stem(stem, template.full)  # it does not fork
-                self.lose(template)
+                self.lose(template, "silent")
             elif not template.asked and template.ready:
                 try:
                     orders.send_packet(template.control, orders.ORDER_PING)
                     template.asked = now
                 except OSError:
-                    self.lose(template)
+                    self.lose(template, "died")
+                    continue
+                grown = _own_memory(template.pid) - template.own_kib
+                if grown > self._settings.recycle_growth_mib << 10:
+                    self._retire(template, "growth")
+        self._end_retired()
         reap()
         self._loop.at(now + self._settings.heartbeat_seconds / 4, self._beat)
 
@@ -379,6 +419,23 @@ def _process_of(thread: int) -> int:
     except OSError:
         pass
     return 0
+
+
+def _own_memory(pid: int) -> int:
+    """Resident KiB of a process that no file backs; 0 if it is dead."""
+    try:
+        with open(f"/proc/{pid}/status") as lines:
+            for line in lines:
+                if line.startswith("RssAnon:"):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return 0
+
+
+def resident_kib(pid: int) -> int:
+    """Resident memory of a process; 0 if it is dead."""
+    return _memory(pid)[1]
 
 
 def _memory(pid: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from jaxrl.sandbox.board import Board, shared_memory
 from jaxrl.sandbox.jail import SandboxUnavailable
+from jaxrl.sandbox.metrics import WardenMetrics
 from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Report, frame
 
 _HOME = str(pathlib.Path(__file__).resolve().parents[2])  # the folder that holds the package
@@ -44,6 +45,7 @@ class WardenLink(asyncio.Protocol):
         self._on_slot_free = on_slot_free
         self._frames = FrameReader()
         self._pending: dict[int, asyncio.Future[Report]] = {}
+        self._asked: list[asyncio.Future[WardenMetrics]] = []  # in the order of the questions, and of the answers
         self._outgoing: list[bytes] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.Transport | None = None
@@ -51,7 +53,7 @@ class WardenLink(asyncio.Protocol):
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._board: Board | None = None
         self._heartbeat_seconds = 0.0
-        self._heard = self._asked = 0.0  # when the last data came, and when the unanswered ping was sent, 0 for none
+        self._heard = self._pinged = 0.0  # when the last data came, and when the last ping was sent
         self._overdue = False
         self._served = False
 
@@ -114,6 +116,19 @@ class WardenLink(asyncio.Protocol):
         """Kill a call that nobody waits for any more."""
         self._send(frame(Kind.CANCEL, id.to_bytes(8, "little")))
 
+    async def metrics(self) -> WardenMetrics:
+        """What the warden says of itself.
+
+        Raises:
+            WardenLost: it ended first.
+        """
+        if not self.alive:
+            raise WardenLost
+        future: asyncio.Future[WardenMetrics] = asyncio.get_running_loop().create_future()
+        self._asked.append(future)
+        self._send(frame(Kind.STATS))
+        return await future
+
     async def close(self) -> None:
         """End the process and everything it started; nothing is left when this returns."""
         if self.alive:
@@ -144,10 +159,10 @@ class WardenLink(asyncio.Protocol):
             return
         loop = asyncio.get_running_loop()
         now = loop.time()
-        if self._heard >= self._asked:
-            self._asked, self._overdue = now, False
+        if self._heard >= self._pinged:
+            self._pinged, self._overdue = now, False
             self._send(frame(Kind.PING))
-        elif now - self._asked > self._heartbeat_seconds:
+        elif now - self._pinged > self._heartbeat_seconds:
             if self._overdue and self._process is not None:
                 self._process.kill()
             self._overdue = True
@@ -176,6 +191,11 @@ class WardenLink(asyncio.Protocol):
                 self._served = True
                 if not future.done():
                     future.set_result(report)
+            elif kind is Kind.STATS:
+                answer = json.loads(body)
+                asked = self._asked.pop(0)
+                if not asked.done():
+                    asked.set_result(WardenMetrics(**answer | {"template_rss_kib": tuple(answer["template_rss_kib"])}))
             elif kind is Kind.READY and not self._ready.done():
                 self._ready.set_result(None)
             elif kind is Kind.UNAVAILABLE and not self._ready.done():
@@ -191,3 +211,6 @@ class WardenLink(asyncio.Protocol):
             self._on_slot_free()
             if not future.done():
                 future.set_exception(WardenLost(running=id in running, served=self._served))
+        for asked in self._asked:
+            if not asked.done():
+                asked.set_exception(WardenLost())

@@ -16,14 +16,15 @@ from types import TracebackType
 from typing import Self
 
 from jaxrl.config import ConfigError, SandboxConfig
-from jaxrl.records import ToolStatus
 from jaxrl.sandbox import cgroups, jail, languages
 from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox.admission import Admission
 from jaxrl.sandbox.builds import Builds
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.link import WardenLink, WardenLost
+from jaxrl.sandbox.metrics import Metrics, Recorder, WardenMetrics
 from jaxrl.sandbox.protocol import Call, Limits, Outcome, Report
+from jaxrl.statuses import ToolStatus
 
 _PROGRAMS_KEPT = 64 << 20  # bytes of compiled programs
 _ATTEMPTS = 3  # wardens that may be lost while they run a call before the fault is reported
@@ -59,6 +60,8 @@ class Result:
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # that were wanted and written, by path
     files_left_out: int = 0  # wanted and written, but beyond Limits.files_mib or unreadable
     stage: str = "run"  # "build" where the compiler refused the code, and everything above is about the compiler
+    stdout_bytes: bytes | None = None  # where stdout is not UTF-8: what was printed, before bytes were replaced
+    stderr_bytes: bytes | None = None
 
 
 class Pool:
@@ -77,6 +80,8 @@ class Pool:
         processes_without_cgroup: let calls start processes also where no memory cgroup can be had. Each process is then
             bounded by ``memory_mib``, all of a call together are not; named in their results.
         program_folders: further folders of the host that such calls can see, for languages of the caller's own.
+        recycle_calls: a template that has run so many calls is replaced, without hurting those it still runs.
+        recycle_growth_mib: and one whose own memory has grown by so much.
 
     Raises (on entering):
         SandboxUnavailable: the machine refuses a layer of the jail; names it and the remedy.
@@ -96,8 +101,13 @@ class Pool:
         heartbeat_seconds: float = 8.0,
         processes_without_cgroup: bool = False,
         program_folders: tuple[str, ...] = (),
+        recycle_calls: int = 100_000,
+        recycle_growth_mib: int = 64,
     ) -> None:
-        for name, value in (("workers", workers), ("slots", slots), ("queue", queue)):
+        counts = {"workers": workers, "slots": slots, "queue": queue}
+        for name, value in (
+            counts | {"recycle_calls": recycle_calls, "recycle_growth_mib": recycle_growth_mib}
+        ).items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.limits = limits or Limits()
@@ -115,6 +125,8 @@ class Pool:
             "slots": slots,
             "slow_slots": slow_slots,
             "heartbeat_seconds": heartbeat_seconds,
+            "recycle_calls": recycle_calls,
+            "recycle_growth_mib": recycle_growth_mib,
             "unsafe": unsafe,
             "program_view": dataclasses.asdict(program_view),
             "program_environment": languages.environment(program_view),
@@ -126,6 +138,10 @@ class Pool:
         self._link: WardenLink | None = None
         self._starting = asyncio.Lock()
         self._open = False
+        self._draining = False
+        self._under_way = 0  # calls that ``run`` has taken and not answered
+        self._idle = asyncio.Event()  # while draining: the last of them is over
+        self._recorder = Recorder()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -142,7 +158,7 @@ class Pool:
             # Without a jail nothing hides the calls' directories; at least they lie together, and go together.
             self._scratch = tempfile.mkdtemp(prefix="jaxrl-unsafe-")
             self._settings["view"]["work"] = self._settings["program_view"]["work"] = self._scratch
-        self._open = True
+        self._open, self._draining = True, False
         try:
             await self._warden()
         except BaseException as error:
@@ -155,6 +171,21 @@ class Pool:
     def warden_pid(self) -> int:
         """Process id of the trusted helper; everything of this pool runs below it. 0 while the pool is closed."""
         return self._link.process_id if self._link is not None else 0
+
+    async def metrics(self) -> Metrics:
+        """What the pool has done and is doing. What only the warden knows is zero while there is none."""
+        warden = WardenMetrics()
+        if self._link is not None:
+            with contextlib.suppress(WardenLost):
+                warden = await self._link.metrics()
+        return self._recorder.snapshot(warden, *self._admission.waiting(), now=time.monotonic())
+
+    async def drain(self) -> None:
+        """Take no more calls, and wait until those under way are over. The next ``start`` opens the pool again."""
+        self._draining = True
+        self._idle.clear()
+        if self._under_way:
+            await self._idle.wait()
 
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process, mount, descriptor or file."""
@@ -198,10 +229,12 @@ class Pool:
         Raises:
             ValueError: a file's path is not a plain relative one, or the files are larger than the directory; or there
                 is no such language.
-            RuntimeError: the pool is not open.
+            RuntimeError: the pool is not open, or is being drained.
             SandboxUnavailable: the jail was lost and could not be built again; the language is not installed; or
                 processes are to be started and there is no memory cgroup to bound them.
         """
+        if self._draining:
+            raise RuntimeError("the sandbox pool is being drained and takes no more calls: start it again, or another")
         limits = limits or self.limits
         given = files or {}
         file_bytes.check(given, limits.disk_mib << 20)
@@ -298,35 +331,46 @@ class Pool:
         self._isolation_of_processes = f"{self.isolation}; {words}"
 
     async def _submit(self, call: Call) -> Result:
-        """Run a call on a living warden, on another where that one dies."""
+        """Run a call on a living warden, on another where that one dies, and count it."""
         attempts = in_vain = 0
-        while attempts < _ATTEMPTS and in_vain < _VAIN_WARDENS:
-            await self._admission.enter(call.tenant)
-            try:
-                link = await self._warden()
-            except WardenLost:
-                self._admission.leave()
-                in_vain += 1
-                continue
-            except BaseException:
-                self._admission.leave()
-                raise
-            try:
-                report = await link.submit(call)
-            except asyncio.CancelledError:
-                link.cancel(call.id)
-                raise
-            except WardenLost as lost:
-                attempts += lost.running
-                call = dataclasses.replace(call, attempts=attempts)
-                in_vain = 0 if lost.served else in_vain + 1
-                continue
-            return self._result(report, call.processes)
+        self._under_way += 1
+        try:
+            while attempts < _ATTEMPTS and in_vain < _VAIN_WARDENS:
+                await self._admission.enter(call.tenant)
+                try:
+                    link = await self._warden()
+                except WardenLost:
+                    self._admission.leave()
+                    in_vain += 1
+                    continue
+                except BaseException:
+                    self._admission.leave()
+                    raise
+                try:
+                    return self._finished(call, await link.submit(call))
+                except asyncio.CancelledError:
+                    link.cancel(call.id)
+                    raise
+                except WardenLost as lost:
+                    attempts += lost.running
+                    call = dataclasses.replace(call, attempts=attempts)
+                    in_vain = 0 if lost.served else in_vain + 1
+        except asyncio.CancelledError:
+            self._recorder.cancelled += 1
+            raise
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
         queued = time.monotonic() - call.submitted
-        return self._result(
-            Report(call.id, Outcome.INFRA_ERROR, attempts, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False),
-            call.processes,
-        )
+        report = Report(call.id, Outcome.INFRA_ERROR, attempts, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
+        return self._finished(call, report)
+
+    def _finished(self, call: Call, report: Report) -> Result:
+        result = self._result(report, call.processes)
+        latency = time.monotonic() - call.submitted
+        self._recorder.finished(result.status, latency, result.cpu_seconds, result.wall_seconds, result.queue_seconds)
+        return result
 
     async def _warden(self) -> WardenLink:
         """The living warden; a lost one is replaced.
@@ -340,16 +384,19 @@ class Pool:
             if self._link is None or not self._link.alive:
                 if self._link is not None:
                     await self._link.close()
+                    self._recorder.warden_restarts += 1
                 link = WardenLink(on_slot_free=self._admission.leave)
                 await link.start(self._settings)
                 self._link = link
             return self._link
 
     def _result(self, report: Report, processes: bool) -> Result:
+        stdout, stdout_bytes = _text(report.stdout)
+        stderr, stderr_bytes = _text(report.stderr)
         return Result(
             status=_STATUS[report.outcome],
-            stdout=report.stdout.decode("utf-8", "replace"),
-            stderr=report.stderr.decode("utf-8", "replace"),
+            stdout=stdout,
+            stderr=stderr,
             exit_code=report.exit_code if report.exit_code >= 0 else None,
             signal=report.signal or None,
             cpu_seconds=report.cpu_seconds,
@@ -362,6 +409,8 @@ class Pool:
             isolation=self._isolation_of_processes if processes else self.isolation,
             files=dict(file_bytes.unpack(report.files)),
             files_left_out=report.files_left_out,
+            stdout_bytes=stdout_bytes,
+            stderr_bytes=stderr_bytes,
         )
 
 
@@ -370,6 +419,14 @@ def _weight(built: Result) -> int | None:
     if built.status not in (ToolStatus.OK, ToolStatus.ERROR):
         return None
     return len(built.stdout) + len(built.stderr) + sum(map(len, built.files.values())) + 1024
+
+
+def _text(output: bytes) -> tuple[str, bytes | None]:
+    """Output as text, and as it was where that is not the same."""
+    try:
+        return output.decode(), None
+    except UnicodeDecodeError:
+        return output.decode("utf-8", "replace"), output
 
 
 def pool_from_config(config: SandboxConfig) -> Pool:

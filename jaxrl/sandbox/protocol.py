@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator, Sequence
 
 _FRAME = struct.Struct("<IB")
-_LEAST_MEMORY_MIB = 16
+LEAST_MEMORY_MIB = 16
 _LIMITS = struct.Struct("<ddIIIIIIII")
 _CALL = struct.Struct("<QdBBIIIIII")
 _ECHO, _PROCESSES = 1, 4  # flags of a call
@@ -44,8 +44,8 @@ class Limits:
     def __post_init__(self) -> None:
         if not min(dataclasses.astuple(self)) > 0:
             raise ValueError(f"every limit must be greater than 0: {self}")
-        if self.memory_mib < _LEAST_MEMORY_MIB:
-            least = f"{_LEAST_MEMORY_MIB} are needed to start a call"
+        if self.memory_mib < LEAST_MEMORY_MIB:
+            least = f"{LEAST_MEMORY_MIB} are needed to start a call"
             raise ValueError(f"Limits.memory_mib={self.memory_mib} is too small: {least}")
 
 
@@ -183,6 +183,7 @@ class Report:
         )
 
 
+@enum.unique
 class Kind(enum.IntEnum):
     """Frames between pool and warden."""
 
@@ -195,6 +196,7 @@ class Kind(enum.IntEnum):
     CLOSE = 7  # pool → warden: end everything
     PING = 8  # pool → warden: are you there
     PONG = 9  # warden → pool
+    STATS = 10  # pool → warden: a question; warden → pool: JSON, the fields of metrics.WardenMetrics
 
 
 def frame(kind: Kind, body: bytes = b"") -> bytes:

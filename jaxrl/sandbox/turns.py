@@ -24,6 +24,12 @@ class Turns:
         else:
             queue.append(job)
 
+    def oldest(self) -> float | None:
+        """When the longest waiting call was submitted; None where none waits."""
+        queues = (queue for queues in self._tenants.values() for queue in queues.values())
+        first = (next((job.call.submitted for job in queue if not job.done), None) for queue in queues)
+        return min((moment for moment in first if moment is not None), default=None)
+
     def take(self, place_for: Callable[[Job], Place | None]) -> tuple[Job, Place] | None:
         """The next call that has a place, which then no longer waits; calls that are done meanwhile are dropped."""
         for _ in range(len(self._tenants)):

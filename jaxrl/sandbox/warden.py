@@ -13,16 +13,17 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
+from typing import Any
 
 from jaxrl.sandbox import orders, syscalls
 from jaxrl.sandbox.annex import Annex
 from jaxrl.sandbox.board import Board
 from jaxrl.sandbox.cgroups import CgroupsUnavailable
-from jaxrl.sandbox.fleet import Fleet, Settings, Template, pid_of, reap
+from jaxrl.sandbox.fleet import Fleet, Settings, Template, pid_of, reap, resident_kib
 from jaxrl.sandbox.job import Capture, Job, sealed_memory
 from jaxrl.sandbox.loop import Loop
-from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Outcome, Report, frame
+from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Limits, Outcome, Report, frame
 from jaxrl.sandbox.turns import Turns
 
 ATTEMPTS = 3  # tries of a call before a fault of ours is reported
@@ -32,6 +33,7 @@ _SLOW_NICENESS = 10  # added in the slow lane: about a tenth of a core that the 
 _CHECK_SECONDS = 0.02  # shortest time between two looks at a running call
 _READ = 1 << 18
 _CORES = os.cpu_count() or 1
+_SELF_TEST = 1 << 63  # plus a template's number: the id of the call that shows whether it works
 
 
 class Warden:
@@ -63,15 +65,18 @@ class Warden:
 
     def run(self) -> None:
         self._loop.run()
-        for fleet in (self._fleet, self._annex.fleet if self._annex is not None else None):
-            if fleet is not None:
-                fleet.close()
+        for fleet in self._fleets():
+            fleet.close()
         reap(wait_seconds=5.0)
         if self._annex is not None:
             self._annex.close()
         self._channel.setblocking(True)
         with contextlib.suppress(OSError):  # the pool is gone
             self._channel.sendall(self._outgoing)
+
+    def _fleets(self) -> list[Fleet]:
+        annex = None if self._annex is None else self._annex.fleet
+        return [fleet for fleet in (self._fleet, annex) if fleet is not None]
 
     # The pool's side
 
@@ -98,9 +103,23 @@ class Warden:
                 self._set_up(Settings(**json.loads(body)))
             elif kind is Kind.PING:
                 self._send(frame(Kind.PONG))
+            elif kind is Kind.STATS:
+                self._send(frame(Kind.STATS, json.dumps(self._stats()).encode()))
             elif kind is Kind.CLOSE:
                 self._loop.stop()
         self._dispatch()
+
+    def _stats(self) -> dict[str, Any]:
+        """The fields of ``metrics.WardenMetrics``."""
+        templates = [template for fleet in self._fleets() for template in fleet.templates if template.ready]
+        return {
+            "waiting": len(self._jobs) - len(self._running),
+            "oldest_submitted": self._waiting.oldest(),
+            "running": len(self._running),
+            "rss_kib": resident_kib(os.getpid()),
+            "template_rss_kib": [resident_kib(template.pid) for template in templates],
+            "template_restarts": sum((fleet.restarts for fleet in self._fleets()), Counter()),
+        }
 
     def _set_up(self, settings: Settings) -> None:
         self._settings = settings
@@ -243,14 +262,14 @@ class Warden:
         try:
             orders.send_packet(template.control, orders.ORDER_CALL + head + packed, ends)
         except OSError:
-            self._loop.at(time.monotonic(), lambda: self._lose(job, template))
+            self._loop.at(time.monotonic(), lambda: self._fleet_of(job).lose(template, "died"))
         for end in ends:
             os.close(end)
 
-    def _lose(self, job: Job, template: Template) -> None:
+    def _fleet_of(self, job: Job) -> Fleet:
         fleet = self._annex.fleet if job.call.processes and self._annex is not None else self._fleet
         assert fleet is not None
-        fleet.lose(template)
+        return fleet
 
     # Running
 
@@ -270,11 +289,33 @@ class Warden:
             self._end_attempt(job)
             report = job.verdict(status, user + system, rss, template.rss_kib)
             self._close(job)
-            if report is None:
+            self._fleet_of(job).ended(template)
+            if id & _SELF_TEST:
+                self._judge(template, report)
+            elif report is None:
                 self._retry(job, template)
+                if not job.call.processes:
+                    self._try(template)
             else:
                 self._report(job, report)
             self._dispatch()
+
+    def _try(self, template: Template) -> None:
+        """A call did not start on this template: does any?"""
+        if template.alive and not template.on_trial:
+            template.on_trial = True
+            now = time.monotonic()
+            call = Call(_SELF_TEST | template.number, b"6 * 7", b"", True, Limits(wall_seconds=60.0), now)
+            job = Job(call, full=template.full)
+            self._jobs[call.id] = job
+            self._start(job, template)
+
+    def _judge(self, template: Template, report: Report | None) -> None:
+        del self._jobs[_SELF_TEST | template.number]
+        template.on_trial = False
+        if report is None or report.stdout != b"42\n":
+            assert self._fleet is not None
+            self._fleet.lose(template, "failed its self-test")
 
     def _limits(self, job: Job) -> tuple[float, float]:
         return job.call.limits.cpu_seconds, job.call.limits.wall_seconds
@@ -344,6 +385,9 @@ class Warden:
         for job in jobs:
             self._end_attempt(job)
             self._close(job)
+            if job.call.id & _SELF_TEST:
+                del self._jobs[job.call.id]
+                continue
             job.template_deaths += 1
             self._retry(job, template)
         self._dispatch()

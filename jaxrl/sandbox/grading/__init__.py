@@ -1,0 +1,7 @@
+"""Grading on a pool: programs x tests, with the expected answers out of the programs' reach."""
+
+from jaxrl.sandbox.grading.cases import CallTest, CodeTest, StdioTest, Test
+from jaxrl.sandbox.grading.grade import Grade, PassMatrix
+from jaxrl.sandbox.grading.grader import Grader, NotHidden, Runner
+
+__all__ = ["CallTest", "CodeTest", "Grade", "Grader", "NotHidden", "PassMatrix", "Runner", "StdioTest", "Test"]

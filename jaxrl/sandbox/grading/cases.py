@@ -1,0 +1,92 @@
+"""What a program can be tested with."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+
+from jaxrl.sandbox.grading import closeness
+from jaxrl.sandbox.grading.codec import pack
+
+
+@dataclasses.dataclass(frozen=True)
+class StdioTest:
+    """The program is run whole; what it prints is compared."""
+
+    stdin: str
+    expected: str
+    """White space at the end of a line and empty lines at the end do not count."""
+    tolerance: float | None = None
+    """If given, words that are numbers may be off by so much, relatively or absolutely, and spacing does not count."""
+    language: str = "python"
+    """Of the program, as the pool names it."""
+
+    def accepts(self, printed: str) -> bool:
+        """Whether this output is the expected one."""
+        if _trimmed(printed) == _trimmed(self.expected):
+            return True
+        if self.tolerance is None:
+            return False
+        words, wanted = printed.split(), self.expected.split()
+        return len(words) == len(wanted) and all(map(self._same_word, words, wanted))
+
+    def _same_word(self, word: str, wanted: str) -> bool:
+        try:
+            return word == wanted or closeness.close(float(word), float(wanted), self.tolerance or 0.0)
+        except ValueError:
+            return False
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeTest:
+    """Python that passes if it raises nothing: asserts as of MBPP, or HumanEval's ``check`` and a call of it."""
+
+    code: str
+    function: str = ""
+    """Name of the program's function that the code calls; empty finds it where the code calls only one stranger."""
+    prelude: str = ""
+    """Helpers of the code. A program that defines the same names does not alter them."""
+    beside: str = ""
+    """Runs after the program, in its module, and may define the function. The program sees it: no answers here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CallTest:
+    """One call of the program's function; what it returns is compared.
+
+    Raises:
+        NotData: an argument or the expected value is no plain data.
+    """
+
+    function: str
+    """Its name, or an expression for it such as ``Solution().solve``."""
+    arguments: Sequence[object]
+    expected: object
+    keywords: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    tolerance: float | None = None
+    """If given, numbers may be off by so much, relatively or absolutely, inside lists, tuples and dictionaries too."""
+
+    def __post_init__(self) -> None:
+        pack([list(self.arguments), dict(self.keywords), self.expected])
+
+    def as_code(self) -> CodeTest:
+        """The same test as an assert; ``repr`` of plain data is Python."""
+        arguments = [repr(argument) for argument in self.arguments]
+        arguments += [f"{name}={value!r}" for name, value in self.keywords.items()]
+        function, beside = self.function, ""
+        if not function.isidentifier():
+            function = "_jaxrl_called"
+            beside = f"def {function}(*arguments, **keywords):\n    return {self.function}(*arguments, **keywords)"
+        call = f"{function}({', '.join(arguments)})"
+        if self.tolerance is None:
+            return CodeTest(f"assert {call} == {self.expected!r}", function, _NAMES, beside)
+        compared = f"assert _close({call}, {self.expected!r}, {self.tolerance!r})"
+        return CodeTest(compared, function, f"{_NAMES}\n{inspect.getsource(closeness)}\n_close = close", beside)
+
+
+_NAMES = "from decimal import Decimal\nfrom fractions import Fraction\nfrom math import inf, nan"
+
+Test = StdioTest | CallTest | CodeTest
+
+
+def _trimmed(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().split("\n")]

@@ -1,0 +1,280 @@
+"""Grades programs with tests on a pool, so that no program ever shares a jail with its expected answers.
+
+The grader itself reads nothing that a program wrote, except printed text that it compares: answers go from one jail to
+the other as bytes.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import pathlib
+import platform
+import secrets
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from jaxrl.sandbox import jail
+from jaxrl.sandbox.grading import scripts
+from jaxrl.sandbox.grading.cache import Cache
+from jaxrl.sandbox.grading.cases import CallTest, CodeTest, StdioTest, Test
+from jaxrl.sandbox.grading.codec import ANSWERS, EXAM, QUESTIONS, VERDICT
+from jaxrl.sandbox.grading.grade import Grade, PassMatrix, matrix_of
+from jaxrl.sandbox.grading.plan import Plan, divide
+from jaxrl.sandbox.pool import Result
+from jaxrl.sandbox.protocol import Limits
+from jaxrl.statuses import ToolStatus
+
+_ROUNDS = 32  # times that a test may ask something that rests on earlier answers
+_INTERVIEWS = 16384  # remembered
+
+
+class Runner(Protocol):
+    """A pool, as far as grading needs one."""
+
+    isolation: str
+
+    async def run(
+        self,
+        code: str,
+        stdin: str = "",
+        echo: bool = True,
+        limits: Limits | None = None,
+        tenant: str = "",
+        files: Mapping[str, bytes] | None = None,
+        wanted: Sequence[str] = (),
+        language: str = "python",
+    ) -> Result: ...
+
+
+class NotHidden(ValueError):
+    """A test has to run beside the program, which could read the expected answers there, and that was not allowed."""
+
+
+class _OurFault(Exception):
+    """The pool answered ``infra_error``."""
+
+
+@dataclasses.dataclass
+class _Interview:
+    """What is known of a test without any program."""
+
+    plan: Plan
+    questions: bytes  # what it asks first
+    obstacle: str  # why it asks nothing
+    turn: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)  # one finds out, the others wait
+
+
+@dataclasses.dataclass(frozen=True)
+class _Verdict:
+    """What came of one run of a test without the program."""
+
+    word: str  # as ``examining.run_test`` says it
+    text: str
+    questions: bytes  # all that the test asked
+    status: ToolStatus
+
+
+class Grader:
+    """Runs programs on tests.
+
+    Args:
+        pool: an open ``Pool``, or what runs snippets as it does.
+        limits: of each call; None takes the defaults of ``Limits``.
+        hidden_only: refuse tests that cannot be kept out of the program's reach.
+        tenant: on whose behalf the pool runs the calls.
+        cache_entries: grades kept in memory.
+        cache_folder: where grades are kept for later runs; None keeps none.
+
+    Raises:
+        ValueError: ``hidden_only``, but the pool has no jail.
+    """
+
+    def __init__(
+        self,
+        pool: Runner,
+        limits: Limits | None = None,
+        *,
+        hidden_only: bool = False,
+        tenant: str = "",
+        cache_entries: int = 65536,
+        cache_folder: pathlib.Path | None = None,
+    ) -> None:
+        if hidden_only and pool.isolation == jail.UNSAFE:
+            raise ValueError(f"hidden_only=True but the pool's isolation is {pool.isolation!r}; use a pool with a jail")
+        self._pool = pool
+        self._limits = limits or Limits()
+        self._hidden_only = hidden_only
+        self._tenant = tenant
+        self._cache = Cache(cache_entries, cache_folder)
+        self._interviews: OrderedDict[CodeTest, _Interview] = OrderedDict()
+
+    async def grade(self, program: str, test: Test) -> Grade:
+        """Run one program on one test, unless the grade is known.
+
+        Raises:
+            SyntaxError: the test is no Python.
+            NotHidden: it cannot be hidden, and ``hidden_only`` was asked for.
+        """
+        key = self._key(program, test)
+        known = self._cache.get(key)
+        if known is not None and (known.hidden or not self._hidden_only):
+            return known
+        try:
+            grade = await self._grade(program, test)
+        except _OurFault as fault:
+            grade = Grade(False, ToolStatus.INFRA_ERROR, True, 0.0, 0.0, str(fault))
+        self._cache.put(key, grade)
+        return grade
+
+    async def matrix(self, programs: Sequence[str], tests: Sequence[Test]) -> PassMatrix:
+        """Run every program on every test; equal programs once.
+
+        Raises:
+            SyntaxError, NotHidden: as ``grade``; nothing is left running.
+        """
+        rows: dict[str, list[asyncio.Task[Grade]]] = {}
+        try:
+            async with asyncio.TaskGroup() as group:
+                for program in dict.fromkeys(programs):
+                    rows[program] = [group.create_task(self.grade(program, test)) for test in tests]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return matrix_of([[task.result() for task in rows[program]] for program in programs], len(tests))
+
+    def _key(self, program: str, test: Test) -> str:
+        content = [
+            scripts.VERSION,
+            platform.python_version(),
+            self._pool.isolation,
+            dataclasses.astuple(self._limits),
+            program,
+            repr(test),
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    async def _grade(self, program: str, test: Test) -> Grade:
+        if isinstance(test, StdioTest):
+            return await self._grade_printed(program, test)
+        if isinstance(test, CallTest):
+            test = test.as_code()
+        interview = await self._interview(test)
+        if not interview.obstacle:
+            return await self._grade_answers(program, interview.plan, interview.questions)
+        if self._hidden_only:
+            raise NotHidden(
+                f"hidden_only=True but {interview.obstacle}; rewrite the test, or let it run beside the program"
+            )
+        return await self._grade_beside(program, test, interview.obstacle)
+
+    async def _grade_printed(self, program: str, test: StdioTest) -> Grade:
+        kib = 1 + len(test.expected.encode("utf-8", "replace")) // 1024
+        limits = dataclasses.replace(self._limits, output_kib=max(self._limits.output_kib, 2 * kib))
+        ran = await self._run(program, limits=limits, stdin=test.stdin, language=test.language)
+        if ran.status != ToolStatus.OK:
+            return _grade([ran], False, ran.status, _last_line(ran.stderr))
+        passed = test.accepts(ran.stdout)
+        return _grade([ran], passed, ran.status, "" if passed else "the output is not the expected one")
+
+    async def _grade_answers(self, program: str, plan: Plan, questions: bytes) -> Grade:
+        """Let program and test talk until the test has come to its end."""
+        calls = []
+        script = scripts.answer(program, plan.beside, plan.function)
+        for _ in range(_ROUNDS):
+            called = await self._run(script, files={QUESTIONS: questions}, wanted=[ANSWERS])
+            calls.append(called)
+            answers = called.files.get(ANSWERS, b"")
+            left_open = answers.count(b"\n") < questions.count(b"\n")
+            if called.status != ToolStatus.OK and not (answers and left_open):
+                return _grade(calls, False, called.status, _last_line(called.stderr))
+            if answers == plan.right_answers:
+                return _grade(calls, True, ToolStatus.OK, "")
+            verdict = await self._examine(plan, questions, answers)
+            if verdict.word != "more":
+                return _grade(calls, verdict.word == "passed", verdict.status, verdict.text)
+            if left_open:  # and the test does need what was not answered
+                status = ToolStatus.ERROR if called.status == ToolStatus.OK else called.status
+                return _grade(calls, False, status, _last_line(called.stderr) or "it ended before it had answered")
+            questions = verdict.questions
+        return _grade(calls, False, ToolStatus.OK, f"after {_ROUNDS} rounds the test still had questions")
+
+    async def _examine(self, plan: Plan, questions: bytes, answers: bytes) -> _Verdict:
+        """Run the test on answers, in a jail of its own."""
+        given = {EXAM: plan.exam, QUESTIONS: questions, ANSWERS: answers}
+        judged = await self._run(scripts.EXAMINE, files=given, wanted=[VERDICT, QUESTIONS])
+        if judged.status != ToolStatus.OK or not {VERDICT, QUESTIONS} <= judged.files.keys():
+            status = ToolStatus.ERROR if judged.status == ToolStatus.OK else judged.status
+            return _Verdict("failed", f"the test itself ended badly: {_last_line(judged.stderr)}", b"", status)
+        word, _, text = judged.files[VERDICT].decode("utf-8", "replace").partition("\n")
+        status = ToolStatus.ERROR if word == "raised" else ToolStatus.OK
+        return _Verdict(word, text, judged.files[QUESTIONS], status)
+
+    async def _interview(self, test: CodeTest) -> _Interview:
+        """What the test asks first; found once per test."""
+        interview = self._interviews.get(test)
+        if interview is None:
+            plan = divide(test)
+            interview = self._interviews[test] = _Interview(plan, plan.questions, plan.obstacle)
+        self._interviews.move_to_end(test)
+        while len(self._interviews) > _INTERVIEWS:
+            self._interviews.popitem(last=False)
+        async with interview.turn:
+            if not interview.questions and not interview.obstacle:
+                verdict = await self._examine(interview.plan, b"", b"")
+                if verdict.word == "more":
+                    interview.questions = verdict.questions
+                elif verdict.word == "closed":
+                    interview.obstacle = f"a question of the test cannot leave its process: {verdict.text}"
+                else:
+                    interview.obstacle = f"the test {verdict.word} before it asked anything: {verdict.text}"
+        return interview
+
+    async def _grade_beside(self, program: str, test: CodeTest, obstacle: str) -> Grade:
+        # The token only tells an end of the test from an early end of the program; here the program may know all.
+        token = secrets.token_hex(16)
+        script = scripts.stand_beside(program, test.prelude, f"{test.beside}\n{test.code}", token)
+        ran = await self._run(script, wanted=[ANSWERS])
+        passed = ran.status == ToolStatus.OK and ran.files.get(ANSWERS) == token.encode()
+        status = ToolStatus.ERROR if ran.status == ToolStatus.OK and not passed else ran.status
+        return dataclasses.replace(_grade([ran], passed, status, obstacle), hidden=False)
+
+    async def _run(
+        self,
+        code: str,
+        *,
+        limits: Limits | None = None,
+        stdin: str = "",
+        files: Mapping[str, bytes] | None = None,
+        wanted: Sequence[str] = (),
+        language: str = "python",
+    ) -> Result:
+        limits = limits or self._limits
+        # Room for what is given, so that long answers of a program never make the setting up of its test fail.
+        given = sum(map(len, (files or {}).values()))
+        limits = dataclasses.replace(limits, disk_mib=limits.disk_mib + (given >> 20) + 1)
+        result = await self._pool.run(
+            code,
+            stdin=stdin,
+            echo=False,
+            limits=limits,
+            tenant=self._tenant,
+            files=files,
+            wanted=wanted,
+            language=language,
+        )
+        if result.status == ToolStatus.INFRA_ERROR:
+            raise _OurFault(result.stderr)
+        return result
+
+
+def _grade(calls: Sequence[Result], passed: bool, status: ToolStatus, detail: str) -> Grade:
+    cpu_seconds = sum(call.cpu_seconds for call in calls)
+    wall_seconds = sum(call.wall_seconds for call in calls)
+    # Without a jail a program can read what is given to others, their tests included.
+    hidden = all(call.isolation != jail.UNSAFE for call in calls)
+    return Grade(passed, status, hidden, cpu_seconds, wall_seconds, detail)
+
+
+def _last_line(text: str) -> str:
+    return text.rstrip().rpartition("\n")[2]

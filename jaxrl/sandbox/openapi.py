@@ -1,0 +1,97 @@
+"""The server's description of itself: OpenAPI 3.1, with schemas from the dataclasses that requests are read into."""
+
+from typing import Any
+
+from jaxrl import __version__
+from jaxrl.sandbox import codec
+from jaxrl.sandbox.pool import Result
+from jaxrl.sandbox.wire import BatchLine, BatchRequest, Health, Problem, RunRequest
+
+_ABOUT = (
+    "Runs untrusted Python, each call in its own fork of a warm, jailed interpreter. Whatever the code does, the "
+    "answer is 200 and the result's status says how it ended; `infra_error` is a fault of the service, never of the "
+    "code. Answers of 400 and above, 500 apart, mean that nothing was run. Where output is not UTF-8, its bytes are in "
+    "`stdout_bytes` and `stderr_bytes`, and `stdout` and `stderr` have U+FFFD in the place of what cannot be decoded."
+)
+_LINES = "A line of JSON a call, in the order in which they end. Fewer lines than calls: the server was stopped."
+_REFUSALS = {
+    400: "The request does not fit its schema, or names files that cannot be laid out.",
+    401: "The bearer token is missing or wrong.",
+    408: "The request did not come whole in time.",
+    411: "The request does not say its length.",
+    413: "The request is larger than the server takes.",
+    415: "The request is not application/json.",
+    429: "As many calls are waiting as the server lets wait. Try again after the seconds of Retry-After.",
+    500: "The server failed. A call may have run.",
+    503: "The server is shutting down. Try again, there or elsewhere, after the seconds of Retry-After.",
+}
+_TENANT = {
+    "name": "X-Tenant",
+    "in": "header",
+    "description": "On whose behalf: waiting tenants take turns. Tenants of different tokens are different.",
+    "schema": {"type": "string", "maxLength": 256, "pattern": "^[ -~]*$"},
+}
+
+
+def document() -> dict[str, Any]:
+    """The whole description, as JSON values."""
+    records: dict[str, Any] = {}
+    refusals = {str(status): _refusal(status, records) for status in _REFUSALS}
+
+    def described(record: type, closed: bool) -> dict[str, Any]:
+        return codec.schema(record, records, closed=closed)
+
+    def post(name: str, summary: str, asked: type, answer: type, kind: str, told: str) -> dict[str, Any]:
+        body = {"required": True, "content": {"application/json": {"schema": described(asked, True)}}}
+        done = {"description": told, "content": {kind: {"schema": described(answer, False)}}}
+        return {
+            "post": {
+                "operationId": name,
+                "summary": summary,
+                "parameters": [_TENANT],
+                "requestBody": body,
+                "responses": {"200": done} | refusals,
+            }
+        }
+
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "jaxrl sandbox", "version": __version__, "description": _ABOUT},
+        "security": [{"token": []}],
+        "paths": {
+            "/v1/run": post("run", "Run a snippet.", RunRequest, Result, "application/json", "How it ended."),
+            "/v1/batch": post("batch", "Run many.", BatchRequest, BatchLine, "application/x-ndjson", _LINES),
+            "/v1/health": {"get": _health(described(Health, False))},
+            "/metrics": {"get": _plain("metrics", "Prometheus' text format.", "text/plain", refusals)},
+            "/openapi.json": {"get": _plain("openapi", "This description.", "application/json", {})},
+        },
+        "components": {"schemas": records, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def _refusal(status: int, records: dict[str, Any]) -> dict[str, Any]:
+    content = {"application/json": {"schema": codec.schema(Problem, records, closed=False)}}
+    wait = {"description": "Seconds to wait.", "schema": {"type": "integer"}}
+    headers = {"headers": {"Retry-After": wait}} if status in (429, 503) else {}
+    return {"description": _REFUSALS[status], "content": content} | headers
+
+
+def _health(schema: dict[str, Any]) -> dict[str, Any]:
+    content = {"application/json": {"schema": schema}}
+    return {
+        "operationId": "health",
+        "summary": "Whether the server takes calls. Needs no token.",
+        "security": [],
+        "responses": {
+            "200": {"description": "It does.", "content": content},
+            "503": {"description": "It does not, or not for long.", "content": content},
+        },
+    }
+
+
+def _plain(name: str, summary: str, kind: str, refusals: dict[str, Any]) -> dict[str, Any]:
+    """What takes no arguments; open to everybody where it refuses nobody."""
+    responses = {"200": {"description": summary, "content": {kind: {}}}}
+    told = {status: refusals[status] for status in ("401", "500", "503") if status in refusals}
+    described = {"operationId": name, "summary": summary, "responses": responses | told}
+    return described if refusals else described | {"security": []}

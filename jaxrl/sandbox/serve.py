@@ -1,0 +1,141 @@
+"""``jaxrl sandbox serve``: its options, and what they mean. Loads the web library and the pool only to serve."""
+
+import argparse
+import asyncio
+import dataclasses
+import ipaddress
+import os
+import pathlib
+import sys
+from typing import TYPE_CHECKING
+
+from jaxrl.sandbox.protocol import Limits
+
+if TYPE_CHECKING:
+    from jaxrl.sandbox import Pool
+    from jaxrl.sandbox.server import ServerSettings
+
+EXAMPLES = """examples:
+  jaxrl sandbox serve
+  jaxrl sandbox serve --host 0.0.0.0 --token-file tokens --slots 16 --workers 4
+  curl -H 'Content-Type: application/json' -d '{"code": "6 * 7"}' http://127.0.0.1:8780/v1/run"""
+
+TOKEN_VARIABLE = "JAXRL_SANDBOX_TOKEN"
+_DONE, _FAILED, _BAD_USAGE = 0, 1, 2
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the verb."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind to (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8780, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--token-file",
+        type=pathlib.Path,
+        help=f"a token a line, each a tenant of its own; or one token in {TOKEN_VARIABLE}. Needed beyond loopback",
+    )
+    whole = {
+        "workers": (2, "template processes of each kind"),
+        "slots": (4, "calls that run at once"),
+        "slow-slots": (8, "further calls that may run on once they have lasted a quarter second"),
+        "queue": (4096, "calls under way at once, running or waiting; then 429"),
+        "queue-mib": (512, "and their requests together"),
+        "body-mib": (32, "one request"),
+        "drain-seconds": (30, "how long SIGTERM lets calls under way go on"),
+    }
+    for name, (default, words) in whole.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{words} (default: %(default)s)")
+    for limit in dataclasses.fields(Limits):
+        parser.add_argument(
+            f"--{limit.name.replace('_', '-')}",
+            type=limit.type,
+            default=limit.default,
+            help="limit of a call, and the most that one may ask for (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--preload",
+        default="numpy,scipy,sympy",
+        help='modules that templates hold ready; "" for none (default: %(default)s)',
+    )
+    parser.add_argument("--unsafe-sandbox", action="store_true", help="run code without isolation")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit code."""
+    try:
+        from jaxrl.sandbox import server
+    except ImportError as error:
+        return _complain(f"{error.name} is missing; install it with: pip install 'jaxrl[serve]'", _BAD_USAGE)
+    from jaxrl.sandbox import SandboxUnavailable
+
+    try:
+        settings = _settings(options, server.ServerSettings)
+        pool = _pool(options)
+    except ValueError as error:
+        return _complain(str(error), _BAD_USAGE)
+    try:
+        asyncio.run(server.serve(pool, settings, options.host, options.port, options.drain_seconds, _announce))
+    except (SandboxUnavailable, OSError) as error:
+        return _complain(str(error), _FAILED)
+    return _DONE
+
+
+def _settings(options: argparse.Namespace, kind: "type[ServerSettings]") -> "ServerSettings":
+    tokens = _tokens(options.token_file)
+    if not tokens and not _is_loopback(options.host):
+        raise ValueError(
+            f"--host {options.host} can be reached from other machines but there is no token; "
+            f"give --token-file or {TOKEN_VARIABLE}, or bind to 127.0.0.1"
+        )
+    for name in ("queue", "queue_mib", "body_mib"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    return kind(
+        tokens=tokens,
+        calls=options.queue,
+        body_bytes=options.body_mib << 20,
+        waiting_bytes=options.queue_mib << 20,
+        width=2 * (options.slots + options.slow_slots),
+    )
+
+
+def _pool(options: argparse.Namespace) -> "Pool":
+    from jaxrl.sandbox import Pool
+
+    return Pool(
+        Limits(**{limit.name: getattr(options, limit.name) for limit in dataclasses.fields(Limits)}),
+        workers=options.workers,
+        slots=options.slots,
+        slow_slots=options.slow_slots,
+        queue=options.queue,
+        preload=tuple(filter(None, options.preload.split(","))),
+        unsafe=options.unsafe_sandbox,
+    )
+
+
+def _tokens(path: pathlib.Path | None) -> tuple[str, ...]:
+    """The tokens that open the server; none where none are asked for."""
+    if path is None:
+        return tuple(filter(None, [os.environ.get(TOKEN_VARIABLE, "")]))
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--token-file {path} cannot be read: {error}") from error
+    if not any(lines):
+        raise ValueError(f"--token-file {path} holds no token; write one a line")
+    return tuple(filter(None, lines))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _announce(url: str) -> None:
+    print(f"listening on {url}", flush=True)
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"jaxrl sandbox serve: {text}", file=sys.stderr)
+    return code

@@ -1,0 +1,142 @@
+"""What travels over HTTP, as dataclasses: requests, answers, refusals."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from jaxrl.sandbox.languages import LANGUAGES, Language
+from jaxrl.sandbox.pool import Result
+from jaxrl.sandbox.protocol import LEAST_MEMORY_MIB, Limits
+from jaxrl.statuses import ToolStatus
+
+
+def _about(description: str) -> dict[str, str]:
+    return {"description": description}
+
+
+_MOST_PATTERNS = 64
+_LEAST = {"memory_mib": {"minimum": LEAST_MEMORY_MIB}}
+
+PartialLimits = dataclasses.make_dataclass(
+    "PartialLimits",
+    [
+        (
+            limit.name,
+            limit.type | None,
+            dataclasses.field(default=None, metadata=_LEAST.get(limit.name, {"exclusiveMinimum": 0})),
+        )
+        for limit in dataclasses.fields(Limits)
+    ],
+    frozen=True,
+    namespace={
+        "__doc__": "Limits of one call. What is absent, null, or beyond the server's own limit is the server's."
+    },
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRequest:
+    """One call: a snippet and what it is given. The arguments of ``Pool.run``."""
+
+    code: str = dataclasses.field(metadata=_about("Source text."))
+    stdin: str = dataclasses.field(metadata=_about("What the snippet reads from standard input."), default="")
+    echo: bool = dataclasses.field(
+        metadata=_about("Print the repr of a trailing expression of Python, as a notebook does."), default=True
+    )
+    limits: PartialLimits | None = None
+    files: Mapping[str, bytes] = dataclasses.field(
+        metadata=_about("Content by relative path, laid out before the code begins."), default_factory=dict
+    )
+    wanted: Sequence[str] = dataclasses.field(
+        metadata=_about("Patterns (fnmatch, relative paths) of files to return at the end.")
+        | {"maxItems": _MOST_PATTERNS},
+        default=(),
+    )
+    language: Literal["python", "bash", "c++"] = "python"
+    processes: bool = dataclasses.field(
+        metadata=_about("Let Python start processes and programs; other languages always may."), default=False
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchRequest:
+    """Calls whose results are streamed as they finish."""
+
+    calls: Sequence[RunRequest]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchLine:
+    """One line of a batch's answer."""
+
+    index: int = dataclasses.field(metadata=_about("Which call of the batch, from 0."))
+    result: Result
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """What a server is, and whether it takes calls."""
+
+    status: Literal["ok", "draining", "unavailable"]
+    isolation: str = dataclasses.field(metadata=_about("Which walls stand around the code."))
+    limits: Limits = dataclasses.field(metadata=_about("What a call gets, and the most that it may ask for."))
+    most_calls: int = dataclasses.field(metadata=_about("In one batch, and under way at once."))
+    most_bytes: int = dataclasses.field(metadata=_about("In one request."))
+    version: str = dataclasses.field(metadata=_about("Of jaxrl."))
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Why a request was refused. Nothing of it was run."""
+
+    error: str
+    value: str = dataclasses.field(metadata=_about("What was refused, shortened."))
+    limit: str = dataclasses.field(metadata=_about("What is accepted."))
+    remedy: str
+
+
+def request(
+    code: str,
+    stdin: str,
+    echo: bool,
+    limits: Limits | None,
+    files: Mapping[str, bytes] | None,
+    wanted: Sequence[str],
+    language: str | Language,
+    processes: bool,
+) -> RunRequest:
+    """The request for a call with the arguments of ``Pool.run``.
+
+    Raises:
+        ValueError: a language that no server knows.
+    """
+    if language != "python" and (isinstance(language, Language) or language not in LANGUAGES):
+        known = ", ".join(["python", *LANGUAGES])
+        raise ValueError(f"a sandbox server runs {known}, not {language!r}; take a Pool for languages of your own")
+    partial = PartialLimits(**dataclasses.asdict(limits)) if limits is not None else None
+    return RunRequest(code, stdin, echo, partial, files or {}, wanted, language, processes)
+
+
+def capped(asked: Any, most: Limits) -> Limits:
+    """What a call gets that asks for ``asked``, a PartialLimits or None, where no limit may exceed ``most``."""
+    given = {} if asked is None else {name: value for name, value in vars(asked).items() if value is not None}
+    return dataclasses.replace(most, **{name: min(value, getattr(most, name)) for name, value in given.items()})
+
+
+def fault(text: str) -> Result:
+    """The result of a call that failed on our side, outside any pool."""
+    return Result(
+        status=ToolStatus.INFRA_ERROR,
+        stdout="",
+        stderr=text,
+        exit_code=None,
+        signal=None,
+        cpu_seconds=0.0,
+        wall_seconds=0.0,
+        queue_seconds=0.0,
+        peak_rss_kib=0,
+        attempts=0,
+        stdout_truncated=False,
+        stderr_truncated=False,
+        isolation="",
+    )
