@@ -102,8 +102,14 @@ def make_generate(config: ModelConfig, params: Any, slots: int) -> Callable[[Wor
             new = max(length for _, length in batch)
             with torch.inference_mode():
                 model.generate(
-                    torch.from_numpy(ids), attention_mask=torch.from_numpy(mask),
-                    max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                    torch.from_numpy(ids),
+                    attention_mask=torch.from_numpy(mask),
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    do_sample=True,
+                    top_k=0,
+                    top_p=1.0,
+                    temperature=1.0,
                     pad_token_id=0,
                 )
 
@@ -157,9 +163,12 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     stats = engine.stats()
     print(json.dumps(figure("R5 slot-steps that sampled a token", [stats["occupancy"]], "share")))
-    print(json.dumps(figure("R6 serving time without device work", [stats["idle_share"]], "share", "<= 0.05") | {
-        "holds": stats["idle_share"] <= 0.05
-    }))
+    print(
+        json.dumps(
+            figure("R6 serving time without device work", [stats["idle_share"]], "share", "<= 0.05")
+            | {"holds": stats["idle_share"] <= 0.05}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from jaxrl.sandbox.protocol import unpack_for_child
 
 _MOUNT_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV
 _FILES_IN_WORK = 4096
+_PENDING_SIGNALS = 256  # queued signals and timers; the kernel counts those of all calls together
 _exit = os._exit  # a snippet may replace the name in its place
 
 
@@ -83,6 +84,7 @@ class Child:
                 resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
             resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
             resource.setrlimit(resource.RLIMIT_FSIZE, (disk_mib << 20, disk_mib << 20))
+            resource.setrlimit(resource.RLIMIT_SIGPENDING, (_PENDING_SIGNALS, _PENDING_SIGNALS))
             _tie_to_template()
             if self._jailed:
                 self._filter.install()

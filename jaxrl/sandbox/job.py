@@ -77,6 +77,7 @@ class Job:
         self.fault = b"its template died"  # why the last attempt failed, for whoever looks into an infra_error
         self.memory_refused = False
         self.kill_reason: Outcome | None = None
+        self.place = -1  # on the board of running calls
         self.fast = True  # holds a fast slot rather than one of the slow lane
         self.pid = 0
         self.pidfd = -1

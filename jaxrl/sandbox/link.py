@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import json
+import os
 import pathlib
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 
+from jaxrl.sandbox.board import Board, shared_memory
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.metrics import WardenMetrics
 from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Report, frame
@@ -20,7 +22,16 @@ _CLOSE_SECONDS = 10.0
 
 
 class WardenLost(Exception):
-    """The warden ended before it reported the call."""
+    """The warden ended before it reported the call.
+
+    Attributes:
+        running: the call was being run, and not just waiting for a slot.
+        served: the warden had finished other calls.
+    """
+
+    def __init__(self, *, running: bool = False, served: bool = False) -> None:
+        super().__init__("the sandbox's warden process ended")
+        self.running, self.served = running, served
 
 
 class WardenLink(asyncio.Protocol):
@@ -40,6 +51,11 @@ class WardenLink(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._board: Board | None = None
+        self._heartbeat_seconds = 0.0
+        self._heard = self._pinged = 0.0  # when the last data came, and when the last ping was sent
+        self._overdue = False
+        self._served = False
 
     @property
     def alive(self) -> bool:
@@ -55,19 +71,25 @@ class WardenLink(asyncio.Protocol):
 
         Raises:
             SandboxUnavailable: no jail can be had; the text says why.
+            WardenLost: the process ended while starting.
         """
         loop = asyncio.get_running_loop()
+        self._heartbeat_seconds = settings["heartbeat_seconds"]
+        places = settings["slots"] + settings["slow_slots"]
+        memory = shared_memory(places)
+        self._board = Board(memory, places)
         ours, theirs = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-P", "-c", _BOOT, str(theirs.fileno()), _HOME],
+            [sys.executable, "-s", "-S", "-P", "-c", _BOOT, str(theirs.fileno()), _HOME, str(memory)],
             env={"LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"},
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), memory],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             cwd="/",
             start_new_session=True,  # a Ctrl-C in the terminal is the pool's to handle
         )
         theirs.close()
+        os.close(memory)
         ours.setblocking(False)
         self._transport, _ = await loop.connect_accepted_socket(lambda: self, ours)
         self._transport.write(frame(Kind.SETUP, json.dumps(settings | {"home": _HOME}).encode()))
@@ -77,24 +99,22 @@ class WardenLink(asyncio.Protocol):
             self._ready.cancel()  # nobody waits for it any more
             await self.close()
             raise
+        self._beat()
 
-    async def submit(self, call: Call) -> Report:
-        """Send a call and wait for its report; cancelling this kills the call.
+    def submit(self, call: Call) -> "asyncio.Future[Report]":
+        """Send a call; its report, or WardenLost, comes with the future. A coroutine would be larger than that."""
+        future: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
+        if self.alive:
+            self._pending[call.id] = future
+            self._send(frame(Kind.SUBMIT, call.pack()))
+        else:
+            self._on_slot_free()
+            future.set_exception(WardenLost(served=self._served))
+        return future
 
-        Raises:
-            WardenLost: the process ended first.
-        """
-        if not self.alive:
-            raise WardenLost
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Report] = loop.create_future()
-        self._pending[call.id] = future
-        self._send(frame(Kind.SUBMIT, call.pack()))
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self._send(frame(Kind.CANCEL, call.id.to_bytes(8, "little")))
-            raise
+    def cancel(self, id: int) -> None:
+        """Kill a call that nobody waits for any more."""
+        self._send(frame(Kind.CANCEL, id.to_bytes(8, "little")))
 
     async def metrics(self) -> WardenMetrics:
         """What the warden says of itself.
@@ -125,6 +145,28 @@ class WardenLink(asyncio.Protocol):
             self._process.wait()
         if self._transport is not None:
             self._transport.close()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _beat(self) -> None:
+        """Ask the warden whether it is there, now and again; one that stays silent is killed.
+
+        Silence has to be found twice in a row: a caller that kept this event loop from running for long would
+        otherwise take what it has not read yet for silence.
+        """
+        if not self.alive:
+            return
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if self._heard >= self._pinged:
+            self._pinged, self._overdue = now, False
+            self._send(frame(Kind.PING))
+        elif now - self._pinged > self._heartbeat_seconds:
+            if self._overdue and self._process is not None:
+                self._process.kill()
+            self._overdue = True
+        loop.call_later(self._heartbeat_seconds / 4, self._beat)
 
     def _send(self, data: bytes) -> None:
         """Frames of one turn of the event loop leave in one write."""
@@ -140,11 +182,13 @@ class WardenLink(asyncio.Protocol):
     # asyncio.Protocol
 
     def data_received(self, data: bytes) -> None:
+        self._heard = asyncio.get_running_loop().time()
         for kind, body in self._frames.feed(data):
             if kind is Kind.REPORT:
                 report = Report.unpack(body)
                 future = self._pending.pop(report.id)
                 self._on_slot_free()
+                self._served = True
                 if not future.done():
                     future.set_result(report)
             elif kind is Kind.STATS:
@@ -160,12 +204,13 @@ class WardenLink(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._gone.set_result(None)
         if not self._ready.done():
-            self._ready.set_exception(SandboxUnavailable("the sandbox's warden process ended while starting"))
+            self._ready.set_exception(WardenLost())
+        running = self._board.running() if self._board is not None else set()
         pending, self._pending = self._pending, {}
-        for future in pending.values():
+        for id, future in pending.items():
             self._on_slot_free()
             if not future.done():
-                future.set_exception(WardenLost())
+                future.set_exception(WardenLost(running=id in running, served=self._served))
         for asked in self._asked:
             if not asked.done():
                 asked.set_exception(WardenLost())

@@ -27,7 +27,8 @@ from jaxrl.sandbox.protocol import Call, Limits, Outcome, Report
 from jaxrl.statuses import ToolStatus
 
 _PROGRAMS_KEPT = 64 << 20  # bytes of compiled programs
-_ATTEMPTS = 3  # wardens that a call may lose before the fault is reported
+_ATTEMPTS = 3  # wardens that may be lost while they run a call before the fault is reported
+_VAIN_WARDENS = 5  # and wardens lost one after the other, while it waited, that served nobody
 
 _STATUS = {
     Outcome.OK: ToolStatus.OK,
@@ -160,8 +161,10 @@ class Pool:
         self._open, self._draining = True, False
         try:
             await self._warden()
-        except BaseException:
+        except BaseException as error:
             await self.close()
+            if isinstance(error, WardenLost):
+                raise jail.SandboxUnavailable("the sandbox's warden process ended while starting") from error
             raise
 
     @property
@@ -233,14 +236,29 @@ class Pool:
         if self._draining:
             raise RuntimeError("the sandbox pool is being drained and takes no more calls: start it again, or another")
         limits = limits or self.limits
-        call = self._call(stdin, limits, tenant, files or {}, wanted)
-        source = code.encode("utf-8", "surrogatepass")
+        given = files or {}
+        file_bytes.check(given, limits.disk_mib << 20)
         if processes or language != "python":
             self._check_processes()
+        source = code.encode("utf-8", "surrogatepass")
         if language == "python":
-            return await self._submit(dataclasses.replace(call, code=source, echo=echo, processes=processes))
+            # Made in passing: tens of thousands may wait here, each with what this frame holds.
+            return await self._submit(self._call(source, stdin, limits, tenant, given, wanted, echo, processes))
+        return await self._run_program(language, source, stdin, limits, tenant, given, wanted)
+
+    async def _run_program(
+        self,
+        language: str | Language,
+        source: bytes,
+        stdin: str,
+        limits: Limits,
+        tenant: str,
+        given: Mapping[str, bytes],
+        wanted: Sequence[str],
+    ) -> Result:
+        """A program of another language than Python, built first where it has to be."""
         chosen = languages.named(language)
-        taken = chosen.own_files & {name.partition("/")[0] for name in files or {}}
+        taken = chosen.own_files & {name.partition("/")[0] for name in given}
         if taken:
             raise ValueError(f"files {sorted(taken)} have the names of the program's own; give them others")
         own = {chosen.source: source}
@@ -249,13 +267,14 @@ class Pool:
             if built.status is not ToolStatus.OK:
                 return built
             own = dict(built.files)
+        call = self._call(b"", stdin, limits, tenant, given, wanted)
         result = await self._submit(self._with_program(call, chosen.run, own))
         kept = {name: data for name, data in result.files.items() if name not in chosen.own_files}
         return dataclasses.replace(result, files=kept)
 
     async def _build(self, language: Language, source: bytes, tenant: str) -> Result:
         """The compiled program, the one file of the result where that is ok."""
-        call = self._call("", language.build_limits, tenant, {}, (language.program,))
+        call = self._call(b"", "", language.build_limits, tenant, {}, (language.program,))
         result = await self._submit(self._with_program(call, language.build, {language.source: source}))
         result = dataclasses.replace(result, stage="build")
         if result.status is not ToolStatus.OK:
@@ -266,18 +285,28 @@ class Pool:
         text = f"{result.stderr}{language.build[0]} left no file {language.program!r} of at most files_mib={most}\n"
         return dataclasses.replace(result, status=ToolStatus.ERROR, stderr=text)
 
-    def _call(self, stdin: str, limits: Limits, tenant: str, files: Mapping[str, bytes], wanted: Sequence[str]) -> Call:
-        file_bytes.check(files, limits.disk_mib << 20)
+    def _call(
+        self,
+        code: bytes,
+        stdin: str,
+        limits: Limits,
+        tenant: str,
+        files: Mapping[str, bytes],
+        wanted: Sequence[str],
+        echo: bool = False,
+        processes: bool = False,
+    ) -> Call:
         return Call(
-            id=0,  # this and the time come with the submission
-            code=b"",
+            id=next(self._ids),
+            code=code,
             stdin=stdin.encode("utf-8", "surrogatepass"),
-            echo=False,
+            echo=echo,
             limits=limits,
-            submitted=0.0,
+            submitted=time.monotonic(),
             tenant=zlib.crc32(tenant.encode()),
             files=file_bytes.pack(files),
             wanted="\n".join(wanted),
+            processes=processes,
         )
 
     def _with_program(self, call: Call, words: tuple[str, ...], files: Mapping[str, bytes]) -> Call:
@@ -302,11 +331,30 @@ class Pool:
         self._isolation_of_processes = f"{self.isolation}; {words}"
 
     async def _submit(self, call: Call) -> Result:
-        """Run a call and count it."""
-        call = dataclasses.replace(call, id=next(self._ids), submitted=time.monotonic())
+        """Run a call on a living warden, on another where that one dies, and count it."""
+        attempts = in_vain = 0
         self._under_way += 1
         try:
-            report = await self._finish(call)
+            while attempts < _ATTEMPTS and in_vain < _VAIN_WARDENS:
+                await self._admission.enter(call.tenant)
+                try:
+                    link = await self._warden()
+                except WardenLost:
+                    self._admission.leave()
+                    in_vain += 1
+                    continue
+                except BaseException:
+                    self._admission.leave()
+                    raise
+                try:
+                    return self._finished(call, await link.submit(call))
+                except asyncio.CancelledError:
+                    link.cancel(call.id)
+                    raise
+                except WardenLost as lost:
+                    attempts += lost.running
+                    call = dataclasses.replace(call, attempts=attempts)
+                    in_vain = 0 if lost.served else in_vain + 1
         except asyncio.CancelledError:
             self._recorder.cancelled += 1
             raise
@@ -314,29 +362,22 @@ class Pool:
             self._under_way -= 1
             if not self._under_way:
                 self._idle.set()
+        queued = time.monotonic() - call.submitted
+        report = Report(call.id, Outcome.INFRA_ERROR, attempts, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
+        return self._finished(call, report)
+
+    def _finished(self, call: Call, report: Report) -> Result:
         result = self._result(report, call.processes)
         latency = time.monotonic() - call.submitted
         self._recorder.finished(result.status, latency, result.cpu_seconds, result.wall_seconds, result.queue_seconds)
         return result
 
-    async def _finish(self, call: Call) -> Report:
-        """The call's report, whatever becomes of wardens."""
-        for attempt in range(_ATTEMPTS):
-            await self._admission.enter(call.tenant)
-            try:
-                link = await self._warden()
-            except BaseException:
-                self._admission.leave()
-                raise
-            try:
-                return await link.submit(dataclasses.replace(call, attempts=attempt))
-            except WardenLost:
-                continue
-        queued = time.monotonic() - call.submitted
-        return Report(call.id, Outcome.INFRA_ERROR, _ATTEMPTS, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
-
     async def _warden(self) -> WardenLink:
-        """The living warden; a lost one is replaced."""
+        """The living warden; a lost one is replaced.
+
+        Raises:
+            WardenLost: the new one ended while starting.
+        """
         async with self._starting:
             if not self._open:
                 raise RuntimeError("the sandbox pool is not open: use it inside `async with Pool(...)`")

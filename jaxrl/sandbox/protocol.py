@@ -61,7 +61,7 @@ class Outcome(enum.IntEnum):
     CANCELLED = 6
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # tens of thousands may wait at once
 class Call:
     """One snippet on its way to a child process."""
 
@@ -194,6 +194,8 @@ class Kind(enum.IntEnum):
     CANCEL = 5  # pool → warden: a call id
     REPORT = 6  # warden → pool: a Report
     CLOSE = 7  # pool → warden: end everything
+    PING = 8  # pool → warden: are you there
+    PONG = 9  # warden → pool
     STATS = 10  # pool → warden: a question; warden → pool: JSON, the fields of metrics.WardenMetrics
 
 

@@ -34,6 +34,9 @@ _DENIED = {
     "fsopen": (430, 430),
     "fspick": (433, 433),
     "init_module": (175, 105),
+    # Watches on files are counted per user, over all calls together.
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     "io_uring_setup": (425, 425),
@@ -88,6 +91,9 @@ _DENIED = {
     "socket": (41, 198),
     "swapoff": (168, 225),
     "swapon": (167, 224),
+    # A flush is of the host's disks, not of the call's own files.
+    "sync": (162, 81),
+    "syncfs": (306, 267),
     "syslog": (103, 116),
     "uselib": (134, None),
     "userfaultfd": (323, 282),
@@ -97,6 +103,9 @@ _DENIED_IN_CHILD = {
     "chroot": (161, 51),
     "mount": (165, 40),
     "seccomp": (317, 277),
+    # Descriptors on their way through a socket are counted per user, over all calls and the template together.
+    "sendmmsg": (307, 269),
+    "sendmsg": (46, 211),
     "setns": (308, 268),
     "umount2": (166, 39),
     "unshare": (272, 97),
@@ -106,6 +115,7 @@ _FORKS = {"fork": (57, None), "vfork": (58, None)}
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _SOCKETPAIR = (53, 199)
 _PRCTL = (157, 167)
+_FCNTL, _SET_PIPE_SIZE = (72, 25), 1031
 _MMAP, _MREMAP = (9, 222), (25, 216)
 # Everything from here on is newer than this table (statmount, lsm_set_self_attr, ...); told "no such call",
 # libraries fall back on older ones.
@@ -203,6 +213,12 @@ def child_filter(processes: bool = False) -> Filter:
             (_JUMP_EQUAL, 0, 4, _PRCTL[_COLUMN]),
             (_LOAD, 0, 0, _ARGUMENTS),
             (_JUMP_EQUAL, 0, 1, syscalls.PR_SET_PDEATHSIG),
+            (_RETURN, 0, 0, _ERRNO | errno.EPERM),
+            (_RETURN, 0, 0, _ALLOW),
+            # What lies in a pipe is memory that no limit of the call counts.
+            (_JUMP_EQUAL, 0, 4, _FCNTL[_COLUMN]),
+            (_LOAD, 0, 0, _ARGUMENTS + 8),
+            (_JUMP_EQUAL, 0, 1, _SET_PIPE_SIZE),
             (_RETURN, 0, 0, _ERRNO | errno.EPERM),
             (_RETURN, 0, 0, _ALLOW),
             (_JUMP_EQUAL, 0, 3, _CLONE[_COLUMN]),

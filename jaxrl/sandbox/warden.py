@@ -18,6 +18,7 @@ from typing import Any
 
 from jaxrl.sandbox import orders, syscalls
 from jaxrl.sandbox.annex import Annex
+from jaxrl.sandbox.board import Board
 from jaxrl.sandbox.cgroups import CgroupsUnavailable
 from jaxrl.sandbox.fleet import Fleet, Settings, Template, pid_of, reap, resident_kib
 from jaxrl.sandbox.job import Capture, Job, sealed_memory
@@ -36,9 +37,18 @@ _SELF_TEST = 1 << 63  # plus a template's number: the id of the call that shows 
 
 
 class Warden:
-    def __init__(self, channel: socket.socket) -> None:
+    """Serves one pool until its socket closes.
+
+    Args:
+        channel: socket to the pool.
+        memory: descriptor of the board's memory.
+    """
+
+    def __init__(self, channel: socket.socket, memory: int) -> None:
         self._loop = Loop()
         self._channel = channel
+        self._memory = memory
+        self._board: Board | None = None
         channel.setblocking(False)
         self._frames = FrameReader()
         self._outgoing = bytearray()
@@ -91,6 +101,8 @@ class Warden:
                 self._cancel(int.from_bytes(body, "little"))
             elif kind is Kind.SETUP:
                 self._set_up(Settings(**json.loads(body)))
+            elif kind is Kind.PING:
+                self._send(frame(Kind.PONG))
             elif kind is Kind.STATS:
                 self._send(frame(Kind.STATS, json.dumps(self._stats()).encode()))
             elif kind is Kind.CLOSE:
@@ -111,6 +123,8 @@ class Warden:
 
     def _set_up(self, settings: Settings) -> None:
         self._settings = settings
+        self._board = Board(self._memory, settings.slots + settings.slow_slots)
+        os.close(self._memory)
         if settings.preload:
             names = "|".join(re.escape(name.partition(".")[0]) for name in settings.preload)
             self._mentions = re.compile(rf"\b({names})\b".encode())
@@ -238,6 +252,8 @@ class Warden:
             ends = (*ends, sealed_memory("call", packed))
             packed = b""
         self._running[job.call.id] = (job, template)
+        assert self._board is not None
+        job.place = self._board.enter(job.call.id)
         self._fast += 1
         template.jobs[job.call.id] = job
         assert job.stdout is not None and job.stderr is not None
@@ -349,6 +365,8 @@ class Warden:
 
     def _end_attempt(self, job: Job) -> None:
         del self._running[job.call.id]
+        assert self._board is not None
+        self._board.leave(job.place)
         if job.fast:
             self._fast -= 1
         else:
@@ -387,7 +405,7 @@ class Warden:
 
 
 def main() -> None:
-    """Entry point of the warden's process; the argument is the descriptor of its socket to the pool."""
+    """Entry point of the warden's process; arguments: its socket to the pool, a folder, the board's memory."""
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)  # the jail's first process falls to us when its launcher leaves
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the pool's to handle; it closes the socket
-    Warden(socket.socket(fileno=int(sys.argv[1]))).run()
+    Warden(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[3])).run()

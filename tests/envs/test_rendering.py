@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +60,20 @@ def test_every_status_is_covered():
     for status in ToolStatus:
         if status is not ToolStatus.INFRA_ERROR:
             assert text(status, stderr="e")
+
+
+def test_text_of_the_release_without_its_frame(shared):
+    """Recorded answers of rStar2's tool that are no stops: the same text without status line, labels and time."""
+    cases = json.loads((shared / "golden/rstar/tool_feedback.json").read_text())["cases"]
+    kept = [case["inputs"] | case["outputs"] for case in cases]
+    kept = [case for case in kept if (case["run_success"] and case["success"]) or case["reason"] in ("", "unspecified")]
+    assert len(kept) >= 10
+    for case in kept:
+        status = ToolStatus.OK if case["run_success"] and case["success"] else ToolStatus.ERROR
+        _, *lines, _ = case["text"].splitlines()
+        lines = [line.removeprefix("stdout: ").removeprefix("stderr: ") for line in lines]
+        expected = "\n".join(line for line in lines if line and not line.startswith("reason: "))
+        assert text(status, case["stdout"], case["stderr"]) == (expected or NO_OUTPUT)
 
 
 def test_what_fits_is_not_cut():

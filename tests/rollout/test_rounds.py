@@ -44,8 +44,14 @@ def decoded(params, left, exit_at=0, stops=(-1,) * 4):
 
 def decode(params, left, exit_at=0, stops=(-1,) * 4):
     return rounds.decode_round(
-        params, init_pages(MODEL, PAGES, CONFIG.page_size), decode_plan(left), np.int32(exit_at), jax.random.key(3),
-        np.array(stops, np.int32), model=MODEL, steps=CONFIG.round_steps,
+        params,
+        init_pages(MODEL, PAGES, CONFIG.page_size),
+        decode_plan(left),
+        np.int32(exit_at),
+        jax.random.key(3),
+        np.array(stops, np.int32),
+        model=MODEL,
+        steps=CONFIG.round_steps,
     )
 
 
@@ -96,4 +102,3 @@ def test_a_stop_id_ends_its_slot_only(params):
         count = hits[0] + 1 if len(hits) else 4
         np.testing.assert_array_equal(stopped[:count, slot], tokens[:count, slot])
         assert (stopped[count:, slot] == -1).all()
-

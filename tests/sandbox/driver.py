@@ -28,6 +28,14 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
+def parent_of(pid: int) -> int:
+    """0 for a process that is gone."""
+    try:
+        return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
 class Driver:
     """A pool that synchronous tests can call."""
 
@@ -62,6 +70,13 @@ class Driver:
             return await asyncio.gather(*(self.pool.run(code) for code in codes))
 
         return self.wait(together())
+
+    def family(self) -> tuple[int, list[int]]:
+        """(stem, templates) of a pool that preloads nothing, calls or no calls; the stem is 0 while there is none."""
+        warden = self.pool.warden_pid
+        below = descendants(warden)
+        stem = next((pid for pid in below if parent_of(pid) == warden), 0)
+        return stem, [pid for pid in below if stem and parent_of(pid) == stem]
 
     def resting(self) -> list[int]:
         """Processes below the warden once every call is gone: stems and templates."""

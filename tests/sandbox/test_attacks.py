@@ -15,29 +15,11 @@ import pytest
 
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import jail, landlock
+from tests.sandbox.attacks import refused, system_call, withstand
 from tests.sandbox.driver import LIMITS, Driver, descendants
 
 OK, ERROR, TIMEOUT = ToolStatus.OK, ToolStatus.ERROR, ToolStatus.TIMEOUT
 MEMORY, OUTPUT = ToolStatus.OUT_OF_MEMORY, ToolStatus.OUTPUT_LIMIT
-
-
-def refused(statement: str, imports: str = "") -> str:
-    """A snippet that prints "held" only if the statement raises OSError."""
-    return (
-        f"import os{imports}\ntry:\n    {statement}\n    print('GOT THROUGH')\n"
-        "except OSError as error:\n    print('held', error.errno)"
-    )
-
-
-def system_call(number: int, *arguments: str) -> str:
-    """A snippet that prints "held" if a raw system call fails with EPERM, EAGAIN or ENOSYS."""
-    listed = ", ".join([f"ctypes.c_long({number})", *arguments])
-    return (
-        "import ctypes, errno\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-        f"answer = libc.syscall({listed})\n"
-        "refused = answer == -1 and ctypes.get_errno() in (1, 11, 38)\n"
-        "print('held' if refused else ('GOT THROUGH', answer, ctypes.get_errno()))"
-    )
 
 
 X86_CALLS = {
@@ -325,18 +307,7 @@ if os.uname().machine == "x86_64":
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_promise_6_attack(sandbox: Driver, name: str) -> None:
-    statuses, text, code = ATTACKS[name]
-    before = sandbox.resting()
-    # Only what is meant to run out of time has little of it: a busy machine must not turn other verdicts into timeouts.
-    patient = dataclasses.replace(LIMITS, cpu_seconds=5.0, wall_seconds=10.0)
-    result = sandbox.run(code, limits=LIMITS if ToolStatus.TIMEOUT in statuses else patient)
-    assert result.status in statuses, result
-    assert "GOT THROUGH" not in result.stdout, result
-    assert text in result.stdout, result
-    assert result.attempts == 1, "a snippet must not look like a fault of ours"
-    healthy = sandbox.run("print(6 * 7)")
-    assert (healthy.status, healthy.stdout, healthy.attempts) == (OK, "42\n", 1)
-    assert sandbox.resting() == before, "a process survived, or a template was lost"
+    withstand(sandbox, *ATTACKS[name])
 
 
 @pytest.mark.skipif(landlock.version() < 5, reason="Landlock of this kernel does not know devices' controls")
