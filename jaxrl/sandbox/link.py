@@ -13,7 +13,7 @@ from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.metrics import WardenMetrics
 from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Report, frame
 
-_HOME = str(pathlib.Path(__file__).resolve().parents[2])  # the folder that holds the package
+HOME = str(pathlib.Path(__file__).resolve().parents[2])  # the folder that holds the package
 _BOOT = "import sys; sys.path.append(sys.argv[2]); from jaxrl.sandbox.warden import main; main()"
 _START_SECONDS = 300.0
 _CLOSE_SECONDS = 10.0
@@ -59,7 +59,7 @@ class WardenLink(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-P", "-c", _BOOT, str(theirs.fileno()), _HOME],
+            [sys.executable, "-s", "-S", "-P", "-c", _BOOT, str(theirs.fileno()), HOME],
             env={"LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -70,7 +70,7 @@ class WardenLink(asyncio.Protocol):
         theirs.close()
         ours.setblocking(False)
         self._transport, _ = await loop.connect_accepted_socket(lambda: self, ours)
-        self._transport.write(frame(Kind.SETUP, json.dumps(settings | {"home": _HOME}).encode()))
+        self._transport.write(frame(Kind.SETUP, json.dumps(settings | {"home": HOME}).encode()))
         try:
             await asyncio.wait_for(asyncio.shield(self._ready), _START_SECONDS)
         except BaseException:
