@@ -17,6 +17,7 @@ HOME = str(pathlib.Path(__file__).resolve().parents[2])  # the folder that holds
 _BOOT = "import sys; sys.path.append(sys.argv[2]); from jaxrl.sandbox.warden import main; main()"
 _START_SECONDS = 300.0
 _CLOSE_SECONDS = 10.0
+_MOST_FRAMES = 1024  # that are gathered for one write
 
 
 class WardenLost(Exception):
@@ -127,10 +128,12 @@ class WardenLink(asyncio.Protocol):
             self._transport.close()
 
     def _send(self, data: bytes) -> None:
-        """Frames of one turn of the event loop leave in one write."""
+        """Frames of one turn of the event loop leave in one write, unless they are very many."""
         if not self._outgoing:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outgoing.append(data)
+        if len(self._outgoing) >= _MOST_FRAMES:
+            self._flush()
 
     def _flush(self) -> None:
         data, self._outgoing = b"".join(self._outgoing), []

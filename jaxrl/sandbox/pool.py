@@ -238,7 +238,8 @@ class Pool:
         if processes or language != "python":
             self._check_processes()
         if language == "python":
-            return await self._submit(dataclasses.replace(call, code=source, echo=echo, processes=processes))
+            call = dataclasses.replace(call, code=source, echo=echo, processes=processes)
+            return await self._submit(call)
         chosen = languages.named(language)
         taken = chosen.own_files & {name.partition("/")[0] for name in files or {}}
         if taken:
@@ -329,7 +330,7 @@ class Pool:
                 self._admission.leave()
                 raise
             try:
-                return await link.submit(dataclasses.replace(call, attempts=attempt))
+                return await link.submit(dataclasses.replace(call, attempts=attempt) if attempt else call)
             except WardenLost:
                 continue
         queued = time.monotonic() - call.submitted

@@ -73,7 +73,7 @@ class Outcome(enum.IntEnum):
     CANCELLED = 6
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # tens of thousands may wait
 class Call:
     """One snippet on its way to a child process."""
 
