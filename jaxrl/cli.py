@@ -19,7 +19,7 @@ DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     options = _parser().parse_args(arguments)
-    if options.run_verb in (_doctor, serve.main):  # need neither jax nor a configuration
+    if options.run_verb in (_doctor, _bench, serve.main):  # need neither jax nor a configuration
         return options.run_verb(options)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -109,6 +109,17 @@ def _doctor(options: argparse.Namespace) -> int:
     from jaxrl.sandbox import doctor
 
     return doctor.main()
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from jaxrl.sandbox.bench import accounting, table
+
+    try:
+        figures = table.chosen(options.figures)
+        effort = accounting.Effort(options.rounds, options.scale)
+    except ValueError as error:
+        return _complain(error, BAD_USAGE)
+    return table.main(figures, effort, options.json)
 
 
 def _run_folder(options: argparse.Namespace) -> pathlib.Path:
@@ -218,6 +229,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_options(server)
     server.set_defaults(run_verb=serve.main)
+    bench = sandbox_verbs.add_parser(
+        "bench",
+        help="what a call costs here, beside other designs and beside what is demanded",
+        description="Measures figures S1 to S15 (docs/sandbox.md); minutes. Exit code 1: one does not hold here.",
+        epilog="examples:\n  jaxrl sandbox bench\n  jaxrl sandbox bench --figures S1,S4 --rounds 9 --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("--figures", default="", metavar="S1,S2", help="only these (default: all)")
+    bench.add_argument("--rounds", type=int, default=5, help="in which the designs take turns (default: 5)")
+    bench.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="share of the calls of each figure; below 1 nothing is judged (default: 1)",
+    )
+    bench.add_argument("--json", action="store_true", help="print one JSON object a line")
+    bench.set_defaults(run_verb=_bench)
     return parser
 
 

@@ -4,10 +4,10 @@ This is the only file whose code shares a process with the snippet. Nothing here
 snippet does to this code, the warden judges by what the kernel reports.
 """
 
+import _thread
 import ast
 import atexit
 import builtins
-import contextlib
 import linecache
 import random
 import site
@@ -19,6 +19,14 @@ import zlib
 
 FILENAME = "main.py"  # the name tracebacks show
 
+_WARM_UP = (
+    b"print(1 + 1)",
+    b"import random\ndef f(x):\n    return [y**2 for y in range(x)]\nclass C: pass\nf(3)",
+    b"def f():\n    return {}['missing']\nf()",
+    b"x = (",
+)
+_WARM_ROUNDS = 12  # the interpreter rewrites code that has run eight times: once here rather than in every child
+
 
 def prepare() -> None:
     """Once per template: names that interactive Python has, lossless printing, and a first run of everything below."""
@@ -28,24 +36,27 @@ def prepare() -> None:
     sys.stderr.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.argv = [FILENAME]
     sys.dont_write_bytecode = True
-    _seed(b"warm")
-    execute(b"def f(x):\n    return [y**2 for y in range(x)]\nclass C: pass\nf(3)", echo=True)
-    execute(b"def f():\n    return {}['missing']\nf()", echo=True)
-    execute(b"x = (", echo=True)
+    for _ in range(_WARM_ROUNDS):
+        for snippet in _WARM_UP:
+            run(snippet, echo=True)
     linecache.clearcache()
 
 
 def run(source: bytes, echo: bool) -> int:
     """Run the snippet to its end, threads and exit functions included, and return its exit code."""
-    _seed(source)
+    if b"import" in source:  # without one, nothing draws
+        _seed(source)
     code = execute(source, echo)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    if _thread._count():
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed or replaced by the snippet
+        try:
             stream.flush()
+        except (OSError, ValueError, AttributeError):  # closed or replaced by the snippet
+            continue
     return code
 
 
@@ -71,6 +82,11 @@ def execute(code: bytes, echo: bool) -> int:
 def _compiled(source: str, echo: bool) -> list[types.CodeType]:
     if not echo or source.rstrip().endswith(";"):
         return [compile(source, FILENAME, "exec", dont_inherit=True)]
+    if "\n" not in source and ";" not in source and ":" not in source:  # a simple statement, which needs no tree
+        try:
+            return [compile(source, FILENAME, "single", dont_inherit=True)]
+        except SyntaxError:
+            pass  # raised again below, in the words for a file
     tree = compile(source, FILENAME, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
     if not tree.body or not isinstance(tree.body[-1], ast.Expr):
         return [compile(tree, FILENAME, "exec", dont_inherit=True)]

@@ -3,11 +3,9 @@
 Runs once per call, on pages that it copies by touching them: straight code on prepared values, few objects.
 """
 
-import fcntl
 import gc
 import os
 import resource
-import select
 import signal
 import socket
 import time
@@ -15,12 +13,18 @@ from typing import NoReturn
 
 from jaxrl.sandbox import cell, files, forks, jail, landlock, programs, seccomp, syscalls
 from jaxrl.sandbox.orders import STARTED, send_packet
-from jaxrl.sandbox.protocol import unpack_for_child
+from jaxrl.sandbox.protocol import UnpackedCall
 
 _MOUNT_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV
 _FILES_IN_WORK = 4096
-_PENDING_SIGNALS = 256  # queued signals and timers; the kernel counts those of all calls together
+_STARTED, _TEMPLATE, _COLLECTOR, _RULES = 3, 4, 5, 6  # descriptors during the set-up
+_PENDING_SIGNALS = 256  # queued signals and timers; set before the user namespace, it would bound all calls together
+FIRST_FREE = 8  # from here on up lie the descriptors that a template is handed
+_MOST_PLANS = 64  # kept ready, one for each set of limits
+_REHEARSALS = 20  # more than the eight runs after which code is specialised
 _exit = os._exit  # a snippet may replace the name in its place
+
+Plan = tuple[list[syscalls.Prepared], list[syscalls.Prepared]]  # system calls before the files are placed, and after
 
 
 class Child:
@@ -35,39 +39,104 @@ class Child:
     """
 
     def __init__(self, template: int, work: str, jailed: bool, processes: bool, groups: int) -> None:
-        self._template = template
+        os.dup2(template, _TEMPLATE)
         self._work = work
         self._jailed = jailed
         self._processes = processes
         self._groups = groups
-        self._mount_flags = _MOUNT_FLAGS | (0 if processes else syscalls.MS_NOEXEC)
         self._filter = seccomp.child_filter(processes)
         writable = (work, jail.SHARED_MEMORY) if processes else (work,)
-        self._file_rules = landlock.Rules(writable, processes) if jailed and landlock.version() else None
+        file_rules = landlock.Rules(writable, processes) if jailed and landlock.version() else None
+        self._file_rules = file_rules.prepare(_RULES) if file_rules is not None else []
+        self._plans: dict[tuple[tuple, int, bool], Plan] = {}
+        self._rehearse()
 
-    def become(self, packed: bytes, address_space: int, fds: list[int], directory: str) -> NoReturn:
+    def _rehearse(self) -> None:
+        """Run code of ``become`` without effect: the interpreter specialises it here rather than in every child."""
+        idle = [syscalls.prepare("sched_yield")]
+        for _ in range(_REHEARSALS):
+            _take_descriptors([1, 2, _STARTED], wanted=False)
+            syscalls.perform(idle)
+            STARTED.pack(time.monotonic())
+
+    def plan(self, limits: tuple, address_space: int, program: bool) -> Plan:
+        """The system calls of a child under these limits; made before the fork.
+
+        Args:
+            limits: as in ``protocol.Limits``.
+            address_space: bytes; 0 for no limit of its own.
+            program: it starts a program, as whose parent one process is ours.
+        """
+        key = (limits, address_space, program)
+        if key not in self._plans:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = self._walls(limits, program), self._limits(limits, address_space)
+        return self._plans[key]
+
+    def _walls(self, limits: tuple, program: bool) -> list[syscalls.Prepared]:
+        """An own mount namespace with an empty sized directory, an own user for counting, no capability."""
+        _, _, _, _, _, disk_mib, _, threads, _, processes = limits
+        own_group = syscalls.prepare("setpgid", 0, 0)  # a signal to process group 0 must not reach the template
+        walls = [own_group, syscalls.prepare_close_from(FIRST_FREE)]
+        if not self._jailed:
+            return walls
+        walls.append(syscalls.prepare("unshare", syscalls.CLONE_NEWNS))
+        size = f"size={disk_mib}m,nr_inodes={_FILES_IN_WORK},mode=700"
+        if self._processes:
+            # There, processes share semaphores.
+            shared_flags = _MOUNT_FLAGS | syscalls.MS_NOEXEC
+            walls.append(syscalls.prepare_mount("tmpfs", self._work, "tmpfs", _MOUNT_FLAGS, size))
+            walls.append(syscalls.prepare_mount("tmpfs", jail.SHARED_MEMORY, "tmpfs", shared_flags, size))
+        else:
+            walls.append(syscalls.prepare_mount("tmpfs", self._work, "tmpfs", _MOUNT_FLAGS | syscalls.MS_NOEXEC, size))
+        # Counted per user of the namespace that is this call's own; elsewhere it would count others' threads.
+        most = processes + program if self._processes else threads
+        return [
+            *walls,
+            syscalls.prepare("chdir", self._work.encode()),
+            syscalls.prepare("unshare", syscalls.CLONE_NEWUSER),
+            syscalls.prepare_capabilities(),
+            syscalls.prepare_limit(resource.RLIMIT_NPROC, most),
+            *self._file_rules,
+        ]
+
+    def _limits(self, limits: tuple, address_space: int) -> list[syscalls.Prepared]:
+        """Resource limits, the tie to the template, the filter; only the started pipe and 0 to 2 stay open."""
+        cpu_seconds, _, _, _, _, disk_mib, open_files, _, _, _ = limits
+        # Soft = hard: the first process of a pid namespace ignores the soft limit's signal. The warden, which
+        # knows fractions of seconds, is expected to act first.
+        calls = [syscalls.prepare_limit(resource.RLIMIT_CPU, int(cpu_seconds) + 2)]
+        if address_space:
+            calls.append(syscalls.prepare_limit(resource.RLIMIT_AS, address_space))
+        calls += [
+            syscalls.prepare_limit(resource.RLIMIT_NOFILE, open_files),
+            syscalls.prepare_limit(resource.RLIMIT_FSIZE, disk_mib << 20),
+            syscalls.prepare_limit(resource.RLIMIT_SIGPENDING, _PENDING_SIGNALS),
+            # Die with the template, also where it died before this was asked for.
+            syscalls.prepare("prctl", syscalls.PR_SET_PDEATHSIG, signal.SIGKILL.value, 0, 0, 0),
+            syscalls.prepare_check_alive(_TEMPLATE),
+            syscalls.prepare_close_from(_TEMPLATE),
+        ]
+        return [*calls, self._filter.prepare()] if self._jailed else calls
+
+    def become(self, call: UnpackedCall, plan: Plan, fds: list[int], directory: str) -> NoReturn:
         """Set up, say that the walls stand, run the call.
 
         Args:
-            packed: the Call.
-            address_space: bytes; 0 for no limit of its own.
+            plan: of this object, for the call's limits.
             fds: stdout, stderr, started pipe, where files are wanted a socket for the working directory, if there is
-                input stdin, and the doors of the control groups.
+                input stdin, and the doors of the control groups; all from ``FIRST_FREE`` on.
             directory: working directory where there is no jail.
         """
         code = 1
+        source, echo, _, given, command, wanted = call
+        walls, limits = plan
         try:
-            source, echo, limits, given, command, wanted = unpack_for_child(packed)
-            cpu_seconds, _, _, _, _, disk_mib, open_files, threads, _, processes = limits
             programs.join(fds, self._groups)  # first, for what follows is charged there
-            os.setsid()  # a signal to process group 0 must not reach the template
-            _take_descriptors(fds, self._template, wanted)
-            if self._jailed:
-                self._build_walls(disk_mib)
-                # Counted per user of the namespace that is this call's own; elsewhere it would count others' threads.
-                most = processes + bool(command) if self._processes else threads  # a program's parent is ours
-                resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
-            else:
+            _take_descriptors(fds, wanted)
+            syscalls.perform(walls)
+            if not self._jailed:
                 os.chdir(directory)
                 os.environ.update(HOME=directory, TMPDIR=directory)
             if self._processes or not self._jailed:
@@ -76,22 +145,11 @@ class Child:
                 files.place(given)
             if wanted:
                 _show_directory()
-            # Soft = hard: the first process of a pid namespace ignores the soft limit's signal. The warden, which
-            # knows fractions of seconds, is expected to act first.
-            seconds = int(cpu_seconds) + 2
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-            if address_space:
-                resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (disk_mib << 20, disk_mib << 20))
-            resource.setrlimit(resource.RLIMIT_SIGPENDING, (_PENDING_SIGNALS, _PENDING_SIGNALS))
-            _tie_to_template()
-            if self._jailed:
-                self._filter.install()
+            syscalls.perform(limits)
             gc.enable()
             # Written by us and closed before the snippet begins: without it the fault is ours, with it the snippet's.
-            os.write(3, STARTED.pack(time.monotonic()))
-            os.close(3)
+            os.write(_STARTED, STARTED.pack(time.monotonic()))
+            os.close(_STARTED)
         except BaseException as error:
             os.write(2, f"the sandbox could not prepare a call: {error!r}".encode())
             os._exit(0)
@@ -100,54 +158,28 @@ class Child:
         finally:
             _exit(code)
 
-    def _build_walls(self, disk_mib: int) -> None:
-        """An own mount namespace with an empty sized directory, an own user for counting, no capability."""
-        syscalls.unshare(syscalls.CLONE_NEWNS)
-        size = f"size={disk_mib}m,nr_inodes={_FILES_IN_WORK},mode=700"
-        syscalls.mount("tmpfs", self._work, "tmpfs", self._mount_flags, size)
-        if self._processes:  # where processes share semaphores
-            flags = _MOUNT_FLAGS | syscalls.MS_NOEXEC
-            syscalls.mount("tmpfs", jail.SHARED_MEMORY, "tmpfs", flags, size)
-        os.chdir(self._work)
-        syscalls.unshare(syscalls.CLONE_NEWUSER)
-        syscalls.set_capabilities()
-        if self._file_rules is not None:
-            self._file_rules.confine()
+
+def reserve_descriptors() -> None:
+    """Take every number from 3 to below ``FIRST_FREE``, so that what arrives later is never in the way of a child."""
+    for number in range(_STARTED, FIRST_FREE):
+        os.dup2(0, number)
 
 
-def _take_descriptors(fds: list[int], template: int, wanted: bool) -> None:
-    """stdin, stdout, stderr and the started pipe become 0, 1, 2 and 3, the template 4; all others are closed.
-
-    Where files are wanted the socket for the working directory becomes 5.
-    """
-    stdout, stderr, started, *stdin = fds
-    collector = stdin.pop(0) if wanted else -1
-    if stdin:
-        os.dup2(stdin[0], 0)
+def _take_descriptors(fds: list[int], wanted: bool) -> None:
+    """stdin, stdout, stderr and the started pipe become 0, 1, 2 and 3, the socket for the working directory 5."""
+    stdout, stderr, started, *rest = fds
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
-    # Out of the way of the numbers filled next.
-    spare = fcntl.fcntl(template, fcntl.F_DUPFD_CLOEXEC, 6)
+    os.dup2(started, _STARTED)
     if wanted:
-        collector = fcntl.fcntl(collector, fcntl.F_DUPFD_CLOEXEC, 6)
-    os.dup2(started, 3)
-    os.dup2(spare, 4)
-    if wanted:
-        os.dup2(collector, 5)
-    syscalls.close_from(6 if wanted else 5)
+        os.dup2(rest.pop(0), _COLLECTOR)
+    if rest:
+        os.dup2(rest[0], 0)
 
 
 def _show_directory() -> None:
     """Give the warden a descriptor of the working directory, so that it can read there when the call is over."""
-    with socket.socket(fileno=5) as collector:
+    with socket.socket(fileno=_COLLECTOR) as collector:
         directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
         send_packet(collector, b"directory", (directory,))
         os.close(directory)
-
-
-def _tie_to_template() -> None:
-    """Die with the template, also where it died before this was asked for."""
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if select.select([4], [], [], 0)[0]:
-        os._exit(0)
-    os.close(4)

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from jaxrl.sandbox import orders
-from jaxrl.sandbox.job import Job, send_signal
+from jaxrl.sandbox.job import Job, pid_of, send_signal
 from jaxrl.sandbox.loop import Loop
 from jaxrl.sandbox.seccomp import MemoryRequest, receive_request, release_request
 
@@ -28,12 +28,13 @@ _REBUILDS = 3  # jails built in vain, one after the other, before giving up
 
 # Everything the jailed interpreter finds in its environment. One heap, since each further one reserves address space
 # that counts against a call's memory; library threads would only contend for the one core that a call gets.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "TZ": "UTC",
     "PYTHONHASHSEED": "0",
     "PYTHONDONTWRITEBYTECODE": "1",
     "GLIBC_TUNABLES": "glibc.malloc.arena_max=1",
+    "LD_BIND_NOW": "1",  # else each child looks up the functions it calls
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -166,7 +167,7 @@ class Fleet:
             "groups": self._settings.groups,
             "interpreter": self._settings.interpreter,
         }
-        environment = _ENVIRONMENT | (self._settings.program_environment if self._settings.processes else {})
+        environment = ENVIRONMENT | (self._settings.program_environment if self._settings.processes else {})
         work = self._settings.view["work"]
         launcher = subprocess.run(
             [sys.executable, "-s", "-S", "-P", "-c", _LAUNCH, str(theirs.fileno()), json.dumps(settings)],
@@ -398,15 +399,6 @@ def reap(wait_seconds: float = 0.0) -> None:
             if time.monotonic() >= deadline:
                 return
             time.sleep(0.005)
-
-
-def pid_of(pidfd: int) -> int:
-    """The process id, in this process's own namespace, behind a descriptor; 0 if it is dead."""
-    with open(f"/proc/self/fdinfo/{pidfd}") as lines:
-        for line in lines:
-            if line.startswith("Pid:"):
-                return max(int(line.split()[1]), 0)
-    return 0
 
 
 def _process_of(thread: int) -> int:

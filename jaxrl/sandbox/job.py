@@ -79,8 +79,9 @@ class Job:
         self.kill_reason: Outcome | None = None
         self.place = -1  # on the board of running calls
         self.fast = True  # holds a fast slot rather than one of the slow lane
-        self.pid = 0
+        self.watched = False  # its output is read as it comes
         self.pidfd = -1
+        self._pid = 0
         self.born = 0.0
         self.address_space = 0
         self.stdout: Capture | None = None
@@ -92,7 +93,7 @@ class Job:
     def open(self) -> tuple[int, ...]:
         """Make the pipes of one attempt; returns the child's ends, which the caller closes after sending them."""
         self.attempts += 1
-        self.memory_refused, self.kill_reason, self.pid, self.born = False, None, 0, 0.0
+        self.memory_refused, self.kill_reason, self.watched, self._pid, self.born = False, None, False, 0, 0.0
         cap = self.call.limits.output_kib << 10
         out_read, out_write = os.pipe2(os.O_CLOEXEC)
         err_read, err_write = os.pipe2(os.O_CLOEXEC)
@@ -107,6 +108,15 @@ class Job:
         if self.call.stdin:
             return (*ends, sealed_memory("stdin", self.call.stdin))
         return ends
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child, looked up when first asked for; 0 where it is dead or not born."""
+        if self.pidfd < 0:
+            return 0
+        if not self._pid:
+            self._pid = pid_of(self.pidfd)
+        return self._pid
 
     def close(self) -> None:
         for fd in (self.started_fd, self.pidfd, *(stream.fd for stream in (self.stdout, self.stderr) if stream)):
@@ -133,8 +143,10 @@ class Job:
         together = self.group.cpu_seconds() if self.group is not None else None
         if together is not None:
             return together
+        pid = self.pid
         try:
-            return time.clock_gettime((~self.pid << 3) | 2)  # clock_getcpuclockid(3): another process's clock
+            # clock_getcpuclockid(3): another process's clock; that of 0 is our own.
+            return time.clock_gettime((~pid << 3) | 2) if pid else 0.0
         except OSError:
             return 0.0
 
@@ -147,8 +159,10 @@ class Job:
         return self.born + wall + min(waited, _LONGEST_STRETCH * wall)
 
     def processes(self) -> list[int]:
-        """Process ids of the call."""
-        return self.group.processes() if self.group is not None else [self.pid]
+        """Process ids of the call, as far as it is alive."""
+        if self.group is not None:
+            return self.group.processes()
+        return [self.pid] if self.pid else []
 
     def verdict(self, wait_status: int, cpu_seconds: float, peak_rss_kib: int, template_rss_kib: int) -> Report | None:
         """What the end means, from the kernel's evidence alone; None if our own side failed.
@@ -259,3 +273,12 @@ def _waited_seconds(pid: int) -> float:
 def send_signal(pidfd: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # already dead
         signal.pidfd_send_signal(pidfd, number)
+
+
+def pid_of(pidfd: int) -> int:
+    """The process id, in this process's own namespace, behind a descriptor; 0 if it is dead."""
+    with open(f"/proc/self/fdinfo/{pidfd}") as lines:
+        for line in lines:
+            if line.startswith("Pid:"):
+                return max(int(line.split()[1]), 0)
+    return 0

@@ -55,6 +55,26 @@ class Rules:
             *((place, files & ~(_EXECUTE | _MAKE_DEVICES | _CONTROL_DEVICE) | execute) for place in writable),
         )
 
+    def prepare(self, first: int) -> list[syscalls.Prepared]:
+        """``confine`` as prepared calls, for children of this process.
+
+        Args:
+            first: the first of some descriptors in a row. Two are opened now, to stay open; the others by the child,
+                for whom they must be the lowest that are free.
+        """
+        root, devices, ruleset, *places = range(first, first + 1 + len(self._rules))
+        calls = [
+            syscalls.prepare("syscall", _CREATE_RULESET, self._ruleset, len(self._ruleset), 0, gives=ruleset),
+        ]
+        for (path, accesses), number in zip(self._rules, (root, devices, *places), strict=True):
+            if number in places:
+                calls.append(syscalls.prepare("open", path.encode(), os.O_PATH, gives=number))
+            else:
+                os.dup2(os.open(path, os.O_PATH | os.O_CLOEXEC), number)
+            rule = _PATH_BENEATH.pack(accesses, number)
+            calls.append(syscalls.prepare("syscall", _ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0))
+        return [*calls, syscalls.prepare("syscall", _RESTRICT_SELF, ruleset, 0)]
+
     def confine(self) -> None:
         """Put this thread, and whatever it starts, under the rules. Needs no_new_privs."""
         ruleset = syscalls.raw("landlock_create_ruleset", _CREATE_RULESET, self._ruleset, len(self._ruleset), 0)

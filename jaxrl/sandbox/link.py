@@ -15,10 +15,11 @@ from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.metrics import WardenMetrics
 from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Report, frame
 
-_HOME = str(pathlib.Path(__file__).resolve().parents[2])  # the folder that holds the package
+HOME = str(pathlib.Path(__file__).resolve().parents[2])  # the folder that holds the package
 _BOOT = "import sys; sys.path.append(sys.argv[2]); from jaxrl.sandbox.warden import main; main()"
 _START_SECONDS = 300.0
 _CLOSE_SECONDS = 10.0
+_MOST_FRAMES = 1024  # that are gathered for one write
 
 
 class WardenLost(Exception):
@@ -80,7 +81,7 @@ class WardenLink(asyncio.Protocol):
         self._board = Board(memory, places)
         ours, theirs = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-P", "-c", _BOOT, str(theirs.fileno()), _HOME, str(memory)],
+            [sys.executable, "-s", "-S", "-P", "-c", _BOOT, str(theirs.fileno()), HOME, str(memory)],
             env={"LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"},
             pass_fds=[theirs.fileno(), memory],
             stdin=subprocess.DEVNULL,
@@ -92,7 +93,7 @@ class WardenLink(asyncio.Protocol):
         os.close(memory)
         ours.setblocking(False)
         self._transport, _ = await loop.connect_accepted_socket(lambda: self, ours)
-        self._transport.write(frame(Kind.SETUP, json.dumps(settings | {"home": _HOME}).encode()))
+        self._transport.write(frame(Kind.SETUP, json.dumps(settings | {"home": HOME}).encode()))
         try:
             await asyncio.wait_for(asyncio.shield(self._ready), _START_SECONDS)
         except BaseException:
@@ -169,10 +170,12 @@ class WardenLink(asyncio.Protocol):
         loop.call_later(self._heartbeat_seconds / 4, self._beat)
 
     def _send(self, data: bytes) -> None:
-        """Frames of one turn of the event loop leave in one write."""
+        """Frames of one turn of the event loop leave in one write, unless they are very many."""
         if not self._outgoing:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outgoing.append(data)
+        if len(self._outgoing) >= _MOST_FRAMES:
+            self._flush()
 
     def _flush(self) -> None:
         data, self._outgoing = b"".join(self._outgoing), []

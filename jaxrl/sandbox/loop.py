@@ -12,6 +12,7 @@ class Loop:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._afterwards: list[Callable[[], None]] = []
         self._order = itertools.count()
         self._running = True
 
@@ -32,6 +33,10 @@ class Loop:
         """Call once when ``time.monotonic()`` reaches ``moment``."""
         heapq.heappush(self._timers, (moment, next(self._order), callback))
 
+    def afterwards(self, callback: Callable[[], None]) -> None:
+        """Call once, at the end of this round of callbacks."""
+        self._afterwards.append(callback)
+
     def stop(self) -> None:
         self._running = False
 
@@ -47,3 +52,5 @@ class Loop:
             now = time.monotonic()
             while self._timers and self._timers[0][0] <= now:
                 heapq.heappop(self._timers)[2]()
+            while self._afterwards:
+                self._afterwards.pop()()

@@ -6,6 +6,7 @@ runs user code.
 
 import dataclasses
 import enum
+import functools
 import struct
 from collections.abc import Iterator, Sequence
 
@@ -49,6 +50,17 @@ class Limits:
             raise ValueError(f"Limits.memory_mib={self.memory_mib} is too small: {least}")
 
 
+# Nearly all calls of a pool have the same limits.
+@functools.lru_cache(256)
+def _pack_limits(limits: Limits) -> bytes:
+    return _LIMITS.pack(*dataclasses.astuple(limits))
+
+
+@functools.lru_cache(256)
+def _unpack_limits(data: bytes) -> Limits:
+    return Limits(*_LIMITS.unpack(data))
+
+
 class Outcome(enum.IntEnum):
     """How a call ended, as the warden saw it."""
 
@@ -79,7 +91,7 @@ class Call:
     command: str = ""  # program and arguments, "\0" between; empty: ``code`` is Python
 
     def pack(self) -> bytes:
-        limits = _LIMITS.pack(*dataclasses.astuple(self.limits))
+        limits = _pack_limits(self.limits)
         words = (text.encode("utf-8", "surrogatepass") for text in (self.wanted, self.command))
         parts = (self.code, self.stdin, self.files, *words)
         lengths = map(len, parts)
@@ -90,15 +102,19 @@ class Call:
     @staticmethod
     def unpack(data: bytes) -> "Call":
         id, submitted, attempts, flags, tenant, *lengths = _CALL.unpack_from(data)
-        limits = Limits(*_LIMITS.unpack_from(data, _CALL.size))
+        limits = _unpack_limits(data[_CALL.size : _CALL.size + _LIMITS.size])
         code, stdin, files, *words = _cut(data, _CALL.size + _LIMITS.size, lengths)
         wanted, command = (word.decode("utf-8", "surrogatepass") for word in words)
         echo, processes = bool(flags & _ECHO), bool(flags & _PROCESSES)
         return Call(id, code, stdin, echo, limits, submitted, attempts, tenant, files, wanted, processes, command)
 
 
-def unpack_for_child(data: bytes) -> tuple[bytes, bool, tuple, bytes, bytes, bool]:
-    """(code, echo, limits in the order of their fields, files, command, whether files are wanted) of a packed Call."""
+# (code, echo, limits in the order of their fields, files, command, whether files are wanted)
+UnpackedCall = tuple[bytes, bool, tuple, bytes, bytes, bool]
+
+
+def unpack_for_child(data: bytes) -> UnpackedCall:
+    """What a child needs of a packed Call."""
     _, _, _, flags, _, code, stdin, files, wanted, command = _CALL.unpack_from(data)
     start = _CALL.size + _LIMITS.size
     given = data[start + code + stdin : start + code + stdin + files]

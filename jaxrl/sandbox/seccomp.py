@@ -148,7 +148,11 @@ class Filter:
 
     def __init__(self, instructions: list[tuple[int, int, int, int]]) -> None:
         self._code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in instructions))
-        self._program = ctypes.create_string_buffer(struct.pack("@HP", len(instructions), ctypes.addressof(self._code)))
+        self._program = struct.pack("@HP", len(instructions), ctypes.addressof(self._code))
+
+    def prepare(self) -> syscalls.Prepared:
+        """The call that confines the calling thread and its future children, for as long as this object lives."""
+        return syscalls.prepare("syscall", syscalls.SECCOMP, _SET_MODE_FILTER, 0, self._program)
 
     def install(self, listen: bool = False) -> int:
         """Confine this thread and its future children; with ``listen`` returns the descriptor of the notifications."""

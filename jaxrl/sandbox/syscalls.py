@@ -3,7 +3,10 @@
 import ctypes
 import os
 import platform
+import select
 import struct
+from collections.abc import Callable, Iterable
+from typing import Any
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
@@ -31,7 +34,13 @@ _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 
+# A system call: name of libc's function, the function, arguments that are bytes, None or numbers of 32 bits, and what
+# it returns if all is well.
+Prepared = tuple[str, Callable[..., int], tuple[Any, ...], int]
+
 _libc = ctypes.CDLL(None, use_errno=True)
+# For prepared calls: without argument types, so that nothing is converted, and without letting other threads run.
+_plain = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
@@ -50,8 +59,26 @@ def raw(name: str, number: int, *arguments: object) -> int:
     return _check(_libc.syscall(ctypes.c_long(number), *converted), name)
 
 
+def prepare(function: str, *arguments: int | bytes | None, gives: int = 0) -> Prepared:
+    """A call of libc's ``function``, to be made later by ``perform`` at the least cost."""
+    return function, getattr(_plain, function), arguments, gives
+
+
+def perform(calls: Iterable[Prepared]) -> None:
+    """Make prepared calls in their order; each must return what it was prepared to give."""
+    for name, function, arguments, gives in calls:
+        result = function(*arguments)
+        if result != gives:
+            number = ctypes.get_errno() if result < 0 else 0
+            raise OSError(number, f"{name}{arguments} gave {result}: {os.strerror(number)}")
+
+
 def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), f"unshare({flags:#x})")
+
+
+def prepare_mount(source: str, target: str, kind: str, flags: int, data: str) -> Prepared:
+    return prepare("mount", source.encode(), target.encode(), kind.encode(), flags, data.encode())
 
 
 def enter_pid_namespace(pidfd: int) -> None:
@@ -98,19 +125,32 @@ def prctl(option: int, value: int = 0) -> None:
     _check(_libc.prctl(option, value, 0, 0, 0), f"prctl({option}, {value})")
 
 
-def close_from(first: int) -> None:
+def prepare_close_from(first: int) -> Prepared:
     """Close every descriptor numbered ``first`` or higher. Linux 5.9."""
-    raw("close_range", _CLOSE_RANGE, first, 0xFFFFFFFF, 0)
+    return prepare("syscall", _CLOSE_RANGE, first, -1, 0)
 
 
-_CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)  # version 3, this thread
+def prepare_capabilities(*kept: int) -> Prepared:
+    """Keep only these capabilities, effective and permitted; none inheritable."""
+    mask = sum(1 << capability for capability in kept)
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    header = struct.pack("=Ii", 0x20080522, 0)  # version 3, this thread
+    return prepare("capset", header, struct.pack("=6I", low, low, 0, high, high, 0))
 
 
 def set_capabilities(keep: tuple[int, ...] = ()) -> None:
     """Keep only these capabilities, effective and permitted; none inheritable."""
-    mask = sum(1 << capability for capability in keep)
-    low, high = mask & 0xFFFFFFFF, mask >> 32
-    _check(_libc.capset(_CAPABILITY_HEADER, struct.pack("=6I", low, low, 0, high, high, 0)), "capset")
+    perform([prepare_capabilities(*keep)])
+
+
+def prepare_limit(resource: int, value: int) -> Prepared:
+    """Set the soft and the hard limit of one of ``resource``'s constants."""
+    return prepare("setrlimit", resource, struct.pack("=QQ", value, value))
+
+
+def prepare_check_alive(pidfd: int) -> Prepared:
+    """Fails where the process behind the descriptor is dead: then one descriptor is ready."""
+    return prepare("poll", struct.pack("=ihh", pidfd, select.POLLIN, 0), 1, 0)
 
 
 def drop_capability_bounds() -> None:

@@ -20,7 +20,7 @@ from jaxrl.sandbox import orders, syscalls
 from jaxrl.sandbox.annex import Annex
 from jaxrl.sandbox.board import Board
 from jaxrl.sandbox.cgroups import CgroupsUnavailable
-from jaxrl.sandbox.fleet import Fleet, Settings, Template, pid_of, reap, resident_kib
+from jaxrl.sandbox.fleet import Fleet, Settings, Template, reap, resident_kib
 from jaxrl.sandbox.job import Capture, Job, sealed_memory
 from jaxrl.sandbox.loop import Loop
 from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Limits, Outcome, Report, frame
@@ -30,6 +30,7 @@ ATTEMPTS = 3  # tries of a call before a fault of ours is reported
 _DEATHS_TO_QUARANTINE = 2  # a call that was there when so many templates died runs alone
 _FAST_SECONDS = 0.25  # a call that runs longer moves to the slow lane
 _SLOW_NICENESS = 10  # added in the slow lane: about a tenth of a core that the trainer wants too
+_COLLECT_SECONDS = 0.01  # a call that runs longer has its output read as it comes
 _CHECK_SECONDS = 0.02  # shortest time between two looks at a running call
 _READ = 1 << 18
 _CORES = os.cpu_count() or 1
@@ -52,6 +53,7 @@ class Warden:
         channel.setblocking(False)
         self._frames = FrameReader()
         self._outgoing = bytearray()
+        self._blocked = False  # the pool does not take what is outgoing
         self._fleet: Fleet | None = None
         self._annex: Annex | None = None
         self._annex_refusal = b""  # why calls that may start processes cannot be had
@@ -61,6 +63,7 @@ class Warden:
         self._jobs: dict[int, Job] = {}
         self._running: dict[int, tuple[Job, Template]] = {}
         self._fast = self._slow = 0
+        self._collecting = False  # the timer of _watch_outputs is set
         self._loop.watch(channel.fileno(), self._serve_pool)
 
     def run(self) -> None:
@@ -144,8 +147,10 @@ class Warden:
         self._loop.stop()
 
     def _send(self, data: bytes) -> None:
+        """Frames of one round of the event loop leave in one write."""
+        if not self._outgoing:
+            self._loop.afterwards(self._flush)
         self._outgoing += data
-        self._flush()
 
     def _flush(self) -> None:
         try:
@@ -157,8 +162,10 @@ class Warden:
         except OSError:
             self._loop.stop()
             return
-        events = select.EPOLLIN | (select.EPOLLOUT if self._outgoing else 0)
-        self._loop.watch(self._channel.fileno(), self._serve_pool, events)
+        if self._blocked != bool(self._outgoing):
+            self._blocked = not self._blocked
+            events = select.EPOLLIN | (select.EPOLLOUT if self._blocked else 0)
+            self._loop.watch(self._channel.fileno(), self._serve_pool, events)
 
     def _report(self, job: Job, report: Report) -> None:
         if not job.done:
@@ -256,9 +263,9 @@ class Warden:
         job.place = self._board.enter(job.call.id)
         self._fast += 1
         template.jobs[job.call.id] = job
-        assert job.stdout is not None and job.stderr is not None
-        for stream in (job.stdout, job.stderr):
-            self._loop.watch(stream.fd, lambda _, stream=stream: self._collect(job, stream))
+        if not self._collecting:
+            self._collecting = True
+            self._loop.at(time.monotonic() + _COLLECT_SECONDS, self._watch_outputs)
         try:
             orders.send_packet(template.control, orders.ORDER_CALL + head + packed, ends)
         except OSError:
@@ -277,7 +284,7 @@ class Warden:
         if answer[:1] == orders.ANSWER_BORN:
             (id,) = orders.BORN.unpack_from(answer, 1)
             job = template.jobs[id]
-            job.pidfd, job.pid, job.born = fds[0], pid_of(fds[0]), time.monotonic()
+            job.pidfd, job.born = fds[0], time.monotonic()
             if job.kill_reason is not None:
                 job.kill(job.kill_reason)
             self._fleet.born(template)
@@ -354,6 +361,15 @@ class Warden:
                 niceness = os.getpriority(os.PRIO_PROCESS, pid) + _SLOW_NICENESS
                 os.setpriority(os.PRIO_PROCESS, pid, min(niceness, 19))
         self._dispatch()
+
+    def _watch_outputs(self) -> None:
+        """Begin to read what running calls print. One that ends sooner fits its output into the pipes, most often."""
+        for job, _ in self._running.values():
+            if not job.watched and job.stdout is not None and job.stderr is not None:
+                job.watched = True
+                for stream in (job.stdout, job.stderr):
+                    self._loop.watch(stream.fd, lambda _, job=job, stream=stream: self._collect(job, stream))
+        self._collecting = False
 
     def _collect(self, job: Job, stream: Capture) -> None:
         if not stream.read():

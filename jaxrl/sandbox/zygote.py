@@ -8,20 +8,19 @@ sockets; a closed socket means that the warden is gone and ends the process.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import traceback
 from typing import NoReturn
 
-from jaxrl.sandbox import cell, forks, jail, orders, seccomp, syscalls
-from jaxrl.sandbox.child import Child
+from jaxrl.sandbox import cell, forks, jail, mappings, orders, seccomp, syscalls
+from jaxrl.sandbox.child import FIRST_FREE, Child, reserve_descriptors
 from jaxrl.sandbox.orders import receive_packet, send_packet
 from jaxrl.sandbox.protocol import unpack_for_child
 
@@ -59,6 +58,7 @@ def launch(control_fd: int, settings: dict) -> NoReturn:
     except jail.SandboxUnavailable as error:
         send_packet(control, orders.ANSWER_FAILED + str(error).encode())
         os._exit(1)
+    mappings.merge()
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 2)  # up to here errors went to the user's terminal
     os.close(null)
@@ -96,7 +96,7 @@ def _stem(control: socket.socket, settings: dict, jailed: bool) -> NoReturn:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _Template(control, settings, jailed).serve()
         try:
-            _load(json.loads(order[1:]))
+            load(json.loads(order[1:]))
         except BaseException as error:
             text = "".join(traceback.format_exception_only(error)).strip()
             send_packet(control, orders.ANSWER_FAILED + f"a template could not load its modules: {text}".encode())
@@ -105,11 +105,13 @@ def _stem(control: socket.socket, settings: dict, jailed: bool) -> NoReturn:
         _announce(control)
 
 
-def _load(modules: list[str]) -> None:
+def load(modules: list[str]) -> None:
+    """Import modules and run what is typical for them; everything a fork is to find ready is ready then."""
     for name in modules:
         __import__(name)
     for name in modules:
         exec(compile(_WARM_UP.get(name, ""), "<warm up>", "exec"), {})
+    mappings.merge()
     cell.prepare()
 
 
@@ -123,14 +125,16 @@ class _Template:
     """Forks children and reports their births and deaths."""
 
     def __init__(self, control: socket.socket, settings: dict, jailed: bool) -> None:
-        self._control = control
+        self._control = socket.socket(fileno=fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE))
+        control.close()
+        reserve_descriptors()
         self._watch_bytes = settings["watch_bytes"]
         self._jailed = jailed
         self._work = settings["view"]["work"]
         self._own = os.pidfd_open(os.getpid())
         self._child = Child(self._own, self._work, jailed, settings["processes"], settings["groups"])
         self._poller = select.poll()
-        self._poller.register(control, select.POLLIN)
+        self._poller.register(self._control, select.POLLIN)
         self._children: dict[int, tuple[int, int, str]] = {}  # pidfd → (call id, pid, directory to remove)
 
     def serve(self) -> NoReturn:
@@ -160,7 +164,10 @@ class _Template:
         if in_memory:
             with open(fds.pop(), "rb") as file:
                 packed = file.read()
-        directory = "" if self._jailed else tempfile.mkdtemp(dir=self._work)
+        call = unpack_for_child(packed)
+        _, _, limits, _, command, wanted = call
+        plan = self._child.plan(limits, address_space, program=bool(command))
+        directory = "" if self._jailed else _scratch(self._work)
         try:
             if self._jailed:
                 syscalls.unshare(syscalls.CLONE_NEWPID)
@@ -168,7 +175,7 @@ class _Template:
         except OSError:
             pid = -1  # the closed pipes tell the warden that nothing started
         if pid == 0:
-            self._child.become(packed, address_space, fds, directory)
+            self._child.become(call, plan, fds, directory)
         if self._jailed:
             syscalls.enter_pid_namespace(self._own)  # back to our own, for the next unshare
         for fd in fds:
@@ -177,7 +184,6 @@ class _Template:
             send_packet(self._control, orders.ANSWER_DIED + orders.DIED.pack(id, 0, 0.0, 0.0, 0))
             return
         pidfd = os.pidfd_open(pid)
-        *_, wanted = unpack_for_child(packed)
         if wanted:
             directory = ""  # the warden has yet to read there; it goes with the pool
         self._children[pidfd] = (id, pid, directory)
@@ -194,6 +200,19 @@ class _Template:
                 os.killpg(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
         if directory:
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove(directory)
         died = orders.DIED.pack(id, status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss)
         send_packet(self._control, orders.ANSWER_DIED + died)
+
+
+def _scratch(folder: str) -> str:
+    """A new directory for a call without a jail."""
+    import tempfile  # not above: its libraries would be copied by every fork of a jailed template
+
+    return tempfile.mkdtemp(dir=folder)
+
+
+def _remove(directory: str) -> None:
+    import shutil  # as with ``tempfile``
+
+    shutil.rmtree(directory, ignore_errors=True)

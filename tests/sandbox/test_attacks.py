@@ -83,7 +83,7 @@ ATTACKS: dict[str, tuple[tuple[ToolStatus, ...], str, str]] = {
     "daemon that leaves its session": (
         (OK,),
         "held 11",
-        refused("os.setsid() if os.getpid() != os.getsid(0) else 0; os.fork()"),
+        refused("os.setsid() if os.getpid() != os.getpgid(0) else 0; os.fork()"),
     ),
     "thread bomb": (
         (OK,),

@@ -109,10 +109,10 @@ ATTACKS: dict[str, tuple[tuple[ToolStatus, ...], str, str]] = {
     # what lies in memory from the template
     "sockets of the template": (
         (OK,),
-        "held 2 held 2",
+        "held True",
         "import gc, _socket\ngc.unfreeze()\nfound = [o for o in gc.get_objects() if isinstance(o, _socket.socket)]\n"
         "shut = 0\nfor s in found:\n    try: s.send(b'C' * 99); print('GOT THROUGH')\n    except OSError: shut += 1\n"
-        "print('held', len(found), 'held', shut)",
+        "print('held', len(found) == shut >= 2)",
     ),
     "files of the kernel": (
         (OK,),

@@ -1,0 +1,36 @@
+"""Prepared system calls."""
+
+import errno
+import os
+import subprocess
+
+import pytest
+
+from jaxrl.sandbox import syscalls
+
+
+def test_a_prepared_call_that_fails_names_itself_and_the_reason() -> None:
+    with pytest.raises(OSError, match=r"chdir\(b'/nowhere',\) gave -1: No such file") as caught:
+        syscalls.perform([syscalls.prepare("sched_yield"), syscalls.prepare("chdir", b"/nowhere")])
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_a_prepared_call_must_give_what_is_expected_of_it() -> None:
+    expected = os.dup(0)
+    os.close(expected)
+    syscalls.perform([syscalls.prepare("dup", 0, gives=expected)])
+    os.close(expected)
+    with pytest.raises(OSError, match=r"dup\(0,\) gave \d+"):
+        syscalls.perform([syscalls.prepare("dup", 0, gives=10**6)])
+
+
+def test_whether_a_process_is_alive() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    own, other = os.pidfd_open(os.getpid()), os.pidfd_open(process.pid)
+    syscalls.perform([syscalls.prepare_check_alive(own), syscalls.prepare_check_alive(other)])
+    process.kill()
+    process.wait()
+    with pytest.raises(OSError, match="poll.* gave 1"):
+        syscalls.perform([syscalls.prepare_check_alive(other)])
+    os.close(own)
+    os.close(other)
