@@ -10,7 +10,7 @@ from collections.abc import Callable
 import ray
 
 from jaxrl.sandbox.jail import SandboxUnavailable
-from jaxrl.sandbox.node_link import NodeLink
+from jaxrl.sandbox.node_link import NodeLink, NodeLost
 
 _WATCH_SECONDS = 1.0
 _REFUSED_SECONDS = 30.0  # a node whose pool does not start is asked again after so long
@@ -54,7 +54,8 @@ class Members:
         """Connect to Ray, unless this process already is, and start a pool on every node.
 
         Raises:
-            SandboxUnavailable: nothing answers at the address, or there is no node, or one has no jail.
+            SandboxUnavailable: nothing answers at the address, or there is no node, or one has no jail. One that dies
+                meanwhile does no harm, as long as there is another.
         """
         if not ray.is_initialized():
             await _connect(self._address)
@@ -65,8 +66,13 @@ class Members:
                 f"the Ray cluster at {self._address!r} has no node with CPUs: see `ray start --help`"
             )
         self._joining = {node: asyncio.create_task(self._join(node, name)) for node, name in nodes.items()}
-        await asyncio.gather(*self._joining.values())
+        outcomes = await asyncio.gather(*self._joining.values(), return_exceptions=True)
         self._joining.clear()
+        for error in filter(None, outcomes):
+            if not isinstance(error, NodeLost):
+                raise error
+            if not self.living:
+                raise SandboxUnavailable(str(error)) from error
         self._watcher = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
@@ -84,6 +90,7 @@ class Members:
     async def _join(self, node: str, name: str) -> None:
         link = self._links[node] = self._make_link(node, name)
         await link.start()
+        self.deserted = False
 
     async def _watch(self) -> None:
         last_seen = time.monotonic()
@@ -92,7 +99,7 @@ class Members:
             with contextlib.suppress(ray.exceptions.RayError):  # while the head is silent, the nodes stay as they are
                 self._follow(await asyncio.to_thread(_nodes))
             if self.living:
-                last_seen, self.deserted = time.monotonic(), False
+                last_seen = time.monotonic()
             elif not self.deserted and time.monotonic() - last_seen > self._patience_seconds:
                 self.deserted = True
                 self._on_deserted()
@@ -110,7 +117,7 @@ class Members:
     async def _join_later(self, node: str, name: str) -> None:
         try:
             await self._join(node, name)
-        except SandboxUnavailable as error:
+        except (SandboxUnavailable, NodeLost) as error:
             self._refused[node] = time.monotonic() + _REFUSED_SECONDS
             warnings.warn(f"not used for the sandbox: {error}", stacklevel=2)
         finally:
@@ -146,4 +153,4 @@ async def _connect(address: str) -> None:
 
 
 def _initialize(address: str) -> None:
-    ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

@@ -15,7 +15,12 @@ from jaxrl.sandbox.pool import Pool
 
 _START_SECONDS = 300.0
 _CLOSE_SECONDS = 15.0
+_MOST_WORDS = 400
 _COLLECT_SECONDS = 1.0  # a node with nothing to tell says so this often
+
+
+class NodeLost(Exception):
+    """The node ended, or never came to life; says why."""
 
 
 class NodeLink:
@@ -65,7 +70,8 @@ class NodeLink:
         """Make the actor and wait until its pool is warm.
 
         Raises:
-            SandboxUnavailable: there is no jail on the node, or no actor; the text says why.
+            SandboxUnavailable: there is no jail on the node; the text says why.
+            NodeLost: there is no such node any more, or Ray starts nothing there.
         """
         self._actor = (
             ray.remote(NodePool)
@@ -81,8 +87,10 @@ class NodeLink:
             await asyncio.wait_for(self._actor.start.remote(), _START_SECONDS)
         except BaseException as error:
             await self._kill()
+            if isinstance(error, ray.exceptions.RayTaskError):
+                raise SandboxUnavailable(f"node {self.name}: {error.cause}") from error
             if isinstance(error, ray.exceptions.RayError | TimeoutError):
-                raise SandboxUnavailable(f"node {self.name}: {_words(error)}") from error
+                raise NodeLost(f"node {self.name}: {_words(error)}") from error
             raise
         self.alive = True
         self._collector = self._spawn(self._collect())
@@ -203,9 +211,7 @@ class NodeLink:
 
 
 def _words(error: BaseException) -> str:
-    """The reason without the remote traceback."""
+    """A line that says what Ray says in many."""
     if isinstance(error, TimeoutError):
-        return f"its pool was not ready after {_START_SECONDS:g} s"
-    if isinstance(error, ray.exceptions.RayTaskError):
-        return str(error.cause)
-    return str(error).partition("\n")[0]
+        return f"not ready after {_START_SECONDS:g} s"
+    return " ".join(str(error).split())[:_MOST_WORDS]

@@ -18,12 +18,13 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
-from jaxrl.sandbox import syscalls
-from tests.sandbox.driver import descendants
+from jaxrl.sandbox import ClusterPool, syscalls
+from tests.sandbox.driver import LIMITS, descendants
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
@@ -37,7 +38,7 @@ _FAST_DETECTION = {
 }
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0", "RAY_prestart_worker_first_driver": "0"}
 
-Body = Callable[["RayNodes"], Awaitable[None]]
+Body = Callable[..., Awaitable[None]]
 
 
 # In the process of pytest
@@ -73,13 +74,21 @@ class ClusterProcess:
 
 
 def in_cluster(body: Body) -> Callable[[ClusterProcess], None]:
-    """A test whose body, a coroutine function, is given the cluster in the process where that lives."""
+    """A test whose body, a coroutine function, is given the nodes in the process where they live."""
+    return _test(body, with_pool=False)
 
+
+def on_common_pool(body: Body) -> Callable[[ClusterProcess], None]:
+    """The same, for a body that is also given a pool over two nodes, which it leaves open and idle."""
+    return _test(body, with_pool=True)
+
+
+def _test(body: Body, with_pool: bool) -> Callable[[ClusterProcess], None]:
     def test(cluster: ClusterProcess) -> None:
         cluster.play(body.__module__, body.__name__)
 
     test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__
-    test.body = body
+    test.body, test.with_pool = body, with_pool
     return test
 
 
@@ -103,13 +112,18 @@ class RayNodes:
         return self._cluster.address
 
     def have(self, count: int) -> None:
-        """Make it so many nodes that run calls."""
+        """Make it so many nodes that run calls, and wait until Ray knows."""
         while len(self._nodes) > count:
             self.kill_node(-1)
         while len(self._nodes) < count:
             self.add_node()
+        deadline = time.monotonic() + 60.0
+        while sum(node["Alive"] for node in self._cluster.global_state.node_table()) != count + 1:
+            assert time.monotonic() < deadline, "Ray does not notice which nodes there are"
+            time.sleep(0.1)
 
     def add_node(self) -> None:
+        """Returns when Ray knows it."""
         self._nodes.append(self._add(num_cpus=1))
 
     def kill_node(self, index: int) -> None:
@@ -170,17 +184,44 @@ def temporary_folder() -> Iterator[pathlib.Path]:
         shutil.rmtree(folder)
 
 
-def play(nodes: RayNodes, module: str, name: str) -> dict[str, Any]:
-    body: Body = getattr(importlib.import_module(module), name).body
+class Stage:
+    """Where the bodies run: the nodes, and the pool that many of them share because it takes seconds to start."""
 
-    async def bounded() -> None:
-        await asyncio.wait_for(body(nodes), _BODY_SECONDS)
+    def __init__(self, nodes: RayNodes) -> None:
+        self._nodes = nodes
+        self._pool: ClusterPool | None = None
 
-    try:
-        asyncio.run(bounded())
-    except Exception:
-        return {"passed": False, "trace": traceback.format_exc()}
-    return {"passed": True}
+    async def play(self, module: str, name: str) -> dict[str, Any]:
+        test = getattr(importlib.import_module(module), name)
+        try:
+            if test.with_pool:
+                await asyncio.wait_for(test.body(self._nodes, await self._common_pool()), _BODY_SECONDS)
+            else:
+                await self.close()
+                await asyncio.wait_for(test.body(self._nodes), _BODY_SECONDS)
+        except Exception:
+            return {"passed": False, "trace": traceback.format_exc()}
+        return {"passed": True}
+
+    async def close(self) -> None:
+        if self._pool is not None:
+            await self._pool.close()
+            self._pool = None
+
+    async def _common_pool(self) -> ClusterPool:
+        if self._pool is None:
+            self._nodes.have(2)
+            self._pool = ClusterPool(self._nodes.address, LIMITS, workers=1, slots=1, slow_slots=1, queue=3, preload=())
+            await self._pool.start()
+        return self._pool
+
+
+async def serve(nodes: RayNodes, answers: TextIO) -> None:
+    """Answer requests until an empty one."""
+    stage = Stage(nodes)
+    while request := json.loads(await asyncio.to_thread(sys.stdin.readline)):
+        print(json.dumps(await stage.play(**request)), file=answers, flush=True)
+    await stage.close()
 
 
 def main() -> None:
@@ -190,12 +231,11 @@ def main() -> None:
     enter_own_network()
     with temporary_folder():
         nodes = RayNodes()
-        for line in sys.stdin:
-            request = json.loads(line)
-            if not request:
-                break
-            print(json.dumps(play(nodes, **request)), file=answers, flush=True)
+        asyncio.run(serve(nodes, answers))
         nodes.close()
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
     print(json.dumps({"processes": [_command(pid) for pid in descendants(os.getpid())]}), file=answers, flush=True)
 
 
