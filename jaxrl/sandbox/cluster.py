@@ -36,6 +36,7 @@ class _Fault(NamedTuple):
 
     node: str
     reason: str
+    attempts: int = 1  # it took there
 
 
 class _Deserted(Exception):
@@ -145,13 +146,15 @@ class ClusterPool:
         """Run a snippet to its end, as ``Pool.run``; ``Result.node`` says where.
 
         Raises:
-            ValueError: a file's path is not a plain relative one, or the files are larger than the directory.
+            ValueError: a file's path is not a plain relative one, the files are larger than the directory, or the
+                pool on the node refuses other arguments.
             RuntimeError: the pool is not open.
         """
         limits = limits or self.limits
         if files:
             file_bytes.check(files, limits.disk_mib << 20)
-        order = Order(next(self._ids), code, stdin, echo, limits, tenant, files, wanted)
+        given = {path: bytes(content) for path, content in files.items()} if files else None
+        order = Order(next(self._ids), code, stdin, echo, limits, tenant, given, tuple(wanted))
         turn = zlib.crc32(tenant.encode())
         submitted = time.monotonic()
         faults: tuple[_Fault, ...] = ()
@@ -161,16 +164,18 @@ class ClusterPool:
                 break
             queued = time.monotonic() - submitted
             answer = await link.run(order)
+            if answer.refusal:
+                raise ValueError(answer.refusal)
             if answer.result is None:
                 faults += (_Fault(link.name, answer.fault),)
                 continue
             result = dataclasses.replace(
                 answer.result,
-                attempts=answer.result.attempts + len(faults),
+                attempts=answer.result.attempts + sum(fault.attempts for fault in faults),
                 queue_seconds=answer.result.queue_seconds + queued,
                 node=link.name,
             )
-            faults += (_Fault(link.name, result.stderr),)
+            faults += (_Fault(link.name, result.stderr, answer.result.attempts),)
             if result.status is not ToolStatus.INFRA_ERROR or not self._elsewhere(faults):
                 return result
         self._open_members()  # a pool that was closed meanwhile is no fault
@@ -178,12 +183,12 @@ class ClusterPool:
 
     async def _place(self, turn: int, faults: tuple[_Fault, ...]) -> "NodeLink | None":
         """A node with room for a call, rather one where it has not failed; None if there is no node for too long."""
-        while not self._open_members().deserted:
+        while not (members := self._open_members()).deserted:
             try:
                 await self._admission.enter(turn, first=len(faults) > 0)
             except _Deserted:
                 break
-            free = [link for link in self._open_members().living if link.free]
+            free = [link for link in members.living if link.free]
             if free:
                 failed = {fault.node for fault in faults}
                 return max(free, key=lambda link: (link.name not in failed, link.free, -link.taken))
@@ -221,7 +226,7 @@ class ClusterPool:
             wall_seconds=0.0,
             queue_seconds=queued,
             peak_rss_kib=0,
-            attempts=max(len(faults), 1),
+            attempts=max(sum(fault.attempts for fault in faults), 1),
             stdout_truncated=False,
             stderr_truncated=False,
             isolation=self.isolation,

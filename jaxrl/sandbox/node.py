@@ -8,9 +8,10 @@ import asyncio
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.pool import Pool, Result
 from jaxrl.sandbox.protocol import Limits
 
@@ -30,7 +31,7 @@ class Order(NamedTuple):
     limits: Limits
     tenant: str
     files: Mapping[str, bytes] | None
-    wanted: Sequence[str]
+    wanted: tuple[str, ...]
 
     def size(self) -> int:
         """About how many bytes it takes."""
@@ -38,16 +39,17 @@ class Order(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """How an order ended: with a result, or by a fault of the node's own, or with neither where it was cancelled."""
+    """How an order ended: with a result, by a fault of the node's own, refused, or nothing of it where cancelled."""
 
     id: int
     result: Result | None
-    fault: str = ""
+    fault: str = ""  # there is no pool on the node any more
+    refusal: str = ""  # what is wrong with the order
 
     def size(self) -> int:
         """About how many bytes it takes."""
         if self.result is None:
-            return len(self.fault)
+            return len(self.fault) + len(self.refusal)
         return len(self.result.stdout) + len(self.result.stderr) + sum(map(len, self.result.files.values()))
 
 
@@ -127,7 +129,9 @@ class NodePool:
         if task.cancelled():
             answer = Answer(id, None)
         elif (error := task.exception()) is not None:
-            answer = Answer(id, None, f"{type(error).__name__}: {error}")
+            words = f"{type(error).__name__}: {error}"
+            gone = isinstance(error, SandboxUnavailable | RuntimeError)
+            answer = Answer(id, None, fault=words) if gone else Answer(id, None, refusal=words)
         else:
             answer = Answer(id, task.result())
         self._finished.append(answer)

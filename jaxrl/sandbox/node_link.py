@@ -180,14 +180,24 @@ class NodeLink:
     async def _collect(self) -> None:
         try:
             while self.alive:
-                answers = self._actor.collect.remote(_COLLECT_SECONDS)
-                for answer in await asyncio.wait_for(answers, _COLLECT_SECONDS + self._silence_seconds):
+                for answer in await self._next_answers():
                     if self.alive:
                         self._settle(answer)
         except TimeoutError:
             self.lose(f"silent for {self._silence_seconds:g} s")
         except ray.exceptions.RayError as error:
             self.lose(_words(error))
+
+    async def _next_answers(self) -> list[Answer]:
+        answers = asyncio.ensure_future(self._actor.collect.remote(_COLLECT_SECONDS))
+        try:
+            # Where it was this event loop that stood still, the time is up before the answers are looked at.
+            for seconds in (_COLLECT_SECONDS + self._silence_seconds, _COLLECT_SECONDS):
+                if (await asyncio.wait({answers}, timeout=seconds))[0]:
+                    return answers.result()
+            raise TimeoutError
+        finally:
+            answers.cancel()
 
     def _settle(self, answer: Answer) -> None:
         future = self._pending.pop(answer.id, None)

@@ -36,7 +36,7 @@ _FAST_DETECTION = {
     "health_check_timeout_ms": 3000,
     "health_check_failure_threshold": 3,
 }
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0", "RAY_prestart_worker_first_driver": "0"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0", "RAY_prestart_worker_first_driver": "0"}
 
 Body = Callable[..., Awaitable[None]]
 
@@ -49,7 +49,7 @@ class ClusterProcess:
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.sandbox.ray_nodes"]
-        environment = os.environ | _QUIET | {"PYTHONPATH": str(REPOSITORY)}
+        environment = os.environ | QUIET | {"PYTHONPATH": str(REPOSITORY)}
         self._process = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

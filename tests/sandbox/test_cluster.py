@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
@@ -55,7 +56,7 @@ async def while_running(pool: ClusterPool, codes: list[str], act: Callable[[], N
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60.0):
+    async with asyncio.timeout(120.0):
         while not condition():
             await asyncio.sleep(0.05)
 
@@ -68,9 +69,18 @@ def alive(pid: int) -> bool:
 
 
 def running_calls(actor: int) -> dict[int, int]:
-    """Processes that run code of calls, each with its template."""
-    (warden,) = children(actor)
-    return {child: template for stem in children(warden) for template in children(stem) for child in children(template)}
+    """Processes that run code of calls, each with its template: those in a process namespace of their own."""
+    templates = [template for warden in children(actor) for stem in children(warden) for template in children(stem)]
+    return {child: template for template in templates for child in children(template) if in_own_namespace(child)}
+
+
+def in_own_namespace(pid: int) -> bool:
+    try:
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    (numbers,) = (line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:"))
+    return len(numbers) > 1
 
 
 def children(pid: int) -> list[int]:
@@ -148,6 +158,27 @@ async def test_tenants_take_turns(nodes: RayNodes, pool: ClusterPool) -> None:
     await asyncio.gather(*flood)
 
 
+@on_common_pool
+async def test_waiting_call_takes_little_memory(nodes: RayNodes, pool: ClusterPool) -> None:
+    calls = 5000
+    tracemalloc.start()
+    tasks = [asyncio.create_task(pool.run(f"print({number})")) for number in range(calls)]
+    await asyncio.sleep(0)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    for task in tasks:
+        task.cancel()
+    assert all(isinstance(end, asyncio.CancelledError) for end in await ends(*tasks))
+    assert size < 2048 * calls, size / calls
+
+
+@on_common_pool
+async def test_arguments_that_a_node_refuses_are_the_callers_mistake(nodes: RayNodes, pool: ClusterPool) -> None:
+    with pytest.raises(ValueError, match="error: "):
+        await pool.run("1", limits=Limits(output_kib=1 << 40))
+    assert (await pool.run("1")).attempts == 1 and len(pool.nodes) == 2
+
+
 # What is killed
 
 
@@ -185,6 +216,26 @@ async def test_killed_node_loses_no_call(nodes: RayNodes) -> None:
         assert {result.node for result in results if result.attempts == 2} == remaining
 
 
+@pytest.mark.slow
+@in_cluster
+async def test_many_calls_at_once_with_a_node_killed_half_way(nodes: RayNodes) -> None:
+    """``benchmarks/cluster.py`` does the same with 45,000."""
+    nodes.have(2)
+    answers: list[tuple[int, Result]] = []
+
+    async def one(number: int) -> None:
+        answers.append((number, await pool.run(f"print({number})")))
+
+    async with pool_on(nodes) as pool:
+        tasks = [asyncio.create_task(one(number)) for number in range(4000)]
+        await until(lambda: len(answers) >= 2000)
+        nodes.kill_node(0)
+        await asyncio.gather(*tasks)
+    assert sorted(number for number, _ in answers) == list(range(4000))
+    assert all((result.status, result.stdout) == (OK, f"{number}\n") for number, result in answers)
+    assert 0 < sum(result.attempts > 1 for _, result in answers) < 100
+
+
 @in_cluster
 async def test_node_that_joins_later_is_used(nodes: RayNodes) -> None:
     nodes.have(1)
@@ -220,15 +271,13 @@ async def test_call_that_a_node_gives_up_is_tried_on_another(nodes: RayNodes) ->
         actors = [nodes.actors(index)[0] for index in range(2)]
         await until(lambda: any(map(running_calls, actors)))
         actor = next(filter(running_calls, actors))
-        before: dict[int, int] = {}
-        killed: set[int] = set()
+        killed: dict[int, int] = {}
         while len(killed) < 3 and not call.done():
-            now = running_calls(actor)
-            for child in now.keys() & before.keys() - killed:  # a template's own helpers are gone by the second look
-                killed.add(child)
-                os.kill(now[child], signal.SIGKILL)
-            before = now
-            await asyncio.sleep(0.3)
+            for child, template in running_calls(actor).items():
+                if child not in killed:
+                    killed[child] = template
+                    os.kill(template, signal.SIGKILL)
+            await asyncio.sleep(0.1)
         result = await call
         assert (result.status, result.stdout, result.attempts) == (OK, "'end'\n", 4), (result, killed)
         assert len(killed) == 3
