@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from jaxrl.sandbox.node_link import NodeLink, NodeLost
 
 _WATCH_SECONDS = 1.0
 _REFUSED_SECONDS = 30.0  # a node whose pool does not start is asked again after so long
-_CONNECT_SECONDS = 60.0
+_CONNECT_SECONDS = 30.0
 _KNOCK_SECONDS = 5.0
 
 
@@ -146,11 +147,31 @@ async def _connect(address: str) -> None:
         with contextlib.suppress(OSError):
             await writer.wait_closed()
     try:
-        # In another thread because it blocks; Ray also leaves the handler of SIGTERM alone there.
-        await asyncio.wait_for(asyncio.to_thread(_initialize, address), _CONNECT_SECONDS)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        await asyncio.wait_for(_initialize(address), _CONNECT_SECONDS)
+    except TimeoutError as error:
+        reason = f"what answers at {address!r} is no Ray cluster that lets us in within {_CONNECT_SECONDS:g} s"
+        raise SandboxUnavailable(f"{reason}; {remedy}") from error
+    except (ConnectionError, RuntimeError) as error:
         raise SandboxUnavailable(f"cannot join the Ray cluster at {address!r}: {error}; {remedy}") from error
 
 
-def _initialize(address: str) -> None:
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+async def _initialize(address: str) -> None:
+    """Connect in a thread of its own: Ray blocks, may do so for ever, and leaves SIGTERM's handler alone only there."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def tell(error: Exception | None) -> None:
+        if not done.done():
+            done.set_result(None) if error is None else done.set_exception(error)
+
+    def work() -> None:
+        outcome = None
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:
+            outcome = error
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(tell, outcome)
+
+    threading.Thread(target=work, name="ray.init", daemon=True).start()
+    await done
