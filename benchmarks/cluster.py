@@ -26,7 +26,8 @@ from jaxrl.records import ToolStatus  # noqa: E402
 from jaxrl.sandbox import ClusterPool, Limits, Result  # noqa: E402
 from jaxrl.sandbox.node import Order  # noqa: E402
 from jaxrl.sandbox.node_link import NodeLink  # noqa: E402
-from tests.sandbox.ray_nodes import QUIET, RayNodes, enter_own_network, temporary_folder  # noqa: E402
+from tests.sandbox import own_network  # noqa: E402
+from tests.sandbox.ray_nodes import QUIET, RayNodes, temporary_folder  # noqa: E402
 
 BATCH = 64
 
@@ -175,7 +176,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     options = parser.parse_args()
     os.environ.update(QUIET)
-    enter_own_network()
+    if not own_network.alone():
+        os.execv(sys.executable, own_network.command(*sys.argv))
     with temporary_folder():
         nodes = RayNodes()
         try:

@@ -1,20 +1,17 @@
 """A Ray cluster on this machine for tests, in a process whose network has nothing but a loopback device.
 
 Ray takes the machine's first real address and finds clusters that other people run there; in a network of its own it
-meets nobody. That network is entered before Ray starts any thread, so the bodies of the tests run in that process too.
+meets nobody. So the bodies of the tests run in that process too.
 """
 
 import asyncio
 import contextlib
-import fcntl
 import importlib
 import json
 import os
 import pathlib
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -24,12 +21,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TextIO
 
 from jaxrl.sandbox import ClusterPool, syscalls
+from tests.sandbox import own_network
 from tests.sandbox.driver import LIMITS, descendants
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
 _BODY_SECONDS = 280.0
-_SIOCSIFFLAGS, _IFF_UP, _IFF_RUNNING = 0x8914, 0x1, 0x40
 _FAST_DETECTION = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 500,
@@ -48,8 +45,8 @@ class ClusterProcess:
     """Runs bodies of tests, which are found by their names, in the process that has the cluster."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "tests.sandbox.ray_nodes"]
-        environment = os.environ | QUIET | {"PYTHONPATH": str(REPOSITORY)}
+        command = own_network.command(__file__)
+        environment = os.environ | QUIET
         self._process = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -162,17 +159,6 @@ def _command(pid: int) -> str:
         return ""
 
 
-def enter_own_network() -> None:
-    user, group = os.geteuid(), os.getegid()
-    syscalls.unshare(syscalls.CLONE_NEWNET | (0 if user == 0 else syscalls.CLONE_NEWUSER))
-    if user != 0:
-        pathlib.Path("/proc/self/setgroups").write_text("deny")
-        pathlib.Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
-        pathlib.Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
-    with socket.socket() as any_socket:
-        fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh", b"lo", _IFF_UP | _IFF_RUNNING))
-
-
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[pathlib.Path]:
     """A short path, for names of Unix sockets, that Ray uses in place of the machine's common one."""
@@ -228,7 +214,6 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever Ray prints
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)  # so that nothing gets out of sight
-    enter_own_network()
     with temporary_folder():
         nodes = RayNodes()
         asyncio.run(serve(nodes, answers))
