@@ -41,6 +41,7 @@ class Members:
         self._patience_seconds = patience_seconds
         self._on_deserted = on_deserted
         self._links: dict[str, NodeLink] = {}
+        self._past: list[NodeLink] = []  # lost ones, which may still be killing what was there
         self._joining: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, float] = {}  # time.monotonic() from which on to ask again
         self._watcher: asyncio.Task[None] | None = None
@@ -82,13 +83,15 @@ class Members:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(link.close() for link in self._links.values()))
+        await asyncio.gather(*(link.close() for link in (*self._links.values(), *self._past)))
         self._links.clear()
+        self._past.clear()
         if self._connected_here:
             self._connected_here = False
             await asyncio.to_thread(ray.shutdown)
 
     async def _join(self, node: str, name: str) -> None:
+        self._forget(node)
         link = self._links[node] = self._make_link(node, name)
         await link.start()
         self.deserted = False
@@ -108,12 +111,17 @@ class Members:
     def _follow(self, nodes: dict[str, str]) -> None:
         """Give up links to nodes that have gone, begin ones to nodes that have none."""
         for node in self._links.keys() - nodes.keys():
-            self._links.pop(node).lose("the node has left the cluster")
+            self._links[node].lose("the node has left the cluster")
+            self._forget(node)
         for node, name in nodes.items():
             connected = node in self._links and self._links[node].alive
             refused = self._refused.get(node, 0.0) > time.monotonic()
             if not connected and not refused and node not in self._joining:
                 self._joining[node] = asyncio.create_task(self._join_later(node, name))
+
+    def _forget(self, node: str) -> None:
+        if node in self._links:
+            self._past = [link for link in (*self._past, self._links.pop(node)) if link.busy]
 
     async def _join_later(self, node: str, name: str) -> None:
         try:

@@ -66,6 +66,11 @@ class NodeLink:
     def free(self) -> int:
         return self._window - len(self._pending) if self.alive else 0
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is still to be done; of a lost node, killing what was there."""
+        return len(self._tasks) > 0
+
     async def start(self) -> None:
         """Make the actor and wait until its pool is warm.
 
@@ -150,9 +155,9 @@ class NodeLink:
         self._stop_sending()
         self._flushed = time.monotonic()
         if orders:
-            self._spawn(self._deliver(self._actor.submit.remote(orders)))
+            self._spawn(self._deliver(self._actor.submit, orders))
         if cancelled:
-            self._spawn(self._deliver(self._actor.cancel.remote(cancelled)))
+            self._spawn(self._deliver(self._actor.cancel, cancelled))
 
     def _stop_sending(self) -> None:
         """Nothing waits to be sent any more."""
@@ -161,15 +166,16 @@ class NodeLink:
             self._timer.cancel()
             self._timer = None
 
-    async def _deliver(self, receipt: Any) -> None:
-        """A batch that may not have arrived would keep its callers waiting for ever: then the node is lost."""
+    async def _deliver(self, method: Any, batch: list[Order] | list[int]) -> None:
         try:
-            await receipt
-        except ray.exceptions.RayError as error:
+            await method.remote(batch)
+        except Exception as error:  # whatever it was: callers of a batch that has not arrived would wait for ever
             self.lose(_words(error))
 
     def _cancel(self, id: int) -> None:
-        if self._outgoing.pop(id, None) is not None:
+        order = self._outgoing.pop(id, None)
+        if order is not None:
+            self._outgoing_bytes -= order.size()
             self._settle(Answer(id, None))
         elif id in self._pending:  # its room is free only when the node says that it is over
             self._cancelled.append(id)
@@ -185,7 +191,7 @@ class NodeLink:
                         self._settle(answer)
         except TimeoutError:
             self.lose(f"silent for {self._silence_seconds:g} s")
-        except ray.exceptions.RayError as error:
+        except Exception as error:  # whatever it was: nobody hears the node any more
             self.lose(_words(error))
 
     async def _next_answers(self) -> list[Answer]:
