@@ -123,14 +123,15 @@ class RayNodes:
         """Returns when Ray knows it."""
         self._nodes.append(self._add(num_cpus=1))
 
-    def kill_node(self, index: int) -> None:
-        """SIGKILL the node's agent, and with it what it started."""
+    def kill_node(self, index: int, *, only_agent: bool = False) -> list[int]:
+        """SIGKILL everything on the node, as when the machine dies, or just Ray's agent; the processes that it had."""
         node = self._nodes.pop(index)
         pids = self._below(node)
         self._cluster.remove_node(node, allow_graceful=False)
-        for pid in pids:  # on one machine nothing else ends them at the very same moment
+        for pid in [] if only_agent else pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        return pids
 
     def actors(self, index: int) -> list[int]:
         """Process ids of the pools on a node."""

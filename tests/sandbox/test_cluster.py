@@ -218,6 +218,19 @@ async def test_killed_node_loses_no_call(nodes: RayNodes) -> None:
 
 @pytest.mark.slow
 @in_cluster
+async def test_killed_agent_of_ray_takes_its_pool_along_and_loses_no_call(nodes: RayNodes) -> None:
+    nodes.have(2)
+    async with pool_on(nodes) as pool:
+        below: list[int] = []
+        codes = ["import time; time.sleep(0.1); print('done')"] * 100
+        results = await while_running(pool, codes, lambda: below.extend(nodes.kill_node(0, only_agent=True)))
+        assert {(result.status, result.stdout) for result in results} == {(OK, "done\n")}
+        await until(lambda: not any(map(alive, below)))
+        assert len(below) >= 4
+
+
+@pytest.mark.slow
+@in_cluster
 async def test_many_calls_at_once_with_a_node_killed_half_way(nodes: RayNodes) -> None:
     """``benchmarks/cluster.py`` does the same with 45,000."""
     nodes.have(2)
