@@ -27,7 +27,7 @@ from jaxrl.sandbox import ClusterPool, Limits, Result  # noqa: E402
 from jaxrl.sandbox.node import Order  # noqa: E402
 from jaxrl.sandbox.node_link import NodeLink  # noqa: E402
 from tests.sandbox import own_network  # noqa: E402
-from tests.sandbox.ray_nodes import QUIET, RayNodes, temporary_folder  # noqa: E402
+from tests.sandbox.ray_nodes import QUIET, RayNodes, output_for_us, temporary_folder  # noqa: E402
 
 BATCH = 64
 
@@ -178,6 +178,7 @@ def main() -> int:
     os.environ.update(QUIET)
     if not own_network.alone():
         os.execv(sys.executable, own_network.command(*sys.argv))
+    output = output_for_us()
     with temporary_folder():
         nodes = RayNodes()
         try:
@@ -186,9 +187,10 @@ def main() -> int:
             nodes.close()
     for line in lines:
         if options.json:
-            print(json.dumps(line))
+            print(json.dumps(line), file=output)
         else:
-            print(f"{line['figure']:11} {line['value']!s:>10} {line['unit']}  demand {line['demand']}  {line['what']}")
+            words = f"{line['figure']:11} {line['value']!s:>10} {line['unit']}  demand {line['demand']}  {line['what']}"
+            print(words, file=output)
     return 0 if all(line["holds"] is not False for line in lines) else 1
 
 

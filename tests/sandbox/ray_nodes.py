@@ -160,6 +160,13 @@ def _command(pid: int) -> str:
         return ""
 
 
+def output_for_us() -> TextIO:
+    """Standard output as it was; what Ray prints there from now on goes to standard error."""
+    ours = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return ours
+
+
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[pathlib.Path]:
     """A short path, for names of Unix sockets, that Ray uses in place of the machine's common one."""
@@ -212,8 +219,7 @@ async def serve(nodes: RayNodes, answers: TextIO) -> None:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever Ray prints
+    answers = output_for_us()
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)  # so that nothing gets out of sight
     with temporary_folder():
         nodes = RayNodes()

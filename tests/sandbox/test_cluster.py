@@ -344,6 +344,7 @@ async def test_cancelling(nodes: RayNodes, pool: ClusterPool) -> None:
 async def test_close_leaves_nothing_and_the_pool_opens_again(nodes: RayNodes) -> None:
     nodes.have(2)
     pool = pool_on(nodes)
+    on_termination = signal.getsignal(signal.SIGTERM)  # the trainer's own, in a run
     seen: list[int] = []
     for _ in range(2):
         async with pool:
@@ -357,6 +358,7 @@ async def test_close_leaves_nothing_and_the_pool_opens_again(nodes: RayNodes) ->
             await pool.run("1")
         seen += actors + below
     await until(lambda: not any(map(alive, seen)))
+    assert signal.getsignal(signal.SIGTERM) is on_termination
     assert not ray_is_connected()
 
 
