@@ -211,9 +211,9 @@ class Stage:
 
 
 async def serve(nodes: RayNodes, answers: TextIO) -> None:
-    """Answer requests until an empty one."""
+    """Answer requests until an empty one, or until whoever asks has gone."""
     stage = Stage(nodes)
-    while request := json.loads(await asyncio.to_thread(sys.stdin.readline)):
+    while request := json.loads(await asyncio.to_thread(sys.stdin.readline) or "{}"):
         print(json.dumps(await stage.play(**request)), file=answers, flush=True)
     await stage.close()
 
