@@ -22,10 +22,10 @@ import ray
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from jaxrl.records import ToolStatus  # noqa: E402
 from jaxrl.sandbox import ClusterPool, Limits, Result  # noqa: E402
 from jaxrl.sandbox.node import Order  # noqa: E402
 from jaxrl.sandbox.node_link import NodeLink  # noqa: E402
+from jaxrl.statuses import ToolStatus  # noqa: E402
 from tests.sandbox import own_network  # noqa: E402
 from tests.sandbox.ray_nodes import QUIET, RayNodes, output_for_us, temporary_folder  # noqa: E402
 
@@ -52,7 +52,7 @@ class Echo:
 
 def orders(count: int) -> list[Order]:
     limits = Limits()
-    return [Order(number, "print(1+1)", "", True, limits, "", None, ()) for number in range(count)]
+    return [Order(number, "print(1+1)", "", True, limits, "", None, (), "python", False) for number in range(count)]
 
 
 async def ray_rate(actor: ray.actor.ActorHandle, size: int, batches: int) -> float:

@@ -15,13 +15,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from jaxrl.config import ConfigError
-from jaxrl.records import ToolStatus
 from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox import jail
 from jaxrl.sandbox.admission import Admission
+from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.node import Order
 from jaxrl.sandbox.pool import Pool, Result
 from jaxrl.sandbox.protocol import Limits
+from jaxrl.statuses import ToolStatus
 
 if TYPE_CHECKING:
     from jaxrl.sandbox.members import Members
@@ -52,8 +53,9 @@ class ClusterPool:
     Args:
         address: of the cluster's head as "host:port", or "auto" for the cluster that this machine belongs to. This
             machine must be one of its nodes; it needs no CPUs there.
-        limits, workers, slots, slow_slots, queue, preload, unsafe, heartbeat_seconds: of the pool on each node, as for
-            ``Pool``. At most four times as many calls as can run at once wait on a node, also with a longer ``queue``.
+        limits, workers, slots, slow_slots, queue, preload, unsafe, heartbeat_seconds, processes_without_cgroup,
+            program_folders, recycle_calls, recycle_growth_mib: of the pool on each node, as for ``Pool``. At most four
+            times as many calls as can run at once wait on a node, also with a longer ``queue``.
         silence_seconds: a node that says nothing for so long counts as lost.
         patience_seconds: calls wait for so long for a cluster without any node, and then end as ``infra_error``.
 
@@ -74,6 +76,10 @@ class ClusterPool:
         preload: tuple[str, ...] = ("numpy", "scipy", "sympy"),
         unsafe: bool = False,
         heartbeat_seconds: float = 8.0,
+        processes_without_cgroup: bool = False,
+        program_folders: tuple[str, ...] = (),
+        recycle_calls: int = 100_000,
+        recycle_growth_mib: int = 64,
         silence_seconds: float = 30.0,
         patience_seconds: float = 120.0,
     ) -> None:
@@ -92,6 +98,10 @@ class ClusterPool:
             preload=preload,
             unsafe=unsafe,
             heartbeat_seconds=heartbeat_seconds,
+            processes_without_cgroup=processes_without_cgroup,
+            program_folders=program_folders,
+            recycle_calls=recycle_calls,
+            recycle_growth_mib=recycle_growth_mib,
         )
         running = slots + slow_slots
         self._window = min(_WINDOW * running, running + queue)
@@ -142,6 +152,8 @@ class ClusterPool:
         tenant: str = "",
         files: Mapping[str, bytes] | None = None,
         wanted: Sequence[str] = (),
+        language: str | Language = "python",
+        processes: bool = False,
     ) -> Result:
         """Run a snippet to its end, as ``Pool.run``; ``Result.node`` says where.
 
@@ -149,12 +161,13 @@ class ClusterPool:
             ValueError: a file's path is not a plain relative one, the files are larger than the directory, or the
                 pool on the node refuses other arguments.
             RuntimeError: the pool is not open.
+            SandboxUnavailable: the node lacks what the language or processes need.
         """
         limits = limits or self.limits
         if files:
             file_bytes.check(files, limits.disk_mib << 20)
         given = {path: bytes(content) for path, content in files.items()} if files else None
-        order = Order(next(self._ids), code, stdin, echo, limits, tenant, given, tuple(wanted))
+        order = Order(next(self._ids), code, stdin, echo, limits, tenant, given, tuple(wanted), language, processes)
         turn = zlib.crc32(tenant.encode())
         submitted = time.monotonic()
         faults: tuple[_Fault, ...] = ()
@@ -164,8 +177,8 @@ class ClusterPool:
                 break
             queued = time.monotonic() - submitted
             answer = await link.run(order)
-            if answer.refusal:
-                raise ValueError(answer.refusal)
+            if answer.refusal is not None:
+                raise answer.refusal
             if answer.result is None:
                 faults += (_Fault(link.name, answer.fault),)
                 continue

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from jaxrl.sandbox.jail import SandboxUnavailable
+from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.pool import Pool, Result
 from jaxrl.sandbox.protocol import Limits
 
@@ -32,6 +33,8 @@ class Order(NamedTuple):
     tenant: str
     files: Mapping[str, bytes] | None
     wanted: tuple[str, ...]
+    language: str | Language
+    processes: bool
 
     def size(self) -> int:
         """About how many bytes it takes."""
@@ -44,12 +47,12 @@ class Answer(NamedTuple):
     id: int
     result: Result | None
     fault: str = ""  # there is no pool on the node any more
-    refusal: str = ""  # what is wrong with the order
+    refusal: Exception | None = None  # SandboxUnavailable or ValueError: what is wrong with the order
 
     def size(self) -> int:
         """About how many bytes it takes."""
         if self.result is None:
-            return len(self.fault) + len(self.refusal)
+            return len(self.fault)
         return len(self.result.stdout) + len(self.result.stderr) + sum(map(len, self.result.files.values()))
 
 
@@ -89,9 +92,11 @@ class NodePool:
                 tenant=order.tenant,
                 files=order.files,
                 wanted=order.wanted,
+                language=order.language,
+                processes=order.processes,
             )
             task = self._running[order.id] = asyncio.create_task(call)
-            task.add_done_callback(functools.partial(self._finish, order.id))
+            task.add_done_callback(functools.partial(self._finish, order))
 
     async def cancel(self, ids: list[int]) -> None:
         """Kill calls; each is still answered, unless it was before."""
@@ -124,15 +129,24 @@ class NodePool:
         if self._pool is not None:
             await self._pool.close()
 
-    def _finish(self, id: int, task: asyncio.Task[Result]) -> None:
-        del self._running[id]
+    def _finish(self, order: Order, task: asyncio.Task[Result]) -> None:
+        del self._running[order.id]
         if task.cancelled():
-            answer = Answer(id, None)
+            answer = Answer(order.id, None)
         elif (error := task.exception()) is not None:
-            words = f"{type(error).__name__}: {error}"
-            gone = isinstance(error, SandboxUnavailable | RuntimeError)
-            answer = Answer(id, None, fault=words) if gone else Answer(id, None, refusal=words)
+            answer = unfinished(order, error)
         else:
-            answer = Answer(id, task.result())
+            answer = Answer(order.id, task.result())
         self._finished.append(answer)
         self._news.set()
+
+
+def unfinished(order: Order, error: BaseException) -> Answer:
+    """A plain call of Python is unavailable only where there is no jail any more; others also ask for what may lack."""
+    words = f"{type(error).__name__}: {error}"
+    plain = order.language == "python" and not order.processes
+    if isinstance(error, SandboxUnavailable) and not plain:
+        return Answer(order.id, None, refusal=SandboxUnavailable(str(error)))
+    if isinstance(error, RuntimeError):  # the jail is gone for good, or the pool is closed
+        return Answer(order.id, None, fault=words)
+    return Answer(order.id, None, refusal=ValueError(words))

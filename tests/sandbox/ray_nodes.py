@@ -20,6 +20,8 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TextIO
 
+import pytest
+
 from jaxrl.sandbox import ClusterPool, syscalls
 from tests.sandbox import own_network
 from tests.sandbox.driver import LIMITS, descendants
@@ -193,7 +195,7 @@ class Stage:
             else:
                 await self.close()
                 await asyncio.wait_for(test.body(self._nodes), _BODY_SECONDS)
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             return {"passed": False, "trace": traceback.format_exc()}
         return {"passed": True}
 

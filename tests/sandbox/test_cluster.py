@@ -14,8 +14,9 @@ import pytest
 
 from jaxrl.config import ConfigError, SandboxConfig
 from jaxrl.envs.python_tool import PythonTool
-from jaxrl.records import ToolStatus
 from jaxrl.sandbox import ClusterPool, Limits, Pool, Result, SandboxUnavailable, pool_from_config
+from jaxrl.sandbox.node import Order, unfinished
+from jaxrl.statuses import ToolStatus
 from tests.sandbox.driver import LIMITS, descendants
 from tests.sandbox.ray_nodes import ClusterProcess, RayNodes, in_cluster, on_common_pool
 
@@ -176,6 +177,8 @@ async def test_waiting_call_takes_little_memory(nodes: RayNodes, pool: ClusterPo
 async def test_arguments_that_a_node_refuses_are_the_callers_mistake(nodes: RayNodes, pool: ClusterPool) -> None:
     with pytest.raises(ValueError, match="error: "):
         await pool.run("1", limits=Limits(output_kib=1 << 40))
+    with pytest.raises(ValueError, match="language='klingon' is not known"):
+        await pool.run("1", language="klingon")
     assert (await pool.run("1")).attempts == 1 and len(pool.nodes) == 2
 
 
@@ -390,6 +393,25 @@ async def test_cluster_without_nodes_at_the_start(nodes: RayNodes) -> None:
 def test_address_where_nothing_answers(address: str) -> None:
     with pytest.raises(SandboxUnavailable, match=f"no Ray cluster answers at '{address}'.*ray start --head"):
         asyncio.run(ClusterPool(address, preload=()).start())
+
+
+@pytest.mark.parametrize(
+    ("language", "processes", "error", "lost"),
+    [
+        ("python", False, SandboxUnavailable("no jail"), True),
+        ("python", False, RuntimeError("not open"), True),
+        ("python", True, SandboxUnavailable("no memory cgroup"), False),
+        ("c++", False, SandboxUnavailable("no compiler"), False),
+        ("python", False, OverflowError("a limit"), False),
+    ],
+)
+def test_what_a_node_lacks_is_told_from_a_node_that_is_lost(
+    language: str, processes: bool, error: Exception, lost: bool
+) -> None:
+    answer = unfinished(Order(7, "1", "", True, LIMITS, "", None, (), language, processes), error)
+    assert (answer.id, answer.result) == (7, None)
+    assert bool(answer.fault) == lost
+    assert lost or isinstance(answer.refusal, SandboxUnavailable | ValueError)
 
 
 def test_configuration_chooses_the_pool() -> None:
