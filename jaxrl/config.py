@@ -165,6 +165,9 @@ class SandboxConfig:
     """Kept of stdout and of stderr, head and tail."""
     preload: tuple[str, ...] = ("numpy", "scipy", "sympy")
     """Modules every call finds already imported."""
+    cluster: str = ""
+    """Where the calls run: "" on this machine; otherwise on every node of a Ray cluster, each with so many workers and
+    slots: "auto" for the cluster that this machine belongs to, or the address of its head as "host:port"."""
     unsafe: bool = False
     """Run tool code without isolation. Named in every result. For machines without namespaces, at your own risk."""
 

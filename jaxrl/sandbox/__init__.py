@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxrl.sandbox.client import SandboxClient
+    from jaxrl.sandbox.cluster import ClusterPool
     from jaxrl.sandbox.jail import SandboxUnavailable
     from jaxrl.sandbox.languages import Language
     from jaxrl.sandbox.metrics import Metrics
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from jaxrl.sandbox.wire import RunRequest
 
 _HOMES = {
+    "ClusterPool": "cluster",
     "Language": "languages",
     "Limits": "protocol",
     "Metrics": "metrics",
@@ -35,6 +37,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ClusterPool",
     "Language",
     "Limits",
     "Metrics",

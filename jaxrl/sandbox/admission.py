@@ -3,13 +3,14 @@
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 
 
 class Admission:
     """Lets ``room`` calls in at once. Waiting tenants are served in turn, each one's calls in their order."""
 
     def __init__(self, room: int) -> None:
-        self._room = room
+        self._room = room  # below 0 where places were taken away that calls had already been promised
         # Whose turn is next first; with each waiter when it came.
         self._waiting: dict[int, deque[tuple[asyncio.Future[None], float]]] = {}
 
@@ -18,13 +19,17 @@ class Admission:
         came = [moment for turns in self._waiting.values() for turn, moment in turns if not turn.done()]
         return len(came), min(came, default=None)
 
-    async def enter(self, tenant: int) -> None:
-        """Wait for room and take it."""
-        if self._room and not self._waiting:
+    async def enter(self, tenant: int, *, first: bool = False) -> None:
+        """Wait for room and take it; with ``first`` before all others of the tenant."""
+        if self._room > 0 and not self._waiting:
             self._room -= 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append((turn, time.monotonic()))
+        turns = self._waiting.setdefault(tenant, deque())
+        if first:
+            turns.appendleft((turn, time.monotonic()))
+        else:
+            turns.append((turn, time.monotonic()))
         try:
             await turn
         except asyncio.CancelledError:
@@ -32,10 +37,10 @@ class Admission:
                 self.leave()  # the room came together with the cancellation
             raise
 
-    def leave(self) -> None:
-        """Give room back."""
-        self._room += 1
-        while self._room and self._waiting:
+    def leave(self, places: int = 1) -> None:
+        """Give room back; a negative number takes it away for good."""
+        self._room += places
+        while self._room > 0 and self._waiting:
             tenant = next(iter(self._waiting))
             turns = self._waiting.pop(tenant)
             turn, _ = turns.popleft()
@@ -44,3 +49,11 @@ class Admission:
             if not turn.done():
                 self._room -= 1
                 turn.set_result(None)
+
+    def dismiss(self, error: Callable[[], Exception]) -> None:
+        """Let nobody in who waits now: each gets an error of its own."""
+        waiting, self._waiting = self._waiting, {}
+        for turns in waiting.values():
+            for turn, _ in turns:
+                if not turn.done():
+                    turn.set_exception(error())

@@ -6,6 +6,7 @@ Safe to start in a process that already runs threads or jax: helpers are fresh i
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import itertools
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from jaxrl.config import ConfigError, SandboxConfig
 from jaxrl.sandbox import cgroups, jail, languages
@@ -25,6 +26,9 @@ from jaxrl.sandbox.link import WardenLink, WardenLost
 from jaxrl.sandbox.metrics import Metrics, Recorder, WardenMetrics
 from jaxrl.sandbox.protocol import Call, Limits, Outcome, Report
 from jaxrl.statuses import ToolStatus
+
+if TYPE_CHECKING:
+    from jaxrl.sandbox.cluster import ClusterPool
 
 _PROGRAMS_KEPT = 64 << 20  # bytes of compiled programs
 _ATTEMPTS = 3  # wardens that may be lost while they run a call before the fault is reported
@@ -62,6 +66,7 @@ class Result:
     stage: str = "run"  # "build" where the compiler refused the code, and everything above is about the compiler
     stdout_bytes: bytes | None = None  # where stdout is not UTF-8: what was printed, before bytes were replaced
     stderr_bytes: bytes | None = None
+    node: str = ""  # of the cluster, where it ran; "" in a pool of this machine
 
 
 class Pool:
@@ -429,11 +434,11 @@ def _text(output: bytes) -> tuple[str, bytes | None]:
         return output.decode("utf-8", "replace"), output
 
 
-def pool_from_config(config: SandboxConfig) -> Pool:
-    """The pool that a run's configuration asks for.
+def pool_from_config(config: SandboxConfig) -> "Pool | ClusterPool":
+    """The pool that a run's configuration asks for: of this machine, or of a cluster.
 
     Raises:
-        ConfigError: a module of ``preload`` is not installed.
+        ConfigError: a module of ``preload`` is not installed, or Ray is not where it is needed.
     """
     limits = Limits(
         cpu_seconds=config.cpu_seconds,
@@ -441,8 +446,14 @@ def pool_from_config(config: SandboxConfig) -> Pool:
         memory_mib=config.memory_mib,
         output_kib=config.output_kib,
     )
+    if config.cluster:
+        from jaxrl.sandbox.cluster import ClusterPool  # made of pools itself
+
+        make = functools.partial(ClusterPool, config.cluster)
+    else:
+        make = Pool
     try:
-        return Pool(
+        return make(
             limits,
             workers=config.workers,
             slots=config.slots,

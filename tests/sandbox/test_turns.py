@@ -100,6 +100,45 @@ def test_room_that_comes_together_with_a_cancellation_is_passed_on() -> None:
     asyncio.run(run())
 
 
+def test_room_that_is_taken_away_is_owed() -> None:
+    async def run() -> list[str]:
+        admission, entered = Admission(0), []
+
+        async def come(name: str, first: bool = False) -> None:
+            await admission.enter(0, first=first)
+            entered.append(name)
+
+        admission.leave(2)
+        tasks = [asyncio.create_task(come("a"))]
+        await asyncio.sleep(0)
+        admission.leave(-2)  # one of the two places is in use
+        tasks += [asyncio.create_task(come("b")), asyncio.create_task(come("c", first=True))]
+        await asyncio.sleep(0)
+        admission.leave()
+        await asyncio.sleep(0)
+        assert entered == ["a"]
+        admission.leave(2)
+        await asyncio.gather(*tasks)
+        return entered
+
+    assert asyncio.run(run()) == ["a", "c", "b"]
+
+
+def test_dismissed_callers_take_no_room() -> None:
+    async def run() -> None:
+        admission = Admission(0)
+        tasks = [asyncio.create_task(admission.enter(tenant)) for tenant in (1, 1, 2)]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        admission.dismiss(LookupError)
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(end) for end in ends] == [asyncio.CancelledError, LookupError, LookupError]
+        admission.leave()
+        await asyncio.wait_for(admission.enter(3), 1)
+
+    asyncio.run(run())
+
+
 def test_a_tenant_that_floods_the_pool_hardly_delays_another() -> None:
     """The queue of 8 is always full of the flood's calls; the other's call waits for a turn, not for all of them."""
     with Driver(workers=1, slots=1, slow_slots=0, queue=8, preload=()) as driver:
