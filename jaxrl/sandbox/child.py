@@ -57,7 +57,7 @@ class Child:
         """
         code = 1
         try:
-            source, echo, limits, given, command, wanted = unpack_for_child(packed)
+            source, flags, limits, given, command, wanted = unpack_for_child(packed)
             cpu_seconds, _, _, _, _, disk_mib, open_files, threads, _, processes = limits
             programs.join(fds, self._groups)  # first, for what follows is charged there
             os.setsid()  # a signal to process group 0 must not reach the template
@@ -96,7 +96,7 @@ class Child:
             os.write(2, f"the sandbox could not prepare a call: {error!r}".encode())
             os._exit(0)
         try:
-            code = programs.run(command) if command else cell.run(source, echo)
+            code = programs.run(command) if command else cell.run(source, flags)
         finally:
             _exit(code)
 
