@@ -138,6 +138,7 @@ def unpack_for_child(data: bytes) -> tuple[bytes, int, tuple, bytes, bytes, bool
     start = _CALL.size + _LIMITS.size
     given = data[start + code + stdin : start + code + stdin + files]
     words = data[len(data) - command :]
+    flags &= _ECHO | _REPLAY
     return data[start : start + code], flags, _LIMITS.unpack_from(data, _CALL.size), given, words, wanted > 0
 
 

@@ -287,6 +287,43 @@ def test_lost_templates_and_wardens_cost_sessions_nothing_but_time() -> None:
         copy.close()
 
 
+def test_a_template_that_is_due_for_replacement_waits_for_its_sessions() -> None:
+    with (
+        Driver(workers=1, slots=2, preload=(), recycle_calls=3, heartbeat_seconds=2.0) as driver,
+        session(driver) as cells,
+    ):
+        template = driver.resting()[-1]
+        cells.out("x = 1")
+        assert driver.wait(driver.pool.metrics()).sessions == 1
+        while driver.resting()[0:2] and len(driver.resting()) < 5:  # until its successor is there
+            driver.run("1")
+        result = cells.run("x")
+        assert (result.stdout, result.rebuilt) == ("1\n", False)
+        assert template in driver.resting()
+        cells.close()
+        deadline = time.monotonic() + 20
+        while template in driver.resting() and time.monotonic() < deadline:
+            driver.run("1")
+        assert template not in driver.resting()
+        assert driver.wait(driver.pool.metrics()).sessions == 0
+
+
+def test_draining_waits_for_cells_and_takes_no_more() -> None:
+    with Driver(workers=1, slots=2, preload=(), limits=PATIENT) as driver, session(driver) as cells:
+        cells.out("import time")
+
+        async def drained() -> Result:
+            cell = asyncio.create_task(cells.session.run("time.sleep(0.3); 7"))
+            await asyncio.sleep(0.1)
+            await driver.pool.drain()
+            assert cell.done()
+            with pytest.raises(RuntimeError, match="being drained"):
+                await cells.session.run("8")
+            return cell.result()
+
+        assert driver.wait(drained()).stdout == "7\n"
+
+
 def test_sessions_beyond_the_memory_budget_are_put_out_and_rebuilt() -> None:
     with Driver(workers=1, slots=4, preload=(), session_memory_mib=100, limits=PATIENT) as driver:
         before = len(driver.resting())
