@@ -41,14 +41,27 @@ def below(root: int) -> list[int]:
     return found
 
 
-def cpu_seconds(pool: Pool) -> float:
+def helpers_seconds(pool: Pool) -> float:
     total = 0
     for pid in below(pool.warden_pid):
         try:
             total += sum(int(word) for word in _stat(pid)[11:15])
         except (FileNotFoundError, ProcessLookupError):
             continue
-    return total * _TICK + time.process_time()
+    return total * _TICK
+
+
+class Cost:
+    """CPU seconds of a stretch of work, without those of looking."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._helpers = helpers_seconds(pool)
+        self._own = time.process_time()
+
+    def seconds(self) -> float:
+        own = time.process_time() - self._own
+        return own + helpers_seconds(self._pool) - self._helpers
 
 
 def proportional_mib(pid: int) -> float:
@@ -62,9 +75,9 @@ async def fork_milliseconds(pool: Pool, copies: int, rounds: int) -> float:
     async with pool.session() as session:
         await session.run(STATE)
         for _ in range(rounds):
-            before = cpu_seconds(pool)
+            cost = Cost(pool)
             made = await session.fork(copies)
-            costs.append((cpu_seconds(pool) - before) / copies * 1e3)
+            costs.append(cost.seconds() / copies * 1e3)
             rebuilt = [(await copy.run("x")).rebuilt for copy in made[:2]]
             assert not any(rebuilt), "the copies are not live"
             for copy in made:
@@ -74,14 +87,14 @@ async def fork_milliseconds(pool: Pool, copies: int, rounds: int) -> float:
 
 async def cell_milliseconds(pool: Pool, session: Session | None, cells: int) -> float:
     """CPU of one trivial cell, or of one trivial call on the same kind of template."""
-    before = cpu_seconds(pool)
+    cost = Cost(pool)
     for _ in range(cells):
         if session is None:
             await pool.run(TRIVIAL + "  # sympy")
         else:
             await session.run(TRIVIAL)
     await asyncio.sleep(0.05)  # the last deaths are accounted when their parents have waited
-    return (cpu_seconds(pool) - before) / cells * 1e3
+    return cost.seconds() / cells * 1e3
 
 
 async def session_mib(pool: Pool, count: int) -> float:
