@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxrl.sandbox.metrics import Metrics
     from jaxrl.sandbox.pool import Pool, Result, pool_from_config
     from jaxrl.sandbox.protocol import Limits
+    from jaxrl.sandbox.session import Session
     from jaxrl.sandbox.wire import RunRequest
 
 _HOMES = {
@@ -33,6 +34,7 @@ _HOMES = {
     "RunRequest": "wire",
     "SandboxClient": "client",
     "SandboxUnavailable": "jail",
+    "Session": "session",
     "pool_from_config": "pool",
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "RunRequest",
     "SandboxClient",
     "SandboxUnavailable",
+    "Session",
     "pool_from_config",
 ]
 

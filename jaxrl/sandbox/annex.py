@@ -10,9 +10,15 @@ from jaxrl.sandbox import cgroups
 from jaxrl.sandbox.fleet import Fleet, Settings, Template
 from jaxrl.sandbox.job import Job
 from jaxrl.sandbox.loop import Loop
+from jaxrl.sandbox.seccomp import Request, refuse_request
 
 # Beyond what a call is granted: its first process, which is ours, and the kernel's own structures for some processes.
 _OURS = 16 << 20  # bytes
+
+
+def _refuse_copy(template: Template, request: Request) -> None:
+    """Only a session's process may have a copy of itself, and there are none here."""
+    refuse_request(template.listener, request)
 
 
 class Annex:
@@ -42,7 +48,7 @@ class Annex:
             processes=True,
             groups=0 if self._groups is None else self._groups.doors,
         )
-        self.fleet = Fleet(loop, settings, lambda: None, on_change, on_lost, on_message, on_failure)
+        self.fleet = Fleet(loop, settings, lambda: None, on_change, on_lost, on_message, _refuse_copy, on_failure)
         self.fleet.start()
 
     def admit(self, job: Job) -> tuple[int, ...]:

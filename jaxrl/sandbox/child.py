@@ -130,7 +130,7 @@ class Child:
             directory: working directory where there is no jail.
         """
         code = 1
-        source, echo, _, given, command, wanted = call
+        source, flags, _, given, command, wanted = call
         walls, limits = plan
         try:
             programs.join(fds, self._groups)  # first, for what follows is charged there
@@ -154,7 +154,7 @@ class Child:
             os.write(2, f"the sandbox could not prepare a call: {error!r}".encode())
             os._exit(0)
         try:
-            code = programs.run(command) if command else cell.run(source, echo)
+            code = programs.run(command) if command else cell.run(source, flags)
         finally:
             _exit(code)
 

@@ -56,13 +56,12 @@ def unpack(packed: bytes) -> Iterator[tuple[str, bytes]]:
         start += length
 
 
-def place(packed: bytes) -> None:
-    """Write the files into the present directory; called by a child before its snippet begins."""
+def place(packed: bytes, directory: str = ".") -> None:
+    """Write the files into a directory; called by a child before its snippet begins."""
     for name, data in unpack(packed):
-        folder = os.path.dirname(name)
-        if folder:
-            os.makedirs(folder, exist_ok=True)
-        with open(name, "wb") as file:
+        path = os.path.join(directory, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
             file.write(data)
 
 

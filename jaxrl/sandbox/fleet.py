@@ -20,7 +20,7 @@ from collections.abc import Callable
 from jaxrl.sandbox import orders
 from jaxrl.sandbox.job import Job, pid_of, send_signal
 from jaxrl.sandbox.loop import Loop
-from jaxrl.sandbox.seccomp import MemoryRequest, receive_request, release_request
+from jaxrl.sandbox.seccomp import Request, receive_request, release_request
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _WATCH_BYTES = 8 << 20  # single memory requests from this size on are shown to the warden
@@ -60,6 +60,7 @@ class Settings:
     recycle_calls: int  # a template that has run so many is replaced
     recycle_growth_mib: int  # and one whose own memory has grown by so much
     unsafe: bool
+    session_memory_mib: int  # of live sessions together
     program_view: dict  # fields of jail.View, for calls that may start processes
     program_environment: dict  # what those find in their environment besides
     interpreter: str  # real path of the interpreter, as they see it
@@ -95,7 +96,8 @@ class Template(Member):
         self.retiring = False  # takes no further calls once its successor is ready
         self.on_trial = False  # failed to start a call, and has yet to show that it starts any
         self.asked = 0.0  # when the unanswered ping was sent; 0 where none is open
-        self.halted: list[MemoryRequest] = []  # memory requests of children whose birth is not yet known
+        self.halted: list[Request] = []  # memory requests of children whose birth is not yet known
+        self.residents: set[int] = set()  # processes of sessions, at work or at rest
 
 
 class Fleet:
@@ -106,6 +108,7 @@ class Fleet:
         on_change: a template became ready: there may be work for it.
         on_lost: these jobs were on a template that died; their children are dead.
         on_message: an answer of a template about one of its jobs.
+        on_copy: a session's process asks for a copy of itself; to be released or refused.
         on_failure: no jail can be had; the text says why.
     """
 
@@ -117,12 +120,13 @@ class Fleet:
         on_change: Callable[[], None],
         on_lost: Callable[[Template, list[Job]], None],
         on_message: Callable[[Template, bytes, list[int]], None],
+        on_copy: Callable[[Template, Request], None],
         on_failure: Callable[[str], None],
     ) -> None:
         self._loop = loop
         self._settings = settings
         self._on_ready, self._on_change, self._on_lost = on_ready, on_change, on_lost
-        self._on_message, self._on_failure = on_message, on_failure
+        self._on_message, self._on_copy, self._on_failure = on_message, on_copy, on_failure
         self._stems: dict[bool, Member] = {}  # by "has the modules"
         self._launches_in_vain = 0
         self._numbers = 0
@@ -232,7 +236,7 @@ class Fleet:
         if answer[:1] == orders.ANSWER_READY:
             self._identify(template, fds[0])
             self._loop.watch(template.pidfd, lambda _: self.lose(template, "died"))
-            template.address_space, template.rss_kib = _memory(template.pid)
+            template.address_space, template.rss_kib = memory(template.pid)
             template.own_kib = _own_memory(template.pid)
             template.asked = 0.0
             if len(fds) > 1:
@@ -293,7 +297,7 @@ class Fleet:
     def _end_retired(self) -> None:
         """End the templates that have no calls any more and are not needed for the next."""
         fresh = {template.full for template in self.templates if template.ready and not template.retiring}
-        for template in [t for t in self.templates if t.retiring and not t.jobs and t.full in fresh]:
+        for template in [t for t in self.templates if t.retiring and not (t.jobs or t.residents) and t.full in fresh]:
             self._drop(template)
             self.templates.remove(template)
 
@@ -362,20 +366,23 @@ class Fleet:
         request = receive_request(template.listener)
         if request is None:
             return
+        if request.copies:
+            self._on_copy(template, request)
+            return
         if request.thread != template.pid and not self._note_request(template, request):
             template.halted.append(request)  # its birth has not been reported yet
             return
         release_request(template.listener, request)
 
-    def _note_request(self, template: Template, request: MemoryRequest) -> bool:
-        process = _process_of(request.thread)
+    def _note_request(self, template: Template, request: Request) -> bool:
+        process = process_of(request.thread)
         for job in template.jobs.values():
             if job.pid == process:
-                used, _ = _memory(process)
+                used, _ = memory(process)
                 if used + request.size > job.address_space:
                     job.memory_refused = True
                 return True
-        return process == 0  # already dead
+        return process == 0 or process in template.residents  # dead already, or of a session that runs no cell
 
     def born(self, template: Template) -> None:
         """A birth became known: its early memory requests can be weighed."""
@@ -401,7 +408,7 @@ def reap(wait_seconds: float = 0.0) -> None:
             time.sleep(0.005)
 
 
-def _process_of(thread: int) -> int:
+def process_of(thread: int) -> int:
     """The process a thread belongs to; 0 if it is dead."""
     try:
         with open(f"/proc/{thread}/status") as lines:
@@ -427,10 +434,10 @@ def _own_memory(pid: int) -> int:
 
 def resident_kib(pid: int) -> int:
     """Resident memory of a process; 0 if it is dead."""
-    return _memory(pid)[1]
+    return memory(pid)[1]
 
 
-def _memory(pid: int) -> tuple[int, int]:
+def memory(pid: int) -> tuple[int, int]:
     """(address space in bytes, resident KiB) of a process; zeros if it is dead."""
     try:
         with open(f"/proc/{pid}/statm") as file:

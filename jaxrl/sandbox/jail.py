@@ -217,5 +217,6 @@ def confine_template() -> None:
     """Called by the jail's first process: give up every right that preparing a child does not need."""
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     syscalls.drop_capability_bounds()
-    syscalls.set_capabilities(keep=(syscalls.CAP_SYS_ADMIN,))
+    # To change the root is asked of whoever enters another mount namespace, as the keeper of a session does.
+    syscalls.set_capabilities(keep=(syscalls.CAP_SYS_ADMIN, syscalls.CAP_SYS_CHROOT))
     seccomp.template_filter().install()

@@ -1,6 +1,7 @@
 """One call as the warden sees it: its pipes, what it printed, how long it may run, and what its end means."""
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import signal
@@ -153,10 +154,12 @@ class Job:
     def wall_deadline(self) -> float:
         """When the wall limit ends: later by the time for which the code was ready but had no core."""
         wall = self.call.limits.wall_seconds
+        return self.born + wall + min(self.waited_seconds(), _LONGEST_STRETCH * wall)
+
+    def waited_seconds(self) -> float:
+        """For how long the code was ready to run but had no core."""
         waited = self.group.waited_seconds() if self.group is not None else None
-        if waited is None:
-            waited = max(map(_waited_seconds, self.processes()), default=0.0)
-        return self.born + wall + min(waited, _LONGEST_STRETCH * wall)
+        return max(map(_waited_seconds, self.processes()), default=0.0) if waited is None else waited
 
     def processes(self) -> list[int]:
         """Process ids of the call, as far as it is alive."""
@@ -189,6 +192,28 @@ class Job:
             self.fault = b"the machine, or a control group above the sandbox's, ran out of memory"
             return None
         (started,) = STARTED.unpack(stamp)
+        report = self.judge(wait_status, cpu_seconds, peak_rss_kib, template_rss_kib, started, now)
+        return dataclasses.replace(report, **self._returned_files())
+
+    def judge(
+        self,
+        wait_status: int,
+        cpu_seconds: float,
+        peak_rss_kib: int,
+        rss_before_kib: int,
+        started: float,
+        ended: float,
+        survived: bool = False,
+    ) -> Report:
+        """The outcome of code that ran, all its output being captured.
+
+        Args:
+            wait_status: as from ``waitpid``.
+            peak_rss_kib: of the process, ``rss_before_kib`` included, which it held before the code began.
+            started, ended: by ``time.monotonic()``.
+            survived: the process lives on.
+        """
+        assert self.stdout is not None and self.stderr is not None
         limits = self.call.limits
         killed = os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else 0
         exit_code = os.WEXITSTATUS(wait_status) if os.WIFEXITED(wait_status) else -1
@@ -203,7 +228,7 @@ class Job:
             outcome = Outcome.TIMEOUT
         elif exit_code == 0:
             outcome = Outcome.OK
-        elif self._memory_ran_out(peak_rss_kib - template_rss_kib):
+        elif self._memory_ran_out(peak_rss_kib - rss_before_kib):
             outcome = Outcome.OUT_OF_MEMORY
         else:
             outcome = Outcome.ERROR
@@ -214,14 +239,14 @@ class Job:
             exit_code=exit_code,
             signal=killed,
             cpu_seconds=cpu_seconds,
-            wall_seconds=max(now - started, 0.0),
+            wall_seconds=max(ended - started, 0.0),
             queue_seconds=max(started - self.call.submitted, 0.0),
             peak_rss_kib=peak_rss_kib,
             stdout=self.stdout.kept(),
             stderr=self.stderr.kept(),
             stdout_truncated=self.stdout.truncated,
             stderr_truncated=self.stderr.truncated,
-            **self._returned_files(),
+            survived=survived,
         )
 
     def _memory_ran_out(self, own_rss_kib: int) -> bool:
@@ -237,17 +262,21 @@ class Job:
             _, descriptors = receive_packet(self.collector)
         except BlockingIOError:
             return {}
-        found: dict[str, bytes] = {}
-        left_out = 0
+        returned: dict[str, Any] = {}
         for directory in descriptors:
-            found, left_out = files.gather(directory, self.call.wanted.split("\n"), self.call.limits.files_mib << 20)
+            returned = self.gather(directory)
             os.close(directory)
+        return returned
+
+    def gather(self, directory: int) -> dict[str, Any]:
+        """Fields of the report: the wanted files that lie in an open directory."""
+        found, left_out = files.gather(directory, self.call.wanted.split("\n"), self.call.limits.files_mib << 20)
         return {"files": files.pack(found), "files_left_out": left_out}
 
     def unfinished(self, outcome: Outcome) -> Report:
         """A report without a run: cancelled, or given up after faults of ours."""
         queued = time.monotonic() - self.call.submitted
-        text = self.fault if outcome is Outcome.INFRA_ERROR else b""
+        text = self.fault if outcome in (Outcome.INFRA_ERROR, Outcome.LOST) else b""
         return Report(self.call.id, outcome, self.attempts, -1, 0, 0.0, 0.0, queued, 0, b"", text, False, False)
 
 

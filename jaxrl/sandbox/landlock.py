@@ -37,7 +37,8 @@ class Rules:
     """What a child may do to files; made before the fork.
 
     Args:
-        writable: its own folders, mounted by the time it calls ``confine``.
+        writable: its own folders, mounted by the time it calls ``confine``. A session's copies have others, unknown to
+            its rules; so a session may write wherever the root itself is not read-only, and this is ``/``.
         programs: what can be read can also be executed.
     """
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from jaxrl.sandbox.board import Board, shared_memory
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.metrics import WardenMetrics
-from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Report, frame
+from jaxrl.sandbox.protocol import Call, CellHead, FrameReader, Kind, Report, frame, pack_ids, unpack_ids
 
 HOME = str(pathlib.Path(__file__).resolve().parents[2])  # the folder that holds the package
 _BOOT = "import sys; sys.path.append(sys.argv[2]); from jaxrl.sandbox.warden import main; main()"
@@ -47,6 +47,7 @@ class WardenLink(asyncio.Protocol):
         self._frames = FrameReader()
         self._pending: dict[int, asyncio.Future[Report]] = {}
         self._asked: list[asyncio.Future[WardenMetrics]] = []  # in the order of the questions, and of the answers
+        self._questions: dict[int, asyncio.Future[list[int]]] = {}
         self._outgoing: list[bytes] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.Transport | None = None
@@ -102,12 +103,16 @@ class WardenLink(asyncio.Protocol):
             raise
         self._beat()
 
-    def submit(self, call: Call) -> "asyncio.Future[Report]":
-        """Send a call; its report, or WardenLost, comes with the future. A coroutine would be larger than that."""
+    def submit(self, call: Call, cell: CellHead | None = None) -> "asyncio.Future[Report]":
+        """Send a call, or a session's cell; its report, or WardenLost, comes with the future.
+
+        A coroutine would be larger than that.
+        """
         future: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
         if self.alive:
             self._pending[call.id] = future
-            self._send(frame(Kind.SUBMIT, call.pack()))
+            content = call.pack()
+            self._send(frame(Kind.SUBMIT, content) if cell is None else frame(Kind.CELL, cell.pack() + content))
         else:
             self._on_slot_free()
             future.set_exception(WardenLost(served=self._served))
@@ -129,6 +134,23 @@ class WardenLink(asyncio.Protocol):
         self._asked.append(future)
         self._send(frame(Kind.STATS))
         return await future
+
+    def fork(self, question: int, session: int, copies: list[int]) -> "asyncio.Future[list[int]]":
+        """Have a session's process copied; gives the ids of the copies that live, none where it cannot be copied."""
+        return self._ask(Kind.FORK, question, session, *copies)
+
+    def end_session(self, question: int, session: int) -> "asyncio.Future[list[int]]":
+        """End a session's process; done when it is gone."""
+        return self._ask(Kind.END, question, session)
+
+    def _ask(self, kind: Kind, question: int, *ids: int) -> "asyncio.Future[list[int]]":
+        future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        if self.alive:
+            self._questions[question] = future
+            self._send(frame(kind, pack_ids([question, *ids])))
+        else:
+            future.set_result([])
+        return future
 
     async def close(self) -> None:
         """End the process and everything it started; nothing is left when this returns."""
@@ -199,6 +221,11 @@ class WardenLink(asyncio.Protocol):
                 asked = self._asked.pop(0)
                 if not asked.done():
                     asked.set_result(WardenMetrics(**answer | {"template_rss_kib": tuple(answer["template_rss_kib"])}))
+            elif kind is Kind.DONE:
+                question, *ids = unpack_ids(body)
+                done = self._questions.pop(question)
+                if not done.done():
+                    done.set_result(ids)
             elif kind is Kind.READY and not self._ready.done():
                 self._ready.set_result(None)
             elif kind is Kind.UNAVAILABLE and not self._ready.done():
@@ -217,3 +244,6 @@ class WardenLink(asyncio.Protocol):
         for asked in self._asked:
             if not asked.done():
                 asked.set_exception(WardenLost())
+        for done in self._questions.values():
+            if not done.done():
+                done.set_result([])

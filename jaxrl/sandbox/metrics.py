@@ -30,6 +30,7 @@ class WardenMetrics:
     waiting: int = 0  # calls without a slot
     oldest_submitted: float | None = None  # time.monotonic() of the oldest among them
     running: int = 0
+    sessions: int = 0  # live ones
     rss_kib: int = 0
     template_rss_kib: tuple[int, ...] = ()  # of each ready template, pages shared with its stem included
     template_restarts: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by reason
@@ -96,5 +97,5 @@ class Recorder:
             warden_rss_kib=warden.rss_kib,
             template_rss_kib=warden.template_rss_kib,
             template_restarts=warden.template_restarts,
-            sessions=0,
+            sessions=warden.sessions,
         )

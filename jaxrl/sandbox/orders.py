@@ -15,6 +15,24 @@ BORN = struct.Struct("<Q")
 DIED = struct.Struct("<Qiddq")  # call id, wait status, user seconds, system seconds, peak RSS in KiB
 STARTED = struct.Struct("<d")  # what a child writes when its walls stand: time.monotonic()
 
+# Order to a template: b"K" + FAMILY head. Forks a keeper, which forks a session's first process. Its BORN and DIED bear
+# the family's number, which begins where those of calls cannot reach.
+ORDER_FAMILY = b"K"
+FAMILY = struct.Struct("<QQIII")  # number, address space limit in bytes, working directory in MiB, open files, threads
+FIRST_FAMILY = 1 << 62
+# Order to a keeper, + DIRECTORY, pidfds attached of the process that gets a working directory and, for a copy, of the
+# one whose files it gets. It answers the same letter and a text, empty where that was done; and b"D" + EXITED for every
+# process that ended.
+ORDER_DIRECTORY = b"W"
+DIRECTORY = struct.Struct("<qI")  # the first one's process id in its own namespace, threads that all may have together
+EXITED = struct.Struct("<qiddq")  # process id in its own namespace, wait status, user, system seconds, peak RSS in KiB
+# Orders to a session's process: run a cell (CELL head, then files and code, or a memfd that holds both), make a copy of
+# yourself (that one's descriptors attached), go into your new working directory.
+ORDER_CELL, ORDER_COPY, ORDER_ENTER = b"C", b"F", b"E"
+CELL = struct.Struct("<BBI")  # 1 to echo a trailing expression, 1 if what follows lies in a memfd, length of the files
+# Its answers: I exist, I am in my directory, the cell is over (+ exit code), I am done copying (+ 1 if there is one).
+ANSWER_EXISTS, ANSWER_ENTERED, ANSWER_OVER, ANSWER_COPIED = b"H", b"E", b"O", b"F"
+
 # Largest packet: below the kernel's default socket buffer (208 KiB). Larger calls travel in a memfd.
 PACKET_LIMIT = 96 * 1024
 _FDS = struct.Struct("i")

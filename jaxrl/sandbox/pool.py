@@ -24,7 +24,8 @@ from jaxrl.sandbox.builds import Builds
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.link import WardenLink, WardenLost
 from jaxrl.sandbox.metrics import Metrics, Recorder, WardenMetrics
-from jaxrl.sandbox.protocol import Call, Limits, Outcome, Report
+from jaxrl.sandbox.protocol import Call, CellHead, Limits, Outcome, Report
+from jaxrl.sandbox.session import Backend, Session, Terms
 from jaxrl.statuses import ToolStatus
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Result:
     stdout_bytes: bytes | None = None  # where stdout is not UTF-8: what was printed, before bytes were replaced
     stderr_bytes: bytes | None = None
     node: str = ""  # of the cluster, where it ran; "" in a pool of this machine
+    rebuilt: bool = False  # a session's process was lost, and its earlier cells ran again before this one
+    replay_differs: bool = False  # and they ended or printed otherwise than the first time
 
 
 class Pool:
@@ -87,6 +90,8 @@ class Pool:
         program_folders: further folders of the host that such calls can see, for languages of the caller's own.
         recycle_calls: a template that has run so many calls is replaced, without hurting those it still runs.
         recycle_growth_mib: and one whose own memory has grown by so much.
+        session_memory_mib: for live sessions together, beyond what their templates share with them; sessions that were
+            not used for longest are put out, and rebuilt when they are used again.
 
     Raises (on entering):
         SandboxUnavailable: the machine refuses a layer of the jail; names it and the remedy.
@@ -108,6 +113,7 @@ class Pool:
         program_folders: tuple[str, ...] = (),
         recycle_calls: int = 100_000,
         recycle_growth_mib: int = 64,
+        session_memory_mib: int = 4096,
     ) -> None:
         counts = {"workers": workers, "slots": slots, "queue": queue}
         for name, value in (
@@ -137,6 +143,7 @@ class Pool:
             "program_environment": languages.environment(program_view),
             "interpreter": languages.interpreter(),
             "processes_without_cgroup": processes_without_cgroup,
+            "session_memory_mib": session_memory_mib,
         }
         self._admission = Admission(slots + slow_slots + queue)
         self._ids = itertools.count(1)
@@ -238,8 +245,7 @@ class Pool:
             SandboxUnavailable: the jail was lost and could not be built again; the language is not installed; or
                 processes are to be started and there is no memory cgroup to bound them.
         """
-        if self._draining:
-            raise RuntimeError("the sandbox pool is being drained and takes no more calls: start it again, or another")
+        self._refuse_while_draining()
         limits = limits or self.limits
         given = files or {}
         file_bytes.check(given, limits.disk_mib << 20)
@@ -335,6 +341,45 @@ class Pool:
             words = "each process's memory bounded by itself, not all together"
         self._isolation_of_processes = f"{self.isolation}; {words}"
 
+    def _refuse_while_draining(self) -> None:
+        if self._draining:
+            raise RuntimeError("the sandbox pool is being drained and takes no more calls: start it again, or another")
+
+    def session(
+        self, *, limits: Limits | None = None, tenant: str = "", checkpoint: bool = False, live: bool = True
+    ) -> Session:
+        """A notebook: cells that share their state, in a process of their own. Costs nothing before its first cell.
+
+        Args:
+            limits: time and output for every cell; memory, disk, threads and files for the session.
+            tenant: as for ``run``.
+            checkpoint: copy the process before every cell (some milliseconds), so that a cell that is killed costs
+                nothing but itself; otherwise the earlier cells are run again before the next.
+            live: False keeps no process: each cell runs in a fresh one after all earlier cells, silently run again,
+                which count towards the same limits. Without a jail every session is of this kind.
+        """
+        terms = Terms(limits or self.limits, zlib.crc32(tenant.encode()), checkpoint, live and not self._unsafe)
+        backend = Backend(
+            check=self._refuse_while_draining,
+            next_id=functools.partial(next, self._ids),
+            run=self._submit,
+            submit=self._submit_cell,
+            fork=self._fork_session,
+            end=self._end_session,
+            result=functools.partial(self._result, processes=False),
+        )
+        return Session(backend, terms)
+
+    async def _fork_session(self, session: int, copies: list[int]) -> list[int]:
+        try:
+            link = await self._warden()
+        except WardenLost:
+            return []
+        return await link.fork(next(self._ids), session, copies)
+
+    def _end_session(self, session: int) -> asyncio.Future[list[int]] | None:
+        return None if self._link is None else self._link.end_session(next(self._ids), session)
+
     async def _submit(self, call: Call) -> Result:
         """Run a call on a living warden, on another where that one dies, and count it."""
         attempts = in_vain = 0
@@ -371,8 +416,37 @@ class Pool:
         report = Report(call.id, Outcome.INFRA_ERROR, attempts, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
         return self._finished(call, report)
 
+    async def _submit_cell(self, call: Call, cell: CellHead) -> Report:
+        """Run a session's cell and count it; where its process or its warden is lost the report says so."""
+        self._under_way += 1
+        try:
+            await self._admission.enter(call.tenant)
+            try:
+                link = await self._warden()
+            except BaseException:
+                self._admission.leave()
+                raise
+            try:
+                report = await link.submit(call, cell)
+            except asyncio.CancelledError:
+                link.cancel(call.id)
+                self._recorder.cancelled += 1
+                raise
+        except WardenLost:
+            queued = time.monotonic() - call.submitted
+            return Report(call.id, Outcome.LOST, 1, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+        if report.outcome is not Outcome.LOST:
+            latency = time.monotonic() - call.submitted
+            times = report.cpu_seconds, report.wall_seconds, report.queue_seconds
+            self._recorder.finished(_STATUS[report.outcome], latency, *times)
+        return report
+
     def _finished(self, call: Call, report: Report) -> Result:
-        result = self._result(report, call.processes)
+        result = self._result(report, processes=call.processes)
         latency = time.monotonic() - call.submitted
         self._recorder.finished(result.status, latency, result.cpu_seconds, result.wall_seconds, result.queue_seconds)
         return result
@@ -395,7 +469,9 @@ class Pool:
                 self._link = link
             return self._link
 
-    def _result(self, report: Report, processes: bool) -> Result:
+    def _result(
+        self, report: Report, rebuilt: bool = False, replay_differs: bool = False, *, processes: bool
+    ) -> Result:
         stdout, stdout_bytes = _text(report.stdout)
         stderr, stderr_bytes = _text(report.stderr)
         return Result(
@@ -416,6 +492,8 @@ class Pool:
             files_left_out=report.files_left_out,
             stdout_bytes=stdout_bytes,
             stderr_bytes=stderr_bytes,
+            rebuilt=rebuilt,
+            replay_differs=replay_differs,
         )
 
 

@@ -11,11 +11,13 @@ import struct
 from collections.abc import Iterator, Sequence
 
 _FRAME = struct.Struct("<IB")
+_LENGTH = struct.Struct("<I")
 LEAST_MEMORY_MIB = 16
 _LIMITS = struct.Struct("<ddIIIIIIII")
 _CALL = struct.Struct("<QdBBIIIIII")
-_ECHO, _PROCESSES = 1, 4  # flags of a call
-_OUTCOME = struct.Struct("<QBBBBiidddQIIII")
+_ECHO, _REPLAY, _PROCESSES = 1, 2, 4  # flags of a call
+_CELL = struct.Struct("<QBB")
+_OUTCOME = struct.Struct("<QBBBBBiidddQIIII")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Outcome(enum.IntEnum):
     OUTPUT_LIMIT = 4
     INFRA_ERROR = 5
     CANCELLED = 6
+    LOST = 7  # a cell whose session's process is gone; it did not run, or its template was lost under it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)  # tens of thousands may wait at once
@@ -89,13 +92,14 @@ class Call:
     wanted: str = ""  # patterns of the files to return, a line each
     processes: bool = False  # may start processes and programs
     command: str = ""  # program and arguments, "\0" between; empty: ``code`` is Python
+    replay: bool = False  # ``code`` is a row of cells (``pack_cells``), all but the last one silent
 
     def pack(self) -> bytes:
         limits = _pack_limits(self.limits)
         words = (text.encode("utf-8", "surrogatepass") for text in (self.wanted, self.command))
         parts = (self.code, self.stdin, self.files, *words)
         lengths = map(len, parts)
-        flags = self.echo * _ECHO | self.processes * _PROCESSES
+        flags = self.echo * _ECHO | self.processes * _PROCESSES | self.replay * _REPLAY
         head = _CALL.pack(self.id, self.submitted, self.attempts, flags, self.tenant, *lengths)
         return b"".join((head, limits, *parts))
 
@@ -105,22 +109,39 @@ class Call:
         limits = _unpack_limits(data[_CALL.size : _CALL.size + _LIMITS.size])
         code, stdin, files, *words = _cut(data, _CALL.size + _LIMITS.size, lengths)
         wanted, command = (word.decode("utf-8", "surrogatepass") for word in words)
-        echo, processes = bool(flags & _ECHO), bool(flags & _PROCESSES)
-        return Call(id, code, stdin, echo, limits, submitted, attempts, tenant, files, wanted, processes, command)
+        echo, replay, processes = (bool(flags & flag) for flag in (_ECHO, _REPLAY, _PROCESSES))
+        return Call(
+            id, code, stdin, echo, limits, submitted, attempts, tenant, files, wanted, processes, command, replay
+        )
 
 
-# (code, echo, limits in the order of their fields, files, command, whether files are wanted)
-UnpackedCall = tuple[bytes, bool, tuple, bytes, bytes, bool]
+def pack_cells(cells: Sequence[bytes]) -> bytes:
+    """Cells in a row, each behind its length."""
+    return b"".join(_LENGTH.pack(len(cell)) + cell for cell in cells)
+
+
+def unpack_cells(data: bytes) -> list[bytes]:
+    """What ``pack_cells`` was given."""
+    cells, start = [], 0
+    while start < len(data):
+        (length,) = _LENGTH.unpack_from(data, start)
+        start += _LENGTH.size + length
+        cells.append(data[start - length : start])
+    return cells
+
+
+# (code, flags, limits in the order of their fields, files, command, whether files are wanted)
+UnpackedCall = tuple[bytes, int, tuple, bytes, bytes, bool]
 
 
 def unpack_for_child(data: bytes) -> UnpackedCall:
-    """What a child needs of a packed Call."""
+    """What a child needs of a packed Call. Flags: 1 to echo a trailing expression, 2 if the code is a row of cells."""
     _, _, _, flags, _, code, stdin, files, wanted, command = _CALL.unpack_from(data)
     start = _CALL.size + _LIMITS.size
     given = data[start + code + stdin : start + code + stdin + files]
     words = data[len(data) - command :]
-    limits = _LIMITS.unpack_from(data, _CALL.size)
-    return data[start : start + code], bool(flags & _ECHO), limits, given, words, wanted > 0
+    flags &= _ECHO | _REPLAY
+    return data[start : start + code], flags, _LIMITS.unpack_from(data, _CALL.size), given, words, wanted > 0
 
 
 def _cut(data: bytes, start: int, lengths: Sequence[int]) -> Iterator[bytes]:
@@ -148,6 +169,7 @@ class Report:
     stderr_truncated: bool
     files: bytes = b""  # returned, as ``files.pack`` lays them out
     files_left_out: int = 0
+    survived: bool = False  # a cell's: the session's process, with all that the cell did, is there
 
     def pack(self) -> bytes:
         return (
@@ -157,6 +179,7 @@ class Report:
                 self.attempts,
                 self.stdout_truncated,
                 self.stderr_truncated,
+                self.survived,
                 self.exit_code,
                 self.signal,
                 self.cpu_seconds,
@@ -176,9 +199,8 @@ class Report:
     @staticmethod
     def unpack(data: bytes) -> "Report":
         fields = _OUTCOME.unpack_from(data)
-        id, outcome, attempts, stdout_cut, stderr_cut, exit_code, signal, cpu, wall, queue, rss, left_out, *lengths = (
-            fields
-        )
+        id, outcome, attempts, stdout_cut, stderr_cut, survived, exit_code, signal, *fields = fields
+        cpu, wall, queue, rss, left_out, *lengths = fields
         stdout, stderr, files = _cut(data, _OUTCOME.size, lengths)
         return Report(
             id=id,
@@ -196,7 +218,34 @@ class Report:
             stderr_truncated=bool(stderr_cut),
             files=files,
             files_left_out=left_out,
+            survived=bool(survived),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class CellHead:
+    """What goes before a Call that is a session's cell."""
+
+    session: int
+    fresh: bool  # a process is forked for it; otherwise there must be one
+    checkpoint: bool  # a copy is made first, and takes over where the cell ends the process
+
+    def pack(self) -> bytes:
+        return _CELL.pack(self.session, self.fresh, self.checkpoint)
+
+    @staticmethod
+    def unpack(data: bytes) -> "tuple[CellHead, bytes]":
+        """The head and what lies behind it."""
+        session, fresh, checkpoint = _CELL.unpack_from(data)
+        return CellHead(session, bool(fresh), bool(checkpoint)), data[_CELL.size :]
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(ids)}Q", *ids)
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    return [id for (id,) in struct.iter_unpack("<Q", data)]
 
 
 @enum.unique
@@ -213,6 +262,10 @@ class Kind(enum.IntEnum):
     PING = 8  # pool → warden: are you there
     PONG = 9  # warden → pool
     STATS = 10  # pool → warden: a question; warden → pool: JSON, the fields of metrics.WardenMetrics
+    CELL = 20  # pool → warden: a CellHead and a Call; answered by a REPORT
+    FORK = 21  # pool → warden: ids of this question, of a session, of each copy it shall have
+    END = 22  # pool → warden: ids of this question, of a session that is over
+    DONE = 23  # warden → pool: id of the question that is dealt with; after FORK, ids of the copies that live
 
 
 def frame(kind: Kind, body: bytes = b"") -> bytes:

@@ -111,6 +111,38 @@ _DENIED_IN_CHILD = {
     "unshare": (272, 97),
 }
 _PROGRAMS = {"execve": (59, 221), "execveat": (322, 281)}
+# The processes of a session and its copies share a user and a pid namespace: what reaches one by its number is denied.
+_DENIED_IN_SESSION = {
+    "get_robust_list": (274, 100),
+    "ioprio_set": (251, 30),
+    "kill": (62, 129),
+    "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424),
+    "process_mrelease": (448, 448),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "tgkill": (234, 131),
+    "timer_create": (222, 107),  # between cells a session is stopped; a timer's signal could continue it
+    "tkill": (200, 130),
+}
+# name: (x86_64, aarch64, which argument names a process); 0 there is the caller itself
+_SELF_ONLY_IN_SESSION = {
+    "prlimit64": (302, 261, 0),
+    "sched_setaffinity": (203, 122, 0),
+    "sched_setattr": (314, 274, 0),
+    "sched_setparam": (142, 118, 0),
+    "sched_setscheduler": (144, 119, 0),
+    "setpriority": (141, 140, 1),
+}
+# name: (x86_64, aarch64, argument, its values that are denied)
+_DENIED_VALUES_IN_SESSION = {
+    "fcntl": (72, 25, 1, (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX: a descriptor's signal to any process
+    "ioctl": (16, 29, 1, (0x8901, 0x8902)),  # FIOSETOWN, SIOCSPGRP: the same
+    "prctl": (157, 167, 0, (62,)),  # PR_SCHED_CORE
+    "prlimit64": (302, 261, 1, (6,)),  # RLIMIT_NPROC, which the warden sets, since it counts for all copies together
+    "setpriority": (141, 140, 0, (1, 2)),  # of a group, of a user
+    "setrlimit": (160, 164, 0, (6,)),
+}
 _FORKS = {"fork": (57, None), "vfork": (58, None)}
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _SOCKETPAIR = (53, 199)
@@ -125,7 +157,7 @@ _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _COLUMN = {"x86_64": 0, "aarch64": 1}.get(syscalls.MACHINE, -1)
 _X32_BIT = 0x40000000
 _CLONE_THREAD = 0x00010000
-_CLONE_NAMESPACES = 0x7E020000
+_NEW_NAMESPACES = 0x7E020000  # every flag of clone that makes one
 _AF_UNIX = 1
 
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -199,14 +231,16 @@ def template_filter() -> Filter:
     )
 
 
-def child_filter(processes: bool = False) -> Filter:
+def child_filter(processes: bool = False, copies: bool = False) -> Filter:
     """For the child, after its set-up: no mounts and namespaces; programs and processes only with ``processes``.
 
-    Threads are allowed.
+    Threads are allowed. With ``copies`` it may ask for a copy of itself (``syscalls.COPY_FLAGS``), as a session's
+    process does.
     """
     processes_denied = [*_deny(_PROGRAMS, errno.EPERM), *_deny(_FORKS, errno.EAGAIN)]
     # With processes a clone is a process or a thread, never a new namespace; else it is a thread or nothing.
-    clone = [(_JUMP_ANY_BIT, 0, 1, _CLONE_NAMESPACES)] if processes else [(_JUMP_ANY_BIT, 1, 0, _CLONE_THREAD)]
+    clone = [(_JUMP_ANY_BIT, 0, 1, _NEW_NAMESPACES)] if processes else [(_JUMP_ANY_BIT, 1, 0, _CLONE_THREAD)]
+    copy = [(_JUMP_EQUAL, 0, 1, syscalls.COPY_FLAGS), (_RETURN, 0, 0, _ALLOW)] if copies else []
     return Filter(
         [
             *_head(),
@@ -225,8 +259,9 @@ def child_filter(processes: bool = False) -> Filter:
             (_JUMP_EQUAL, 0, 1, _SET_PIPE_SIZE),
             (_RETURN, 0, 0, _ERRNO | errno.EPERM),
             (_RETURN, 0, 0, _ALLOW),
-            (_JUMP_EQUAL, 0, 3, _CLONE[_COLUMN]),
+            (_JUMP_EQUAL, 0, 3 + len(copy), _CLONE[_COLUMN]),
             (_LOAD, 0, 0, _ARGUMENTS),
+            *copy,
             *clone,
             (_RETURN, 0, 0, _ERRNO | errno.EAGAIN),
             (_RETURN, 0, 0, _ALLOW),
@@ -234,11 +269,38 @@ def child_filter(processes: bool = False) -> Filter:
     )
 
 
-def memory_watch(threshold: int) -> Filter:
-    """Tells the warden of every single request for ``threshold`` bytes of memory or more, before the kernel decides it.
+def session_filter() -> Filter:
+    """For a session's process, besides ``child_filter``: nothing that reaches its copies, no thread elsewhere."""
+    lines = [*_head(), *_deny(_DENIED_IN_SESSION, errno.EPERM)]
+    for *numbers, argument in _SELF_ONLY_IN_SESSION.values():
+        lines += _check_argument(numbers[_COLUMN], argument, [(_JUMP_EQUAL, 1, 0, 0)])
+    for *numbers, argument, values in _DENIED_VALUES_IN_SESSION.values():
+        for value in values:
+            lines += _check_argument(numbers[_COLUMN], argument, [(_JUMP_EQUAL, 0, 1, value)])
+    # As the owner of its user namespace it might give a thread namespaces of its own.
+    copy_or_none = [(_JUMP_EQUAL, 2, 0, syscalls.COPY_FLAGS), (_JUMP_ANY_BIT, 0, 1, _NEW_NAMESPACES)]
+    return Filter([*lines, *_check_argument(_CLONE[_COLUMN], 0, copy_or_none), (_RETURN, 0, 0, _ALLOW)])
 
-    A request that RLIMIT_AS refuses leaves no trace in the wait-status, so this is how the trusted side can
-    know that a call ran out of memory rather than believe what it says.
+
+def _check_argument(
+    number: int, argument: int, test: list[tuple[int, int, int, int]]
+) -> list[tuple[int, int, int, int]]:
+    """Deny the system call unless the test, on the low word of an argument, jumps over one further line at its end."""
+    return [
+        (_JUMP_EQUAL, 0, 3 + len(test), number),
+        (_LOAD, 0, 0, _ARGUMENTS + 8 * argument),
+        *test,
+        (_RETURN, 0, 0, _ERRNO | errno.EPERM),
+        (_LOAD, 0, 0, _NUMBER),
+    ]
+
+
+def memory_watch(threshold: int) -> Filter:
+    """Tells the warden of what it must know before the kernel decides it: much memory, or a process of a session.
+
+    A request for memory that RLIMIT_AS refuses leaves no trace in the wait-status, so this is how the trusted side can
+    know that a call ran out of it rather than believe what it says. ``threshold`` is in bytes, of a single request. A
+    session's process that copies itself (``syscalls.COPY_FLAGS``) is stopped there until the warden has looked at it.
     """
 
     def notify_if_large(argument: int) -> list[tuple[int, int, int, int]]:
@@ -259,20 +321,26 @@ def memory_watch(threshold: int) -> Filter:
             *notify_if_large(1),
             (_JUMP_EQUAL, 0, 6, _MREMAP[_COLUMN]),
             *notify_if_large(2),
+            (_JUMP_EQUAL, 0, 4, _CLONE[_COLUMN]),
+            (_LOAD, 0, 0, _ARGUMENTS),
+            (_JUMP_ANY_BIT, 2, 0, _CLONE_THREAD),
+            (_JUMP_ANY_BIT, 0, 1, syscalls.CLONE_PARENT),
+            (_RETURN, 0, 0, _NOTIFY),
             (_RETURN, 0, 0, _ALLOW),
         ]
     )
 
 
-class MemoryRequest(NamedTuple):
-    """A thread that asks for much memory, halted until it is released."""
+class Request(NamedTuple):
+    """A thread that asks for much memory or for a copy of its process, halted until it is released."""
 
     id: int
     thread: int  # thread id in the reader's pid namespace
+    copies: bool
     size: int  # bytes asked for
 
 
-def receive_request(listener: int) -> MemoryRequest | None:
+def receive_request(listener: int) -> Request | None:
     """The next halted request; None if its thread died meanwhile."""
     buffer = bytearray(_NOTIFICATION)
     try:
@@ -280,11 +348,22 @@ def receive_request(listener: int) -> MemoryRequest | None:
     except OSError:
         return None
     id, thread, _, number, _, _, *arguments = struct.unpack("=QIIiIQ6Q", buffer)
+    if number == _CLONE[_COLUMN]:
+        return Request(id, thread, True, 0)
     size = arguments[1] if number == _MMAP[_COLUMN] else max(arguments[2] - arguments[1], 0)
-    return MemoryRequest(id, thread, size)
+    return Request(id, thread, False, size)
 
 
-def release_request(listener: int, request: MemoryRequest) -> None:
-    """Let the kernel decide the request as usual."""
-    with contextlib.suppress(OSError):  # the thread may have been killed
+def release_request(listener: int, request: Request) -> bool:
+    """Let the kernel decide the request as usual; False where the thread no longer waits for that."""
+    try:
         fcntl.ioctl(listener, _SEND, struct.pack("=QqiI", request.id, 0, 0, _ANSWER_CONTINUE))
+    except OSError:
+        return False
+    return True
+
+
+def refuse_request(listener: int, request: Request) -> None:
+    """Let the request fail as if there were no room for a process."""
+    with contextlib.suppress(OSError):  # the thread may have been killed
+        fcntl.ioctl(listener, _SEND, struct.pack("=QqiI", request.id, 0, -errno.EAGAIN, 0))

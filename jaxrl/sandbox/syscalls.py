@@ -4,10 +4,12 @@ import ctypes
 import os
 import platform
 import select
+import signal
 import struct
 from collections.abc import Callable, Iterable
 from typing import Any
 
+CLONE_PARENT = 0x00008000
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
@@ -22,13 +24,14 @@ MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP = 1, 4, 24
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
-CAP_SYS_ADMIN = 21
+CAP_SYS_CHROOT, CAP_SYS_ADMIN = 18, 21
 
 MACHINE = platform.machine()
 # These have the same number on every architecture (they are newer than the common table), bar the two old ones.
 _OPEN_TREE, _MOVE_MOUNT, _CLOSE_RANGE, _MOUNT_SETATTR = 428, 429, 436, 442
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(MACHINE, -1)
 SECCOMP = {"x86_64": 317, "aarch64": 277}.get(MACHINE, -1)
+_CLONE = {"x86_64": 56, "aarch64": 220}.get(MACHINE, -1)
 
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
@@ -44,6 +47,9 @@ _plain = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+
+# How a session's process copies itself: a sibling, child of the same parent, with a mount namespace of its own.
+COPY_FLAGS = CLONE_PARENT | CLONE_NEWNS | signal.SIGCHLD
 
 
 def _check(result: int, what: str) -> int:
@@ -81,9 +87,23 @@ def prepare_mount(source: str, target: str, kind: str, flags: int, data: str) ->
     return prepare("mount", source.encode(), target.encode(), kind.encode(), flags, data.encode())
 
 
+def copy_process() -> int:
+    """Fork a sibling by ``COPY_FLAGS``: the copy's process id in the original, 0 in the copy. Only with one thread.
+
+    The interpreter's lock is held throughout, so that the copy wakes up holding it.
+    """
+    zeros = [ctypes.c_long(0)] * 4  # on the same stack, nothing to be told
+    return _check(_plain.syscall(ctypes.c_long(_CLONE), ctypes.c_long(COPY_FLAGS), *zeros), "clone")
+
+
 def enter_pid_namespace(pidfd: int) -> None:
     """Let the next fork be born in the pid namespace of the process behind ``pidfd``."""
     _check(_libc.setns(pidfd, CLONE_NEWPID), "setns(pid)")
+
+
+def enter_mount_namespace(pidfd: int) -> None:
+    """See the files that the process behind ``pidfd`` sees."""
+    _check(_libc.setns(pidfd, CLONE_NEWNS), "setns(mount)")
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
@@ -128,6 +148,16 @@ def prctl(option: int, value: int = 0) -> None:
 def prepare_close_from(first: int) -> Prepared:
     """Close every descriptor numbered ``first`` or higher. Linux 5.9."""
     return prepare("syscall", _CLOSE_RANGE, first, -1, 0)
+
+
+def close_all_but(kept: list[int]) -> None:
+    """Close every descriptor from 3 on that is not among these. Linux 5.9."""
+    first = 3
+    for fd in sorted(kept):
+        if fd > first:
+            raw("close_range", _CLOSE_RANGE, first, fd - 1, 0)
+        first = fd + 1
+    perform([prepare_close_from(first)])
 
 
 def prepare_capabilities(*kept: int) -> Prepared:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -19,11 +20,25 @@ from typing import Any
 from jaxrl.sandbox import orders, syscalls
 from jaxrl.sandbox.annex import Annex
 from jaxrl.sandbox.board import Board
+from jaxrl.sandbox.cell_job import CellJob
 from jaxrl.sandbox.cgroups import CgroupsUnavailable
+from jaxrl.sandbox.families import Families
 from jaxrl.sandbox.fleet import Fleet, Settings, Template, reap, resident_kib
 from jaxrl.sandbox.job import Capture, Job, sealed_memory
+from jaxrl.sandbox.leaves import Leaf
 from jaxrl.sandbox.loop import Loop
-from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Limits, Outcome, Report, frame
+from jaxrl.sandbox.protocol import (
+    Call,
+    CellHead,
+    FrameReader,
+    Kind,
+    Limits,
+    Outcome,
+    Report,
+    frame,
+    pack_ids,
+    unpack_ids,
+)
 from jaxrl.sandbox.turns import Turns
 
 ATTEMPTS = 3  # tries of a call before a fault of ours is reported
@@ -32,6 +47,7 @@ _FAST_SECONDS = 0.25  # a call that runs longer moves to the slow lane
 _SLOW_NICENESS = 10  # added in the slow lane: about a tenth of a core that the trainer wants too
 _COLLECT_SECONDS = 0.01  # a call that runs longer has its output read as it comes
 _CHECK_SECONDS = 0.02  # shortest time between two looks at a running call
+_MAY_RAISE_PRIORITY = os.geteuid() == 0
 _READ = 1 << 18
 _CORES = os.cpu_count() or 1
 _SELF_TEST = 1 << 63  # plus a template's number: the id of the call that shows whether it works
@@ -100,6 +116,12 @@ class Warden:
         for kind, body in self._frames.feed(data):
             if kind is Kind.SUBMIT:
                 self._submit(Call.unpack(body))
+            elif kind is Kind.CELL:
+                self._submit_cell(body)
+            elif kind is Kind.FORK:
+                self._fork(*unpack_ids(body))
+            elif kind is Kind.END:
+                self._end(*unpack_ids(body))
             elif kind is Kind.CANCEL:
                 self._cancel(int.from_bytes(body, "little"))
             elif kind is Kind.SETUP:
@@ -121,6 +143,7 @@ class Warden:
             "running": len(self._running),
             "rss_kib": resident_kib(os.getpid()),
             "template_rss_kib": [resident_kib(template.pid) for template in templates],
+            "sessions": self._families.count,
             "template_restarts": sum((fleet.restarts for fleet in self._fleets()), Counter()),
         }
 
@@ -138,7 +161,18 @@ class Warden:
             on_change=self._dispatch,
             on_lost=self._give_back,
             on_message=self._hear,
+            on_copy=lambda template, request: self._families.weigh(template, request),
             on_failure=self._fail,
+        )
+        self._families = Families(
+            self._loop,
+            settings.view["work"],
+            settings.session_memory_mib,
+            settings.heartbeat_seconds,
+            on_begin=self._watch,
+            on_end=self._finish,
+            on_lost=self._lose_cell,
+            on_change=self._dispatch,
         )
         self._fleet.start()
 
@@ -206,6 +240,20 @@ class Warden:
                 job.fault = self._annex_refusal
                 self._report(job, job.unfinished(Outcome.INFRA_ERROR))
 
+    def _submit_cell(self, body: bytes) -> None:
+        head, packed = CellHead.unpack(body)
+        job = CellJob(head, Call.unpack(packed), full=self._mentions is not None)
+        self._jobs[job.call.id] = job
+        self._waiting.add(job)
+
+    def _fork(self, question: int, session: int, *copies: int) -> None:
+        self._families.fork(
+            session, list(copies), lambda living: self._send(frame(Kind.DONE, pack_ids([question, *living])))
+        )
+
+    def _end(self, question: int, session: int) -> None:
+        self._families.end(session, lambda: self._send(frame(Kind.DONE, pack_ids([question]))))
+
     def _cancel(self, id: int) -> None:
         job = self._jobs.get(id)
         if job is None:
@@ -223,7 +271,7 @@ class Warden:
                 return
             self._start(*chosen)
 
-    def _next(self) -> tuple[Job, Template] | None:
+    def _next(self) -> tuple[Job, Template | Leaf] | None:
         while self._quarantine and self._quarantine[0].done:
             self._quarantine.popleft()
         if self._quarantine:
@@ -231,7 +279,16 @@ class Warden:
             return None if template is None else (self._quarantine.popleft(), template)
         if any(job.template_deaths >= _DEATHS_TO_QUARANTINE for job, _ in self._running.values()):
             return None
-        return self._waiting.take(self._choose)
+        return self._waiting.take(self._place)
+
+    def _place(self, job: Job) -> Template | Leaf | None:
+        """Where a job can run now: on a template, or in its session's process."""
+        if not isinstance(job, CellJob) or job.head.fresh:
+            return self._choose(job)
+        if not self._families.has(job.head.session):
+            self._report(job, job.unfinished(Outcome.LOST))
+            self._loop.at(time.monotonic(), self._dispatch)  # for those behind it
+        return self._families.resting(job.head.session)
 
     def _choose(self, job: Job) -> Template | None:
         if job.call.processes:
@@ -239,7 +296,8 @@ class Warden:
         assert self._fleet is not None
         return self._fleet.choose(job.full, job.lost_on)
 
-    def _start(self, job: Job, template: Template) -> None:
+    def _start(self, job: Job, place: Template | Leaf) -> None:
+        template = place.family.template if isinstance(place, Leaf) else place
         try:
             doors = self._annex.admit(job) if job.call.processes and self._annex is not None else ()
         except OSError as error:
@@ -247,22 +305,30 @@ class Warden:
             job.fault = f"no control group could be had: {error}".encode()
             self._retry(job, template)
             return
-        ends = (*job.open(), *doors)
+        self._running[job.call.id] = (job, template)
+        assert self._board is not None
+        job.place = self._board.enter(job.call.id)
+        template.jobs[job.call.id] = job
+        self._fast += 1
         job.fast = True
         job.address_space = template.address_space + (job.call.limits.memory_mib << 20)
         if job.group is not None:
             job.address_space = 0  # bounded together with the others, not by itself
+        if not isinstance(job, CellJob):
+            self._start_call(job, template, doors)
+        elif isinstance(place, Leaf):
+            self._families.start(job, place)
+        else:
+            self._families.open(job, place)
+
+    def _start_call(self, job: Job, template: Template, doors: tuple[int, ...]) -> None:
+        ends = (*job.open(), *doors)
         packed = job.call.pack()
         in_memory = len(packed) > orders.PACKET_LIMIT
         head = orders.CALL_HEAD.pack(job.call.id, job.address_space, in_memory)
         if in_memory:
             ends = (*ends, sealed_memory("call", packed))
             packed = b""
-        self._running[job.call.id] = (job, template)
-        assert self._board is not None
-        job.place = self._board.enter(job.call.id)
-        self._fast += 1
-        template.jobs[job.call.id] = job
         if not self._collecting:
             self._collecting = True
             self._loop.at(time.monotonic() + _COLLECT_SECONDS, self._watch_outputs)
@@ -280,16 +346,32 @@ class Warden:
 
     # Running
 
+    def _watch_streams(self, job: Job) -> None:
+        assert job.stdout is not None and job.stderr is not None
+        job.watched = True
+        for stream in (job.stdout, job.stderr):
+            self._loop.watch(stream.fd, lambda _, stream=stream: self._collect(job, stream))
+
+    def _watch(self, job: Job) -> None:
+        """A session's process is about to run a cell."""
+        self._watch_streams(job)
+        self._watch_time(job)
+
+    def _watch_time(self, job: Job) -> None:
+        attempt = job.attempts
+        self._loop.at(job.born + min(_FAST_SECONDS, *self._limits(job)), lambda: self._check(job, attempt))
+
     def _hear(self, template: Template, answer: bytes, fds: list[int]) -> None:
-        if answer[:1] == orders.ANSWER_BORN:
+        if orders.FIRST_FAMILY <= orders.BORN.unpack_from(answer, 1)[0] < _SELF_TEST:
+            self._families.hear_template(answer, fds)
+        elif answer[:1] == orders.ANSWER_BORN:
             (id,) = orders.BORN.unpack_from(answer, 1)
             job = template.jobs[id]
             job.pidfd, job.born = fds[0], time.monotonic()
             if job.kill_reason is not None:
                 job.kill(job.kill_reason)
             self._fleet.born(template)
-            attempt = job.attempts
-            self._loop.at(job.born + min(_FAST_SECONDS, *self._limits(job)), lambda: self._check(job, attempt))
+            self._watch_time(job)
         else:
             id, status, user, system, rss = orders.DIED.unpack_from(answer, 1)
             job = template.jobs.pop(id)
@@ -356,19 +438,18 @@ class Warden:
         job.fast = False
         self._fast -= 1
         self._slow += 1
-        for pid in job.processes():
-            with contextlib.suppress(OSError):  # already dead
-                niceness = os.getpriority(os.PRIO_PROCESS, pid) + _SLOW_NICENESS
-                os.setpriority(os.PRIO_PROCESS, pid, min(niceness, 19))
+        if _MAY_RAISE_PRIORITY or not isinstance(job, CellJob):  # a session must get its own back
+            for pid in job.processes():
+                with contextlib.suppress(OSError):  # already dead
+                    niceness = os.getpriority(os.PRIO_PROCESS, pid) + _SLOW_NICENESS
+                    os.setpriority(os.PRIO_PROCESS, pid, min(niceness, 19))
         self._dispatch()
 
     def _watch_outputs(self) -> None:
         """Begin to read what running calls print. One that ends sooner fits its output into the pipes, most often."""
         for job, _ in self._running.values():
-            if not job.watched and job.stdout is not None and job.stderr is not None:
-                job.watched = True
-                for stream in (job.stdout, job.stderr):
-                    self._loop.watch(stream.fd, lambda _, job=job, stream=stream: self._collect(job, stream))
+            if not job.watched and job.stdout is not None:
+                self._watch_streams(job)
         self._collecting = False
 
     def _collect(self, job: Job, stream: Capture) -> None:
@@ -387,9 +468,28 @@ class Warden:
             self._fast -= 1
         else:
             self._slow -= 1
-        assert job.stdout is not None and job.stderr is not None
-        self._loop.forget(job.stdout.fd)
-        self._loop.forget(job.stderr.fd)
+        for stream in (job.stdout, job.stderr):
+            if stream is not None:
+                self._loop.forget(stream.fd)
+
+    def _finish(self, job: CellJob, report: Report) -> None:
+        """A cell came to its end."""
+        self._leave(job)
+        if report.survived and not job.fast and _MAY_RAISE_PRIORITY:
+            os.setpriority(os.PRIO_PROCESS, job.pid, os.getpriority(os.PRIO_PROCESS, 0))
+        self._report(job, report)
+        self._dispatch()
+
+    def _lose_cell(self, job: CellJob) -> None:
+        """A cell's process is gone by a fault of ours; the pool, which has the session's history, sees to the rest."""
+        self._leave(job)
+        self._report(job, job.unfinished(Outcome.LOST))
+
+    def _leave(self, job: CellJob) -> None:
+        _, template = self._running[job.call.id]
+        template.jobs.pop(job.call.id, None)
+        self._end_attempt(job)
+        job.close()
 
     def _close(self, job: Job) -> None:
         job.close()
@@ -398,6 +498,7 @@ class Warden:
 
     def _give_back(self, template: Template, jobs: list[Job]) -> None:
         """The calls of a lost template: each is tried again elsewhere."""
+        self._families.lose_template(template)
         for job in jobs:
             self._end_attempt(job)
             self._close(job)
@@ -412,6 +513,8 @@ class Warden:
         job.lost_on = template.number
         if job.kill_reason is Outcome.CANCELLED:
             self._report(job, job.unfinished(Outcome.CANCELLED))
+        elif isinstance(job, CellJob):
+            self._report(job, job.unfinished(Outcome.LOST))
         elif job.attempts >= ATTEMPTS:
             self._report(job, job.unfinished(Outcome.INFRA_ERROR))
         elif job.template_deaths >= _DEATHS_TO_QUARANTINE:
@@ -423,5 +526,7 @@ class Warden:
 def main() -> None:
     """Entry point of the warden's process; arguments: its socket to the pool, a folder, the board's memory."""
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)  # the jail's first process falls to us when its launcher leaves
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a live session holds six descriptors
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the pool's to handle; it closes the socket
     Warden(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[3])).run()

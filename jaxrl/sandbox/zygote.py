@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from jaxrl.sandbox import cell, forks, jail, mappings, orders, seccomp, syscalls
 from jaxrl.sandbox.child import FIRST_FREE, Child, reserve_descriptors
+from jaxrl.sandbox.keeper import Keeper
 from jaxrl.sandbox.orders import receive_packet, send_packet
 from jaxrl.sandbox.protocol import unpack_for_child
 
@@ -133,6 +134,7 @@ class _Template:
         self._work = settings["view"]["work"]
         self._own = os.pidfd_open(os.getpid())
         self._child = Child(self._own, self._work, jailed, settings["processes"], settings["groups"])
+        self._keeper = Keeper(self._own, self._work)
         self._poller = select.poll()
         self._poller.register(self._control, select.POLLIN)
         self._children: dict[int, tuple[int, int, str]] = {}  # pidfd → (call id, pid, directory to remove)
@@ -158,6 +160,9 @@ class _Template:
             os._exit(0)
         if order[:1] == orders.ORDER_PING:
             send_packet(self._control, orders.ANSWER_PONG)
+            return
+        if order[:1] == orders.ORDER_FAMILY:
+            self._found_family(order[1:], fds)
             return
         id, address_space, in_memory = orders.CALL_HEAD.unpack_from(order, 1)
         packed = order[1 + orders.CALL_HEAD.size :]
@@ -189,6 +194,25 @@ class _Template:
         self._children[pidfd] = (id, pid, directory)
         self._poller.register(pidfd, select.POLLIN)
         send_packet(self._control, orders.ANSWER_BORN + orders.BORN.pack(id), (pidfd,))
+
+    def _found_family(self, order: bytes, fds: list[int]) -> None:
+        """Fork the keeper of a session, first process of a namespace of its own."""
+        id, *_ = orders.FAMILY.unpack(order)
+        try:
+            syscalls.unshare(syscalls.CLONE_NEWPID)
+            pid = os.fork()
+        except OSError:
+            pid = -1  # its closed control socket tells the warden
+        if pid == 0:
+            self._keeper.become(order, fds)
+        syscalls.enter_pid_namespace(self._own)
+        for fd in fds:
+            os.close(fd)
+        if pid > 0:
+            pidfd = os.pidfd_open(pid)
+            self._children[pidfd] = (id, pid, "")
+            self._poller.register(pidfd, select.POLLIN)
+            send_packet(self._control, orders.ANSWER_BORN + orders.BORN.pack(id), (pidfd,))
 
     def _bury(self, pidfd: int) -> None:
         id, pid, directory = self._children.pop(pidfd)

@@ -6,7 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxrl.sandbox.protocol import Call, FrameReader, Kind, Limits, Outcome, Report, frame, unpack_for_child
+from jaxrl.sandbox.protocol import (
+    Call,
+    CellHead,
+    FrameReader,
+    Kind,
+    Limits,
+    Outcome,
+    Report,
+    frame,
+    pack_cells,
+    pack_ids,
+    unpack_cells,
+    unpack_for_child,
+    unpack_ids,
+)
 
 positive = st.integers(1, 1 << 20)
 limits = st.builds(
@@ -36,6 +50,7 @@ calls = st.builds(
     wanted=st.text(),
     processes=st.booleans(),
     command=st.text(),
+    replay=st.booleans(),
 )
 seconds = st.floats(0, 1e6)
 reports = st.builds(
@@ -55,6 +70,7 @@ reports = st.builds(
     stderr_truncated=st.booleans(),
     files=st.binary(),
     files_left_out=st.integers(0, 2**32 - 1),
+    survived=st.booleans(),
 )
 
 
@@ -63,7 +79,16 @@ def test_call_round_trip(call: Call) -> None:
     assert Call.unpack(call.pack()) == call
     limits = dataclasses.astuple(call.limits)
     command = call.command.encode()
-    assert unpack_for_child(call.pack()) == (call.code, call.echo, limits, call.files, command, bool(call.wanted))
+    flags = call.echo + 2 * call.replay
+    assert unpack_for_child(call.pack()) == (call.code, flags, limits, call.files, command, bool(call.wanted))
+
+
+@given(st.lists(st.binary()), st.integers(0, 2**64 - 1), st.booleans(), st.booleans())
+def test_cells_and_their_heads_round_trip(cells: list[bytes], session: int, fresh: bool, checkpoint: bool) -> None:
+    assert unpack_cells(pack_cells(cells)) == cells
+    head = CellHead(session, fresh, checkpoint)
+    assert CellHead.unpack(head.pack() + b"rest") == (head, b"rest")
+    assert unpack_ids(pack_ids([session, 0, len(cells)])) == [session, 0, len(cells)]
 
 
 @given(reports)

@@ -1,0 +1,104 @@
+"""One cell of a session as the warden sees it: a call whose process was there before and may live on."""
+
+import contextlib
+import dataclasses
+import os
+import time
+from typing import Protocol
+
+from jaxrl.sandbox import inspection
+from jaxrl.sandbox.fleet import memory
+from jaxrl.sandbox.job import Capture, Job
+from jaxrl.sandbox.protocol import Call, CellHead, Report
+
+_NOTICEABLE = 6  # binary digits: what is less than a 64th of the limit does not make a cell one that ran out of memory
+
+
+class Process(Protocol):
+    """What a cell must know of the process it runs in. The descriptors stay the owner's."""
+
+    pid: int
+    pidfd: int
+    stdout: int  # our ends of its pipes
+    stderr: int
+
+    @property
+    def template_rss_kib(self) -> int: ...
+
+
+class CellJob(Job):
+    """A cell with its fortunes. It has no pipes of its own and is never tried again by the warden."""
+
+    def __init__(self, head: CellHead, call: Call, full: bool) -> None:
+        super().__init__(call, full)
+        self.head = head
+        self._cpu_before = self._waited_before = 0.0
+        self._template_rss_kib = self._rss_before_kib = 0
+        self._directory = -1
+
+    def begin(self, process: Process, work: str) -> None:
+        """The session's process is there and is about to be sent the cell.
+
+        Args:
+            work: where its working directory is mounted.
+        """
+        cap = self.call.limits.output_kib << 10
+        self.attempts += 1
+        self._pid, self.pidfd = process.pid, process.pidfd
+        self.stdout, self.stderr = Capture(process.stdout, cap), Capture(process.stderr, cap)
+        if self.call.wanted:
+            with contextlib.suppress(OSError):  # it hides from an ordinary user
+                self._directory = os.open(f"/proc/{self.pid}/root{work}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._cpu_before, self._waited_before = super().cpu_seconds(), super().waited_seconds()
+        self._template_rss_kib = process.template_rss_kib
+        _, self._rss_before_kib = memory(self.pid)
+        inspection.forget_peak(self.pid)
+        self.born = time.monotonic()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the session, also when the cell is over."""
+        return self._pid
+
+    def close(self) -> None:
+        """Let go of descriptors that are the session's."""
+        if self._directory >= 0:
+            os.close(self._directory)
+        self._directory = -1
+        self.pidfd, self.stdout, self.stderr = -1, None, None
+
+    def cpu_seconds(self) -> float:
+        return max(super().cpu_seconds() - self._cpu_before, 0.0)
+
+    def waited_seconds(self) -> float:
+        return max(super().waited_seconds() - self._waited_before, 0.0)
+
+    def over(self, exit_code: int) -> Report:
+        """The cell's own end; its process stands still, and all its output is captured."""
+        peak, cpu = inspection.peak_kib(self.pid), self.cpu_seconds()
+        base = self._base_kib(peak)
+        report = self.judge(exit_code << 8, cpu, peak, base, self.born, time.monotonic(), survived=True)
+        return self._with_files(report)
+
+    def died(self, wait_status: int, cpu_seconds: float, peak_rss_kib: int) -> Report:
+        """The end of the process.
+
+        Args:
+            wait_status: as from ``waitpid``.
+            cpu_seconds: of its whole life.
+        """
+        assert self.stdout is not None and self.stderr is not None
+        self.stdout.drain()
+        self.stderr.drain()
+        cpu = max(cpu_seconds - self._cpu_before, 0.0)
+        base = self._base_kib(peak_rss_kib)
+        report = self.judge(wait_status, cpu, peak_rss_kib, base, self.born, time.monotonic())
+        return self._with_files(report)
+
+    def _with_files(self, report: Report) -> Report:
+        return report if self._directory < 0 else dataclasses.replace(report, **self.gather(self._directory))
+
+    def _base_kib(self, peak_kib: int) -> int:
+        """From where the cell's use of memory counts: all that the session holds, if the cell added to it at all."""
+        added = peak_kib - self._rss_before_kib > self.call.limits.memory_mib << 10 >> _NOTICEABLE
+        return self._template_rss_kib if added else peak_kib

@@ -1,0 +1,242 @@
+"""Sessions: cells that share their state, kept in a live process while there is one, and in a history always.
+
+The pool's side. The warden knows processes only; it says whether one survived a cell and whether it still has it. What
+is lost (killed, put out for want of memory, gone with a template or a warden) is rebuilt here, by running the history.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from jaxrl.sandbox import files as file_bytes
+from jaxrl.sandbox.protocol import Call, CellHead, Limits, Outcome, Report, pack_cells
+from jaxrl.statuses import ToolStatus
+
+if TYPE_CHECKING:
+    from jaxrl.sandbox.pool import Result
+
+_ATTEMPTS = 3  # processes that one cell may lose by faults of ours before that is reported
+
+
+class Backend(NamedTuple):
+    """What a session needs of its pool."""
+
+    check: Callable[[], None]  # raises RuntimeError where no more is taken
+    next_id: Callable[[], int]
+    run: Callable[[Call], Awaitable["Result"]]  # a call
+    submit: Callable[[Call, CellHead], Awaitable[Report]]  # a cell
+    fork: Callable[[int, list[int]], Awaitable[list[int]]]  # a process's id and those of its copies; which of them live
+    end: Callable[[int], Awaitable[object] | None]  # of a process; to be awaited by who must know that it is gone
+    result: Callable[[Report, bool, bool], "Result"]  # with: was it rebuilt, and otherwise than it had been
+
+
+class Cell(NamedTuple):
+    """A cell as it was run, and what came of it."""
+
+    code: bytes
+    echo: bool
+    files: bytes
+    digest: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What holds for a session and all its copies; see ``Pool.session``."""
+
+    limits: Limits
+    tenant: int
+    checkpoint: bool
+    live: bool
+
+
+class Session:
+    """A notebook in a process of its own. Made by ``Pool.session`` and by ``fork``; close it, or use ``async with``."""
+
+    def __init__(self, backend: Backend, terms: Terms, history: Sequence[Cell] = (), process: int = 0) -> None:
+        self._backend = backend
+        self._terms = terms
+        self._history = list(history)
+        self._process = process  # id under which the warden has it; 0 where it has none
+        self._begun = bool(history) or process > 0
+        self._turn = asyncio.Lock()
+        self._open = True
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the process, which is gone when this returns, and forget the history. Copies live on."""
+        self._open = False
+        async with self._turn:
+            ended = self._backend.end(self._process) if self._process else None
+            self._process = 0
+            self._history.clear()
+            if ended is not None:
+                await ended
+
+    async def run(
+        self,
+        code: str,
+        echo: bool = True,
+        files: Mapping[str, bytes] | None = None,
+        wanted: Sequence[str] = (),
+    ) -> "Result":
+        """Run a cell; one at a time, in the order of the calls. Status and limits are as for ``Pool.run``.
+
+        A cell that ends by itself, with an error or without, keeps what it did. One that is killed, or ends the
+        process, leaves the session as it was before; its next result says ``rebuilt``, if it lost its process by that.
+        Cancelling this kills the cell.
+
+        Args:
+            code: Python source.
+            echo: print the repr of a trailing expression.
+            files: content by path, laid into the session's directory before the code begins.
+            wanted: patterns of files there to return when the cell has ended.
+
+        Raises:
+            ValueError: a file's path is not a plain relative one, or the files are larger than the directory.
+            RuntimeError: the session or its pool is closed.
+            SandboxUnavailable: the jail was lost and could not be built again.
+        """
+        file_bytes.check(files or {}, self._terms.limits.disk_mib << 20)
+        cell = Cell(code.encode("utf-8", "surrogatepass"), echo, file_bytes.pack(files or {}))
+        submitted = time.monotonic()
+        async with self._turn:
+            self._check_open()
+            if not self._terms.live:
+                return await self._run_all(cell, wanted, submitted)
+            rebuilt = differs = False
+            report = None
+            for _ in range(_ATTEMPTS):
+                if self._process == 0 and self._begun:
+                    rebuilt = True
+                    whole, differs = await self._rebuild()
+                    if not whole:
+                        continue
+                report = await self._run_cell(cell, wanted, submitted, self._terms.checkpoint)
+                if report.outcome is not Outcome.LOST:
+                    break
+                self._begun = True
+            else:
+                report = _infra_error(report, submitted)
+            return self._backend.result(report, rebuilt, differs)
+
+    async def fork(self, copies: int) -> "list[Session]":
+        """Copies of this session: the same past, and from here on futures of their own.
+
+        A live session is copied by copy-on-write: a few milliseconds each, memory shared until written, files copied. A
+        session that then holds open files, pipes, threads or shared mappings cannot be copied so: its copies begin
+        without a process and are rebuilt from the history with their first cell, which says so (``rebuilt``).
+
+        Raises:
+            ValueError: ``copies`` is not positive.
+            RuntimeError: the session or its pool is closed.
+        """
+        if copies < 1:
+            raise ValueError(f"copies={copies} must be at least 1")
+        async with self._turn:
+            self._check_open()
+            ids = [0] * copies
+            if self._terms.live and self._history:
+                if self._process == 0:
+                    await self._rebuild()
+                wanted = [self._backend.next_id() for _ in ids]
+                living = set(await self._backend.fork(self._process, wanted))
+                ids = [id if id in living else 0 for id in wanted]
+            return [Session(self._backend, self._terms, self._history, id) for id in ids]
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise RuntimeError("the session is closed: use it inside `async with`, or close it later")
+        self._backend.check()
+
+    async def _run_cell(
+        self, cell: Cell, wanted: Sequence[str], submitted: float, checkpoint: bool, remember: bool = True
+    ) -> Report:
+        """One cell in the process, which is forked if there is none; into the history unless it cost the process."""
+        fresh = self._process == 0
+        if fresh:
+            self._process = self._backend.next_id()
+        try:
+            report = await self._backend.submit(
+                self._call(cell.code, cell, wanted, submitted), CellHead(self._process, fresh, checkpoint)
+            )
+        except BaseException:
+            self._backend.end(self._process)  # whether the cell ran, and what it did, is not known
+            self._process = 0
+            self._begun = True
+            raise
+        if report.outcome is Outcome.LOST or not (report.survived or checkpoint):
+            self._process = 0
+        if report.outcome is not Outcome.LOST:
+            self._begun = True
+        if report.survived and remember:
+            self._history.append(cell._replace(digest=_digest(report)))
+        return report
+
+    async def _rebuild(self) -> tuple[bool, bool]:
+        """Run the history in a new process.
+
+        Returns:
+            Whether the process stands, and whether a cell ended or printed otherwise than the first time.
+        """
+        differs = False
+        while True:
+            for index, cell in enumerate(self._history):
+                report = await self._run_cell(cell, (), time.monotonic(), checkpoint=False, remember=False)
+                if report.outcome is Outcome.LOST:
+                    return False, differs
+                if not report.survived:
+                    del self._history[index]
+                    differs = True
+                    break
+                differs |= _digest(report) != cell.digest
+            else:
+                return True, differs
+
+    async def _run_all(self, cell: Cell, wanted: Sequence[str], submitted: float) -> "Result":
+        """Replay-only: history and cell in one fresh process."""
+        cells = [*self._history, cell]
+        code = pack_cells([part for one in cells for part in (one.files, one.code)])
+        result = await self._backend.run(self._call(code, cell._replace(files=b""), wanted, submitted, True))
+        if result.status in (ToolStatus.OK, ToolStatus.ERROR) and result.signal is None:
+            self._history.append(cell)
+        return result
+
+    def _call(self, code: bytes, cell: Cell, wanted: Sequence[str], submitted: float, replay: bool = False) -> Call:
+        return Call(
+            id=self._backend.next_id(),
+            code=code,
+            stdin=b"",
+            echo=cell.echo,
+            limits=self._terms.limits,
+            submitted=submitted,
+            tenant=self._terms.tenant,
+            files=cell.files,
+            wanted="\n".join(wanted),
+            replay=replay,
+        )
+
+
+def _digest(report: Report) -> bytes:
+    """Of how a cell ended and of what it printed."""
+    hash = hashlib.blake2b(bytes([report.outcome, report.exit_code & 0xFF]), digest_size=16)
+    for text in (report.stdout, report.stderr):
+        hash.update(len(text).to_bytes(8, "little") + text)
+    return hash.digest()
+
+
+def _infra_error(report: Report | None, submitted: float) -> Report:
+    """A cell that found no process three times, by faults of ours."""
+    queued = time.monotonic() - submitted
+    fault = report.stderr if report is not None else b"its session could not be rebuilt"
+    return Report(0, Outcome.INFRA_ERROR, _ATTEMPTS, -1, 0, 0.0, 0.0, queued, 0, b"", fault, False, False)
