@@ -226,7 +226,7 @@ class Group:
         if self._version == 1:
             kills = _field(f"{memory}/memory.oom_control", "oom_kill")
             # Not failcnt: kernels of 2025 no longer count there.
-            reached = int(_read(f"{memory}/memory.max_usage_in_bytes")) > self._limits[0] - _LAST_REQUEST
+            reached = int(_read(f"{memory}/memory.max_usage_in_bytes") or 0) > self._limits[0] - _LAST_REQUEST
         else:
             kills = _field(f"{memory}/memory.events", "oom_kill")
             reached = _field(f"{memory}/memory.events", "oom")

@@ -133,7 +133,9 @@ class Child:
         source, flags, _, given, command, wanted = call
         walls, limits = plan
         try:
-            programs.join(fds, self._groups)  # first, for what follows is charged there
+            if self._groups:
+                os.dup2(fds[1], 2)  # what fails is said there
+                programs.join(fds, self._groups)  # and what follows is charged there
             _take_descriptors(fds, wanted)
             syscalls.perform(walls)
             if not self._jailed:

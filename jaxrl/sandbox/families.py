@@ -203,6 +203,7 @@ class Families:
                 self._lose(family)
             dead = self._dying.pop(number, None)
             if dead is not None:
+                dead.template.residents.discard(dead.pid)
                 dead.tell_end()
         elif family is None:
             os.close(fds[0])
@@ -247,7 +248,7 @@ class Families:
             del self._copying[leaf]
             if made is None and copy.pid == 0:
                 self._release(copy)
-                if copying.at_large and leaf.family.alive:
+                if copying.at_large and leaf.family.alive and not leaf.family.kill_strangers():
                     self._lose(leaf.family)
             finished(made)
 
@@ -349,10 +350,9 @@ class Families:
             if leaf.ended is not None:
                 family.endings.append(leaf.ended)
         self._loop.forget(family.control.fileno())
-        family.template.residents.discard(family.pid)
         family.drop()
         if family.pid and family.template.alive:
-            self._dying[family.number] = family
+            self._dying[family.number] = family  # a resident of its template until that says that it is dead
         else:
             family.tell_end()
         for leaf in leaves:

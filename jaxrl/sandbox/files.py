@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 
 _ENTRY = struct.Struct("<HI")  # lengths of name and content
+_PAGE = 4096  # what a file takes of the directory, at least
 _MOST = 1024  # files that are given, and that are returned
 _DEEPEST = 8  # folders that the search for returned files goes down
 
@@ -32,10 +33,11 @@ def check(given: Mapping[str, bytes], room: int) -> None:
         clash = next((folder for folder in folders if folder in given), None)
         if clash is not None:
             raise ValueError(f"file {name!r} lies in {clash!r}, which is given as a file; rename one of them")
-    total = sum(map(len, given.values()))
+    total = sum(-(-len(data) // _PAGE) * _PAGE for data in given.values())
     if total > room or len(given) > _MOST:
         raise ValueError(
-            f"{len(given)} files of {total} bytes do not fit: at most {_MOST} files and Limits.disk_mib ({room} bytes)"
+            f"{len(given)} files of {total} bytes (in pages of {_PAGE}) do not fit: at most {_MOST} files and "
+            f"Limits.disk_mib ({room} bytes)"
         )
 
 

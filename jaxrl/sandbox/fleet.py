@@ -376,13 +376,15 @@ class Fleet:
 
     def _note_request(self, template: Template, request: Request) -> bool:
         process = process_of(request.thread)
+        if process == 0:
+            return True  # dead already
         for job in template.jobs.values():
             if job.pid == process:
                 used, _ = memory(process)
                 if used + request.size > job.address_space:
                     job.memory_refused = True
                 return True
-        return process == 0 or process in template.residents  # dead already, or of a session that runs no cell
+        return process in template.residents  # of a session that runs no cell
 
     def born(self, template: Template) -> None:
         """A birth became known: its early memory requests can be weighed."""

@@ -33,6 +33,15 @@ def kin(pid: int) -> Kin | None:
     return Kin(*map(int, found.groups())) if found else None
 
 
+def children(pid: int) -> set[int] | None:
+    """Process ids of its children; None where the kernel does not tell."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
+            return set(map(int, file.read().split()))
+    except OSError:
+        return None
+
+
 def identity(fd: int) -> Identity:
     """Of one of our own descriptors; both ends of a pipe have the same, those of a socket pair have not."""
     status = os.fstat(fd)
@@ -87,7 +96,7 @@ def is_stopped(pid: int) -> bool:
 def memory_kib(pid: int, work: str) -> int:
     """Memory that would be free without the process: its share of shared pages, and its files."""
     total = 0
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, TypeError, ValueError):
         with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
             total = int(re.search(rb"^Pss: +(\d+)", file.read(), re.MULTILINE)[1])
         space = os.statvfs(f"/proc/{pid}/root{work}")

@@ -3,6 +3,7 @@
 Runs no cell. Its end is the end of the session and of all copies of it, by the kernel's hand.
 """
 
+import contextlib
 import os
 import resource
 import select
@@ -91,8 +92,9 @@ class Keeper:
         if threads > self._threads:
             self._threads = threads
             for pid in self._leaves:
-                _, most = resource.prlimit(pid, resource.RLIMIT_NPROC)
-                resource.prlimit(pid, resource.RLIMIT_NPROC, (min(threads, most), most))
+                with contextlib.suppress(ProcessLookupError):  # ended, and about to be collected
+                    _, most = resource.prlimit(pid, resource.RLIMIT_NPROC)
+                    resource.prlimit(pid, resource.RLIMIT_NPROC, (min(threads, most), most))
 
     def _give_directory(self, owner: int, original: int | None = None) -> None:
         """Mount a directory of its own for one process, with the files that lie in another's.

@@ -157,6 +157,20 @@ class Family:
         self.endings: list[Callable[[], None]] = []  # of leaves that are dead, for when their world is as well
         self._furnished: deque[Callable[[str], None]] = deque()
 
+    def kill_strangers(self) -> bool:
+        """End copies that never said who they are; False where the kernel does not tell of them."""
+        found = inspection.children(self.pid)
+        if found is None:
+            return False
+        for pid in found - {leaf.pid for leaf in self.leaves.values()}:
+            with contextlib.suppress(OSError):
+                pidfd = os.pidfd_open(pid)
+                kin = inspection.kin(pid)
+                if kin is not None and kin.parent == self.pid:
+                    send_signal(pidfd, signal.SIGKILL)
+                os.close(pidfd)
+        return True
+
     def found(self, first: Leaf) -> None:
         """Have the template fork the keeper, and that one the first leaf.
 

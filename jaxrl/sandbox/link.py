@@ -110,8 +110,12 @@ class WardenLink(asyncio.Protocol):
         """
         future: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
         if self.alive:
+            try:
+                content = call.pack()
+            except BaseException:
+                self._on_slot_free()
+                raise
             self._pending[call.id] = future
-            content = call.pack()
             self._send(frame(Kind.SUBMIT, content) if cell is None else frame(Kind.CELL, cell.pack() + content))
         else:
             self._on_slot_free()

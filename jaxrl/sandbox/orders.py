@@ -1,6 +1,8 @@
 """Orders from the warden to stems and templates, their answers, and the packets that carry descriptors."""
 
 import array
+import errno
+import os
 import socket
 import struct
 
@@ -35,6 +37,7 @@ ANSWER_EXISTS, ANSWER_ENTERED, ANSWER_OVER, ANSWER_COPIED = b"H", b"E", b"O", b"
 
 # Largest packet: below the kernel's default socket buffer (208 KiB). Larger calls travel in a memfd.
 PACKET_LIMIT = 96 * 1024
+_MOST_DESCRIPTORS = 16  # of a call: three pipes, files, input, the doors of its control groups, the call itself
 _FDS = struct.Struct("i")
 
 
@@ -46,14 +49,22 @@ def send_packet(channel: socket.socket, data: bytes, fds: tuple[int, ...] = ()) 
 
 
 def receive_packet(channel: socket.socket) -> tuple[bytes, list[int]]:
-    """One packet and its descriptors; ``(b"", [])`` when the other side is gone."""
-    space = socket.CMSG_SPACE(8 * _FDS.size)
+    """One packet and its descriptors; ``(b"", [])`` when the other side is gone.
+
+    Raises:
+        OSError: descriptors were lost on the way.
+    """
+    space = socket.CMSG_SPACE(_MOST_DESCRIPTORS * _FDS.size)
     try:
-        data, ancillary, _, _ = channel.recvmsg(PACKET_LIMIT + 4096, space, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = channel.recvmsg(PACKET_LIMIT + 4096, space, socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError:
         return b"", []
     fds: list[int] = []
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds += [fd for (fd,) in _FDS.iter_unpack(payload[: len(payload) - len(payload) % _FDS.size])]
+    if flags & socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        raise OSError(errno.EMFILE, f"only {len(fds)} descriptors of a packet arrived")
     return data, fds

@@ -322,7 +322,7 @@ class Pool:
 
     def _with_program(self, call: Call, words: tuple[str, ...], files: Mapping[str, bytes]) -> Call:
         """The call as one of a program that finds these files besides its own."""
-        file_bytes.check(files, call.limits.disk_mib << 20)
+        file_bytes.check(dict(file_bytes.unpack(call.files)) | dict(files), call.limits.disk_mib << 20)
         packed = call.files + file_bytes.pack(files)
         return dataclasses.replace(call, command=languages.command(words), files=packed, processes=True)
 

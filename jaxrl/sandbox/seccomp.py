@@ -147,7 +147,7 @@ _FORKS = {"fork": (57, None), "vfork": (58, None)}
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _SOCKETPAIR = (53, 199)
 _PRCTL = (157, 167)
-_FCNTL, _SET_PIPE_SIZE = (72, 25), 1031
+_FCNTL, _SET_LEASE, _WATCH_FOLDER, _SET_PIPE_SIZE = (72, 25), 1024, 1026, 1031
 _MMAP, _MREMAP = (9, 222), (25, 216)
 # Everything from here on is newer than this table (statmount, lsm_set_self_attr, ...); told "no such call",
 # libraries fall back on older ones.
@@ -253,10 +253,13 @@ def child_filter(processes: bool = False, copies: bool = False) -> Filter:
             (_JUMP_EQUAL, 0, 1, syscalls.PR_SET_PDEATHSIG),
             (_RETURN, 0, 0, _ERRNO | errno.EPERM),
             (_RETURN, 0, 0, _ALLOW),
-            # What lies in a pipe is memory that no limit of the call counts.
-            (_JUMP_EQUAL, 0, 4, _FCNTL[_COLUMN]),
+            # What lies in a pipe is memory that no limit of the call counts; watches and leases reach others through
+            # files that all may read.
+            (_JUMP_EQUAL, 0, 6, _FCNTL[_COLUMN]),
             (_LOAD, 0, 0, _ARGUMENTS + 8),
-            (_JUMP_EQUAL, 0, 1, _SET_PIPE_SIZE),
+            (_JUMP_EQUAL, 2, 0, _SET_PIPE_SIZE),
+            (_JUMP_EQUAL, 1, 0, _WATCH_FOLDER),
+            (_JUMP_EQUAL, 0, 1, _SET_LEASE),
             (_RETURN, 0, 0, _ERRNO | errno.EPERM),
             (_RETURN, 0, 0, _ALLOW),
             (_JUMP_EQUAL, 0, 3 + len(copy), _CLONE[_COLUMN]),

@@ -301,6 +301,7 @@ class Warden:
         try:
             doors = self._annex.admit(job) if job.call.processes and self._annex is not None else ()
         except OSError as error:
+            self._annex.release(job)
             job.attempts += 1
             job.fault = f"no control group could be had: {error}".encode()
             self._retry(job, template)
@@ -476,7 +477,8 @@ class Warden:
         """A cell came to its end."""
         self._leave(job)
         if report.survived and not job.fast and _MAY_RAISE_PRIORITY:
-            os.setpriority(os.PRIO_PROCESS, job.pid, os.getpriority(os.PRIO_PROCESS, 0))
+            with contextlib.suppress(OSError):  # dead since it spoke, or this root has no right to raise priorities
+                os.setpriority(os.PRIO_PROCESS, job.pid, os.getpriority(os.PRIO_PROCESS, 0))
         self._report(job, report)
         self._dispatch()
 

@@ -1,7 +1,6 @@
 """What the pool counts, when templates are replaced although they live, and draining."""
 
 import asyncio
-import dataclasses
 import os
 import pathlib
 import resource
@@ -171,11 +170,10 @@ def test_template_that_starts_no_calls_fails_its_self_test() -> None:
 
 
 def test_a_template_is_not_blamed_for_a_call_that_cannot_start() -> None:
-    """Files of one byte take a page each and do not fit into the directory, on whichever template."""
+    """More folders than its directory has room for, on whichever template."""
     with Driver(workers=2, slots=4, preload=()) as driver:
         before = templates(driver)
-        small = dataclasses.replace(LIMITS, disk_mib=1)
-        result = driver.run("1", limits=small, files={str(number): b"x" for number in range(300)})
+        result = driver.run("1", files={f"{number}/a/b/c/d/file": b"" for number in range(1000)})
         assert (result.status, result.attempts) == (ToolStatus.INFRA_ERROR, 3)
         assert [driver.run("1").status for _ in range(4)] == [OK] * 4
         assert (templates(driver), restarts(driver)) == (before, {})
@@ -247,3 +245,18 @@ def test_drain_waits_for_what_runs_and_takes_nothing_new() -> None:
             assert (await pool.run("4")).stdout == "4\n"
 
     asyncio.run(asyncio.wait_for(use(), 60))
+
+
+def test_sessions_of_retiring_templates_end_when_they_are_closed() -> None:
+    """Their template may have nothing else left and is about to be dropped."""
+    with Driver(workers=1, slots=4, preload=(), recycle_calls=1) as driver:
+
+        async def use() -> None:
+            for _ in range(12):
+                session = driver.pool.session()
+                await session.run("x = 1")
+                calls = [asyncio.create_task(driver.pool.run("1")) for _ in range(3)]
+                await session.close()
+                await asyncio.gather(*calls)
+
+        driver.wait(use(), 60)

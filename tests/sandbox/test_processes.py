@@ -331,3 +331,16 @@ def test_a_template_that_dies_under_processes_takes_them_along(sandbox: Driver) 
     assert (result.status, result.stdout, result.attempts) == (OK, "done\n", 2), result
     after = set(sandbox.resting())
     assert not born & after and len(after) == len(before), "a new template is in the place of the lost one"
+
+
+@pytest.mark.parametrize("size", [1, 200_000])
+@pytest.mark.parametrize("wanted", [(), ("out",)])
+@pytest.mark.parametrize("stdin", ["", "abc"])
+def test_input_files_and_wanted_files_come_through_together(
+    quiet: Driver, stdin: str, wanted: tuple[str, ...], size: int
+) -> None:
+    """Every descriptor of a call arrives: pipes, input, files, the large call itself, the doors of its groups."""
+    files = {"big": b"x" * size}
+    result = quiet.run("cat > out; wc -c < big", language="bash", stdin=stdin, wanted=wanted, files=files)
+    assert (result.status, result.attempts, result.stdout.strip()) == (ToolStatus.OK, 1, str(size))
+    assert result.files == ({"out": stdin.encode()} if wanted else {})

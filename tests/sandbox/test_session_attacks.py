@@ -1,5 +1,6 @@
 """Hostile cells: a call's walls hold in a session, no process copies itself unasked, no copy reaches another."""
 
+import dataclasses
 import os
 import time
 
@@ -274,3 +275,32 @@ def test_leaves_are_what_the_kernel_shows_of_a_session(sandbox: Driver) -> None:
             assert (lines["NoNewPrivs"], lines["Seccomp"], lines["State"][0]) == ("1", "2", "T")
             assert sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2", "3"]
         copy.close()
+
+
+def test_a_process_that_speaks_and_dies_takes_no_warden_along(sandbox: Driver) -> None:
+    """A cell of the slow lane says that it is over and is gone while its files are read."""
+    code = (
+        "import os, time, ctypes\nfor i in range(60): open(f'f{i}', 'wb').write(b'x' * 80000)\n"
+        "libc = ctypes.PyDLL(None)\nbegin = time.time()\nwhile time.time() - begin < 0.5: pass\n"
+        "libc.write(3, b'O\\0', 2); libc._exit(0)"
+    )
+    warden = sandbox.pool.warden_pid
+    with session(sandbox, limits=dataclasses.replace(LIMITS, cpu_seconds=5, wall_seconds=9)) as attacker:
+        attacker.run(code, wanted=("*",))
+    assert sandbox.run("6 * 7").stdout == "42\n"
+    assert sandbox.pool.warden_pid == warden
+
+
+@pytest.mark.slow
+def test_a_copy_that_hides_costs_its_siblings_nothing(sandbox: Driver) -> None:
+    with session(sandbox, limits=LIMITS) as original:
+        original.out("x = 1")
+        evil, good = original.fork(2)
+        evil.out(OURS + TRICKS["the copy says nothing"])
+        evil.session._history.clear()
+        good.out("y = 2")
+        for copy in evil.fork(1):
+            copy.close()
+        for other in (original, good):
+            result = other.run("x")
+            assert (result.stdout, result.rebuilt) == ("1\n", False)

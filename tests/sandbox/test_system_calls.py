@@ -26,6 +26,9 @@ CALLS = {
     "msgsnd": (69, "0", ROOM, "8", "0"),
     "mq_unlink": (241, "b'q'"),
     "widen a pipe a little": (72, "__import__('os').pipe()[1]", "1031", "1 << 20"),
+    # what others do with files that all may read
+    "watch a folder": (72, "__import__('os').open('/usr/lib', 0)", "1026", "0x80000001"),
+    "lease a file": (72, "__import__('os').open(__import__('os').__file__, 0)", "1024", "0"),
     # other processes and their memory
     "process_vm_writev": (311, "1", "0", "0", "0", "0", "0"),
     "process_madvise": (440, "0", "0", "0", "0", "0"),
