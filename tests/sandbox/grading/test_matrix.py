@@ -209,8 +209,8 @@ def test_a_correct_program_is_not_blamed_for_what_the_pool_cuts_out(sandbox: Dri
 
 
 def test_an_answer_that_fills_the_folder_of_its_test_is_ours_to_mend(sandbox: Driver) -> None:
-    test = CodeTest("assert len(f(1)) == 5 * 2**20", "f")
-    program = "def f(x): return 'x' * (5 * 2**20)"
+    test = CodeTest("assert len(f(1)) == 2046 * 4096 - 20", "f")
+    program = "def f(x): return 'x' * (2046 * 4096 - 20)"
     assert sandbox.wait(Grader(sandbox.pool, LIMITS).grade(program, test)).passed
     found = sandbox.wait(Grader(Capped(sandbox)).grade(program, test))
     assert found.is_infra and "disk_mib=8; raise it" in found.detail, found
