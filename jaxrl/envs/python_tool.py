@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from jaxrl.records import ToolCall, ToolStatus
-from jaxrl.sandbox import ClusterPool, Pool, Result
+from jaxrl.sandbox import Result, Runner
 from jaxrl.text.chat import ToolSchema
 
 _TYPES = {"code": str, "input": str}
@@ -26,7 +26,7 @@ class PythonTool:
         },
     )
 
-    def __init__(self, pool: Pool | ClusterPool) -> None:
+    def __init__(self, pool: Runner) -> None:
         self._pool = pool
 
     async def call(self, arguments: Any, seconds: float) -> ToolCall:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxrl.sandbox.metrics import Metrics
     from jaxrl.sandbox.pool import Pool, Result, pool_from_config
     from jaxrl.sandbox.protocol import Limits
+    from jaxrl.sandbox.runner import Runner
     from jaxrl.sandbox.session import Session
     from jaxrl.sandbox.wire import RunRequest
 
@@ -32,6 +33,7 @@ _HOMES = {
     "Pool": "pool",
     "Result": "pool",
     "RunRequest": "wire",
+    "Runner": "runner",
     "SandboxClient": "client",
     "SandboxUnavailable": "jail",
     "Session": "session",
@@ -46,6 +48,7 @@ __all__ = [
     "Pool",
     "Result",
     "RunRequest",
+    "Runner",
     "SandboxClient",
     "SandboxUnavailable",
     "Session",

@@ -78,6 +78,7 @@ class SandboxClient:
         self._connections = connections
         self._session: aiohttp.ClientSession | None = None
         self.limits = Limits()  # the server's own, once it is known
+        self.most: Limits | None = None  # the same, once it is known
         self.isolation = ""
         self._part_calls, self._part_bytes = _PART_CALLS, _PART_BYTES
 
@@ -102,7 +103,8 @@ class SandboxClient:
         except BaseException:
             await self.close()
             raise
-        self.limits, self.isolation = health.limits, health.isolation
+        self.limits = self.most = health.limits
+        self.isolation = health.isolation
         self._part_calls = min(_PART_CALLS, health.most_calls)
         self._part_bytes = min(_PART_BYTES, health.most_bytes // 2)  # the rest is for the largest single call
 

@@ -86,6 +86,7 @@ class ClusterPool:
         if importlib.util.find_spec("ray") is None:
             raise ConfigError(f'SandboxConfig.cluster="{address}" needs Ray: pip install "jaxrl[ray]"')
         self.limits = limits or Limits()
+        self.most: Limits | None = None
         self.isolation = jail.UNSAFE if unsafe else jail.JAILED
         self._address = address
         self._make_pool = functools.partial(

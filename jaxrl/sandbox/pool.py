@@ -122,6 +122,7 @@ class Pool:
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.limits = limits or Limits()
+        self.most: Limits | None = None
         self.isolation = jail.UNSAFE if unsafe else jail.JAILED
         self._unsafe = unsafe
         self._processes_without_cgroup = processes_without_cgroup

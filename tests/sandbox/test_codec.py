@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.records import ToolStatus
-from jaxrl.sandbox import Limits, Pool, Result, SandboxClient, codec, openapi, wire
+from jaxrl.sandbox import ClusterPool, Language, Limits, Pool, Result, Runner, SandboxClient, codec, openapi, wire
 
 DOCUMENT = openapi.document()
 FULL = {
@@ -139,9 +139,10 @@ def test_the_description_is_valid() -> None:
     openapi_spec_validator.validate(DOCUMENT)
 
 
-def test_pool_client_and_request_take_the_same_arguments() -> None:
-    arguments = inspect.signature(Pool.run).parameters
-    assert arguments == inspect.signature(SandboxClient.run).parameters
+def test_pools_and_request_take_the_same_arguments() -> None:
+    arguments = inspect.signature(Runner.run, eval_str=True, locals={"Language": Language, "Result": Result}).parameters
+    for kind in (Pool, ClusterPool, SandboxClient):
+        assert arguments == inspect.signature(kind.run).parameters, kind
     assert [field.name for field in dataclasses.fields(wire.RunRequest)] == [
         name for name in arguments if name not in ("self", "tenant")
     ]

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from jaxrl.envs.python_tool import PythonTool
 from jaxrl.records import ToolCall, ToolStatus
 from jaxrl.sandbox import Limits, Result, RunRequest, SandboxClient, SandboxUnavailable, openapi
+from jaxrl.sandbox.grading import Grade, Grader, StdioTest
 from tests.sandbox.driver import Driver, descendants
 from tests.sandbox.served import SERVE, Served
 from tests.sandbox.test_pool import alive, wait_until
@@ -113,6 +114,21 @@ def test_a_request_cannot_raise_the_limits_of_the_server(served: Served) -> None
     result = served.use(lambda client: client.run("while True: pass", limits=generous))
     assert result.status is ToolStatus.TIMEOUT and 0.5 < result.cpu_seconds < 2
     assert served.use(lambda client: client.run("1", limits=Limits(memory_mib=16))).status is OK
+
+
+def test_grading_on_a_server_with_less_than_it_needs_blames_no_program(served: Served) -> None:
+    expected = "\n".join(map(str, range(5000)))
+    program = "print(*range(5000), sep='\\n')"
+
+    async def graded(client: SandboxClient) -> Grade:
+        with pytest.raises(ValueError, match="Limits.output_kib=64 but the pool gives no call more than 8"):
+            Grader(client, dataclasses.replace(client.limits, output_kib=64))
+        grader = Grader(client)
+        assert (await grader.grade("print(1)", StdioTest("", "1"))).passed
+        return await grader.grade(program, StdioTest("", expected))
+
+    found = served.use(graded)
+    assert found.is_infra and "raise the pool's output_kib" in found.detail, found
 
 
 def test_a_snippet_cannot_reach_the_server(served: Served) -> None:

@@ -2,6 +2,6 @@
 
 from jaxrl.sandbox.grading.cases import CallTest, CodeTest, StdioTest, Test
 from jaxrl.sandbox.grading.grade import Grade, PassMatrix
-from jaxrl.sandbox.grading.grader import Grader, NotHidden, Runner
+from jaxrl.sandbox.grading.grader import Grader, NotHidden
 
-__all__ = ["CallTest", "CodeTest", "Grade", "Grader", "NotHidden", "PassMatrix", "Runner", "StdioTest", "Test"]
+__all__ = ["CallTest", "CodeTest", "Grade", "Grader", "NotHidden", "PassMatrix", "StdioTest", "Test"]

@@ -35,17 +35,26 @@ class Cache:
         return grade
 
     def put(self, key: str, grade: Grade) -> None:
-        """Keep a grade, unless the fault was ours."""
+        """Keep a grade, unless the fault was ours. Where the folder cannot be written it is kept in memory alone."""
         if grade.is_infra:
             return
         self._remember(key, grade)
         if self._folder is not None:
-            path = self._path(self._folder, key)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Complete when it gets its name, so that no reader in another process meets half of it.
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            with contextlib.suppress(OSError):
+                self._write(self._path(self._folder, key), grade)
+
+    @staticmethod
+    def _write(path: pathlib.Path, grade: Grade) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Complete when it gets its name, so that no reader in another process meets half of it.
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
                 json.dump(dataclasses.asdict(grade), file)
-            os.replace(file.name, path)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
 
     def _remember(self, key: str, grade: Grade) -> None:
         self._grades[key] = grade

@@ -13,7 +13,6 @@ import platform
 import secrets
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from jaxrl.sandbox import jail
 from jaxrl.sandbox.grading import scripts
@@ -24,28 +23,13 @@ from jaxrl.sandbox.grading.grade import Grade, PassMatrix, matrix_of
 from jaxrl.sandbox.grading.plan import Plan, divide
 from jaxrl.sandbox.pool import Result
 from jaxrl.sandbox.protocol import Limits
+from jaxrl.sandbox.runner import Runner
 from jaxrl.statuses import ToolStatus
 
 _ROUNDS = 32  # times that a test may ask something that rests on earlier answers
 _INTERVIEWS = 16384  # remembered
-
-
-class Runner(Protocol):
-    """A pool, as far as grading needs one."""
-
-    isolation: str
-
-    async def run(
-        self,
-        code: str,
-        stdin: str = "",
-        echo: bool = True,
-        limits: Limits | None = None,
-        tenant: str = "",
-        files: Mapping[str, bytes] | None = None,
-        wanted: Sequence[str] = (),
-        language: str = "python",
-    ) -> Result: ...
+_PATIENCE = 4  # times the wall time, for a test that did not come to its end on a busy machine
+_LEFT_OUT_WORDS = 64  # bytes that say how much of an output was left out
 
 
 class NotHidden(ValueError):
@@ -53,7 +37,7 @@ class NotHidden(ValueError):
 
 
 class _OurFault(Exception):
-    """The pool answered ``infra_error``."""
+    """What came of a call says nothing about the program."""
 
 
 @dataclasses.dataclass
@@ -63,7 +47,13 @@ class _Interview:
     plan: Plan
     questions: bytes  # what it asks first
     obstacle: str  # why it asks nothing
+    tries: int = 0  # to find out
+    fault: str = ""  # why the last try failed
     turn: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)  # one finds out, the others wait
+
+    @property
+    def known(self) -> bool:
+        return bool(self.questions or self.obstacle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +64,7 @@ class _Verdict:
     text: str
     questions: bytes  # all that the test asked
     status: ToolStatus
+    ended: bool = True  # by itself
 
 
 class Grader:
@@ -81,14 +72,14 @@ class Grader:
 
     Args:
         pool: an open ``Pool``, or what runs snippets as it does.
-        limits: of each call; None takes the defaults of ``Limits``.
+        limits: of each call; None takes the pool's.
         hidden_only: refuse tests that cannot be kept out of the program's reach.
         tenant: on whose behalf the pool runs the calls.
         cache_entries: grades kept in memory.
         cache_folder: where grades are kept for later runs; None keeps none.
 
     Raises:
-        ValueError: ``hidden_only``, but the pool has no jail.
+        ValueError: ``hidden_only``, but the pool has no jail; or the pool gives no call that much.
     """
 
     def __init__(
@@ -104,7 +95,8 @@ class Grader:
         if hidden_only and pool.isolation == jail.UNSAFE:
             raise ValueError(f"hidden_only=True but the pool's isolation is {pool.isolation!r}; use a pool with a jail")
         self._pool = pool
-        self._limits = limits or Limits()
+        self._limits = limits or pool.limits
+        _check_limits(self._limits, pool.most)
         self._hidden_only = hidden_only
         self._tenant = tenant
         self._cache = Cache(cache_entries, cache_folder)
@@ -116,6 +108,8 @@ class Grader:
         Raises:
             SyntaxError: the test is no Python.
             NotHidden: it cannot be hidden, and ``hidden_only`` was asked for.
+            ValueError: the pool refuses to run a program whole, as for its language or size. Where it refuses what
+                grading passes between jails, as answers too large for a server, the grade is ``infra_error``.
         """
         key = self._key(program, test)
         known = self._cache.get(key)
@@ -174,6 +168,12 @@ class Grader:
         ran = await self._run(program, limits=limits, stdin=test.stdin, language=test.language)
         if ran.status != ToolStatus.OK:
             return _grade([ran], False, ran.status, _last_line(ran.stderr))
+        kept = len(ran.stdout.encode() if ran.stdout_bytes is None else ran.stdout_bytes)
+        if ran.stdout_truncated and kept < len(test.expected.encode("utf-8", "replace")) + _LEFT_OUT_WORDS:
+            raise _OurFault(
+                f"the pool keeps at most {kept // 1024} KiB of output but {limits.output_kib} were asked for, since the"
+                " expected output is longer; raise the pool's output_kib"
+            )
         passed = test.accepts(ran.stdout)
         return _grade([ran], passed, ran.status, "" if passed else "the output is not the expected one")
 
@@ -199,13 +199,14 @@ class Grader:
             questions = verdict.questions
         return _grade(calls, False, ToolStatus.OK, f"after {_ROUNDS} rounds the test still had questions")
 
-    async def _examine(self, plan: Plan, questions: bytes, answers: bytes) -> _Verdict:
+    async def _examine(self, plan: Plan, questions: bytes, answers: bytes, limits: Limits | None = None) -> _Verdict:
         """Run the test on answers, in a jail of its own."""
         given = {EXAM: plan.exam, QUESTIONS: questions, ANSWERS: answers}
-        judged = await self._run(scripts.EXAMINE, files=given, wanted=[VERDICT, QUESTIONS])
+        judged = await self._run(scripts.EXAMINE, limits=limits, files=given, wanted=[VERDICT, QUESTIONS])
         if judged.status != ToolStatus.OK or not {VERDICT, QUESTIONS} <= judged.files.keys():
             status = ToolStatus.ERROR if judged.status == ToolStatus.OK else judged.status
-            return _Verdict("failed", f"the test itself ended badly: {_last_line(judged.stderr)}", b"", status)
+            text = f"the test itself ended badly: {_last_line(judged.stderr)}"
+            return _Verdict("failed", text, b"", status, ended=False)
         word, _, text = judged.files[VERDICT].decode("utf-8", "replace").partition("\n")
         status = ToolStatus.ERROR if word == "raised" else ToolStatus.OK
         return _Verdict(word, text, judged.files[QUESTIONS], status)
@@ -219,16 +220,40 @@ class Grader:
         self._interviews.move_to_end(test)
         while len(self._interviews) > _INTERVIEWS:
             self._interviews.popitem(last=False)
+        tries = interview.tries
         async with interview.turn:
-            if not interview.questions and not interview.obstacle:
-                verdict = await self._examine(interview.plan, b"", b"")
-                if verdict.word == "more":
-                    interview.questions = verdict.questions
-                elif verdict.word == "closed":
-                    interview.obstacle = f"a question of the test cannot leave its process: {verdict.text}"
-                else:
-                    interview.obstacle = f"the test {verdict.word} before it asked anything: {verdict.text}"
+            # Whoever waited here shares the fault of another.
+            if not interview.known and interview.tries == tries:
+                try:
+                    await self._find_out(interview)
+                except _OurFault as fault:
+                    interview.fault = str(fault)
+                interview.tries += 1
+            if not interview.known:
+                raise _OurFault(interview.fault)
         return interview
+
+    async def _find_out(self, interview: _Interview) -> None:
+        """Fill in what the test asks, or why it asks nothing.
+
+        Only a run that came to its end tells that a test asks nothing: anything else may come of a busy machine, and
+        an obstacle puts the expected answers within the program's reach.
+
+        Raises:
+            _OurFault: no run came to its end.
+        """
+        verdict = await self._examine(interview.plan, b"", b"")
+        if not verdict.ended:
+            patient = dataclasses.replace(self._limits, wall_seconds=self._limits.wall_seconds * _PATIENCE)
+            verdict = await self._examine(interview.plan, b"", b"", patient)
+        if not verdict.ended:
+            raise _OurFault(f"the test ran into {verdict.status} before it asked anything: {verdict.text}")
+        if verdict.word == "more":
+            interview.questions = verdict.questions
+        elif verdict.word == "closed":
+            interview.obstacle = f"a question of the test cannot leave its process: {verdict.text}"
+        else:
+            interview.obstacle = f"the test {verdict.word} before it asked anything: {verdict.text}"
 
     async def _grade_beside(self, program: str, test: CodeTest, obstacle: str) -> Grade:
         # The token only tells an end of the test from an early end of the program; here the program may know all.
@@ -253,19 +278,41 @@ class Grader:
         # Room for what is given, so that long answers of a program never make the setting up of its test fail.
         given = sum(map(len, (files or {}).values()))
         limits = dataclasses.replace(limits, disk_mib=limits.disk_mib + (given >> 20) + 1)
-        result = await self._pool.run(
-            code,
-            stdin=stdin,
-            echo=False,
-            limits=limits,
-            tenant=self._tenant,
-            files=files,
-            wanted=wanted,
-            language=language,
-        )
+        most = self._pool.most
+        if most is not None and 2 * given > most.disk_mib << 20:
+            raise _OurFault(f"{given} bytes leave too little of the pool's disk_mib={most.disk_mib}; raise it")
+        try:
+            result = await self._pool.run(
+                code,
+                stdin=stdin,
+                echo=False,
+                limits=limits,
+                tenant=self._tenant,
+                files=files,
+                wanted=wanted,
+                language=language,
+            )
+        except ValueError as error:
+            if files is None:
+                raise
+            raise _OurFault(f"the pool refuses {given} bytes of files: {error}") from error
         if result.status == ToolStatus.INFRA_ERROR:
             raise _OurFault(result.stderr)
         return result
+
+
+def _check_limits(limits: Limits, most: Limits | None) -> None:
+    """Refuse limits that a pool would cut, for then a program fails that keeps to them.
+
+    Raises:
+        ValueError: a limit is larger than the pool's.
+    """
+    for name, value in dataclasses.asdict(limits).items():
+        if most is not None and value > getattr(most, name):
+            raise ValueError(
+                f"Limits.{name}={value} but the pool gives no call more than {getattr(most, name)}; lower it here, or"
+                " raise it there"
+            )
 
 
 def _grade(calls: Sequence[Result], passed: bool, status: ToolStatus, detail: str) -> Grade:

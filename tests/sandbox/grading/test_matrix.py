@@ -4,14 +4,15 @@ import asyncio
 import dataclasses
 import pathlib
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxrl.records import ToolStatus
-from jaxrl.sandbox import Limits, Result
-from jaxrl.sandbox.grading import CallTest, CodeTest, Grade, Grader, NotHidden, StdioTest, Test
+from jaxrl.sandbox import Limits, Result, wire
+from jaxrl.sandbox.grading import CallTest, CodeTest, Grade, Grader, NotHidden, StdioTest, Test, scripts
 from jaxrl.sandbox.grading.cache import Cache
 from tests.sandbox.driver import LIMITS, Driver
 
@@ -22,15 +23,19 @@ TESTS: list[Test] = [
     CodeTest("for n in range(1, 4):\n    assert f(n) == 2 * n"),
     StdioTest("a", "a"),
 ]
+OVERLOAD = ToolStatus.TIMEOUT
 PASSED = [[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
 STATUS = [["ok"] * 4, ["ok"] * 4, ["ok", "error", "ok", "ok"], ["error", "error", "error", "ok"]]
 
 
 class Watched:
-    """A pool that counts its calls and loses some."""
+    """A pool that counts its calls, loses some, and ends the first examinations as ``ending`` says."""
 
-    def __init__(self, driver: Driver, lost: float = 0.0) -> None:
-        self.isolation = driver.pool.isolation
+    def __init__(self, driver: Driver, lost: float = 0.0, overloaded: int = 0, ending: ToolStatus = OVERLOAD) -> None:
+        self.isolation, self.limits, self.most = driver.pool.isolation, driver.pool.limits, driver.pool.most
+        self.overloaded, self.ending = overloaded, ending
+        self.examined: list[Limits] = []
+        self.beside = 0
         self.calls = 0
         self._driver = driver
         self._lost = lost
@@ -39,6 +44,11 @@ class Watched:
     async def run(self, code: str, **options: Any) -> Result:
         self.calls += 1
         result = await self._driver.pool.run(code, **options)
+        self.beside += ").stand_beside(" in code
+        if code == scripts.EXAMINE:
+            self.examined.append(options["limits"])
+            if len(self.examined) <= self.overloaded:
+                return dataclasses.replace(result, status=self.ending, files={})
         if self._draws.random() < self._lost:
             return dataclasses.replace(result, status=ToolStatus.INFRA_ERROR, files={})
         return result
@@ -135,6 +145,93 @@ def test_a_fault_of_ours_while_a_test_is_read_is_not_remembered(sandbox: Driver)
     assert found.passed and found.hidden
 
 
+SECRET = CodeTest("def check(f):\n    assert f(1) == 'SECRET'\ncheck(f)", "f")
+THIEF = """
+import sys
+def f(x):
+    return next(constant for constant in sys._getframe(1).f_code.co_consts if isinstance(constant, str))
+"""
+
+
+@pytest.mark.parametrize("ending", [ToolStatus.TIMEOUT, ToolStatus.OUT_OF_MEMORY, ToolStatus.OK])
+def test_a_busy_machine_brings_no_test_within_the_programs_reach(
+    sandbox: Driver, tmp_path: pathlib.Path, ending: ToolStatus
+) -> None:
+    once = Watched(sandbox, overloaded=1, ending=ending)
+    found = sandbox.wait(Grader(once, LIMITS).grade(THIEF, SECRET))
+    assert not found.passed and found.hidden and not found.is_infra, found
+    assert once.examined[1].wall_seconds == 4 * once.examined[0].wall_seconds
+
+    pool = Watched(sandbox, overloaded=2, ending=ending)
+    grader = Grader(pool, LIMITS, cache_folder=tmp_path)
+    found = sandbox.wait(grader.grade(THIEF, SECRET))
+    assert not found.passed and found.is_infra and "before it asked anything" in found.detail, found
+    assert len(pool.examined) == 2 and not list(tmp_path.rglob("*.json"))
+    right = "def f(x): return 'SECRET'"
+    matrix = sandbox.wait(grader.matrix([THIEF, right], [SECRET]))
+    assert matrix.passed.tolist() == [[False], [True]] and matrix.hidden.all() and not matrix.infra.any()
+    assert once.beside == pool.beside == 0
+    assert sandbox.wait(Grader(pool, LIMITS).grade(THIEF, CodeTest("check = f", "f"))).passed and pool.beside == 1
+
+
+def test_programs_that_wait_for_a_test_share_the_fault_of_reading_it(sandbox: Driver) -> None:
+    pool = Watched(sandbox, overloaded=2)
+    matrix = sandbox.wait(Grader(pool, LIMITS).matrix([f"def f(n): return {k}" for k in range(6)], [TESTS[2]]))
+    assert matrix.infra.all() and pool.calls == 2
+
+
+class Capped:
+    """A pool that gives no call more than its own limits, as a server does."""
+
+    def __init__(self, driver: Driver, refused_bytes: int = 1 << 40, **limits: float) -> None:
+        self.limits = self.most = dataclasses.replace(LIMITS, **limits)
+        self.isolation = driver.pool.isolation
+        self._driver, self._refused_bytes = driver, refused_bytes
+
+    async def run(self, code: str, limits: Limits, files: Mapping[str, bytes] | None = None, **options: Any) -> Result:
+        if (size := len(code) + sum(map(len, (files or {}).values()))) > self._refused_bytes:
+            raise ValueError(f"the request is too large; limit: {self._refused_bytes} bytes, not {size}")
+        return await self._driver.pool.run(code, limits=wire.capped(limits, self.most), files=files, **options)
+
+
+def test_a_correct_program_is_not_blamed_for_what_the_pool_cuts_out(sandbox: Driver) -> None:
+    grader = Grader(Capped(sandbox))
+    expected = "\n".join(map(str, range(20_000)))
+    found = sandbox.wait(grader.grade("print(*range(20_000), sep='\\n')", StdioTest("", expected)))
+    assert found.is_infra and "raise the pool's output_kib" in found.detail, found
+    found = sandbox.wait(grader.grade("print('ä' * 100_000)", StdioTest("", "ä" * 99_999)))
+    assert found.is_infra, found
+    for test in (StdioTest("", "1"), StdioTest("", expected)):
+        found = sandbox.wait(grader.grade("print(1)", test))
+        assert found.passed == (test.expected == "1") and found.status == ToolStatus.OK, found
+    found = sandbox.wait(grader.grade("print('x' * 100_000)", StdioTest("", "x" * 6000)))
+    assert (found.passed, found.status) == (False, ToolStatus.OK), "longer than expected in any case"
+
+
+def test_an_answer_that_fills_the_folder_of_its_test_is_ours_to_mend(sandbox: Driver) -> None:
+    test = CodeTest("assert len(f(1)) == 2046 * 4096 - 20", "f")
+    program = "def f(x): return 'x' * (2046 * 4096 - 20)"
+    assert sandbox.wait(Grader(sandbox.pool, LIMITS).grade(program, test)).passed
+    found = sandbox.wait(Grader(Capped(sandbox)).grade(program, test))
+    assert found.is_infra and "disk_mib=8; raise it" in found.detail, found
+
+
+def test_an_answer_that_the_pool_refuses_ends_no_matrix(sandbox: Driver) -> None:
+    grader = Grader(Capped(sandbox, refused_bytes=1 << 20))
+    programs = ["def f(x): return 'x' * 2**20", "def f(x): return 'x'"]
+    matrix = sandbox.wait(grader.matrix(programs, [CodeTest("assert len(f(1)) == 1", "f")]))
+    assert matrix.infra.tolist() == [[True], [False]] and matrix.passed.tolist() == [[False], [True]]
+
+
+def test_limits_that_the_pool_would_cut_are_refused(sandbox: Driver) -> None:
+    Grader(Capped(sandbox), LIMITS)
+    for name in ("cpu_seconds", "output_kib", "disk_mib"):
+        least = dataclasses.replace(LIMITS, **{name: 2 * getattr(LIMITS, name)})
+        with pytest.raises(ValueError, match=f"Limits.{name}=.* but the pool gives no call more than .*; lower it"):
+            Grader(Capped(sandbox), least)
+        Grader(sandbox.pool, least)
+
+
 def test_a_test_that_is_no_python_ends_the_matrix(sandbox: Driver) -> None:
     before = sandbox.resting()
     with pytest.raises(SyntaxError):
@@ -176,3 +273,15 @@ def test_the_folder_outlives_memory_and_damage(tmp_path: pathlib.Path) -> None:
         (tmp_path / "bb" / "22.json").write_text(content)
         assert Cache(1, tmp_path).get("bb22") is None, content
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".json"]
+
+
+def test_a_folder_that_cannot_be_written_costs_no_grade(sandbox: Driver, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "aa" / "11.json").mkdir(parents=True)
+    for folder in (tmp_path / "file", tmp_path):
+        cache = Cache(1, folder)
+        cache.put("aa11", GRADE)
+        assert cache.get("aa11") == GRADE
+    assert list((tmp_path / "aa").iterdir()) == [tmp_path / "aa" / "11.json"], "nothing half made is left"
+    grader = Grader(sandbox.pool, LIMITS, cache_folder=tmp_path / "file")
+    assert sandbox.wait(grader.grade(PROGRAMS[0], TESTS[0])).passed
