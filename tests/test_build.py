@@ -1,6 +1,7 @@
 """What the build files promise about the tree. Bazel is not run: BUILD is read with stand-ins for its rules."""
 
 import ast
+import graphlib
 import importlib.metadata
 import itertools
 import pathlib
@@ -81,6 +82,16 @@ def test_every_target_names_what_exists_once(targets: list[dict[str, Any]]) -> N
         assert not unknown, f"{target['name']} depends on {unknown}, which BUILD does not define"
         absent = {file for file in files_of(target) - made if not (REPOSITORY / file).is_file()}
         assert not absent, f"{target['name']} lists {absent}, which do not exist"
+
+
+def test_no_target_depends_on_itself(targets: list[dict[str, Any]]) -> None:
+    makers = {file: target["name"] for target in targets for file in target.get("outs", ())}
+    below = {
+        target["name"]: {dep[1:] for dep in target.get("deps", ()) if dep.startswith(":")}
+        | {makers[file] for file in files_of(target) if file in makers}
+        for target in targets
+    }
+    graphlib.TopologicalSorter(below).prepare()  # raises CycleError, which names the circle
 
 
 def test_every_test_file_is_run_by_a_test_target(targets: list[dict[str, Any]]) -> None:
