@@ -16,7 +16,7 @@ help:
 	@echo "                  problem sets, a soak, 45,000 calls; then wheel, kill and resume, learning"
 	@echo "make lint         ruff, and the contract which room may import which"
 	@echo "make bench        sandbox, sessions, cluster, rollout, one JSON object a line; tens of minutes"
-	@echo "make bench-long   soak (ten minutes) and learning (an hour or more), likewise"
+	@echo "make bench-long   soak (ten minutes) and learning (an hour and a half), likewise"
 	@echo "make clean        remove .venv, caches and build leftovers (runs/ stays)"
 	@echo "Another interpreter: make quickstart PYTHON=python3.12"
 
