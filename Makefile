@@ -6,20 +6,27 @@ JOBS ?= 2
 PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help quickstart test test-fast test-slow lint bench clean
+.PHONY: help quickstart test test-fast test-slow lint bench bench-long clean
 
 help:
 	@echo "make quickstart   install into .venv, then train: cold start and GRPO-RoC on problems made on the spot"
 	@echo "make test         every test: first the fast ones on JOBS=$(JOBS) processes, then the slow ones one by one"
-	@echo "make test-fast    only the fast ones"
-	@echo "make test-slow    only the slow ones (wheel, kill and resume, learning)"
+	@echo "make test-fast    only the fast ones; up to 25 minutes"
+	@echo "make test-slow    only the slow ones; up to forty minutes, mostly the sandbox: attacks with processes, chaos, Ray nodes,"
+	@echo "                  problem sets, a soak, 45,000 calls; then wheel, kill and resume, learning"
 	@echo "make lint         ruff, and the contract which room may import which"
-	@echo "make bench        the benchmarks, one JSON object a line"
+	@echo "make bench        sandbox, sessions, cluster, rollout, one JSON object a line; tens of minutes"
+	@echo "make bench-long   soak (ten minutes) and learning (an hour and a half), likewise"
 	@echo "make clean        remove .venv, caches and build leftovers (runs/ stays)"
 	@echo "Another interpreter: make quickstart PYTHON=python3.12"
 
 quickstart: .venv/installed
 	@.venv/bin/jaxrl train quickstart
+
+# One after the other, whatever the others came to; fails at the end if any did.
+benchmarks = failed=0; for name in $(1); do \
+		echo "== benchmarks/$$name.py" >&2; .venv/bin/python benchmarks/$$name.py --json || failed=1; \
+	done; exit $$failed
 
 test: test-fast test-slow
 
@@ -34,10 +41,10 @@ lint: .venv/installed-test
 	.venv/bin/lint-imports --no-cache
 
 bench: .venv/installed-test
-	@for file in benchmarks/*.py; do \
-		test -e "$$file" || continue; \
-		echo "== $$file" >&2; .venv/bin/python "$$file" --json || exit 1; \
-	done
+	@$(call benchmarks,sandbox sessions cluster rollout)
+
+bench-long: .venv/installed-test
+	@$(call benchmarks,soak learning)
 
 clean:
 	rm -rf .venv build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
-"""What live sessions cost: a copy of one, a cell in one, the memory of many. One JSON object a line with --json.
+"""What live sessions cost: a copy of one, the memory of many. One JSON object a line with --json.
 
 CPU time, not wall time, so that the figures hold on a busy machine: user and system time of this process, of the
-warden and of all below it, dead children included. Cells and calls take turns; their figure is the median ratio.
+warden and of all below it, dead children included. What a cell costs is figure S11 of ``jaxrl sandbox bench``.
 
     python benchmarks/sessions.py --json
 """
@@ -15,7 +15,7 @@ import re
 import statistics
 import time
 
-from jaxrl.sandbox import Pool, Session
+from jaxrl.sandbox import Pool
 
 STATE = "import sympy\nx = sympy.symbols('x')\nsympy.solve(x**3 - 2*x + 1, x)"
 TRIVIAL = "print(1+1)"
@@ -85,18 +85,6 @@ async def fork_milliseconds(pool: Pool, copies: int, rounds: int) -> float:
     return statistics.median(costs)
 
 
-async def cell_milliseconds(pool: Pool, session: Session | None, cells: int) -> float:
-    """CPU of one trivial cell, or of one trivial call on the same kind of template."""
-    cost = Cost(pool)
-    for _ in range(cells):
-        if session is None:
-            await pool.run(TRIVIAL + "  # sympy")
-        else:
-            await session.run(TRIVIAL)
-    await asyncio.sleep(0.05)  # the last deaths are accounted when their parents have waited
-    return cost.seconds() / cells * 1e3
-
-
 async def session_mib(pool: Pool, count: int) -> float:
     """Memory of a session after five cells, its keeper included, when there are so many; by proportional shares."""
     before = set(below(pool.warden_pid))
@@ -113,25 +101,9 @@ async def session_mib(pool: Pool, count: int) -> float:
 async def measure(arguments: argparse.Namespace) -> list[dict]:
     async with Pool(workers=1, session_memory_mib=1 << 20) as pool:
         fork = await fork_milliseconds(pool, arguments.copies, arguments.rounds)
-        async with pool.session() as session:
-            await session.run(STATE)
-            pairs = []
-            for _ in range(arguments.rounds):
-                call = await cell_milliseconds(pool, None, arguments.cells)
-                pairs.append((call, await cell_milliseconds(pool, session, 4 * arguments.cells)))
         memory = await session_mib(pool, arguments.sessions)
-    ratio = statistics.median(call / cell for call, cell in pairs)
-    cell = statistics.median(cell for _, cell in pairs)
     return [
         row("fork", "CPU of a copy of a session with sympy loaded", fork, "ms", "< 10", fork < 10),
-        row(
-            "S11",
-            f"CPU of a call on such a template, over a cell's ({cell:.3f} ms)",
-            ratio,
-            "ratio",
-            ">= 10",
-            ratio >= 10,
-        ),
         row("memory", f"of one of {arguments.sessions} sessions, by shares", memory, "MiB", "<= 12", memory <= 12),
     ]
 
@@ -152,7 +124,6 @@ def row(figure: str, what: str, value: float, unit: str, demand: str, holds: boo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--copies", type=int, default=40)
-    parser.add_argument("--cells", type=int, default=100)
     parser.add_argument("--sessions", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")

@@ -212,6 +212,12 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("folder", type=pathlib.Path, help="folder with config.json, safetensors and tokenizer")
     new.add_argument("config", help="recipe to train it with")
     new.add_argument("--run", type=pathlib.Path, required=True, help="run folder to make")
+    _add_sandbox(verbs)
+    return parser
+
+
+def _add_sandbox(verbs) -> None:
+    """The verbs of the sandbox, which take no configuration."""
     sandbox = verbs.add_parser("sandbox", help="the sandbox by itself", description="The sandbox by itself.")
     sandbox_verbs = sandbox.add_subparsers(required=True, metavar="VERB")
     doctor = sandbox_verbs.add_parser(
@@ -246,7 +252,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--json", action="store_true", help="print one JSON object a line")
     bench.set_defaults(run_verb=_bench)
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """What the build files promise about the tree. Bazel is not run: BUILD is read with stand-ins for its rules."""
 
 import ast
+import graphlib
 import importlib.metadata
 import itertools
+import os
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -81,6 +85,16 @@ def test_every_target_names_what_exists_once(targets: list[dict[str, Any]]) -> N
         assert not unknown, f"{target['name']} depends on {unknown}, which BUILD does not define"
         absent = {file for file in files_of(target) - made if not (REPOSITORY / file).is_file()}
         assert not absent, f"{target['name']} lists {absent}, which do not exist"
+
+
+def test_no_target_depends_on_itself(targets: list[dict[str, Any]]) -> None:
+    makers = {file: target["name"] for target in targets for file in target.get("outs", ())}
+    below = {
+        target["name"]: {dep[1:] for dep in target.get("deps", ()) if dep.startswith(":")}
+        | {makers[file] for file in files_of(target) if file in makers}
+        for target in targets
+    }
+    graphlib.TopologicalSorter(below).prepare()  # raises CycleError, which names the circle
 
 
 def test_every_test_file_is_run_by_a_test_target(targets: list[dict[str, Any]]) -> None:
@@ -160,6 +174,25 @@ def test_files_stay_within_their_limits() -> None:
         lines = (REPOSITORY / file).read_text(encoding="utf-8").splitlines()
         limit = KERNEL_LINE_LIMIT if file.startswith("kernels/") else LINE_LIMIT
         assert len(lines) <= limit, f"{file} has {len(lines)} lines, the limit is {limit}; split it by concept"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_failed_benchmark_lets_the_others_run(tmp_path: pathlib.Path) -> None:
+    """With a stand-in for the interpreter, which says what it runs and fails one."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$1"\n! [ "$1" = benchmarks/$FAILING.py ]\n')
+    python.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "setup.py", ".venv/installed", ".venv/installed-test"):
+        (tmp_path / name).touch()
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    ran = []
+    for target, failing in (("bench", "sandbox"), ("bench", "none"), ("bench-long", "soak")):
+        environment = os.environ | {"FAILING": failing}
+        done = subprocess.run(["make", target], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+        assert (done.returncode == 0) is (failing == "none")
+        ran += done.stdout.split() if failing != "none" else []
+    assert sorted(ran) == sorted(file for file in tree_files(".py") if file.startswith("benchmarks/"))
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:

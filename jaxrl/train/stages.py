@@ -64,16 +64,16 @@ async def enter(
 async def _choose(session: Session, recorder: Recorder, player: Player, number: int) -> tuple[str, ...]:
     """Ids of the problems that the stage keeps after playing each; all problems if it would drop every one."""
     stages = session.config.stages
-    samples = max(stages.drop_solved[number], stages.drop_unsolved[number])
+    to_solve, to_fail = stages.drop_solved[number], stages.drop_unsolved[number]
     draws = [(DRAWS + position, problem) for position, problem in enumerate(session.train_problems)]
     kept, solved, unsolved = [], 0, 0
-    async with contextlib.aclosing(play_groups(player, draws, samples, in_flight=IN_FLIGHT)) as groups:
+    async with contextlib.aclosing(play_groups(player, draws, max(to_solve, to_fail), in_flight=IN_FLIGHT)) as groups:
         async for group in groups:
             correct = [trajectory.correct for trajectory in group.trajectories]
-            always = stages.drop_solved[number] and all(correct[: stages.drop_solved[number]])
-            never = stages.drop_unsolved[number] and not any(correct[: stages.drop_unsolved[number]])
-            solved += bool(always)
-            unsolved += bool(never)
+            always = to_solve > 0 and all(correct[:to_solve])
+            never = to_fail > 0 and not any(correct[:to_fail])
+            solved += always
+            unsolved += never
             if not (always or never):
                 kept.append(group.problem.id)
     recorder.view.note(

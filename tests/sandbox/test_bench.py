@@ -1,7 +1,10 @@
 """The bench verb: its rows, what it judges and what it leaves open, and how it fails."""
 
 import asyncio
+import importlib.util
 import json
+import subprocess
+import time
 
 import pytest
 
@@ -9,6 +12,7 @@ from jaxrl.cli import BAD_USAGE, main
 from jaxrl.sandbox.bench import rows, table
 from jaxrl.sandbox.bench.accounting import SLOTS, Effort, cpu_of, family, run_many
 from jaxrl.sandbox.pool import Pool
+from tests.sandbox import own_network, ray_nodes
 
 KEYS = {"figure", "what", "value", "unit", "demand", "holds", "note", "load_average"}
 COUNTED = {"not answered exactly once", "faults", "misclassified", "lost"}  # true or false at any scale
@@ -40,8 +44,25 @@ def test_rows_of_a_quick_look(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs Ray: pip install "jaxrl[ray]"')
+def test_rows_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster of its own, whichever one the surroundings name."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    options = ("--figures", "S14", "--rounds", "1", "--scale", "0.01", "--json")
+    with ray_nodes.temporary_folder():
+        command = own_network.command("benchmarks/sandbox.py", *options)
+        ran = subprocess.run(command, cwd=ray_nodes.REPOSITORY, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    check(found, "S14")
+    assert [row["unit"] for row in found] == ["1/s", "ratio"]
+    assert all(row["value"] > 0 for row in found)
+
+
+@pytest.mark.slow
 def test_rows_of_the_other_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    figures = "S1,S2,S3,S4,S5,S9,S10,S11,S12"
+    """S15 among them, because it counts files and cgroups of the whole machine, where fast tests run side by side."""
+    figures = "S1,S2,S3,S4,S5,S9,S10,S11,S12,S15"
     _, found = bench(capsys, figures)
     check(found, figures)
     costs = {row["what"].removeprefix("CPU per call: "): row["value"] for row in found if row["figure"] == "cost"}
@@ -76,6 +97,19 @@ def test_what_breaks_down_fails_its_own_figures(capsys: pytest.CaptureFixture[st
     failed, held = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (failed["figure"], failed["holds"], held["holds"]) == ("A", False, True)
     assert "no such luck" in failed["what"]
+
+
+def test_looking_at_the_helpers_costs_nothing() -> None:
+    looks = []
+
+    def look() -> list[int]:
+        looks.append(time.process_time())
+        while time.process_time() < looks[-1] + 0.2:
+            pass
+        return []
+
+    assert asyncio.run(cpu_of(lambda: asyncio.sleep(0), look)) < 0.1
+    assert len(looks) == 2
 
 
 def test_cpu_of_children_of_templates_is_counted() -> None:
