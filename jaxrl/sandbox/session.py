@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from jaxrl.sandbox import files as file_bytes
+from jaxrl.sandbox.cell import LEFT_AT_ONCE
 from jaxrl.sandbox.protocol import Call, CellHead, Limits, Outcome, Report, pack_cells
 from jaxrl.statuses import ToolStatus
 
@@ -240,11 +241,14 @@ class Session:
     async def _run_all(self, cell: Cell, wanted: Sequence[str], submitted: float) -> "Result":
         """Replay-only: history and cell in one fresh process."""
         cells = [*self._history, cell]
-        code = pack_cells([part for one in cells for part in (one.files, one.code)])
-        result = await self._backend.run(self._call(code, cell._replace(files=b""), wanted, submitted, True))
-        if result.status in (ToolStatus.OK, ToolStatus.ERROR) and result.signal is None:
+        code = pack_cells([part for one in cells for part in (one.files, one.code, bytes([one.echo]))])
+        call = self._call(code, cell._replace(files=b""), (*wanted, LEFT_AT_ONCE), submitted, True)
+        result = await self._backend.run(call)
+        files = dict(result.files)
+        left = files.pop(LEFT_AT_ONCE, None) is not None  # which ends a live session's process
+        if result.status in (ToolStatus.OK, ToolStatus.ERROR) and result.signal is None and not left:
             self._history.append(cell)
-        return result
+        return dataclasses.replace(result, files=files)
 
     def _call(self, code: bytes, cell: Cell, wanted: Sequence[str], submitted: float, replay: bool = False) -> Call:
         return Call(
