@@ -8,20 +8,24 @@ import _thread
 import ast
 import atexit
 import builtins
+import contextlib
 import linecache
 import os
 import random
+import signal
 import site
 import sys
 import threading
 import traceback
 import types
 import zlib
+from collections.abc import Callable
 
 from jaxrl.sandbox import files
 from jaxrl.sandbox.protocol import unpack_cells
 
 FILENAME = "main.py"  # the name tracebacks show
+LEFT_AT_ONCE = ".left-at-once"  # file that the last of a row of cells leaves behind where it ends the process itself
 
 _WARM_UP = (
     b"print(1 + 1)",
@@ -29,6 +33,7 @@ _WARM_UP = (
     b"def f():\n    return {}['missing']\nf()",
     b"x = (",
 )
+_SIGNALS = signal.valid_signals()
 _WARM_ROUNDS = 12  # the interpreter rewrites code that has run eight times: once here rather than in every child
 
 
@@ -51,10 +56,10 @@ def run(source: bytes, flags: int) -> int:
 
     Args:
         flags: 1 to echo a trailing expression, 2 if the source is a row of cells, each behind its files, of which the
-            last is the snippet.
+            last is the snippet, and whether to echo it.
     """
     if flags & 2:
-        code = _run_silently_but_last(unpack_cells(source), bool(flags & 1))
+        code = _run_silently_but_last(unpack_cells(source))
     else:
         if b"import" in source:  # without one, nothing draws
             seed(source)
@@ -68,23 +73,33 @@ def run(source: bytes, flags: int) -> int:
     return code
 
 
-def _run_silently_but_last(cells: list[bytes], echo: bool) -> int:
+def _run_silently_but_last(cells: list[bytes]) -> int:
+    *earlier, last = zip(cells[::3], cells[1::3], cells[2::3], strict=True)
+    work = os.getcwd()
     notebook = Notebook()
-    leave, os._exit = os._exit, sys.exit  # an earlier cell that left at once must not take the later ones with it
+    really_leave, silent = os._exit, True
+
+    def leave(code: int) -> None:
+        if silent:
+            raise SystemExit(code)  # an earlier cell must not take the later ones with it
+        with contextlib.suppress(OSError):
+            os.close(os.open(os.path.join(work, LEFT_AT_ONCE), os.O_CREAT | os.O_WRONLY))
+        really_leave(code)
+
+    os._exit = leave
     shown = [os.dup(1), os.dup(2)]
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for fd in (1, 2):
         os.dup2(nowhere, fd)
-    for given, source in zip(cells[0:-2:2], cells[1:-2:2], strict=True):
-        files.place(given)
-        notebook.run(source, echo)
+    for given, source, echo in earlier:
+        notebook.run(source, any(echo), given, work)
     for fd, kept in zip((1, 2), shown, strict=True):
         os.dup2(kept, fd)
         os.close(kept)
     os.close(nowhere)
-    os._exit = leave
-    files.place(cells[-2])
-    return notebook.run(cells[-1], echo)
+    silent = False
+    given, source, echo = last
+    return notebook.run(source, any(echo), given, work)
 
 
 class Notebook:
@@ -94,13 +109,32 @@ class Notebook:
         seed(b"")
         self._main = fresh_main()
         self._cells = 0
+        self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # by the cells themselves
 
-    def run(self, source: bytes, echo: bool) -> int:
-        """Run the next cell, ``cell_N.py`` in tracebacks, and return its exit code; threads it started run on."""
+    def run(self, source: bytes, echo: bool, given: bytes, directory: str) -> int:
+        """Run the next cell, ``cell_N.py`` in tracebacks, and return its exit code; threads it started run on.
+
+        Signals wait from one cell to the next: the handler that a cell set must not break into the code between them.
+
+        Args:
+            given: packed files, laid into the directory first; where that fails the cell fails.
+        """
+
+        def begin() -> None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
+            files.place(given, directory)
+
         self._cells += 1
-        code = execute(source, echo, self._main, f"cell_{self._cells}.py")
+        code = execute(source, echo, self._main, f"cell_{self._cells}.py", begin)
         flush()
+        self._hold_signals()
         return code
+
+    def _hold_signals(self) -> None:
+        try:
+            self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        except BaseException:  # from the handler of one that came at the last moment; those after it wait
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 def flush() -> None:
@@ -121,12 +155,19 @@ def fresh_main(filename: str = FILENAME) -> types.ModuleType:
     return module
 
 
-def execute(code: bytes, echo: bool, module: types.ModuleType | None = None, filename: str = FILENAME) -> int:
+def execute(
+    code: bytes,
+    echo: bool,
+    module: types.ModuleType | None = None,
+    filename: str = FILENAME,
+    begin: Callable[[], None] | None = None,
+) -> int:
     """Run the code; a trailing expression is echoed unless a semicolon ends it.
 
     Args:
         module: whose names it works on; None takes a fresh ``__main__``.
         filename: what tracebacks call it.
+        begin: called first; what it raises counts as raised by the code.
 
     Returns:
         The exit code that an interpreter would end with.
@@ -134,6 +175,8 @@ def execute(code: bytes, echo: bool, module: types.ModuleType | None = None, fil
     if module is None:
         module = fresh_main(filename)
     try:
+        if begin is not None:
+            begin()
         source = code.decode("utf-8", "surrogatepass")
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         for part in _compiled(source, echo, filename):
@@ -170,7 +213,11 @@ def _exit_code(exit: SystemExit) -> int:
         return 0
     if isinstance(exit.code, int):
         return exit.code & 0xFF
-    print(exit.code, file=sys.stderr)
+    try:
+        text = f"{exit.code}\n"
+    except BaseException as error:
+        text = f"{type(error).__name__} in the text of an exit code\n"
+    _complain(text)
     return 1
 
 
@@ -179,7 +226,20 @@ def _report(error: BaseException, filename: str) -> None:
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename != filename:
         frames = frames.tb_next
-    traceback.print_exception(type(error), error, frames, file=sys.stderr)
+    try:
+        text = "".join(traceback.format_exception(type(error), error, frames))
+    except BaseException:  # of an exception that cannot be shown
+        text = f"{type(error).__name__}\n"
+    _complain(text)
+
+
+def _complain(text: str) -> None:
+    """Print to stderr, also where the snippet has closed or replaced the stream."""
+    try:
+        sys.stderr.write(text)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode("utf-8", "backslashreplace"))
 
 
 def seed(code: bytes) -> None:

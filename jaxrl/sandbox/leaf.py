@@ -10,7 +10,7 @@ import resource
 import socket
 from typing import NoReturn
 
-from jaxrl.sandbox import cell, files, landlock, orders, seccomp, syscalls
+from jaxrl.sandbox import cell, landlock, orders, seccomp, syscalls
 from jaxrl.sandbox.orders import receive_packet, send_packet
 
 _PENDING_SIGNALS = 256  # queued signals; the kernel counts those of all sessions together
@@ -96,8 +96,7 @@ def _serve(control: socket.socket, notebook: cell.Notebook, work: str) -> NoRetu
             if in_memory:
                 with open(fds.pop(), "rb") as file:
                     content = file.read()
-            files.place(content[:length], work)
-            exit_code = notebook.run(content[length:], bool(echo))
+            exit_code = notebook.run(content[length:], bool(echo), content[:length], work)
             send_packet(control, orders.ANSWER_OVER + bytes([exit_code]))
         elif order == orders.ORDER_COPY:
             _copy(control, fds, work)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -152,7 +152,7 @@ class Pool:
         self._starting = asyncio.Lock()
         self._open = False
         self._draining = False
-        self._under_way = 0  # calls that ``run`` has taken and not answered
+        self._under_way = 0  # calls, cells and forks that were taken and are not answered, and what they are made of
         self._idle = asyncio.Event()  # while draining: the last of them is over
         self._recorder = Recorder()
 
@@ -196,9 +196,20 @@ class Pool:
     async def drain(self) -> None:
         """Take no more calls, and wait until those under way are over. The next ``start`` opens the pool again."""
         self._draining = True
-        self._idle.clear()
-        if self._under_way:
+        while self._under_way:
+            self._idle.clear()
             await self._idle.wait()
+
+    @contextlib.contextmanager
+    def _taken(self) -> Iterator[None]:
+        """Count something that draining waits for. What is made of several calls holds this around them all."""
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
 
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process, mount, descriptor or file."""
@@ -256,7 +267,8 @@ class Pool:
         if language == "python":
             # Made in passing: tens of thousands may wait here, each with what this frame holds.
             return await self._submit(self._call(source, stdin, limits, tenant, given, wanted, echo, processes))
-        return await self._run_program(language, source, stdin, limits, tenant, given, wanted)
+        with self._taken():
+            return await self._run_program(language, source, stdin, limits, tenant, given, wanted)
 
     async def _run_program(
         self,
@@ -362,12 +374,14 @@ class Pool:
         terms = Terms(limits or self.limits, zlib.crc32(tenant.encode()), checkpoint, live and not self._unsafe)
         backend = Backend(
             check=self._refuse_while_draining,
+            taken=self._taken,
             next_id=functools.partial(next, self._ids),
             run=self._submit,
             submit=self._submit_cell,
             fork=self._fork_session,
             end=self._end_session,
-            result=functools.partial(self._result, processes=False),
+            result=self._finished_cell,
+            cancelled=self._cancelled,
         )
         return Session(backend, terms)
 
@@ -384,42 +398,37 @@ class Pool:
     async def _submit(self, call: Call) -> Result:
         """Run a call on a living warden, on another where that one dies, and count it."""
         attempts = in_vain = 0
-        self._under_way += 1
-        try:
-            while attempts < _ATTEMPTS and in_vain < _VAIN_WARDENS:
-                await self._admission.enter(call.tenant)
-                try:
-                    link = await self._warden()
-                except WardenLost:
-                    self._admission.leave()
-                    in_vain += 1
-                    continue
-                except BaseException:
-                    self._admission.leave()
-                    raise
-                try:
-                    return self._finished(call, await link.submit(call))
-                except asyncio.CancelledError:
-                    link.cancel(call.id)
-                    raise
-                except WardenLost as lost:
-                    attempts += lost.running
-                    call = dataclasses.replace(call, attempts=attempts)
-                    in_vain = 0 if lost.served else in_vain + 1
-        except asyncio.CancelledError:
-            self._recorder.cancelled += 1
-            raise
-        finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._idle.set()
+        with self._taken():
+            try:
+                while attempts < _ATTEMPTS and in_vain < _VAIN_WARDENS:
+                    await self._admission.enter(call.tenant)
+                    try:
+                        link = await self._warden()
+                    except WardenLost:
+                        self._admission.leave()
+                        in_vain += 1
+                        continue
+                    except BaseException:
+                        self._admission.leave()
+                        raise
+                    try:
+                        return self._finished(call, await link.submit(call))
+                    except asyncio.CancelledError:
+                        link.cancel(call.id)
+                        raise
+                    except WardenLost as lost:
+                        attempts += lost.running
+                        call = dataclasses.replace(call, attempts=attempts)
+                        in_vain = 0 if lost.served else in_vain + 1
+            except asyncio.CancelledError:
+                self._cancelled()
+                raise
         queued = time.monotonic() - call.submitted
         report = Report(call.id, Outcome.INFRA_ERROR, attempts, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
         return self._finished(call, report)
 
     async def _submit_cell(self, call: Call, cell: CellHead) -> Report:
-        """Run a session's cell and count it; where its process or its warden is lost the report says so."""
-        self._under_way += 1
+        """Run a session's cell, which may be one of a replay; where process or warden is lost the report says so."""
         try:
             await self._admission.enter(call.tenant)
             try:
@@ -428,29 +437,27 @@ class Pool:
                 self._admission.leave()
                 raise
             try:
-                report = await link.submit(call, cell)
+                return await link.submit(call, cell)
             except asyncio.CancelledError:
                 link.cancel(call.id)
-                self._recorder.cancelled += 1
                 raise
         except WardenLost:
             queued = time.monotonic() - call.submitted
             return Report(call.id, Outcome.LOST, 1, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
-        finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._idle.set()
-        if report.outcome is not Outcome.LOST:
-            latency = time.monotonic() - call.submitted
-            times = report.cpu_seconds, report.wall_seconds, report.queue_seconds
-            self._recorder.finished(_STATUS[report.outcome], latency, *times)
-        return report
 
     def _finished(self, call: Call, report: Report) -> Result:
-        result = self._result(report, processes=call.processes)
-        latency = time.monotonic() - call.submitted
+        return self._count(self._result(report, processes=call.processes), call.submitted)
+
+    def _finished_cell(self, report: Report, submitted: float, rebuilt: bool, replay_differs: bool) -> Result:
+        return self._count(self._result(report, rebuilt, replay_differs, processes=False), submitted)
+
+    def _count(self, result: Result, submitted: float) -> Result:
+        latency = time.monotonic() - submitted
         self._recorder.finished(result.status, latency, result.cpu_seconds, result.wall_seconds, result.queue_seconds)
         return result
+
+    def _cancelled(self) -> None:
+        self._recorder.cancelled += 1
 
     async def _warden(self) -> WardenLink:
         """The living warden; a lost one is replaced.

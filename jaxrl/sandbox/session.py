@@ -9,10 +9,12 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from jaxrl.sandbox import files as file_bytes
+from jaxrl.sandbox.cell import LEFT_AT_ONCE
 from jaxrl.sandbox.protocol import Call, CellHead, Limits, Outcome, Report, pack_cells
 from jaxrl.statuses import ToolStatus
 
@@ -26,12 +28,15 @@ class Backend(NamedTuple):
     """What a session needs of its pool."""
 
     check: Callable[[], None]  # raises RuntimeError where no more is taken
+    taken: Callable[[], AbstractContextManager[None]]  # around what was taken: draining waits for its end
     next_id: Callable[[], int]
     run: Callable[[Call], Awaitable["Result"]]  # a call
     submit: Callable[[Call, CellHead], Awaitable[Report]]  # a cell
     fork: Callable[[int, list[int]], Awaitable[list[int]]]  # a process's id and those of its copies; which of them live
     end: Callable[[int], Awaitable[object] | None]  # of a process; to be awaited by who must know that it is gone
-    result: Callable[[Report, bool, bool], "Result"]  # with: was it rebuilt, and otherwise than it had been
+    # Counts a cell that is over: when it was submitted, was its session rebuilt, and otherwise than it had been.
+    result: Callable[[Report, float, bool, bool], "Result"]
+    cancelled: Callable[[], None]  # counts a cell that nobody waits for any more
 
 
 class Cell(NamedTuple):
@@ -56,12 +61,21 @@ class Terms:
 class Session:
     """A notebook in a process of its own. Made by ``Pool.session`` and by ``fork``; close it, or use ``async with``."""
 
-    def __init__(self, backend: Backend, terms: Terms, history: Sequence[Cell] = (), process: int = 0) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        terms: Terms,
+        history: Sequence[Cell] = (),
+        process: int = 0,
+        rebuilt: bool = False,
+        replay_differs: bool = False,
+    ) -> None:
         self._backend = backend
         self._terms = terms
         self._history = list(history)
         self._process = process  # id under which the warden has it; 0 where it has none
         self._begun = bool(history) or process > 0
+        self._rebuilt, self._replay_differs = rebuilt, replay_differs  # what no result has told yet
         self._turn = asyncio.Lock()
         self._open = True
 
@@ -110,25 +124,18 @@ class Session:
         file_bytes.check(files or {}, self._terms.limits.disk_mib << 20)
         cell = Cell(code.encode("utf-8", "surrogatepass"), echo, file_bytes.pack(files or {}))
         submitted = time.monotonic()
-        async with self._turn:
-            self._check_open()
-            if not self._terms.live:
-                return await self._run_all(cell, wanted, submitted)
-            rebuilt = differs = False
-            report = None
-            for _ in range(_ATTEMPTS):
-                if self._process == 0 and self._begun:
-                    rebuilt = True
-                    whole, differs = await self._rebuild()
-                    if not whole:
-                        continue
-                report = await self._run_cell(cell, wanted, submitted, self._terms.checkpoint)
-                if report.outcome is not Outcome.LOST:
-                    break
-                self._begun = True
-            else:
-                report = _infra_error(report, submitted)
-            return self._backend.result(report, rebuilt, differs)
+        self._backend.check()
+        with self._backend.taken():
+            try:
+                async with self._turn:
+                    self._check_open()
+                    if not self._terms.live:
+                        return await self._run_all(cell, wanted, submitted)
+                    return await self._run_live(cell, wanted, submitted)
+            except asyncio.CancelledError:
+                if self._terms.live:  # otherwise the pool has counted it as the call it is
+                    self._backend.cancelled()
+                raise
 
     async def fork(self, copies: int) -> "list[Session]":
         """Copies of this session: the same past, and from here on futures of their own.
@@ -143,21 +150,53 @@ class Session:
         """
         if copies < 1:
             raise ValueError(f"copies={copies} must be at least 1")
-        async with self._turn:
-            self._check_open()
-            ids = [0] * copies
-            if self._terms.live and self._history:
-                if self._process == 0:
-                    await self._rebuild()
-                wanted = [self._backend.next_id() for _ in ids]
-                living = set(await self._backend.fork(self._process, wanted))
-                ids = [id if id in living else 0 for id in wanted]
-            return [Session(self._backend, self._terms, self._history, id) for id in ids]
+        self._backend.check()
+        with self._backend.taken():
+            async with self._turn:
+                self._check_open()
+                ids = [0] * copies
+                if self._terms.live and self._history:
+                    if self._process == 0:
+                        await self._rebuild()
+                    ids = await self._copy(copies)
+                untold = self._rebuilt, self._replay_differs
+                return [Session(self._backend, self._terms, self._history, id, *untold) for id in ids]
+
+    async def _copy(self, copies: int) -> list[int]:
+        """Ids of copies of the process, 0 for each that did not come to be."""
+        wanted = [self._backend.next_id() for _ in range(copies)]
+        copying = asyncio.ensure_future(self._backend.fork(self._process, wanted))
+        try:
+            living = await asyncio.shield(copying)
+        except asyncio.CancelledError:
+            copying.add_done_callback(self._end_copies)  # the warden has been asked, and will make them
+            raise
+        return [id if id in living else 0 for id in wanted]
+
+    def _end_copies(self, copying: asyncio.Future[list[int]]) -> None:
+        if not copying.cancelled() and copying.exception() is None:
+            for id in copying.result():
+                self._backend.end(id)
 
     def _check_open(self) -> None:
         if not self._open:
             raise RuntimeError("the session is closed: use it inside `async with`, or close it later")
-        self._backend.check()
+
+    async def _run_live(self, cell: Cell, wanted: Sequence[str], submitted: float) -> "Result":
+        """In the session's process, which is rebuilt first where it is lost."""
+        report = None
+        for _ in range(_ATTEMPTS):
+            if self._process == 0 and self._begun and not await self._rebuild():
+                continue
+            report = await self._run_cell(cell, wanted, submitted, self._terms.checkpoint)
+            if report.outcome is not Outcome.LOST:
+                break
+            self._begun = True
+        else:
+            report = _infra_error(report, submitted)
+        result = self._backend.result(report, submitted, self._rebuilt, self._replay_differs)
+        self._rebuilt = self._replay_differs = False
+        return result
 
     async def _run_cell(
         self, cell: Cell, wanted: Sequence[str], submitted: float, checkpoint: bool, remember: bool = True
@@ -183,34 +222,33 @@ class Session:
             self._history.append(cell._replace(digest=_digest(report)))
         return report
 
-    async def _rebuild(self) -> tuple[bool, bool]:
-        """Run the history in a new process.
-
-        Returns:
-            Whether the process stands, and whether a cell ended or printed otherwise than the first time.
-        """
-        differs = False
+    async def _rebuild(self) -> bool:
+        """Run the history in a new process; whether that stands. The next result tells of it."""
+        self._rebuilt = True
         while True:
             for index, cell in enumerate(self._history):
                 report = await self._run_cell(cell, (), time.monotonic(), checkpoint=False, remember=False)
                 if report.outcome is Outcome.LOST:
-                    return False, differs
+                    return False
                 if not report.survived:
                     del self._history[index]
-                    differs = True
+                    self._replay_differs = True
                     break
-                differs |= _digest(report) != cell.digest
+                self._replay_differs |= _digest(report) != cell.digest
             else:
-                return True, differs
+                return True
 
     async def _run_all(self, cell: Cell, wanted: Sequence[str], submitted: float) -> "Result":
         """Replay-only: history and cell in one fresh process."""
         cells = [*self._history, cell]
-        code = pack_cells([part for one in cells for part in (one.files, one.code)])
-        result = await self._backend.run(self._call(code, cell._replace(files=b""), wanted, submitted, True))
-        if result.status in (ToolStatus.OK, ToolStatus.ERROR) and result.signal is None:
+        code = pack_cells([part for one in cells for part in (one.files, one.code, bytes([one.echo]))])
+        call = self._call(code, cell._replace(files=b""), (*wanted, LEFT_AT_ONCE), submitted, True)
+        result = await self._backend.run(call)
+        files = dict(result.files)
+        left = files.pop(LEFT_AT_ONCE, None) is not None  # which ends a live session's process
+        if result.status in (ToolStatus.OK, ToolStatus.ERROR) and result.signal is None and not left:
             self._history.append(cell)
-        return result
+        return dataclasses.replace(result, files=files)
 
     def _call(self, code: bytes, cell: Cell, wanted: Sequence[str], submitted: float, replay: bool = False) -> Call:
         return Call(

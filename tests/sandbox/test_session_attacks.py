@@ -11,7 +11,7 @@ from tests.sandbox.cells import PATIENT, parent, session
 from tests.sandbox.driver import LIMITS, Driver
 from tests.sandbox.test_attacks import ATTACKS
 
-OK, ERROR, TIMEOUT = ToolStatus.OK, ToolStatus.ERROR, ToolStatus.TIMEOUT
+OK, ERROR, TIMEOUT, OUTPUT = ToolStatus.OK, ToolStatus.ERROR, ToolStatus.TIMEOUT, ToolStatus.OUTPUT_LIMIT
 X86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers of the system calls are x86-64's")
 
 # What differs from a call: signals are denied, oneself included, and a session has a keeper above it; a cell's end is
@@ -27,6 +27,14 @@ IN_SESSIONS: dict[str, tuple[tuple[ToolStatus, ...], str]] = {
     "thread that outlives main": ((OK,), ""),
     "storm of signals": ((ERROR,), ""),
 }
+ENDS_ITSELF = ("exit code of a failed set-up", "exit 0 with a forged report")
+# What a cell did to its own interpreter stays done: status and output of the next ``print(6 * 7)``.
+SPOILT = {
+    "closed descriptors": (ERROR, ""),
+    "hook on everything": (ERROR, ""),  # it breaks our loop too, and the session is rebuilt after that
+    "no standard streams": (OK, ""),
+    "replace print and exit": (ERROR, ""),
+}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -40,8 +48,10 @@ def test_promise_6_attack_in_a_session(sandbox: Driver, name: str) -> None:
         assert "GOT THROUGH" not in result.stdout, result
         assert text in result.stdout, result
         assert result.attempts == 1, "a snippet must not look like a fault of ours"
-        if "hook" not in name and "streams" not in name and "closed" not in name:
-            assert cells.run("print(6 * 7)").stdout in ("42\n", "")  # what it did to its own names stays done
+        loses_process = result.status in (TIMEOUT, OUTPUT) or result.signal is not None or name in ENDS_ITSELF
+        after = cells.run("print(6 * 7)")
+        assert (after.status, after.stdout) == SPOILT.get(name, (OK, "42\n")), after
+        assert after.rebuilt is loses_process
     healthy = sandbox.run("print(6 * 7)")
     assert (healthy.status, healthy.stdout, healthy.attempts) == (OK, "42\n", 1)
     assert sandbox.resting() == before, "a process survived, or a template was lost"

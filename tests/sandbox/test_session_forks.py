@@ -1,5 +1,6 @@
 """Forked sessions: the same past, futures apart, memory shared until written, and nobody left behind."""
 
+import asyncio
 import dataclasses
 import os
 import pathlib
@@ -48,6 +49,38 @@ def test_copies_have_the_same_past_and_futures_of_their_own(sandbox: Driver) -> 
         assert [(result.status, result.rebuilt) for result in results] == [(OK, False)] * 3
         for copy in (left, right):
             copy.close()
+
+
+def test_copies_and_original_tell_of_a_rebuild_that_no_result_has_told(sandbox: Driver) -> None:
+    with session(sandbox) as original:
+        original.out("import os, time\nprint(time.time_ns())")
+        original.run("os._exit(1)")
+        (copy,) = original.fork(1)
+        for cells in (original, copy):
+            results = [cells.run("1") for _ in range(2)]
+            assert [(result.rebuilt, result.replay_differs) for result in results] == [(True, True), (False, False)]
+        copy.close()
+
+
+def test_a_cancelled_fork_leaves_no_copies(sandbox: Driver) -> None:
+    before = sandbox.resting()
+    with session(sandbox) as original:
+        original.out("x = 1")
+
+        async def cancelled() -> None:
+            fork = asyncio.create_task(original.session.fork(30))
+            await asyncio.sleep(0.02)
+            fork.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await fork
+
+        sandbox.wait(cancelled())
+        deadline = time.monotonic() + 20
+        while len(sandbox.resting()) != len(before) + 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(sandbox.resting()) == len(before) + 2, "its keeper and its process"
+        assert original.out("x") == "1\n"
+    assert sandbox.resting() == before
 
 
 def test_copies_outlive_the_original_and_each_other(sandbox: Driver) -> None:

@@ -295,8 +295,10 @@ def test_a_template_that_is_due_for_replacement_waits_for_its_sessions() -> None
         template = driver.resting()[-1]
         cells.out("x = 1")
         assert driver.wait(driver.pool.metrics()).sessions == 1
-        while driver.resting()[0:2] and len(driver.resting()) < 5:  # until its successor is there
+        deadline = time.monotonic() + 20
+        while len(driver.family()[1]) < 2 and time.monotonic() < deadline:
             driver.run("1")
+        assert len(driver.family()[1]) == 2, "its successor is there"
         result = cells.run("x")
         assert (result.stdout, result.rebuilt) == ("1\n", False)
         assert template in driver.resting()
@@ -322,6 +324,110 @@ def test_draining_waits_for_cells_and_takes_no_more() -> None:
             return cell.result()
 
         assert driver.wait(drained()).stdout == "7\n"
+
+
+def test_draining_waits_for_replays_for_cells_behind_others_and_for_forks() -> None:
+    """Each is several submits, between which nothing runs."""
+    with Driver(workers=1, slots=2, preload=(), limits=PATIENT) as driver, session(driver) as cells:
+        for _ in range(3):
+            cells.out("import os, time; time.sleep(0.1)")
+        cells.run("os._exit(1)")
+
+        async def drained() -> list[Result]:
+            taken = [
+                asyncio.create_task(cells.session.run("7")),
+                asyncio.create_task(cells.session.run("os._exit(1)")),
+                asyncio.create_task(cells.session.fork(1)),
+            ]
+            await asyncio.sleep(0.05)
+            await driver.pool.drain()
+            assert [task.done() for task in taken] == [True] * 3
+            with pytest.raises(RuntimeError, match="being drained"):
+                await cells.session.fork(1)
+            (copy,) = taken[2].result()
+            await copy.close()
+            return [task.result() for task in taken[:2]]
+
+        first, second = driver.wait(drained())
+        assert (first.stdout, first.rebuilt, second.exit_code) == ("7\n", True, 1)
+
+
+# Cells against the code that runs them
+
+LEAVES_TRAPS = {
+    "an alarm between cells": (
+        "import signal\ndef late(*_): raise TimeoutError('late')\n"
+        "signal.signal(signal.SIGALRM, late)\nsignal.setitimer(signal.ITIMER_REAL, 0.05);",
+        "x",
+        "TimeoutError: late\n",
+    ),
+    "a file in the place of a folder": ("open('a', 'w').close()", "x", "FileExistsError: [Errno 17]"),
+    "a closed stderr": ("import sys; sys.stderr.close()", "1 / 0", "ZeroDivisionError: division by zero\n"),
+    "a replaced stderr": ("import sys; sys.stderr = None", "exit('no')", "no\n"),
+    "an error that cannot be shown": (
+        "class Odd(Exception):\n    @property\n    def __cause__(self): raise KeyError",
+        "raise Odd",
+        "Odd\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("name", LEAVES_TRAPS)
+def test_what_a_cell_left_behind_reaches_later_cells_and_not_our_code(sandbox: Driver, name: str, live: bool) -> None:
+    trap, code, error = LEAVES_TRAPS[name]
+    with session(sandbox, live=live) as cells:
+        cells.out("import time; x = 1")
+        cells.out(trap)
+        time.sleep(0.2)
+        if "alarm" in name and not live:
+            code = "time.sleep(0.2)"  # there the trap is laid anew for every cell
+        result = cells.run(code, files={"a/b": b""} if "folder" in name else None)
+        assert (result.status, result.exit_code, result.signal, result.stdout) == (ERROR, 1, None, ""), result
+        assert error in result.stderr
+        after = cells.run("x; print(x)")
+        assert (after.status, after.stdout, after.rebuilt) == (OK, "1\n", False), after
+
+
+def test_a_cell_may_block_signals_for_later_ones(sandbox: Driver) -> None:
+    with session(sandbox) as cells:
+        cells.out("import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM]);")
+        cells.out("signal.setitimer(signal.ITIMER_REAL, 0.01);")
+        time.sleep(0.1)
+        assert cells.out("[int(one) for one in signal.pthread_sigmask(signal.SIG_BLOCK, ())]") == "[14]\n"
+
+
+# Counting
+
+
+def test_cells_are_counted_as_they_ended_and_replays_are_not() -> None:
+    with Driver(workers=1, slots=2, preload=(), limits=PATIENT) as driver, session(driver) as cells:
+        for code in ("import os, time", "x = 1", "os._exit(1)", "x"):
+            cells.run(code)
+        assert driver.wait(driver.pool.metrics()).calls == {OK: 3, ERROR: 1}
+
+        async def cancelled() -> None:
+            waiting = [asyncio.create_task(cells.session.run("time.sleep(9)")) for _ in range(2)]
+            await asyncio.sleep(0.2)
+            for cell in waiting:
+                cell.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+        driver.wait(cancelled())
+        assert driver.wait(driver.pool.metrics()).cancelled == 2
+
+        async def lost() -> Result:
+            cell = asyncio.create_task(cells.session.run("time.sleep(15)"))
+            while not cell.done():
+                if (await driver.pool.metrics()).running:
+                    await asyncio.sleep(0.2)
+                    os.kill(driver.pool.warden_pid, signal.SIGKILL)
+                await asyncio.sleep(0.05)
+            return cell.result()
+
+        assert driver.wait(lost()).status is ToolStatus.INFRA_ERROR
+        metrics = driver.wait(driver.pool.metrics())
+        assert (metrics.calls, metrics.latency.count) == ({OK: 3, ERROR: 1, ToolStatus.INFRA_ERROR: 1}, 5)
 
 
 def test_sessions_beyond_the_memory_budget_are_put_out_and_rebuilt() -> None:
@@ -355,6 +461,18 @@ def test_replay_only_sessions_keep_no_process(sandbox: Driver) -> None:
         copy.out("x = 10")
         assert (copy.out("x"), cells.out("x")) == ("10\n", "1\n")
         assert sandbox.resting() == before
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_every_cell_keeps_its_own_echo_and_one_that_leaves_at_once_is_not_remembered(
+    sandbox: Driver, live: bool
+) -> None:
+    with session(sandbox, live=live) as cells:
+        cells.out("import os, sys\nshown = []\nsys.displayhook = shown.append\n7")
+        cells.out("8", echo=False)
+        assert cells.run("shown.append(9)\nos.chdir('/')\nos._exit(0)", wanted=["*"]).files == {}
+        assert cells.run("from os import _exit; _exit(2)").exit_code == 2
+        assert cells.out("print(shown, os.listdir())", echo=False) == "[7] []\n"
 
 
 def test_sessions_without_a_jail_are_replay_only_and_say_so() -> None:
