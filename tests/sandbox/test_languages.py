@@ -264,3 +264,21 @@ def test_limits_of_a_build_can_be_chosen() -> None:
     assert languages.LANGUAGES["c++"].build_limits.cpu_seconds > Limits().cpu_seconds
     with pytest.raises(dataclasses.FrozenInstanceError):
         languages.LANGUAGES["c++"].name = "c"  # type: ignore[misc]
+
+
+def test_draining_waits_for_the_run_of_what_it_saw_being_built() -> None:
+    needs("bash")
+    make = "sleep 0.5; (echo '#!/usr/bin/bash'; echo 'sleep 0.3; cat') > made"
+    language = Language("slow", "source", run=("./made",), build=("bash", "-c", make), program="made")
+    with Driver(workers=1, slots=2, preload=()) as driver:
+
+        async def drained() -> list[tuple[bool, str]]:
+            calls = [
+                asyncio.create_task(driver.pool.run("code", language=language, stdin=text, limits=PATIENT))
+                for text in "ab"
+            ]
+            await asyncio.sleep(0.2)
+            await driver.pool.drain()
+            return [(call.done(), (await call).stdout) for call in calls]
+
+        assert driver.wait(drained()) == [(True, "a"), (True, "b")]
