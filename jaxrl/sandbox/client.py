@@ -36,7 +36,7 @@ _PARTS_AT_ONCE = 4
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 20, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 4}
 _BLAMED_ON_CALLER = (400, 413)
 _BLAMED_ON_TOKEN = (401, 403)
-_FULL, _SHUTTING_DOWN = 429, 503
+_LACKING, _FULL, _SHUTTING_DOWN = 422, 429, 503
 
 
 class _Fault(Exception):
@@ -146,6 +146,7 @@ class SandboxClient:
 
         Raises:
             ValueError: the server refuses the files, or the call for its size; or a language that no server knows.
+            SandboxUnavailable: the server lacks what the language or processes need.
             PermissionError: the token is missing or wrong.
             RuntimeError: the client is not open.
         """
@@ -161,6 +162,7 @@ class SandboxClient:
 
         Raises:
             ValueError: the server refuses a call's files, or a call for its size.
+            SandboxUnavailable: the server lacks what a call's language or processes need.
             PermissionError: the token is missing or wrong.
             RuntimeError: the client is not open.
         """
@@ -216,6 +218,7 @@ class SandboxClient:
         Raises:
             _Fault: patience ran out, or the server failed.
             ValueError, PermissionError: the request is at fault.
+            SandboxUnavailable: the server lacks what a call asks for.
         """
         headers = (
             {"Content-Type": "application/json", "X-Tenant": urllib.parse.quote(tenant)} if body is not None else {}
@@ -236,6 +239,8 @@ class SandboxClient:
                 status, problem = 0, str(error)
             if status in _BLAMED_ON_CALLER:
                 raise ValueError(problem)
+            if status == _LACKING:
+                raise SandboxUnavailable(f"{self._url}: {problem}")
             if status in _BLAMED_ON_TOKEN:
                 raise PermissionError(f"{self._url} refuses the token: {problem}")
             if status not in (0, _FULL, _SHUTTING_DOWN):

@@ -15,12 +15,13 @@ _ABOUT = (
 )
 _LINES = "A line of JSON a call, in the order in which they end. Fewer lines than calls: the server was stopped."
 _REFUSALS = {
-    400: "The request does not fit its schema, or names files that cannot be laid out.",
+    400: "The request does not fit its schema, or gives files that cannot be laid out.",
     401: "The bearer token is missing or wrong.",
     408: "The request did not come whole in time.",
     411: "The request does not say its length.",
     413: "The request is larger than the server takes.",
     415: "The request is not application/json.",
+    422: "A call asks for a language, or for processes, for which this server's machine lacks something.",
     429: "As many calls are waiting as the server lets wait. Try again after the seconds of Retry-After.",
     500: "The server failed. A call may have run.",
     503: "The server is shutting down. Try again, there or elsewhere, after the seconds of Retry-After.",

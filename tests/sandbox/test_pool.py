@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -296,10 +297,21 @@ def test_preload_that_fails_to_import(tmp_path: pathlib.Path, monkeypatch: pytes
             pass
 
 
-@pytest.mark.parametrize("name", ["workers", "slots", "queue"])
-def test_counts_must_be_positive(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}=0"):
-        Pool(preload=(), **{name: 0})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("workers", 0),
+        ("slots", 0),
+        ("queue", 0),
+        ("session_memory_mib", 0),
+        ("slow_slots", -1),
+        ("heartbeat_seconds", 0.0),
+        ("heartbeat_seconds", math.nan),
+    ],
+)
+def test_numbers_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} must"):
+        Pool(preload=(), **{name: value})
 
 
 def test_pool_from_config() -> None:
