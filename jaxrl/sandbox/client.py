@@ -24,7 +24,7 @@ except ImportError as error:
 from jaxrl.sandbox import codec, wire
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.languages import Language
-from jaxrl.sandbox.pool import Result
+from jaxrl.sandbox.pool import Result, fault
 from jaxrl.sandbox.protocol import Limits
 from jaxrl.sandbox.wire import BatchLine, Health, RunRequest
 
@@ -47,7 +47,7 @@ _LOST = (_Fault, aiohttp.ClientError, TimeoutError)
 
 
 class SandboxClient:
-    """Runs snippets on a server, with the interface of ``Pool``.
+    """Runs snippets on a server: ``run`` as ``Pool`` has it, without sessions.
 
     Args:
         url: of the server, such as ``http://127.0.0.1:8780``.
@@ -207,7 +207,7 @@ class SandboxClient:
 
     def _fault(self, error: Exception) -> Result:
         words = str(error) if isinstance(error, _Fault) else f"the answer of {self._url} was lost: {error!r}"
-        return wire.fault(words)
+        return fault(words)
 
     @contextlib.asynccontextmanager
     async def _accepted(

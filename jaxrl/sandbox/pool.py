@@ -72,6 +72,25 @@ class Result:
     replay_differs: bool = False  # and they ended or printed otherwise than the first time
 
 
+def fault(text: str, *, isolation: str = "", queue_seconds: float = 0.0, attempts: int = 0) -> Result:
+    """The result of a call that failed on our side, outside any pool."""
+    return Result(
+        status=ToolStatus.INFRA_ERROR,
+        stdout="",
+        stderr=text,
+        exit_code=None,
+        signal=None,
+        cpu_seconds=0.0,
+        wall_seconds=0.0,
+        queue_seconds=queue_seconds,
+        peak_rss_kib=0,
+        attempts=attempts,
+        stdout_truncated=False,
+        stderr_truncated=False,
+        isolation=isolation,
+    )
+
+
 class Pool:
     """Runs snippets, each in its own fork of a warm, jailed interpreter; those in other languages become its program.
 
@@ -540,14 +559,8 @@ def pool_from_config(config: SandboxConfig) -> "Pool | ClusterPool":
     """The pool that a run's configuration asks for: of this machine, or of a cluster.
 
     Raises:
-        ConfigError: a module of ``preload`` is not installed, or Ray is not where it is needed.
+        ConfigError: a number is out of range, or a module of ``preload`` or Ray is not where it is needed.
     """
-    limits = Limits(
-        cpu_seconds=config.cpu_seconds,
-        wall_seconds=config.wall_seconds,
-        memory_mib=config.memory_mib,
-        output_kib=config.output_kib,
-    )
     if config.cluster:
         from jaxrl.sandbox.cluster import ClusterPool  # made of pools itself
 
@@ -556,9 +569,15 @@ def pool_from_config(config: SandboxConfig) -> "Pool | ClusterPool":
         make = Pool
     try:
         return make(
-            limits,
+            Limits(
+                cpu_seconds=config.cpu_seconds,
+                wall_seconds=config.wall_seconds,
+                memory_mib=config.memory_mib,
+                output_kib=config.output_kib,
+            ),
             workers=config.workers,
             slots=config.slots,
+            slow_slots=config.slow_slots,
             queue=config.queue,
             preload=tuple(config.preload),
             unsafe=config.unsafe,

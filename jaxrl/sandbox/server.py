@@ -16,9 +16,9 @@ from aiohttp import web
 from jaxrl import __version__
 from jaxrl.sandbox import codec, exposition, openapi
 from jaxrl.sandbox.jail import SandboxUnavailable
-from jaxrl.sandbox.pool import Pool, Result
+from jaxrl.sandbox.pool import Pool, Result, fault
 from jaxrl.sandbox.room import RETRY_SECONDS, Refused, Room
-from jaxrl.sandbox.wire import BatchLine, BatchRequest, Health, Problem, RunRequest, capped, fault
+from jaxrl.sandbox.wire import BatchLine, BatchRequest, Health, Problem, RunRequest, capped
 
 _METRICS_SECONDS = 5.0
 _LAST_ANSWERS_SECONDS = 2.0  # for what is being written when the drain is over

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from jaxrl.config import SandboxConfig
+from jaxrl.config import ConfigError, SandboxConfig
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Limits, Pool, Result, SandboxUnavailable, pool_from_config
 from tests.sandbox.driver import LIMITS, Driver, descendants
@@ -319,4 +319,8 @@ def test_pool_from_config() -> None:
         SandboxConfig(cpu_seconds=3, wall_seconds=5, memory_mib=99, output_kib=7, preload=("numpy",))
     )
     assert pool.limits == Limits(cpu_seconds=3, wall_seconds=5, memory_mib=99, output_kib=7)
+    with pytest.raises(ConfigError, match="slow_slots=-1 must not be negative"):
+        pool_from_config(SandboxConfig(slow_slots=-1, preload=()))
+    with pytest.raises(ConfigError, match=r"Limits.wall_seconds=inf must be .* below 2\*\*32"):
+        pool_from_config(SandboxConfig(wall_seconds=math.inf, preload=()))
     assert pool_from_config(SandboxConfig(unsafe=True, preload=())).isolation == "unsafe: none"
