@@ -26,8 +26,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Train.steps Train.eval_every Train.prefetch_groups Sft.steps Sft.warmup_steps Sft.learning_rate Sft.variants "
         "Optimizer.warmup_steps Optimizer.learning_rate Optimizer.weight_decay Algorithm.clip_high "
         "Algorithm.kl_coefficient Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed "
-        "Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature Stages.drop_solved "
-        "Stages.drop_unsolved",
+        "Sandbox.slow_slots Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature "
+        "Stages.drop_solved Stages.drop_unsolved",
         lambda value: value >= 0,
         "not be negative",
     ),

@@ -156,6 +156,8 @@ class SandboxConfig:
     """Template processes."""
     slots: int = 4
     """Calls that run at once, over all workers."""
+    slow_slots: int = 8
+    """Further calls that may run on, at lower priority, once they have lasted a quarter second."""
     queue: int = 4096
     """Calls that may wait before submitting blocks."""
     cpu_seconds: float = 4.0
@@ -164,7 +166,7 @@ class SandboxConfig:
     output_kib: int = 64
     """Kept of stdout and of stderr, head and tail."""
     preload: tuple[str, ...] = ("numpy", "scipy", "sympy")
-    """Modules every call finds already imported."""
+    """Modules that are loaded once: calls that mention one find it already imported."""
     cluster: str = ""
     """Where the calls run: "" on this machine; otherwise on every node of a Ray cluster, each with so many workers and
     slots: "auto" for the cluster that this machine belongs to, or the address of its head as "host:port"."""

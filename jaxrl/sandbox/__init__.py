@@ -1,13 +1,16 @@
-"""A pool that runs untrusted Python: one fork of a warm, jailed interpreter per call, a typed status per result.
+"""A pool that runs untrusted code: Python in forks of warm, jailed interpreters, other languages as programs.
+
+Each call has a world of its own and a result with a typed status; sessions keep theirs from cell to cell.
 
     from jaxrl.sandbox import Limits, Pool
 
     async with Pool(Limits(cpu_seconds=4, memory_mib=512)) as pool:
         result = await pool.run("import sympy; sympy.factorint(2**61 - 1)")
 
-Three kinds of process: the pool (in the caller, asyncio), the warden (trusted, outside the jail: slots, deadlines,
-output, verdicts) and the zygote (inside the jail: forks, and runs no user code itself). The helper processes import
-this package too, so names are bound on first use: neither warden nor zygote ever loads jax.
+The pool is in the caller (asyncio). Its warden is trusted and outside the jail: slots, deadlines, output, verdicts.
+Inside the jail, and without running user code themselves, stems and templates fork (``zygote``), and a keeper holds
+each session. Calls that may start processes have a second jail. The helper processes import this package too, so names
+are bound on first use: none of them ever loads jax.
 """
 
 import importlib

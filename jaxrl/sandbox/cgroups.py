@@ -17,7 +17,8 @@ _LAST_REQUEST = 4 << 20  # bytes, two huge pages: a group whose peak is so near 
 _REMEDY = (
     "Remedies: as root make /sys/fs/cgroup writable (in Docker --privileged, or -v /sys/fs/cgroup:/sys/fs/cgroup:rw "
     "with --cgroupns=host); as an ordinary user start under `systemd-run --user --scope -p Delegate=yes`; or accept "
-    "that only each process is bounded, not all of a call together: Pool(processes_without_cgroup=True)"
+    "that only each process is bounded, not all of a call together: Pool(processes_without_cgroup=True), or "
+    "`jaxrl sandbox serve --processes-without-cgroup`"
 )
 
 

@@ -24,7 +24,7 @@ except ImportError as error:
 from jaxrl.sandbox import codec, wire
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.languages import Language
-from jaxrl.sandbox.pool import Result
+from jaxrl.sandbox.pool import Result, fault
 from jaxrl.sandbox.protocol import Limits
 from jaxrl.sandbox.wire import BatchLine, Health, RunRequest
 
@@ -36,7 +36,7 @@ _PARTS_AT_ONCE = 4
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 20, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 4}
 _BLAMED_ON_CALLER = (400, 413)
 _BLAMED_ON_TOKEN = (401, 403)
-_FULL, _SHUTTING_DOWN = 429, 503
+_LACKING, _FULL, _SHUTTING_DOWN = 422, 429, 503
 
 
 class _Fault(Exception):
@@ -47,7 +47,7 @@ _LOST = (_Fault, aiohttp.ClientError, TimeoutError)
 
 
 class SandboxClient:
-    """Runs snippets on a server, with the interface of ``Pool``.
+    """Runs snippets on a server: ``run`` as ``Pool`` has it, without sessions.
 
     Args:
         url: of the server, such as ``http://127.0.0.1:8780``.
@@ -146,6 +146,7 @@ class SandboxClient:
 
         Raises:
             ValueError: the server refuses the files, or the call for its size; or a language that no server knows.
+            SandboxUnavailable: the server lacks what the language or processes need.
             PermissionError: the token is missing or wrong.
             RuntimeError: the client is not open.
         """
@@ -161,6 +162,7 @@ class SandboxClient:
 
         Raises:
             ValueError: the server refuses a call's files, or a call for its size.
+            SandboxUnavailable: the server lacks what a call's language or processes need.
             PermissionError: the token is missing or wrong.
             RuntimeError: the client is not open.
         """
@@ -205,7 +207,7 @@ class SandboxClient:
 
     def _fault(self, error: Exception) -> Result:
         words = str(error) if isinstance(error, _Fault) else f"the answer of {self._url} was lost: {error!r}"
-        return wire.fault(words)
+        return fault(words)
 
     @contextlib.asynccontextmanager
     async def _accepted(
@@ -216,6 +218,7 @@ class SandboxClient:
         Raises:
             _Fault: patience ran out, or the server failed.
             ValueError, PermissionError: the request is at fault.
+            SandboxUnavailable: the server lacks what a call asks for.
         """
         headers = (
             {"Content-Type": "application/json", "X-Tenant": urllib.parse.quote(tenant)} if body is not None else {}
@@ -236,6 +239,8 @@ class SandboxClient:
                 status, problem = 0, str(error)
             if status in _BLAMED_ON_CALLER:
                 raise ValueError(problem)
+            if status == _LACKING:
+                raise SandboxUnavailable(f"{self._url}: {problem}")
             if status in _BLAMED_ON_TOKEN:
                 raise PermissionError(f"{self._url} refuses the token: {problem}")
             if status not in (0, _FULL, _SHUTTING_DOWN):

@@ -20,7 +20,7 @@ from jaxrl.sandbox import jail
 from jaxrl.sandbox.admission import Admission
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.node import Order
-from jaxrl.sandbox.pool import Pool, Result
+from jaxrl.sandbox.pool import Pool, Result, fault
 from jaxrl.sandbox.protocol import Limits
 from jaxrl.statuses import ToolStatus
 
@@ -45,7 +45,7 @@ class _Deserted(Exception):
 
 
 class ClusterPool:
-    """A ``Pool`` on every node of a Ray cluster, used as one.
+    """A ``Pool`` on every node of a Ray cluster; ``run`` is that of one, sessions are not had.
 
     A node that joins later is used; calls of a node or pool that is lost are run again elsewhere. A call waits here
     until a node has room for it, tenants in turn, so that little is lost with a node.
@@ -185,7 +185,7 @@ class ClusterPool:
                 continue
             result = dataclasses.replace(
                 answer.result,
-                attempts=answer.result.attempts + sum(fault.attempts for fault in faults),
+                attempts=answer.result.attempts + sum(loss.attempts for loss in faults),
                 queue_seconds=answer.result.queue_seconds + queued,
                 node=link.name,
             )
@@ -204,14 +204,14 @@ class ClusterPool:
                 break
             free = [link for link in members.living if link.free]
             if free:
-                failed = {fault.node for fault in faults}
+                failed = {loss.node for loss in faults}
                 return max(free, key=lambda link: (link.name not in failed, link.free, -link.taken))
             self._admission.leave()  # the node with this room has been lost meanwhile
         return None
 
     def _elsewhere(self, faults: tuple[_Fault, ...]) -> bool:
         """Whether there is a node where the call has not failed."""
-        return not set(self.nodes) <= {fault.node for fault in faults}
+        return not set(self.nodes) <= {loss.node for loss in faults}
 
     def _open_members(self) -> "Members":
         if self._members is None:
@@ -227,24 +227,11 @@ class ClusterPool:
         self._admission.dismiss(_Deserted)
 
     def _infra_error(self, faults: tuple[_Fault, ...], queued: float) -> Result:
-        reasons = [f"{fault.node}: {fault.reason}" for fault in faults]
+        reasons = [f"{loss.node}: {loss.reason}" for loss in faults]
         if len(faults) < _ATTEMPTS:
             reasons.append(f"no node for {self._patience_seconds:g} s")
-        return Result(
-            status=ToolStatus.INFRA_ERROR,
-            stdout="",
-            stderr="\n".join(reasons),
-            exit_code=None,
-            signal=None,
-            cpu_seconds=0.0,
-            wall_seconds=0.0,
-            queue_seconds=queued,
-            peak_rss_kib=0,
-            attempts=max(sum(fault.attempts for fault in faults), 1),
-            stdout_truncated=False,
-            stderr_truncated=False,
-            isolation=self.isolation,
-        )
+        attempts = max(sum(loss.attempts for loss in faults), 1)
+        return fault("\n".join(reasons), isolation=self.isolation, queue_seconds=queued, attempts=attempts)
 
 
 def _not_open() -> RuntimeError:

@@ -1,7 +1,7 @@
 """Which isolation this machine gives, layer by layer, and what to do about what is missing.
 
 Every layer is tried by itself in a fork of this process, so that one refusal does not hide the next; at the end a
-whole jail is built and a call run in it. Loads no jax.
+whole jail is built, once for a live session and once for a call. Loads no jax.
 """
 
 import asyncio
@@ -67,6 +67,7 @@ def examine() -> list[Finding]:
         _huge_pages(),
         _memory_groups(),
         *map(_language, languages.LANGUAGES.values()),
+        _live_session(),
         _whole_jail(),
     ]
 
@@ -186,6 +187,28 @@ def _whole_jail() -> Finding:
         return Finding(
             "a call in the whole jail", False, True, str(error.__cause__ or error).partition(". Remedies")[0]
         )
+
+
+def _live_session() -> Finding:
+    """A cell, and one of a copy by copy-on-write, neither in a process that had to be rebuilt."""
+    layer, remedy = "live session", "sessions are rebuilt from their cells instead, which costs time"
+
+    async def cells() -> Finding:
+        async with Pool(workers=1, slots=1, preload=()) as pool, pool.session() as session:
+            results = [await session.run("x = 42")]
+            (copy,) = await session.fork(1)
+            async with copy:
+                results.append(await copy.run("x"))
+        first, second = results
+        if not any(result.rebuilt for result in results) and (str(first.status), second.stdout) == ("ok", "42\n"):
+            return Finding(layer, True, False, "copied by copy-on-write")
+        words = "the copy had to be rebuilt" if second.rebuilt else f"{second.status}: {first.stderr}{second.stderr}"
+        return Finding(layer, False, False, words, remedy)
+
+    try:
+        return asyncio.run(cells())
+    except jail.SandboxUnavailable as error:
+        return Finding(layer, False, False, f"not tried: {str(error.__cause__ or error).partition('. Remedies')[0]}")
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ Knows nothing of Ray, which makes an actor of it; see ``node_link`` for the othe
 
 import asyncio
 import functools
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,13 +14,14 @@ from typing import NamedTuple
 
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.languages import Language
-from jaxrl.sandbox.pool import Pool, Result
+from jaxrl.sandbox.pool import Pool, Result, fault
 from jaxrl.sandbox.protocol import Limits
 
 BATCH_CALLS = 64  # so many leave without waiting for more
 BATCH_SECONDS = 0.005  # shortest time between two smaller batches
 BATCH_BYTES = 4 << 20  # and no more than these in one, unless one call alone is larger
 _MOST_ANSWERS = 256
+_BAD_ARGUMENTS = (ValueError, TypeError, OverflowError, struct.error)  # what packing a call says of them
 
 
 class Order(NamedTuple):
@@ -149,4 +151,6 @@ def unfinished(order: Order, error: BaseException) -> Answer:
         return Answer(order.id, None, refusal=SandboxUnavailable(str(error)))
     if isinstance(error, RuntimeError):  # the jail is gone for good, or the pool is closed
         return Answer(order.id, None, fault=words)
-    return Answer(order.id, None, refusal=ValueError(words))
+    if isinstance(error, _BAD_ARGUMENTS):
+        return Answer(order.id, None, refusal=ValueError(words))
+    return Answer(order.id, fault(words, attempts=1))  # of this one call; the node has room for others

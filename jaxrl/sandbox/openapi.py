@@ -8,19 +8,21 @@ from jaxrl.sandbox.pool import Result
 from jaxrl.sandbox.wire import BatchLine, BatchRequest, Health, Problem, RunRequest
 
 _ABOUT = (
-    "Runs untrusted Python, each call in its own fork of a warm, jailed interpreter. Whatever the code does, the "
-    "answer is 200 and the result's status says how it ended; `infra_error` is a fault of the service, never of the "
-    "code. Answers of 400 and above, 500 apart, mean that nothing was run. Where output is not UTF-8, its bytes are in "
-    "`stdout_bytes` and `stderr_bytes`, and `stdout` and `stderr` have U+FFFD in the place of what cannot be decoded."
+    "Runs untrusted code: Python in a fork of a warm, jailed interpreter for each call, Bash and C++ as programs in a "
+    "jail of their own. Whatever the code does, the answer is 200 and the result's status says how it ended; "
+    "`infra_error` is a fault of the service, never of the code. Answers of 400 and above, 500 apart, mean that "
+    "nothing was run. Where output is not UTF-8, its bytes are in `stdout_bytes` and `stderr_bytes`, and `stdout` and "
+    "`stderr` have U+FFFD in the place of what cannot be decoded."
 )
 _LINES = "A line of JSON a call, in the order in which they end. Fewer lines than calls: the server was stopped."
 _REFUSALS = {
-    400: "The request does not fit its schema, or names files that cannot be laid out.",
+    400: "The request does not fit its schema, or gives files that cannot be laid out.",
     401: "The bearer token is missing or wrong.",
     408: "The request did not come whole in time.",
     411: "The request does not say its length.",
     413: "The request is larger than the server takes.",
     415: "The request is not application/json.",
+    422: "A call asks for a language, or for processes, for which this server's machine lacks something.",
     429: "As many calls are waiting as the server lets wait. Try again after the seconds of Retry-After.",
     500: "The server failed. A call may have run.",
     503: "The server is shutting down. Try again, there or elsewhere, after the seconds of Retry-After.",

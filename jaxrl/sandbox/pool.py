@@ -72,6 +72,25 @@ class Result:
     replay_differs: bool = False  # and they ended or printed otherwise than the first time
 
 
+def fault(text: str, *, isolation: str = "", queue_seconds: float = 0.0, attempts: int = 0) -> Result:
+    """The result of a call that failed on our side, outside any pool."""
+    return Result(
+        status=ToolStatus.INFRA_ERROR,
+        stdout="",
+        stderr=text,
+        exit_code=None,
+        signal=None,
+        cpu_seconds=0.0,
+        wall_seconds=0.0,
+        queue_seconds=queue_seconds,
+        peak_rss_kib=0,
+        attempts=attempts,
+        stdout_truncated=False,
+        stderr_truncated=False,
+        isolation=isolation,
+    )
+
+
 class Pool:
     """Runs snippets, each in its own fork of a warm, jailed interpreter; those in other languages become its program.
 
@@ -95,7 +114,7 @@ class Pool:
 
     Raises (on entering):
         SandboxUnavailable: the machine refuses a layer of the jail; names it and the remedy.
-        ValueError: a limit is not positive, or a module of ``preload`` is not installed.
+        ValueError: a number is out of range, or a module of ``preload`` is not installed.
     """
 
     def __init__(
@@ -115,12 +134,16 @@ class Pool:
         recycle_growth_mib: int = 64,
         session_memory_mib: int = 4096,
     ) -> None:
-        counts = {"workers": workers, "slots": slots, "queue": queue}
+        counts = {"workers": workers, "slots": slots, "queue": queue, "session_memory_mib": session_memory_mib}
         for name, value in (
             counts | {"recycle_calls": recycle_calls, "recycle_growth_mib": recycle_growth_mib}
         ).items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if slow_slots < 0:
+            raise ValueError(f"slow_slots={slow_slots} must not be negative; 0 is none")
+        if not heartbeat_seconds > 0:
+            raise ValueError(f"heartbeat_seconds={heartbeat_seconds} must be above 0")
         self.limits = limits or Limits()
         self.most: Limits | None = None
         self.isolation = jail.UNSAFE if unsafe else jail.JAILED
@@ -260,15 +283,30 @@ class Pool:
         self._refuse_while_draining()
         limits = limits or self.limits
         given = files or {}
-        file_bytes.check(given, limits.disk_mib << 20)
-        if processes or language != "python":
-            self._check_processes()
+        self.check(limits, given, language, processes)
         source = code.encode("utf-8", "surrogatepass")
         if language == "python":
             # Made in passing: tens of thousands may wait here, each with what this frame holds.
             return await self._submit(self._call(source, stdin, limits, tenant, given, wanted, echo, processes))
         with self._taken():
             return await self._run_program(language, source, stdin, limits, tenant, given, wanted)
+
+    def check(
+        self, limits: Limits, files: Mapping[str, bytes], language: str | Language = "python", processes: bool = False
+    ) -> None:
+        """Whether ``run`` would take a call, without running it.
+
+        Raises:
+            ValueError, SandboxUnavailable: as ``run`` does, but for a jail that was lost.
+        """
+        file_bytes.check(files, limits.disk_mib << 20)
+        if language != "python":
+            chosen = languages.named(language)
+            taken = chosen.own_files & {name.partition("/")[0] for name in files}
+            if taken:
+                raise ValueError(f"files {sorted(taken)} have the names of the program's own; give them others")
+        if processes or language != "python":
+            self._check_processes()
 
     async def _run_program(
         self,
@@ -282,9 +320,6 @@ class Pool:
     ) -> Result:
         """A program of another language than Python, built first where it has to be."""
         chosen = languages.named(language)
-        taken = chosen.own_files & {name.partition("/")[0] for name in given}
-        if taken:
-            raise ValueError(f"files {sorted(taken)} have the names of the program's own; give them others")
         own = {chosen.source: source}
         if chosen.build:
             built = await self._builds.get((chosen, source), lambda: self._build(chosen, source, tenant))
@@ -524,14 +559,8 @@ def pool_from_config(config: SandboxConfig) -> "Pool | ClusterPool":
     """The pool that a run's configuration asks for: of this machine, or of a cluster.
 
     Raises:
-        ConfigError: a module of ``preload`` is not installed, or Ray is not where it is needed.
+        ConfigError: a number is out of range, or a module of ``preload`` or Ray is not where it is needed.
     """
-    limits = Limits(
-        cpu_seconds=config.cpu_seconds,
-        wall_seconds=config.wall_seconds,
-        memory_mib=config.memory_mib,
-        output_kib=config.output_kib,
-    )
     if config.cluster:
         from jaxrl.sandbox.cluster import ClusterPool  # made of pools itself
 
@@ -540,9 +569,15 @@ def pool_from_config(config: SandboxConfig) -> "Pool | ClusterPool":
         make = Pool
     try:
         return make(
-            limits,
+            Limits(
+                cpu_seconds=config.cpu_seconds,
+                wall_seconds=config.wall_seconds,
+                memory_mib=config.memory_mib,
+                output_kib=config.output_kib,
+            ),
             workers=config.workers,
             slots=config.slots,
+            slow_slots=config.slow_slots,
             queue=config.queue,
             preload=tuple(config.preload),
             unsafe=config.unsafe,

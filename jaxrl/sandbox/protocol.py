@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 _FRAME = struct.Struct("<IB")
 _LENGTH = struct.Struct("<I")
 LEAST_MEMORY_MIB = 16
+_BEYOND_LIMITS = 1 << 32  # the least that ``_LIMITS`` cannot hold
 _LIMITS = struct.Struct("<ddIIIIIIII")
 _CALL = struct.Struct("<QdBBIIIIII")
 _ECHO, _REPLAY, _PROCESSES = 1, 2, 4  # flags of a call
@@ -45,8 +46,9 @@ class Limits:
     """Processes and threads at once of a call that may start processes."""
 
     def __post_init__(self) -> None:
-        if not min(dataclasses.astuple(self)) > 0:
-            raise ValueError(f"every limit must be greater than 0: {self}")
+        for name, value in vars(self).items():
+            if not 0 < value < _BEYOND_LIMITS:
+                raise ValueError(f"Limits.{name}={value} must be above 0 and below 2**32")
         if self.memory_mib < LEAST_MEMORY_MIB:
             least = f"{LEAST_MEMORY_MIB} are needed to start a call"
             raise ValueError(f"Limits.memory_mib={self.memory_mib} is too small: {least}")

@@ -56,6 +56,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="numpy,scipy,sympy",
         help='modules that templates hold ready; "" for none (default: %(default)s)',
     )
+    parser.add_argument(
+        "--processes-without-cgroup",
+        action="store_true",
+        help="run other languages, and Python with processes, also where no memory cgroup is had: --memory-mib then "
+        "bounds each process, not all of a call together",
+    )
     parser.add_argument("--unsafe-sandbox", action="store_true", help="run code without isolation")
 
 
@@ -86,6 +92,8 @@ def _settings(options: argparse.Namespace, kind: "type[ServerSettings]") -> "Ser
             f"--host {options.host} can be reached from other machines but there is no token; "
             f"give --token-file or {TOKEN_VARIABLE}, or bind to 127.0.0.1"
         )
+    if not 0 <= options.port <= 65535:
+        raise ValueError(f"--port {options.port} must lie between 0 and 65535")
     for name in ("queue", "queue_mib", "body_mib"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
@@ -109,6 +117,7 @@ def _pool(options: argparse.Namespace) -> "Pool":
         queue=options.queue,
         preload=tuple(filter(None, options.preload.split(","))),
         unsafe=options.unsafe_sandbox,
+        processes_without_cgroup=options.processes_without_cgroup,
     )
 
 

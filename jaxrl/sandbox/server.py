@@ -14,11 +14,11 @@ from typing import Any
 from aiohttp import web
 
 from jaxrl import __version__
-from jaxrl.sandbox import codec, exposition, files, openapi
+from jaxrl.sandbox import codec, exposition, openapi
 from jaxrl.sandbox.jail import SandboxUnavailable
-from jaxrl.sandbox.pool import Pool, Result
+from jaxrl.sandbox.pool import Pool, Result, fault
 from jaxrl.sandbox.room import RETRY_SECONDS, Refused, Room
-from jaxrl.sandbox.wire import BatchLine, BatchRequest, Health, Problem, RunRequest, capped, fault
+from jaxrl.sandbox.wire import BatchLine, BatchRequest, Health, Problem, RunRequest, capped
 
 _METRICS_SECONDS = 5.0
 _LAST_ANSWERS_SECONDS = 2.0  # for what is being written when the drain is over
@@ -162,15 +162,18 @@ class SandboxServer:
     async def _run(self, request: web.Request) -> web.Response:
         tenant = self._tenant(request)
         async with self._body(request, RunRequest) as asked:
-            self._check_files(asked, "files")
+            self._check(asked, "the call")
             with self._calls.hold(1):
-                return _json(await self._call(asked, tenant))
+                try:
+                    return _json(await self._call(asked, tenant))
+                except ValueError as error:
+                    raise _bad_call(error, "the call") from error
 
     async def _batch(self, request: web.Request) -> web.StreamResponse:
         tenant = self._tenant(request)
         async with self._body(request, BatchRequest) as asked:
             for index, call in enumerate(asked.calls):
-                self._check_files(call, f"calls[{index}].files")
+                self._check(call, f"calls[{index}]")
             with self._calls.hold(len(asked.calls)) as give_back:
                 response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
                 await response.prepare(request)
@@ -194,7 +197,11 @@ class SandboxServer:
 
         async def work() -> None:
             for index, call in waiting:
-                line = json.dumps(codec.write(BatchLine(index, await self._call(call, tenant)))) + "\n"
+                try:
+                    result = await self._call(call, tenant)
+                except ValueError as error:  # the answer has begun, so it is too late to refuse the request
+                    result = fault(str(error))
+                line = json.dumps(codec.write(BatchLine(index, result))) + "\n"
                 async with writing, asyncio.timeout(self._settings.peer_seconds):
                     await response.write(line.encode())
                 give_back(1)
@@ -204,7 +211,7 @@ class SandboxServer:
                 group.create_task(work())
 
     async def _call(self, asked: RunRequest, tenant: str) -> Result:
-        """The pool's result; whatever keeps the pool from giving one is a fault of ours."""
+        """The pool's result; whatever keeps the pool from giving one is a fault of ours, but for ValueError."""
         try:
             result = await self._pool.run(
                 asked.code,
@@ -217,22 +224,28 @@ class SandboxServer:
                 language=asked.language,
                 processes=asked.processes,
             )
-        except SandboxUnavailable as error:
-            self._unavailable = asked.language == "python" and not asked.processes  # else only such calls are refused
+        except SandboxUnavailable as error:  # what only this call lacks was noticed before
+            self._unavailable = True
             return fault(str(error))
+        except ValueError:
+            raise
         except Exception as error:
             _log.exception("a call could not be run")
             return fault(f"{type(error).__name__}: {error}")
         self._unavailable = False
         return result
 
-    def _check_files(self, asked: RunRequest, where: str) -> None:
+    def _check(self, asked: RunRequest, where: str) -> None:
+        """Refuse a call that the pool would not take, while nothing of its request has run."""
+        limits = capped(asked.limits, self._pool.limits)
         try:
-            files.check(asked.files, capped(asked.limits, self._pool.limits).disk_mib << 20)
+            self._pool.check(limits, asked.files, asked.language, asked.processes)
         except ValueError as error:
-            raise Refused(
-                400, str(error), value=where, limit="files that fit", remedy="leave them out or rename them"
-            ) from error
+            raise _bad_call(error, where) from error
+        except SandboxUnavailable as error:
+            value = f"{where}: language={asked.language!r}, processes={asked.processes}"
+            remedy = "ask a server that has it, or mend this one's machine: `jaxrl sandbox doctor`"
+            raise Refused(422, f"not available here: {error}", value=value, remedy=remedy) from error
 
     async def _health(self, request: web.Request) -> web.Response:
         status = "draining" if self._draining else "unavailable" if self._unavailable else "ok"
@@ -262,6 +275,10 @@ class SandboxServer:
 
 def _json(record: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     return web.json_response(codec.write(record), status=status, headers=headers)
+
+
+def _bad_call(error: ValueError, where: str) -> Refused:
+    return Refused(400, str(error), value=where, limit="files that fit", remedy="leave them out or rename them")
 
 
 def _no_constant(name: str) -> float:

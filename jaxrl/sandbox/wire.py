@@ -7,7 +7,6 @@ from typing import Any, Literal
 from jaxrl.sandbox.languages import LANGUAGES, Language
 from jaxrl.sandbox.pool import Result
 from jaxrl.sandbox.protocol import LEAST_MEMORY_MIB, Limits
-from jaxrl.statuses import ToolStatus
 
 
 def _about(description: str) -> dict[str, str]:
@@ -121,22 +120,3 @@ def capped(asked: Any, most: Limits) -> Limits:
     """What a call gets that asks for ``asked``, a PartialLimits or None, where no limit may exceed ``most``."""
     given = {} if asked is None else {name: value for name, value in vars(asked).items() if value is not None}
     return dataclasses.replace(most, **{name: min(value, getattr(most, name)) for name, value in given.items()})
-
-
-def fault(text: str) -> Result:
-    """The result of a call that failed on our side, outside any pool."""
-    return Result(
-        status=ToolStatus.INFRA_ERROR,
-        stdout="",
-        stderr=text,
-        exit_code=None,
-        signal=None,
-        cpu_seconds=0.0,
-        wall_seconds=0.0,
-        queue_seconds=0.0,
-        peak_rss_kib=0,
-        attempts=0,
-        stdout_truncated=False,
-        stderr_truncated=False,
-        isolation="",
-    )

@@ -249,8 +249,9 @@ def test_the_doctor_names_memory_groups_and_languages() -> None:
     findings = {finding.layer: finding for finding in doctor.examine()}
     needs("bash")
     assert findings["memory cgroup"].works and findings["memory cgroup"].detail.startswith("version ")
+    assert findings["live session"].works, findings["live session"]
     assert findings["language bash"].detail == "/usr/bin/bash"
-    assert not any(findings[name].needed for name in ("memory cgroup", "language bash", "language c++"))
+    assert not any(findings[name].needed for name in ("memory cgroup", "language bash", "language c++", "live session"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes the right to make cgroups away from root")

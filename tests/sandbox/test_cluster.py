@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -176,7 +177,7 @@ async def test_waiting_call_takes_little_memory(nodes: RayNodes, pool: ClusterPo
 @on_common_pool
 async def test_arguments_that_a_node_refuses_are_the_callers_mistake(nodes: RayNodes, pool: ClusterPool) -> None:
     with pytest.raises(ValueError, match="error: "):
-        await pool.run("1", limits=Limits(output_kib=1 << 40))
+        await pool.run("1", limits=Limits(output_kib=1.5))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="language='klingon' is not known"):
         await pool.run("1", language="klingon")
     assert (await pool.run("1")).attempts == 1 and len(pool.nodes) == 2
@@ -403,6 +404,7 @@ def test_address_where_nothing_answers(address: str) -> None:
         ("python", True, SandboxUnavailable("no memory cgroup"), False),
         ("c++", False, SandboxUnavailable("no compiler"), False),
         ("python", False, OverflowError("a limit"), False),
+        ("python", False, struct.error("a limit"), False),
     ],
 )
 def test_what_a_node_lacks_is_told_from_a_node_that_is_lost(
@@ -412,6 +414,14 @@ def test_what_a_node_lacks_is_told_from_a_node_that_is_lost(
     assert (answer.id, answer.result) == (7, None)
     assert bool(answer.fault) == lost
     assert lost or isinstance(answer.refusal, SandboxUnavailable | ValueError)
+
+
+@pytest.mark.parametrize("error", [OSError("too many open files"), KeyError("a bug"), AssertionError()])
+def test_what_breaks_one_call_on_a_node_is_a_fault_of_ours_and_no_loss(error: Exception) -> None:
+    answer = unfinished(Order(7, "1", "", True, LIMITS, "", None, (), "python", False), error)
+    assert (answer.fault, answer.refusal) == ("", None)
+    assert answer.result is not None and answer.result.status is ToolStatus.INFRA_ERROR
+    assert type(error).__name__ in answer.result.stderr
 
 
 def test_configuration_chooses_the_pool() -> None:

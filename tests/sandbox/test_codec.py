@@ -25,6 +25,8 @@ FULL = {
             "limits": {"cpu_seconds": 0.5, "memory_mib": 64, "threads": None},
             "files": {"a/b.csv": "AAEC/w=="},
             "wanted": ["*.png"],
+            "language": "bash",
+            "processes": True,
         },
         {"code": ""},
     ]
@@ -57,8 +59,9 @@ def replaced(value: Any, path: tuple, new: Any) -> Any:
 
 VALUES = [
     None, True, False, -5, 0, 1, 15, 16, 100, 0.5, 16.0, 16.5, -1e300, "", "AAEC/w==", "AAE", "%%%%", "é", "\ud800",
-    [], [""], ["a", 1], ["a"] * 64, ["a"] * 65, {}, {"x": ""}, {"x": "?"}, {"code": ""}, {"code": "", "x": 1},
-    {"code": 1}, [{"code": ""}], [{}], {"calls": []}, {"cpu_seconds": 1}, {"cpu": 1}, {"threads": None, "disk_mib": 2},
+    "python", "C", [], [""], ["a", 1], ["a"] * 64, ["a"] * 65, {}, {"x": ""}, {"x": "?"}, {"code": ""},
+    {"code": "", "x": 1}, {"code": 1}, [{"code": ""}], [{}], {"calls": []}, {"cpu_seconds": 1}, {"cpu": 1},
+    {"threads": None, "disk_mib": 2},
 ]  # fmt: skip
 
 
@@ -104,26 +107,35 @@ def test_a_complaint_names_place_value_and_limit(change: dict, message: str) -> 
         codec.read(wire.BatchRequest, {})
 
 
-RESULTS = st.builds(
-    Result,
-    status=st.sampled_from(ToolStatus),
-    stdout=st.text(),
-    stderr=st.text(),
-    exit_code=st.none() | st.integers(0, 255),
-    signal=st.none() | st.integers(1, 64),
-    cpu_seconds=st.floats(0, 1e6),
-    wall_seconds=st.floats(0, 1e6),
-    queue_seconds=st.floats(0, 1e6),
-    peak_rss_kib=st.integers(0, 1 << 40),
-    attempts=st.integers(0, 9),
-    stdout_truncated=st.booleans(),
-    stderr_truncated=st.booleans(),
-    isolation=st.text(max_size=5),
-    files=st.dictionaries(st.text(max_size=5), st.binary(), max_size=2),
-    files_left_out=st.integers(0, 99),
-    stdout_bytes=st.none() | st.binary(),
-    stderr_bytes=st.none() | st.binary(),
-)
+FIELDS = {
+    "status": st.sampled_from(ToolStatus),
+    "stdout": st.text(),
+    "stderr": st.text(),
+    "exit_code": st.none() | st.integers(0, 255),
+    "signal": st.none() | st.integers(1, 64),
+    "cpu_seconds": st.floats(0, 1e6),
+    "wall_seconds": st.floats(0, 1e6),
+    "queue_seconds": st.floats(0, 1e6),
+    "peak_rss_kib": st.integers(0, 1 << 40),
+    "attempts": st.integers(0, 9),
+    "stdout_truncated": st.booleans(),
+    "stderr_truncated": st.booleans(),
+    "isolation": st.text(max_size=5),
+    "files": st.dictionaries(st.text(max_size=5), st.binary(), max_size=2),
+    "files_left_out": st.integers(0, 99),
+    "stdout_bytes": st.none() | st.binary(),
+    "stderr_bytes": st.none() | st.binary(),
+    "stage": st.sampled_from(["run", "build"]),
+    "node": st.text(max_size=5),
+    "rebuilt": st.booleans(),
+    "replay_differs": st.booleans(),
+}
+RESULTS = st.builds(Result, **FIELDS)
+
+
+def test_every_field_of_a_result_is_drawn() -> None:
+    assert set(FIELDS) == {field.name for field in dataclasses.fields(Result)}
+    assert set(FULL["calls"][0]) == {field.name for field in dataclasses.fields(wire.RunRequest)}
 
 
 @settings(deadline=None)

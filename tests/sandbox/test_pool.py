@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from jaxrl.config import SandboxConfig
+from jaxrl.config import ConfigError, SandboxConfig
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Limits, Pool, Result, SandboxUnavailable, pool_from_config
 from tests.sandbox.driver import LIMITS, Driver, descendants
@@ -296,10 +297,21 @@ def test_preload_that_fails_to_import(tmp_path: pathlib.Path, monkeypatch: pytes
             pass
 
 
-@pytest.mark.parametrize("name", ["workers", "slots", "queue"])
-def test_counts_must_be_positive(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}=0"):
-        Pool(preload=(), **{name: 0})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("workers", 0),
+        ("slots", 0),
+        ("queue", 0),
+        ("session_memory_mib", 0),
+        ("slow_slots", -1),
+        ("heartbeat_seconds", 0.0),
+        ("heartbeat_seconds", math.nan),
+    ],
+)
+def test_numbers_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} must"):
+        Pool(preload=(), **{name: value})
 
 
 def test_pool_from_config() -> None:
@@ -307,4 +319,8 @@ def test_pool_from_config() -> None:
         SandboxConfig(cpu_seconds=3, wall_seconds=5, memory_mib=99, output_kib=7, preload=("numpy",))
     )
     assert pool.limits == Limits(cpu_seconds=3, wall_seconds=5, memory_mib=99, output_kib=7)
+    with pytest.raises(ConfigError, match="slow_slots=-1 must not be negative"):
+        pool_from_config(SandboxConfig(slow_slots=-1, preload=()))
+    with pytest.raises(ConfigError, match=r"Limits.wall_seconds=inf must be .* below 2\*\*32"):
+        pool_from_config(SandboxConfig(wall_seconds=math.inf, preload=()))
     assert pool_from_config(SandboxConfig(unsafe=True, preload=())).isolation == "unsafe: none"

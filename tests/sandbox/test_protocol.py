@@ -1,6 +1,7 @@
 """Bytes between pool and warden: what goes in comes out, however the stream is cut."""
 
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given
@@ -107,8 +108,15 @@ def test_frames_survive_any_cut(frames: list[tuple[Kind, bytes]], step: int) -> 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Limits)])
 def test_limits_must_be_positive(field: str) -> None:
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(ValueError, match=rf"Limits\.{field}=0 must be above 0"):
         Limits(**{field: 0})
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Limits)])
+@pytest.mark.parametrize("value", [1 << 32, 1 << 40, math.inf, math.nan])
+def test_limits_must_fit_where_they_are_packed(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"Limits\.{field}={value} must .* below 2\*\*32"):
+        Limits(**{field: value})
 
 
 def test_memory_below_what_a_start_needs() -> None:

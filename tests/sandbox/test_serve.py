@@ -23,11 +23,13 @@ from jaxrl.sandbox import Limits, Result, RunRequest, SandboxClient, SandboxUnav
 from jaxrl.sandbox.grading import Grade, Grader, StdioTest
 from tests.sandbox.driver import Driver, descendants
 from tests.sandbox.served import SERVE, Served
+from tests.sandbox.test_languages import needs
 from tests.sandbox.test_pool import alive, wait_until
 
 OK, INFRA = ToolStatus.OK, ToolStatus.INFRA_ERROR
 JSON = {"Content-Type": "application/json"}
 SLEEP = "import time; time.sleep({})"
+BASH = {"code": "tr a-z A-Z < in > out; echo $((6 * 7))", "language": "bash"}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,13 @@ def test_input_files_and_wanted_files(served: Served) -> None:
     result = served.use(lambda client: client.run(code, stdin="hello", files=given, wanted=["*.bin"]))
     assert (result.status, result.stdout) == (OK, "hello 102400\n")
     assert result.files == {"out.bin": given["in/a"][::-1]} and result.files_left_out == 0
+
+
+def test_other_languages(served: Served) -> None:
+    needs("bash")
+    result = served.use(lambda client: client.run(**BASH, files={"in": b"x"}, wanted=["out"]))
+    assert (result.status, result.stdout, result.files) == (OK, "42\n", {"out": b"X"})
+    assert "memory cgroup" in result.isolation
 
 
 def test_a_request_cannot_raise_the_limits_of_the_server(served: Served) -> None:
@@ -233,6 +242,9 @@ def test_an_empty_batch(served: Served) -> None:
         ("POST", "/v1/run", {"code": "1", "files": {"../x": ""}}, JSON, 400, "plain relative path"),
         ("POST", "/v1/batch", {"calls": [{"code": "1", "files": {"/x": ""}}]}, JSON, 400, "plain relative path"),
         ("POST", "/v1/run", {"code": "1", "files": {"x": "A" * (16 << 20)}}, JSON, 400, "do not fit"),
+        ("POST", "/v1/run", BASH | {"files": {"main.sh": ""}}, JSON, 400, "names of the program's own"),
+        ("POST", "/v1/batch", {"calls": [BASH | {"files": {"main.sh": ""}}]}, JSON, 400, "names of the program's own"),
+        ("POST", "/v1/run", {"code": "#" * (9 << 20), "language": "bash"}, JSON, 400, "do not fit"),
         ("POST", "/v1/run", {"code": "1"}, JSON | {"X-Tenant": "x" * 300}, 400, "bad X-Tenant"),
         ("POST", "/v1/run", {"code": "1"}, {"Content-Type": "text/plain"}, 415, "not JSON"),
         ("POST", "/v1/run", None, JSON | {"Content-Length": str(1 << 40)}, 413, "too large"),
@@ -302,6 +314,10 @@ def test_beyond_loopback_only_with_a_token() -> None:
         (["--memory-mib", "3"], "memory_mib=3 is too small"),
         (["--preload", "no_such_module"], "no_such_module"),
         (["--queue", "0"], "--queue 0 must be at least 1"),
+        (["--port", "65536"], "--port 65536 must lie between 0 and 65535"),
+        (["--port", "-1"], "--port -1 must lie between 0 and 65535"),
+        (["--slow-slots", "-1"], "slow_slots=-1 must not be negative"),
+        (["--wall-seconds", "inf"], "Limits.wall_seconds=inf must be above 0 and below 2**32"),
     ],
 )
 def test_bad_options_are_bad_usage(options: list[str], words: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,7 @@ from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Limits, Pool, RunRequest, SandboxClient
 from jaxrl.sandbox.server import SandboxServer, ServerSettings
 from tests.sandbox.served import REPOSITORY
+from tests.sandbox.test_jail import ORDINARY, python
 
 LIMITS = Limits(cpu_seconds=2, disk_mib=8)
 
@@ -82,6 +84,40 @@ def test_a_client_that_takes_no_results_is_cut_off_and_its_calls_end() -> None:
         writer.close()
 
     serving(work, peer_seconds=0.5, width=4, calls=200)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes the right to make cgroups away from root")
+def test_what_the_machine_lacks_is_no_fault_unless_it_was_allowed() -> None:
+    """As an ordinary user this machine's groups cannot be written to."""
+    script = """
+import argparse, asyncio, json
+from aiohttp.test_utils import TestServer
+from jaxrl.sandbox import RunRequest, SandboxClient, SandboxUnavailable, serve
+from jaxrl.sandbox.server import SandboxServer, ServerSettings
+CALLS = [RunRequest("echo 7", language="bash"), RunRequest("print(7)", processes=True)]
+async def ask(client, calls):
+    try:
+        return [result.stdout async for _, result in client.run_batch([RunRequest("7"), *calls])]
+    except SandboxUnavailable as error:
+        return str(error)
+async def use(*options):
+    parser = argparse.ArgumentParser()
+    serve.add_options(parser)
+    async with serve._pool(parser.parse_args(["--preload=", "--workers=1", "--cpu-seconds=9", *options])) as pool:
+        async with TestServer(SandboxServer(pool, ServerSettings()).application()) as served:
+            async with SandboxClient(str(served.make_url(""))) as client:
+                found = [await ask(client, [call]) for call in CALLS]
+                try:
+                    found.append((await client.run("echo 7", language="bash")).stdout)
+                except SandboxUnavailable as error:
+                    found.append(str(error))
+                return found + [(await client.health()).status]
+print(json.dumps([asyncio.run(use()), asyncio.run(use("--processes-without-cgroup"))]))"""
+    refused, allowed = python(ORDINARY, str(REPOSITORY), script)
+    for text in refused[:3]:
+        assert "not available here" in text and "jaxrl sandbox serve --processes-without-cgroup" in text, text
+    assert [sorted(found) for found in allowed[:3]] == [["7\n", "7\n"]] * 2 + [["\n", "7"]]
+    assert refused[3] == allowed[3] == "ok"
 
 
 @pytest.mark.parametrize("missing", ["aiohttp", "prometheus_client"])
