@@ -24,7 +24,7 @@ from jaxrl.sandbox.builds import Builds
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.link import WardenLink, WardenLost
 from jaxrl.sandbox.metrics import Metrics, Recorder, WardenMetrics
-from jaxrl.sandbox.protocol import Call, CellHead, Limits, Outcome, Report
+from jaxrl.sandbox.protocol import Call, CellHead, Limits, Outcome, Report, check_texts
 from jaxrl.sandbox.session import Backend, Session, Terms
 from jaxrl.statuses import ToolStatus
 
@@ -144,6 +144,8 @@ class Pool:
             raise ValueError(f"slow_slots={slow_slots} must not be negative; 0 is none")
         if not heartbeat_seconds > 0:
             raise ValueError(f"heartbeat_seconds={heartbeat_seconds} must be above 0")
+        if not isinstance(unsafe, bool):
+            raise TypeError(f"unsafe={unsafe!r} must be True or False")
         self.limits = limits or Limits()
         self.most: Limits | None = None
         self.isolation = jail.UNSAFE if unsafe else jail.JAILED
@@ -281,6 +283,7 @@ class Pool:
                 processes are to be started and there is no memory cgroup to bound them.
         """
         self._refuse_while_draining()
+        check_texts(code, stdin, wanted)
         limits = limits or self.limits
         given = files or {}
         self.check(limits, given, language, processes)

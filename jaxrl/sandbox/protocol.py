@@ -65,6 +65,19 @@ def _unpack_limits(data: bytes) -> Limits:
     return Limits(*_LIMITS.unpack(data))
 
 
+def check_texts(code: object, stdin: object, wanted: object) -> None:
+    """Refuse arguments of a wrong type that would be taken for something else.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    for name, value in (("code", code), ("stdin", stdin)):
+        if not isinstance(value, str):
+            raise TypeError(f"{name} is of type {type(value).__name__}; it must be str")
+    if isinstance(wanted, str):
+        raise TypeError(f"wanted={wanted!r} is a single pattern; give a sequence of patterns, ({wanted!r},)")
+
+
 class Outcome(enum.IntEnum):
     """How a call ended, as the warden saw it."""
 

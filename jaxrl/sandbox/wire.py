@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from jaxrl.sandbox.languages import LANGUAGES, Language
 from jaxrl.sandbox.pool import Result
-from jaxrl.sandbox.protocol import LEAST_MEMORY_MIB, Limits
+from jaxrl.sandbox.protocol import LEAST_MEMORY_MIB, Limits, check_texts
 
 
 def _about(description: str) -> dict[str, str]:
@@ -108,7 +108,9 @@ def request(
 
     Raises:
         ValueError: a language that no server knows.
+        TypeError: code, stdin or wanted of a wrong type.
     """
+    check_texts(code, stdin, wanted)
     if language != "python" and (isinstance(language, Language) or language not in LANGUAGES):
         known = ", ".join(["python", *LANGUAGES])
         raise ValueError(f"a sandbox server runs {known}, not {language!r}; take a Pool for languages of your own")
