@@ -1,4 +1,4 @@
-"""How many calls are under way, and who may submit next: a semaphore whose waiters take turns by tenant."""
+"""Who may submit next: a semaphore whose waiters take turns by tenant. What is under way, for who waits for its end."""
 
 import asyncio
 import time
@@ -57,3 +57,31 @@ class Admission:
             for turn, _ in turns:
                 if not turn.done():
                     turn.set_exception(error())
+
+
+class UnderWay:
+    """A count of what has entered and not left, some within others."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._nothing = asyncio.Event()
+
+    def enter(self) -> None:
+        self._count += 1
+
+    def leave(self) -> None:
+        self._count -= 1
+        if not self._count:
+            self._nothing.set()
+
+    def __enter__(self) -> None:
+        self.enter()
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    async def over(self) -> None:
+        """Wait until nothing is inside."""
+        while self._count:
+            self._nothing.clear()
+            await self._nothing.wait()

@@ -12,14 +12,14 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from jaxrl.config import ConfigError, SandboxConfig
 from jaxrl.sandbox import cgroups, jail, languages
 from jaxrl.sandbox import files as file_bytes
-from jaxrl.sandbox.admission import Admission
+from jaxrl.sandbox.admission import Admission, UnderWay
 from jaxrl.sandbox.builds import Builds
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.link import WardenLink, WardenLost
@@ -177,8 +177,9 @@ class Pool:
         self._starting = asyncio.Lock()
         self._open = False
         self._draining = False
-        self._under_way = 0  # calls, cells and forks that were taken and are not answered, and what they are made of
-        self._idle = asyncio.Event()  # while draining: the last of them is over
+        self._under_way = (
+            UnderWay()
+        )  # calls, cells and forks that were taken and are not answered, and what they are made of
         self._recorder = Recorder()
 
     async def __aenter__(self) -> Self:
@@ -221,20 +222,7 @@ class Pool:
     async def drain(self) -> None:
         """Take no more calls, and wait until those under way are over. The next ``start`` opens the pool again."""
         self._draining = True
-        while self._under_way:
-            self._idle.clear()
-            await self._idle.wait()
-
-    @contextlib.contextmanager
-    def _taken(self) -> Iterator[None]:
-        """Count something that draining waits for. What is made of several calls holds this around them all."""
-        self._under_way += 1
-        try:
-            yield
-        finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._idle.set()
+        await self._under_way.over()
 
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process, mount, descriptor or file."""
@@ -291,7 +279,7 @@ class Pool:
         if language == "python":
             # Made in passing: tens of thousands may wait here, each with what this frame holds.
             return await self._submit(self._call(source, stdin, limits, tenant, given, wanted, echo, processes))
-        with self._taken():
+        with self._under_way:
             return await self._run_program(language, source, stdin, limits, tenant, given, wanted)
 
     def check(
@@ -412,7 +400,7 @@ class Pool:
         terms = Terms(limits or self.limits, zlib.crc32(tenant.encode()), checkpoint, live and not self._unsafe)
         backend = Backend(
             check=self._refuse_while_draining,
-            taken=self._taken,
+            taken=self._under_way,
             next_id=functools.partial(next, self._ids),
             run=self._submit,
             submit=self._submit_cell,
@@ -436,31 +424,33 @@ class Pool:
     async def _submit(self, call: Call) -> Result:
         """Run a call on a living warden, on another where that one dies, and count it."""
         attempts = in_vain = 0
-        with self._taken():
-            try:
-                while attempts < _ATTEMPTS and in_vain < _VAIN_WARDENS:
-                    await self._admission.enter(call.tenant)
-                    try:
-                        link = await self._warden()
-                    except WardenLost:
-                        self._admission.leave()
-                        in_vain += 1
-                        continue
-                    except BaseException:
-                        self._admission.leave()
-                        raise
-                    try:
-                        return self._finished(call, await link.submit(call))
-                    except asyncio.CancelledError:
-                        link.cancel(call.id)
-                        raise
-                    except WardenLost as lost:
-                        attempts += lost.running
-                        call = dataclasses.replace(call, attempts=attempts)
-                        in_vain = 0 if lost.served else in_vain + 1
-            except asyncio.CancelledError:
-                self._cancelled()
-                raise
+        self._under_way.enter()  # a with would keep a bound method for each of them
+        try:
+            while attempts < _ATTEMPTS and in_vain < _VAIN_WARDENS:
+                await self._admission.enter(call.tenant)
+                try:
+                    link = await self._warden()
+                except WardenLost:
+                    self._admission.leave()
+                    in_vain += 1
+                    continue
+                except BaseException:
+                    self._admission.leave()
+                    raise
+                try:
+                    return self._finished(call, await link.submit(call))
+                except asyncio.CancelledError:
+                    link.cancel(call.id)
+                    raise
+                except WardenLost as lost:
+                    attempts += lost.running
+                    call = dataclasses.replace(call, attempts=attempts)
+                    in_vain = 0 if lost.served else in_vain + 1
+        except asyncio.CancelledError:
+            self._cancelled()
+            raise
+        finally:
+            self._under_way.leave()
         queued = time.monotonic() - call.submitted
         report = Report(call.id, Outcome.INFRA_ERROR, attempts, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
         return self._finished(call, report)

@@ -28,7 +28,7 @@ class Backend(NamedTuple):
     """What a session needs of its pool."""
 
     check: Callable[[], None]  # raises RuntimeError where no more is taken
-    taken: Callable[[], AbstractContextManager[None]]  # around what was taken: draining waits for its end
+    taken: AbstractContextManager[None]  # around what was taken: draining waits for its end
     next_id: Callable[[], int]
     run: Callable[[Call], Awaitable["Result"]]  # a call
     submit: Callable[[Call, CellHead], Awaitable[Report]]  # a cell
@@ -125,7 +125,7 @@ class Session:
         cell = Cell(code.encode("utf-8", "surrogatepass"), echo, file_bytes.pack(files or {}))
         submitted = time.monotonic()
         self._backend.check()
-        with self._backend.taken():
+        with self._backend.taken:
             try:
                 async with self._turn:
                     self._check_open()
@@ -151,7 +151,7 @@ class Session:
         if copies < 1:
             raise ValueError(f"copies={copies} must be at least 1")
         self._backend.check()
-        with self._backend.taken():
+        with self._backend.taken:
             async with self._turn:
                 self._check_open()
                 ids = [0] * copies
