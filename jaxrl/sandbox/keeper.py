@@ -46,7 +46,6 @@ class Keeper:
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
             if select.select([self._template], [], [], 0)[0]:
                 os._exit(0)
-            self._poller = select.poll()
             self._leaves: set[int] = set()  # process ids
             _, address_space, disk_mib, open_files, threads = orders.FAMILY.unpack(order)
             self._threads = threads  # that leaves are allowed now
@@ -56,16 +55,21 @@ class Keeper:
                 self._leaf.become(address_space, disk_mib, open_files, threads, fds[1:])
             for fd in fds[1:]:
                 os.close(fd)
-            self._poller.register(self._control, select.POLLIN)
-            self._poller.register(os.pidfd_open(pid), select.POLLIN)
+            # By signal, since a copy may end before anybody knows of it. The first process must not inherit this.
+            deaths, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+            signal.signal(signal.SIGCHLD, lambda *_: None)
+            poller = select.poll()
+            poller.register(self._control, select.POLLIN)
+            poller.register(deaths, select.POLLIN)
+            self._bury()
             while True:
-                for fd, _ in self._poller.poll():
-                    if fd == self._control.fileno():
-                        self._obey()
-                    else:
-                        self._poller.unregister(fd)
-                        os.close(fd)
+                for fd, _ in poller.poll():
+                    if fd == deaths:
+                        os.read(deaths, 4096)
                         self._bury()
+                    else:
+                        self._obey()
         except BaseException as error:
             send_packet(self._control, orders.ANSWER_FAILED + repr(error).encode())
         finally:
@@ -83,8 +87,7 @@ class Keeper:
             refusal = ""
         except OSError as error:
             refusal = str(error)
-        self._poller.register(fds[0], select.POLLIN)
-        for fd in fds[1:]:
+        for fd in fds:
             os.close(fd)
         send_packet(self._control, orders.ORDER_DIRECTORY + refusal.encode())
 
