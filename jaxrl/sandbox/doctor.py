@@ -191,7 +191,8 @@ def _whole_jail() -> Finding:
 
 def _live_session() -> Finding:
     """A cell, and one of a copy by copy-on-write, neither in a process that had to be rebuilt."""
-    layer, remedy = "live session", "copies are rebuilt from their cells instead, which costs time; in Docker --cap-add SYS_PTRACE"
+    layer = "live session"
+    remedy = "copies are rebuilt from their cells instead, which costs time; in Docker --cap-add SYS_PTRACE"
 
     async def cells() -> Finding:
         async with Pool(workers=1, slots=1, preload=()) as pool, pool.session() as session:
