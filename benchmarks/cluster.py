@@ -19,15 +19,16 @@ import tracemalloc
 
 import ray
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from jaxrl.sandbox import ClusterPool, Limits, Result
+from jaxrl.sandbox.node import Order
+from jaxrl.sandbox.node_link import NodeLink
+from jaxrl.statuses import ToolStatus
 
-from jaxrl.sandbox import ClusterPool, Limits, Result  # noqa: E402
-from jaxrl.sandbox.node import Order  # noqa: E402
-from jaxrl.sandbox.node_link import NodeLink  # noqa: E402
-from jaxrl.statuses import ToolStatus  # noqa: E402
-from tests.sandbox import own_network  # noqa: E402
-from tests.sandbox.ray_nodes import QUIET, RayNodes, output_for_us, temporary_folder  # noqa: E402
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # for the simulated nodes of the tests, which no installation has
+
+from tests.sandbox import own_network  # noqa: E402 - found by the line above
+from tests.sandbox.ray_nodes import QUIET, RayNodes, output_for_us, temporary_folder  # noqa: E402 - likewise
 
 BATCH = 64
 

@@ -254,9 +254,10 @@ def test_sessions_of_retiring_templates_end_when_they_are_closed() -> None:
         async def use() -> None:
             for _ in range(12):
                 session = driver.pool.session()
-                await session.run("x = 1")
+                assert (await session.run("x = 1")).status is OK
                 calls = [asyncio.create_task(driver.pool.run("1")) for _ in range(3)]
                 await session.close()
-                await asyncio.gather(*calls)
+                assert [result.status for result in await asyncio.gather(*calls)] == [OK] * 3
 
         driver.wait(use(), 60)
+        assert driver.wait(driver.pool.metrics()).sessions == 0

@@ -153,8 +153,8 @@ PROCESS_ATTACKS: dict[str, tuple[str, tuple[ToolStatus, ...], str, str]] = {
         "bash",
         (OK,),
         "alternatives ld.so.cache held",
-        "echo $(ls /etc) $(cat /etc/passwd /etc/shadow /proc/1/environ) $(ls /proc /sys /home /var /run /root/* -d | "
-        "grep -v /root/.pyenv) held",
+        "echo $(ls /etc) $(cat /etc/passwd /etc/shadow /proc/1/environ) $(ls -d /proc /sys /home /var /run /root/*) "
+        "held",
     ),
     "writing to programs": (
         "bash",
