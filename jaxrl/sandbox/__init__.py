@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from jaxrl.sandbox.jail import SandboxUnavailable
     from jaxrl.sandbox.languages import Language
     from jaxrl.sandbox.metrics import Metrics
-    from jaxrl.sandbox.pool import Pool, Result, pool_from_config
+    from jaxrl.sandbox.pool import Pool, pool_from_config
     from jaxrl.sandbox.protocol import Limits
+    from jaxrl.sandbox.result import Result
     from jaxrl.sandbox.runner import Runner
     from jaxrl.sandbox.session import Session
     from jaxrl.sandbox.wire import RunRequest
@@ -34,7 +35,7 @@ _HOMES = {
     "Limits": "protocol",
     "Metrics": "metrics",
     "Pool": "pool",
-    "Result": "pool",
+    "Result": "result",
     "RunRequest": "wire",
     "Runner": "runner",
     "SandboxClient": "client",

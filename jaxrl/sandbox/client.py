@@ -24,8 +24,8 @@ except ImportError as error:
 from jaxrl.sandbox import codec, wire
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.languages import Language
-from jaxrl.sandbox.pool import Result, fault
 from jaxrl.sandbox.protocol import Limits
+from jaxrl.sandbox.result import Result, fault
 from jaxrl.sandbox.wire import BatchLine, Health, RunRequest
 
 _CONNECT_SECONDS = 10.0

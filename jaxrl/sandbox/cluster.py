@@ -20,8 +20,9 @@ from jaxrl.sandbox import jail
 from jaxrl.sandbox.admission import Admission
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.node import Order
-from jaxrl.sandbox.pool import Pool, Result, fault
+from jaxrl.sandbox.pool import Pool
 from jaxrl.sandbox.protocol import Limits
+from jaxrl.sandbox.result import Result, fault
 from jaxrl.statuses import ToolStatus
 
 if TYPE_CHECKING:

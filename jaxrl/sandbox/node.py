@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.languages import Language
-from jaxrl.sandbox.pool import Pool, Result, fault
+from jaxrl.sandbox.pool import Pool
 from jaxrl.sandbox.protocol import Limits
+from jaxrl.sandbox.result import Result, fault
 
 BATCH_CALLS = 64  # so many leave without waiting for more
 BATCH_SECONDS = 0.005  # shortest time between two smaller batches

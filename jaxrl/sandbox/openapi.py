@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxrl import __version__
 from jaxrl.sandbox import codec
-from jaxrl.sandbox.pool import Result
+from jaxrl.sandbox.result import Result
 from jaxrl.sandbox.wire import BatchLine, BatchRequest, Health, Problem, RunRequest
 
 _ABOUT = (

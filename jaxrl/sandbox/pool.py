@@ -25,6 +25,7 @@ from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.link import WardenLink, WardenLost
 from jaxrl.sandbox.metrics import Metrics, Recorder, WardenMetrics
 from jaxrl.sandbox.protocol import Call, CellHead, Limits, Outcome, Report, check_texts
+from jaxrl.sandbox.result import Result, result_of
 from jaxrl.sandbox.session import Backend, Session, Terms
 from jaxrl.statuses import ToolStatus
 
@@ -34,61 +35,6 @@ if TYPE_CHECKING:
 _PROGRAMS_KEPT = 64 << 20  # bytes of compiled programs
 _ATTEMPTS = 3  # wardens that may be lost while they run a call before the fault is reported
 _VAIN_WARDENS = 5  # and wardens lost one after the other, while it waited, that served nobody
-
-_STATUS = {
-    Outcome.OK: ToolStatus.OK,
-    Outcome.ERROR: ToolStatus.ERROR,
-    Outcome.TIMEOUT: ToolStatus.TIMEOUT,
-    Outcome.OUT_OF_MEMORY: ToolStatus.OUT_OF_MEMORY,
-    Outcome.OUTPUT_LIMIT: ToolStatus.OUTPUT_LIMIT,
-    Outcome.INFRA_ERROR: ToolStatus.INFRA_ERROR,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How one call ended. ``status`` rests on what the kernel reported, never on what the code printed."""
-
-    status: ToolStatus  # ok, error, timeout, out_of_memory, output_limit or infra_error
-    stdout: str
-    stderr: str
-    exit_code: int | None  # None where a signal ended the call, or it never ran
-    signal: int | None
-    cpu_seconds: float
-    wall_seconds: float  # of the code alone
-    queue_seconds: float  # from submission to the code's first instruction; never part of a limit
-    peak_rss_kib: int  # resident memory, pages shared with the warm interpreter included
-    attempts: int
-    stdout_truncated: bool
-    stderr_truncated: bool
-    isolation: str  # which walls stood around the code
-    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # that were wanted and written, by path
-    files_left_out: int = 0  # wanted and written, but beyond Limits.files_mib or unreadable
-    stage: str = "run"  # "build" where the compiler refused the code, and everything above is about the compiler
-    stdout_bytes: bytes | None = None  # where stdout is not UTF-8: what was printed, before bytes were replaced
-    stderr_bytes: bytes | None = None
-    node: str = ""  # of the cluster, where it ran; "" in a pool of this machine
-    rebuilt: bool = False  # a session's process was lost, and its earlier cells ran again before this one
-    replay_differs: bool = False  # and they ended or printed otherwise than the first time
-
-
-def fault(text: str, *, isolation: str = "", queue_seconds: float = 0.0, attempts: int = 0) -> Result:
-    """The result of a call that failed on our side, outside any pool."""
-    return Result(
-        status=ToolStatus.INFRA_ERROR,
-        stdout="",
-        stderr=text,
-        exit_code=None,
-        signal=None,
-        cpu_seconds=0.0,
-        wall_seconds=0.0,
-        queue_seconds=queue_seconds,
-        peak_rss_kib=0,
-        attempts=attempts,
-        stdout_truncated=False,
-        stderr_truncated=False,
-        isolation=isolation,
-    )
 
 
 class Pool:
@@ -398,7 +344,11 @@ class Pool:
                 which count towards the same limits. Without a jail every session is of this kind.
         """
         terms = Terms(limits or self.limits, zlib.crc32(tenant.encode()), checkpoint, live and not self._unsafe)
-        backend = Backend(
+        return Session(self.backend(), terms)
+
+    def backend(self) -> Backend:
+        """What sessions are made of, those included whose histories are kept elsewhere."""
+        return Backend(
             check=self._refuse_while_draining,
             taken=self._under_way,
             next_id=functools.partial(next, self._ids),
@@ -409,7 +359,6 @@ class Pool:
             result=self._finished_cell,
             cancelled=self._cancelled,
         )
-        return Session(backend, terms)
 
     async def _fork_session(self, session: int, copies: list[int]) -> list[int]:
         try:
@@ -474,10 +423,12 @@ class Pool:
             return Report(call.id, Outcome.LOST, 1, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
 
     def _finished(self, call: Call, report: Report) -> Result:
-        return self._count(self._result(report, processes=call.processes), call.submitted)
+        isolation = self._isolation_of_processes if call.processes else self.isolation
+        return self._count(result_of(report, isolation), call.submitted)
 
     def _finished_cell(self, report: Report, submitted: float, rebuilt: bool, replay_differs: bool) -> Result:
-        return self._count(self._result(report, rebuilt, replay_differs, processes=False), submitted)
+        result = result_of(report, self.isolation, rebuilt=rebuilt, replay_differs=replay_differs)
+        return self._count(result, submitted)
 
     def _count(self, result: Result, submitted: float) -> Result:
         latency = time.monotonic() - submitted
@@ -505,47 +456,12 @@ class Pool:
                 self._link = link
             return self._link
 
-    def _result(
-        self, report: Report, rebuilt: bool = False, replay_differs: bool = False, *, processes: bool
-    ) -> Result:
-        stdout, stdout_bytes = _text(report.stdout)
-        stderr, stderr_bytes = _text(report.stderr)
-        return Result(
-            status=_STATUS[report.outcome],
-            stdout=stdout,
-            stderr=stderr,
-            exit_code=report.exit_code if report.exit_code >= 0 else None,
-            signal=report.signal or None,
-            cpu_seconds=report.cpu_seconds,
-            wall_seconds=report.wall_seconds,
-            queue_seconds=report.queue_seconds,
-            peak_rss_kib=report.peak_rss_kib,
-            attempts=report.attempts,
-            stdout_truncated=report.stdout_truncated,
-            stderr_truncated=report.stderr_truncated,
-            isolation=self._isolation_of_processes if processes else self.isolation,
-            files=dict(file_bytes.unpack(report.files)),
-            files_left_out=report.files_left_out,
-            stdout_bytes=stdout_bytes,
-            stderr_bytes=stderr_bytes,
-            rebuilt=rebuilt,
-            replay_differs=replay_differs,
-        )
-
 
 def _weight(built: Result) -> int | None:
     """Bytes for which to remember how building ended; None where it might end otherwise another time."""
     if built.status not in (ToolStatus.OK, ToolStatus.ERROR):
         return None
     return len(built.stdout) + len(built.stderr) + sum(map(len, built.files.values())) + 1024
-
-
-def _text(output: bytes) -> tuple[str, bytes | None]:
-    """Output as text, and as it was where that is not the same."""
-    try:
-        return output.decode(), None
-    except UnicodeDecodeError:
-        return output.decode("utf-8", "replace"), output
 
 
 def pool_from_config(config: SandboxConfig) -> "Pool | ClusterPool":

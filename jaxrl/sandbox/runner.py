@@ -7,7 +7,7 @@ from jaxrl.sandbox.protocol import Limits
 
 if TYPE_CHECKING:
     from jaxrl.sandbox.languages import Language
-    from jaxrl.sandbox.pool import Result
+    from jaxrl.sandbox.result import Result
 
 
 class Runner(Protocol):

@@ -16,7 +16,8 @@ from aiohttp import web
 from jaxrl import __version__
 from jaxrl.sandbox import codec, exposition, openapi
 from jaxrl.sandbox.jail import SandboxUnavailable
-from jaxrl.sandbox.pool import Pool, Result, fault
+from jaxrl.sandbox.pool import Pool
+from jaxrl.sandbox.result import Result, fault
 from jaxrl.sandbox.room import RETRY_SECONDS, Refused, Room
 from jaxrl.sandbox.wire import BatchLine, BatchRequest, Health, Problem, RunRequest, capped
 

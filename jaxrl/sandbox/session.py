@@ -19,7 +19,7 @@ from jaxrl.sandbox.protocol import Call, CellHead, Limits, Outcome, Report, pack
 from jaxrl.statuses import ToolStatus
 
 if TYPE_CHECKING:
-    from jaxrl.sandbox.pool import Result
+    from jaxrl.sandbox.result import Result
 
 _ATTEMPTS = 3  # processes that one cell may lose by faults of ours before that is reported
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxrl.sandbox.languages import LANGUAGES, Language
-from jaxrl.sandbox.pool import Result
 from jaxrl.sandbox.protocol import LEAST_MEMORY_MIB, Limits, check_texts
+from jaxrl.sandbox.result import Result
 
 
 def _about(description: str) -> dict[str, str]:

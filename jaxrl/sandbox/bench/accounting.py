@@ -12,7 +12,8 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterable
 
-from jaxrl.sandbox.pool import Pool, Result
+from jaxrl.sandbox.pool import Pool
+from jaxrl.sandbox.result import Result
 
 TRIVIAL = "print(1+1)"
 IMPORTING = "import numpy, sympy\nprint(1)"

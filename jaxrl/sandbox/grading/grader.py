@@ -21,8 +21,8 @@ from jaxrl.sandbox.grading.cases import CallTest, CodeTest, StdioTest, Test
 from jaxrl.sandbox.grading.codec import ANSWERS, EXAM, QUESTIONS, VERDICT
 from jaxrl.sandbox.grading.grade import Grade, PassMatrix, matrix_of
 from jaxrl.sandbox.grading.plan import Plan, divide
-from jaxrl.sandbox.pool import Result
 from jaxrl.sandbox.protocol import Limits
+from jaxrl.sandbox.result import Result
 from jaxrl.sandbox.runner import Runner
 from jaxrl.statuses import ToolStatus
 
