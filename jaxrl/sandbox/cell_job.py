@@ -32,6 +32,8 @@ class CellJob(Job):
     def __init__(self, head: CellHead, call: Call, full: bool) -> None:
         super().__init__(call, full)
         self.head = head
+        if not head.fresh:
+            self.kind, self.has_own_place = "session", True
         self._cpu_before = self._waited_before = 0.0
         self._template_rss_kib = self._rss_before_kib = 0
         self._directory = -1

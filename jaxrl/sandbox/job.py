@@ -70,7 +70,8 @@ class Job:
     def __init__(self, call: Call, full: bool) -> None:
         self.call = call
         self.full = full  # wants the template with the modules preloaded
-        self.kind = "processes" if call.processes else "full" if full else "bare"  # of the template wanted
+        self.kind = "processes" if call.processes else "full" if full else "bare"  # of the place wanted
+        self.has_own_place = False  # which no other job can take; otherwise any template of the kind will do
         self.attempts = call.attempts
         self.template_deaths = 0
         self.lost_on = -1  # number of the template that last failed this job

@@ -13,7 +13,7 @@ class Turns:
     """Waiting calls of all tenants. Within a tenant first come, first served, as far as there is a place for it."""
 
     def __init__(self) -> None:
-        # Whose turn is next comes first; within a tenant by the kind of template wanted.
+        # Whose turn is next comes first; within a tenant by the kind of place wanted.
         self._tenants: dict[int, dict[str, deque[Job]]] = {}
 
     def add(self, job: Job, *, first: bool = False) -> None:
@@ -42,7 +42,11 @@ class Turns:
             if waiting:
                 self._tenants[tenant] = queues  # at the end: the others come first now
             for queue in waiting:
-                place = place_for(queue[0])
-                if place is not None:
-                    return queue.popleft(), place
+                for index, job in enumerate(queue):
+                    place = None if job.done else place_for(job)
+                    if place is not None:
+                        del queue[index]
+                        return job, place
+                    if not job.has_own_place:
+                        break  # those behind it wait for the same
         return None

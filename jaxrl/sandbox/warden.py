@@ -287,7 +287,6 @@ class Warden:
             return self._choose(job)
         if not self._families.has(job.head.session):
             self._report(job, job.unfinished(Outcome.LOST))
-            self._loop.at(time.monotonic(), self._dispatch)  # for those behind it
         return self._families.resting(job.head.session)
 
     def _choose(self, job: Job) -> Template | None:

@@ -9,14 +9,19 @@ from hypothesis import strategies as st
 
 from jaxrl.sandbox import Limits
 from jaxrl.sandbox.admission import Admission
+from jaxrl.sandbox.cell_job import CellJob
 from jaxrl.sandbox.job import Job
-from jaxrl.sandbox.protocol import Call
+from jaxrl.sandbox.protocol import Call, CellHead
 from jaxrl.sandbox.turns import Turns
 from tests.sandbox.driver import Driver
 
 
 def job(id: int, tenant: int = 0, full: bool = False) -> Job:
     return Job(Call(id, b"", b"", True, Limits(), float(id), tenant=tenant), full)
+
+
+def cell(id: int, session: int, fresh: bool = False) -> CellJob:
+    return CellJob(CellHead(session, fresh, False), Call(id, b"", b"", True, Limits(), float(id)), full=True)
 
 
 def taken(turns: Turns, allowed=lambda job: True) -> list[int]:
@@ -43,6 +48,26 @@ def test_a_flood_does_not_keep_others_waiting() -> None:
     turns.add(job(100, tenant=2))
     turns.add(job(101, tenant=2, full=True))
     assert taken(turns)[:5] == [0, 100, 1, 101, 2]
+
+
+def test_a_cell_waits_for_its_session_only() -> None:
+    """Not for a template, nor for another session that is not ready, nor behind a cell that is done."""
+    turns = Turns()
+    turns.add(job(0, full=True))
+    turns.add(cell(1, session=10, fresh=True))  # which has no process yet
+    for id, session in ((2, 11), (3, 12), (4, 13), (5, 14)):
+        turns.add(cell(id, session))
+    ready = {12, 13, 14}
+
+    def allowed(job: Job) -> bool:
+        assert not job.done
+        job.done = isinstance(job, CellJob) and job.head.session == 13  # found to be lost when its turn comes
+        return isinstance(job, CellJob) and not job.head.fresh and job.head.session in ready and not job.done
+
+    assert taken(turns, allowed) == [3, 5]
+    ready.add(11)
+    assert taken(turns, allowed) == [2]
+    assert taken(turns) == [0, 1]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.booleans()), max_size=40))
