@@ -276,9 +276,8 @@ class Job:
 
     def unfinished(self, outcome: Outcome) -> Report:
         """A report without a run: cancelled, or given up after faults of ours."""
-        queued = time.monotonic() - self.call.submitted
-        text = self.fault if outcome in (Outcome.INFRA_ERROR, Outcome.LOST) else b""
-        return Report(self.call.id, outcome, self.attempts, -1, 0, 0.0, 0.0, queued, 0, b"", text, False, False)
+        fault = self.fault if outcome in (Outcome.INFRA_ERROR, Outcome.LOST) else b""
+        return Report.without_run(self.call, outcome, self.attempts, fault)
 
 
 def sealed_memory(name: str, data: bytes) -> int:

@@ -24,7 +24,7 @@ from jaxrl.sandbox.builds import Builds
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.link import WardenLink, WardenLost
 from jaxrl.sandbox.metrics import Metrics, Recorder, WardenMetrics
-from jaxrl.sandbox.protocol import Call, CellHead, Limits, Outcome, Report, check_texts
+from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits, Outcome, Report, check_texts
 from jaxrl.sandbox.result import Result, result_of
 from jaxrl.sandbox.session import Backend, Session, Terms
 from jaxrl.statuses import ToolStatus
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from jaxrl.sandbox.cluster import ClusterPool
 
 _PROGRAMS_KEPT = 64 << 20  # bytes of compiled programs
-_ATTEMPTS = 3  # wardens that may be lost while they run a call before the fault is reported
-_VAIN_WARDENS = 5  # and wardens lost one after the other, while it waited, that served nobody
 
 
 class Pool:
@@ -375,7 +373,7 @@ class Pool:
         attempts = in_vain = 0
         self._under_way.enter()  # a with would keep a bound method for each of them
         try:
-            while attempts < _ATTEMPTS and in_vain < _VAIN_WARDENS:
+            while attempts < ATTEMPTS and in_vain < VAIN_LOSSES:
                 await self._admission.enter(call.tenant)
                 try:
                     link = await self._warden()
@@ -400,9 +398,7 @@ class Pool:
             raise
         finally:
             self._under_way.leave()
-        queued = time.monotonic() - call.submitted
-        report = Report(call.id, Outcome.INFRA_ERROR, attempts, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
-        return self._finished(call, report)
+        return self._finished(call, Report.without_run(call, Outcome.INFRA_ERROR, attempts))
 
     async def _submit_cell(self, call: Call, cell: CellHead) -> Report:
         """Run a session's cell, which may be one of a replay; where process or warden is lost the report says so."""
@@ -418,9 +414,8 @@ class Pool:
             except asyncio.CancelledError:
                 link.cancel(call.id)
                 raise
-        except WardenLost:
-            queued = time.monotonic() - call.submitted
-            return Report(call.id, Outcome.LOST, 1, -1, 0, 0.0, 0.0, queued, 0, b"", b"", False, False)
+        except WardenLost as lost:
+            return Report.without_run(call, Outcome.LOST, call.attempts + lost.running, b"its warden died")
 
     def _finished(self, call: Call, report: Report) -> Result:
         isolation = self._isolation_of_processes if call.processes else self.isolation

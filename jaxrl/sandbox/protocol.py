@@ -8,11 +8,15 @@ import dataclasses
 import enum
 import functools
 import struct
+import time
 from collections.abc import Iterator, Sequence
+
+ATTEMPTS = 3  # tries of a call or cell before a fault of ours is reported
+VAIN_LOSSES = 5  # and losses, one after the other, of what was to run it and never came to that
+LEAST_MEMORY_MIB = 16
 
 _FRAME = struct.Struct("<IB")
 _LENGTH = struct.Struct("<I")
-LEAST_MEMORY_MIB = 16
 _BEYOND_LIMITS = 1 << 32  # the least that ``_LIMITS`` cannot hold
 _LIMITS = struct.Struct("<ddIIIIIIII")
 _CALL = struct.Struct("<QdBBIIIIII")
@@ -185,6 +189,25 @@ class Report:
     files: bytes = b""  # returned, as ``files.pack`` lays them out
     files_left_out: int = 0
     survived: bool = False  # a cell's: the session's process, with all that the cell did, is there
+
+    @staticmethod
+    def without_run(call: Call, outcome: Outcome, attempts: int, fault: bytes = b"") -> "Report":
+        """Of a call that was cancelled, lost, or given up; ``fault`` says why, as its stderr."""
+        return Report(
+            id=call.id,
+            outcome=outcome,
+            attempts=attempts,
+            exit_code=-1,
+            signal=0,
+            cpu_seconds=0.0,
+            wall_seconds=0.0,
+            queue_seconds=time.monotonic() - call.submitted,
+            peak_rss_kib=0,
+            stdout=b"",
+            stderr=fault,
+            stdout_truncated=False,
+            stderr_truncated=False,
+        )
 
     def pack(self) -> bytes:
         return (

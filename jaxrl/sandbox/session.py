@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox.cell import LEFT_AT_ONCE
-from jaxrl.sandbox.protocol import Call, CellHead, Limits, Outcome, Report, pack_cells
+from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits, Outcome, Report, pack_cells
 from jaxrl.statuses import ToolStatus
 
 if TYPE_CHECKING:
     from jaxrl.sandbox.result import Result
-
-_ATTEMPTS = 3  # processes that one cell may lose by faults of ours before that is reported
 
 
 class Backend(NamedTuple):
@@ -183,32 +181,35 @@ class Session:
             raise RuntimeError("the session is closed: use it inside `async with`, or close it later")
 
     async def _run_live(self, cell: Cell, wanted: Sequence[str], submitted: float) -> "Result":
-        """In the session's process, which is rebuilt first where it is lost."""
-        report = None
-        for _ in range(_ATTEMPTS):
+        """In the session's process, which is rebuilt first where it is lost; into the history unless it cost that."""
+        call = self._call(cell.code, cell, wanted, submitted)
+        in_vain, fault = 0, b"its session could not be rebuilt"
+        while call.attempts < ATTEMPTS and in_vain < VAIN_LOSSES:
             if self._process == 0 and self._begun and not await self._rebuild():
+                in_vain += 1
                 continue
-            report = await self._run_cell(cell, wanted, submitted, self._terms.checkpoint)
+            report = await self._run_cell(call, self._terms.checkpoint)
             if report.outcome is not Outcome.LOST:
                 break
             self._begun = True
+            in_vain = in_vain + 1 if report.attempts == call.attempts else 0
+            fault = report.stderr
+            call = dataclasses.replace(call, id=self._backend.next_id(), attempts=report.attempts)
         else:
-            report = _infra_error(report, submitted)
+            report = Report.without_run(call, Outcome.INFRA_ERROR, call.attempts, fault)
+        if report.survived:
+            self._history.append(cell._replace(digest=_digest(report)))
         result = self._backend.result(report, submitted, self._rebuilt, self._replay_differs)
         self._rebuilt = self._replay_differs = False
         return result
 
-    async def _run_cell(
-        self, cell: Cell, wanted: Sequence[str], submitted: float, checkpoint: bool, remember: bool = True
-    ) -> Report:
-        """One cell in the process, which is forked if there is none; into the history unless it cost the process."""
+    async def _run_cell(self, call: Call, checkpoint: bool) -> Report:
+        """One cell in the process, which is forked if there is none."""
         fresh = self._process == 0
         if fresh:
             self._process = self._backend.next_id()
         try:
-            report = await self._backend.submit(
-                self._call(cell.code, cell, wanted, submitted), CellHead(self._process, fresh, checkpoint)
-            )
+            report = await self._backend.submit(call, CellHead(self._process, fresh, checkpoint))
         except BaseException:
             self._backend.end(self._process)  # whether the cell ran, and what it did, is not known
             self._process = 0
@@ -218,8 +219,6 @@ class Session:
             self._process = 0
         if report.outcome is not Outcome.LOST:
             self._begun = True
-        if report.survived and remember:
-            self._history.append(cell._replace(digest=_digest(report)))
         return report
 
     async def _rebuild(self) -> bool:
@@ -227,7 +226,7 @@ class Session:
         self._rebuilt = True
         while True:
             for index, cell in enumerate(self._history):
-                report = await self._run_cell(cell, (), time.monotonic(), checkpoint=False, remember=False)
+                report = await self._run_cell(self._call(cell.code, cell, (), time.monotonic()), checkpoint=False)
                 if report.outcome is Outcome.LOST:
                     return False
                 if not report.survived:
@@ -271,10 +270,3 @@ def _digest(report: Report) -> bytes:
     for text in (report.stdout, report.stderr):
         hash.update(len(text).to_bytes(8, "little") + text)
     return hash.digest()
-
-
-def _infra_error(report: Report | None, submitted: float) -> Report:
-    """A cell that found no process three times, by faults of ours."""
-    queued = time.monotonic() - submitted
-    fault = report.stderr if report is not None else b"its session could not be rebuilt"
-    return Report(0, Outcome.INFRA_ERROR, _ATTEMPTS, -1, 0, 0.0, 0.0, queued, 0, b"", fault, False, False)

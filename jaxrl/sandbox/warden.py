@@ -28,6 +28,7 @@ from jaxrl.sandbox.job import Capture, Job, sealed_memory
 from jaxrl.sandbox.leaves import Leaf
 from jaxrl.sandbox.loop import Loop
 from jaxrl.sandbox.protocol import (
+    ATTEMPTS,
     Call,
     CellHead,
     FrameReader,
@@ -41,7 +42,6 @@ from jaxrl.sandbox.protocol import (
 )
 from jaxrl.sandbox.turns import Turns
 
-ATTEMPTS = 3  # tries of a call before a fault of ours is reported
 _DEATHS_TO_QUARANTINE = 2  # a call that was there when so many templates died runs alone
 _FAST_SECONDS = 0.25  # a call that runs longer moves to the slow lane
 _SLOW_NICENESS = 10  # added in the slow lane: about a tenth of a core that the trainer wants too
@@ -286,6 +286,7 @@ class Warden:
         if not isinstance(job, CellJob) or job.head.fresh:
             return self._choose(job)
         if not self._families.has(job.head.session):
+            job.fault = b"its session's process was lost or put out while it waited"
             self._report(job, job.unfinished(Outcome.LOST))
         return self._families.resting(job.head.session)
 

@@ -14,7 +14,7 @@ import pytest
 from jaxrl.config import ConfigError, SandboxConfig
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Limits, Pool, Result, SandboxUnavailable, pool_from_config
-from tests.sandbox.driver import LIMITS, Driver, descendants
+from tests.sandbox.driver import LIMITS, Driver, descendants, wait_until
 
 OK, INFRA = ToolStatus.OK, ToolStatus.INFRA_ERROR
 
@@ -24,13 +24,6 @@ def alive(pid: int) -> bool:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def wait_until(condition: object, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_result_names_everything(sandbox: Driver) -> None:
