@@ -14,15 +14,13 @@ from typing import NoReturn
 from jaxrl.sandbox import cell, files, forks, jail, landlock, programs, seccomp, syscalls
 from jaxrl.sandbox.orders import STARTED, send_packet
 from jaxrl.sandbox.protocol import UnpackedCall
+from jaxrl.sandbox.start import PENDING_SIGNALS, leave, take_descriptors
 
 _MOUNT_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV
-_FILES_IN_WORK = 4096
 _STARTED, _TEMPLATE, _COLLECTOR, _RULES = 3, 4, 5, 6  # descriptors during the set-up
-_PENDING_SIGNALS = 256  # queued signals and timers; set before the user namespace, it would bound all calls together
 FIRST_FREE = 8  # from here on up lie the descriptors that a template is handed
 _MOST_PLANS = 64  # kept ready, one for each set of limits
 _REHEARSALS = 20  # more than the eight runs after which code is specialised
-_exit = os._exit  # a snippet may replace the name in its place
 
 Plan = tuple[list[syscalls.Prepared], list[syscalls.Prepared]]  # system calls before the files are placed, and after
 
@@ -82,7 +80,7 @@ class Child:
         if not self._jailed:
             return walls
         walls.append(syscalls.prepare("unshare", syscalls.CLONE_NEWNS))
-        size = f"size={disk_mib}m,nr_inodes={_FILES_IN_WORK},mode=700"
+        size = jail.directory_options(disk_mib)
         if self._processes:
             # There, processes share semaphores.
             shared_flags = _MOUNT_FLAGS | syscalls.MS_NOEXEC
@@ -112,7 +110,7 @@ class Child:
         calls += [
             syscalls.prepare_limit(resource.RLIMIT_NOFILE, open_files),
             syscalls.prepare_limit(resource.RLIMIT_FSIZE, disk_mib << 20),
-            syscalls.prepare_limit(resource.RLIMIT_SIGPENDING, _PENDING_SIGNALS),
+            syscalls.prepare_limit(resource.RLIMIT_SIGPENDING, PENDING_SIGNALS),
             # Die with the template, also where it died before this was asked for.
             syscalls.prepare("prctl", syscalls.PR_SET_PDEATHSIG, signal.SIGKILL.value, 0, 0, 0),
             syscalls.prepare_check_alive(_TEMPLATE),
@@ -158,7 +156,7 @@ class Child:
         try:
             code = programs.run(command) if command else cell.run(source, flags)
         finally:
-            _exit(code)
+            leave(code)
 
 
 def reserve_descriptors() -> None:
@@ -170,9 +168,7 @@ def reserve_descriptors() -> None:
 def _take_descriptors(fds: list[int], wanted: bool) -> None:
     """stdin, stdout, stderr and the started pipe become 0, 1, 2 and 3, the socket for the working directory 5."""
     stdout, stderr, started, *rest = fds
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
-    os.dup2(started, _STARTED)
+    take_descriptors(stdout, stderr, started)
     if wanted:
         os.dup2(rest.pop(0), _COLLECTOR)
     if rest:

@@ -3,14 +3,17 @@
 import contextlib
 import fnmatch
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 
+MOST_INODES = 4096  # of a working directory, itself included: files, folders, links
 _ENTRY = struct.Struct("<HI")  # lengths of name and content
 _PAGE = 4096  # what a file takes of the directory, at least
 _MOST = 1024  # files that are given, and that are returned
 _DEEPEST = 8  # folders that the search for returned files goes down
+_WILDCARD = re.compile(r"[*?[]")
 
 
 def check(given: Mapping[str, bytes], room: int) -> None:
@@ -23,21 +26,28 @@ def check(given: Mapping[str, bytes], room: int) -> None:
     Raises:
         ValueError: naming the path, or the sizes.
     """
+    needed: set[str] = set()  # folders
     for name in given:
         parts = name.split("/")
         if not name or "\0" in name or len(name.encode()) > 255 or {"", ".", ".."} & set(parts):
             raise ValueError(
                 f"file {name!r} is no plain relative path of at most 255 bytes; give one such as 'a/b.csv'"
             )
-        folders = ("/".join(parts[:depth]) for depth in range(1, len(parts)))
+        folders = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
         clash = next((folder for folder in folders if folder in given), None)
         if clash is not None:
             raise ValueError(f"file {name!r} lies in {clash!r}, which is given as a file; rename one of them")
+        needed.update(folders)
     total = sum(-(-len(data) // _PAGE) * _PAGE for data in given.values())
     if total > room or len(given) > _MOST:
         raise ValueError(
             f"{len(given)} files of {total} bytes (in pages of {_PAGE}) do not fit: at most {_MOST} files and "
             f"Limits.disk_mib ({room} bytes)"
+        )
+    if 1 + len(given) + len(needed) > MOST_INODES:
+        raise ValueError(
+            f"{len(given)} files in {len(needed)} folders do not fit: at most {MOST_INODES} with the directory itself; "
+            "put more of them into one folder"
         )
 
 
@@ -78,40 +88,61 @@ def gather(directory: int, patterns: Sequence[str], room: int) -> tuple[dict[str
         room: bytes to return at most; a file that does not fit is left out whole.
 
     Returns:
-        Contents by path, and how many matching files were left out.
+        Contents by path, and how many were left out: matching files, and folders where some may lie that could not be
+        searched.
     """
     found: dict[str, bytes] = {}
     left_out = 0
     for name, parent in _walk(directory, "", 0):
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            continue
-        data = _read(parent, name.rpartition("/")[2], room) if len(found) < _MOST else None
-        if data is None:
-            left_out += 1
-        else:
-            found[name] = data
-            room -= len(data)
+        if parent is None:
+            left_out += any(_may_match_below(name, pattern) for pattern in patterns)
+        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            data = _read(parent, name.rpartition("/")[2], room) if len(found) < _MOST and _is_text(name) else None
+            if data is None:
+                left_out += 1
+            else:
+                found[name] = data
+                room -= len(data)
     return found, left_out
 
 
-def _walk(directory: int, prefix: str, depth: int) -> Iterator[tuple[str, int]]:
-    """Paths of regular files and the descriptors of their folders, open while the generator stands there."""
+def _walk(directory: int, prefix: str, depth: int) -> Iterator[tuple[str, int | None]]:
+    """Paths of regular files and the descriptors of their folders, open while the generator stands there.
+
+    A folder that is too deep, or cannot be read, comes itself, with "/" at its end and None.
+    """
     with os.scandir(directory) as listing:
         entries = sorted(listing, key=lambda entry: entry.name)
     for entry in entries:
-        try:
-            name = prefix + entry.name
-            name.encode()
-            if entry.is_file(follow_symlinks=False):
-                yield name, directory
-            elif entry.is_dir(follow_symlinks=False) and depth < _DEEPEST:
+        name = prefix + entry.name
+        if entry.is_file(follow_symlinks=False):
+            yield name, directory
+        elif entry.is_dir(follow_symlinks=False):
+            try:
+                if depth == _DEEPEST:
+                    raise OSError(f"{name!r} lies deeper than {_DEEPEST} folders")
                 below = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
-                try:
-                    yield from _walk(below, name + "/", depth + 1)
-                finally:
-                    os.close(below)
-        except (OSError, UnicodeEncodeError):
-            continue  # a folder without rights, or a name that is no text
+            except OSError:
+                yield name + "/", None
+                continue
+            try:
+                yield from _walk(below, name + "/", depth + 1)
+            finally:
+                os.close(below)
+
+
+def _may_match_below(folder: str, pattern: str) -> bool:
+    """Whether the pattern may match a path that begins with the folder's."""
+    fixed, *rest = _WILDCARD.split(pattern, maxsplit=1)
+    return fixed.startswith(folder) or (bool(rest) and folder.startswith(fixed))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read(directory: int, name: str, room: int) -> bytes | None:

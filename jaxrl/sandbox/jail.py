@@ -15,6 +15,7 @@ import sysconfig
 from collections.abc import Callable
 
 from jaxrl.sandbox import landlock, seccomp, syscalls
+from jaxrl.sandbox.files import MOST_INODES
 
 UNSAFE = "unsafe: none"
 JAILED = "jail: namespaces, seccomp, rlimits, ordinary user" + (", landlock" if landlock.version() else "")
@@ -95,6 +96,11 @@ def plan_view(preload: tuple[str, ...], more: tuple[str, ...] = ()) -> View:
     outermost = [path for path in real if not any(path != other and _inside(path, other) for other in real)]
     work = "/sandbox" if any(_inside(path, "/tmp") for path in outermost) else "/tmp"
     return View(tuple(outermost), tuple(links), tuple(dict.fromkeys(packages)), work=work)
+
+
+def directory_options(disk_mib: int) -> str:
+    """How a directory of a call's or a session's own is mounted."""
+    return f"size={disk_mib}m,nr_inodes={MOST_INODES},mode=700"
 
 
 def _inside(path: str, folder: str) -> bool:

@@ -11,12 +11,11 @@ import signal
 import socket
 from typing import NoReturn
 
-from jaxrl.sandbox import copying, orders, syscalls
+from jaxrl.sandbox import copying, jail, orders, syscalls
 from jaxrl.sandbox.leaf import Leaf
 from jaxrl.sandbox.orders import receive_packet, send_packet
 
 _MOUNT_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
-_FILES_IN_WORK = 4096
 
 
 class Keeper:
@@ -113,8 +112,7 @@ class Keeper:
             syscalls.enter_mount_namespace(owner)
             if original is not None:
                 syscalls.detach_mount(self._work)
-            size = f"size={self._disk_mib}m,nr_inodes={_FILES_IN_WORK},mode=700"
-            syscalls.mount("tmpfs", self._work, "tmpfs", _MOUNT_FLAGS, size)
+            syscalls.mount("tmpfs", self._work, "tmpfs", _MOUNT_FLAGS, jail.directory_options(self._disk_mib))
             if original is not None:
                 target = os.open(self._work, os.O_RDONLY | os.O_DIRECTORY)
                 try:

@@ -37,7 +37,7 @@ class Rules:
     """What a child may do to files; made before the fork.
 
     Args:
-        writable: its own folders, mounted by the time it calls ``confine``. A session's copies have others, unknown to
+        writable: its own folders, mounted by the time the calls are made. A session's copies have others, unknown to
             its rules; so a session may write wherever the root itself is not read-only, and this is ``/``.
         programs: what can be read can also be executed.
     """
@@ -57,11 +57,11 @@ class Rules:
         )
 
     def prepare(self, first: int) -> list[syscalls.Prepared]:
-        """``confine`` as prepared calls, for children of this process.
+        """The calls that put a thread, and whatever it starts, under the rules. They need no_new_privs.
 
         Args:
-            first: the first of some descriptors in a row. Two are opened now, to stay open; the others by the child,
-                for whom they must be the lowest that are free.
+            first: the first of some descriptors in a row. Two are opened now and stay open, for children of this
+                process too; the others by whoever makes the calls, for whom they must be the lowest that are free.
         """
         root, devices, ruleset, *places = range(first, first + 1 + len(self._rules))
         calls = [
@@ -71,18 +71,14 @@ class Rules:
             if number in places:
                 calls.append(syscalls.prepare("open", path.encode(), os.O_PATH, gives=number))
             else:
-                os.dup2(os.open(path, os.O_PATH | os.O_CLOEXEC), number)
+                _open_as(number, path)
             rule = _PATH_BENEATH.pack(accesses, number)
             calls.append(syscalls.prepare("syscall", _ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0))
         return [*calls, syscalls.prepare("syscall", _RESTRICT_SELF, ruleset, 0)]
 
-    def confine(self) -> None:
-        """Put this thread, and whatever it starts, under the rules. Needs no_new_privs."""
-        ruleset = syscalls.raw("landlock_create_ruleset", _CREATE_RULESET, self._ruleset, len(self._ruleset), 0)
-        for path, accesses in self._rules:
-            place = os.open(path, os.O_PATH)
-            rule = _PATH_BENEATH.pack(accesses, place)
-            syscalls.raw("landlock_add_rule", _ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0)
-            os.close(place)
-        syscalls.raw("landlock_restrict_self", _RESTRICT_SELF, ruleset, 0)
-        os.close(ruleset)
+
+def _open_as(number: int, path: str) -> None:
+    opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    if opened != number:
+        os.dup2(opened, number)
+        os.close(opened)

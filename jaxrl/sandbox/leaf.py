@@ -12,11 +12,10 @@ from typing import NoReturn
 
 from jaxrl.sandbox import cell, landlock, orders, seccomp, syscalls
 from jaxrl.sandbox.orders import receive_packet, send_packet
+from jaxrl.sandbox.start import PENDING_SIGNALS, leave, take_descriptors
 
-_PENDING_SIGNALS = 256  # queued signals; the kernel counts those of all sessions together
 _MOST_THREADS = 4096  # of a session and its copies together; the warden sets how many of them there may be at present
 _CONTROL = 3  # number of the control socket's descriptor
-_exit = os._exit  # a cell may replace the name in its place
 
 
 class Leaf:
@@ -41,18 +40,19 @@ class Leaf:
         try:
             os.setsid()
             _take_descriptors(fds)
-            syscalls.perform([syscalls.prepare_close_from(_CONTROL + 1)])
+            close_the_rest = syscalls.prepare_close_from(_CONTROL + 1)
+            syscalls.perform([close_the_rest])
             control = socket.socket(fileno=_CONTROL)
             # The keeper owns this user namespace and so may mount in the other; nobody inside may.
             syscalls.unshare(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS)
             syscalls.set_capabilities(keep=(syscalls.CAP_SYS_ADMIN,))  # what a copy's mount namespace asks for
             if self._file_rules is not None:
-                self._file_rules.confine()
+                syscalls.perform([*self._file_rules.prepare(_CONTROL + 1), close_the_rest])
             resource.setrlimit(resource.RLIMIT_NPROC, (threads, max(threads, _MOST_THREADS)))
             resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
             resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
             resource.setrlimit(resource.RLIMIT_FSIZE, (disk_mib << 20, disk_mib << 20))
-            resource.setrlimit(resource.RLIMIT_SIGPENDING, (_PENDING_SIGNALS, _PENDING_SIGNALS))
+            resource.setrlimit(resource.RLIMIT_SIGPENDING, (PENDING_SIGNALS, PENDING_SIGNALS))
             for filter in self._filters:
                 filter.install()
             gc.enable()
@@ -60,26 +60,24 @@ class Leaf:
             _enter(control, self._work, self._work)
         except BaseException as error:
             os.write(2, f"the sandbox could not prepare a session: {error!r}".encode())
-            _exit(1)
+            leave(1)
         try:
             _serve(control, notebook, self._work)
         finally:
-            _exit(1)
+            leave(1)
 
 
 def _take_descriptors(fds: list[int]) -> None:
-    """Control, stdout and stderr take their places; what is there now is closed."""
+    """Control, stdout and stderr take their places."""
     control, stdout, stderr = fds
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
-    os.dup2(control, _CONTROL)
+    take_descriptors(stdout, stderr, control)
 
 
 def _enter(control: socket.socket, directory: str, work: str) -> None:
     """Say that this process exists, and go into its working directory once there is one."""
     send_packet(control, orders.ANSWER_EXISTS)
     if receive_packet(control)[0] != orders.ORDER_ENTER:
-        _exit(0)
+        leave(0)
     try:
         os.chdir(directory)
     except OSError:
@@ -101,7 +99,7 @@ def _serve(control: socket.socket, notebook: cell.Notebook, work: str) -> NoRetu
         elif order == orders.ORDER_COPY:
             _copy(control, fds, work)
         else:
-            _exit(0)
+            leave(0)
 
 
 def _copy(control: socket.socket, fds: list[int], work: str) -> None:

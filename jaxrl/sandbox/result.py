@@ -35,7 +35,7 @@ class Result:
     stderr_truncated: bool
     isolation: str  # which walls stood around the code
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # that were wanted and written, by path
-    files_left_out: int = 0  # wanted and written, but beyond Limits.files_mib or unreadable
+    files_left_out: int = 0  # wanted and written, but not returned; see ``files.gather``
     stage: str = "run"  # "build" where the compiler refused the code, and everything above is about the compiler
     stdout_bytes: bytes | None = None  # where stdout is not UTF-8: what was printed, before bytes were replaced
     stderr_bytes: bytes | None = None

@@ -1,4 +1,4 @@
-"""How often a session's cell is tried again, against a pool whose losses are laid out beforehand and against a real one."""
+"""How often a cell is tried again: against a pool whose losses are laid out beforehand, and against a real one."""
 
 import asyncio
 import contextlib
