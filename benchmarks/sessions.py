@@ -10,89 +10,45 @@ import argparse
 import asyncio
 import json
 import os
-import pathlib
-import re
 import statistics
-import time
 
-from jaxrl.sandbox import Pool
+from jaxrl.sandbox import Pool, Session
+from jaxrl.sandbox.bench.accounting import TRIVIAL, cpu_of
+from jaxrl.sandbox.bench.processes import family, rollup_kib
 
 STATE = "import sympy\nx = sympy.symbols('x')\nsympy.solve(x**3 - 2*x + 1, x)"
-TRIVIAL = "print(1+1)"
-_TICK = 1.0 / os.sysconf("SC_CLK_TCK")
-
-
-def _stat(pid: int) -> list[str]:
-    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def below(root: int) -> list[int]:
-    """A process and all its descendants."""
-    parents: dict[int, list[int]] = {}
-    for entry in pathlib.Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents.setdefault(int(_stat(int(entry.name))[1]), []).append(int(entry.name))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    found = [root]
-    for pid in found:
-        found += parents.get(pid, [])
-    return found
-
-
-def helpers_seconds(pool: Pool) -> float:
-    total = 0
-    for pid in below(pool.warden_pid):
-        try:
-            total += sum(int(word) for word in _stat(pid)[11:15])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return total * _TICK
-
-
-class Cost:
-    """CPU seconds of a stretch of work, without those of looking."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._helpers = helpers_seconds(pool)
-        self._own = time.process_time()
-
-    def seconds(self) -> float:
-        own = time.process_time() - self._own
-        return own + helpers_seconds(self._pool) - self._helpers
-
-
-def proportional_mib(pid: int) -> float:
-    rollup = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return int(re.search(r"^Pss: +(\d+)", rollup, re.MULTILINE)[1]) / 1024
 
 
 async def fork_milliseconds(pool: Pool, copies: int, rounds: int) -> float:
     """CPU of one copy of a session that has sympy loaded and has solved something."""
-    costs = []
     async with pool.session() as session:
         await session.run(STATE)
-        for _ in range(rounds):
-            cost = Cost(pool)
-            made = await session.fork(copies)
-            costs.append(cost.seconds() / copies * 1e3)
-            rebuilt = [(await copy.run("x")).rebuilt for copy in made[:2]]
-            assert not any(rebuilt), "the copies are not live"
-            for copy in made:
-                await copy.close()
-    return statistics.median(costs)
+        return statistics.median([await fork_round(pool, session, copies) for _ in range(rounds)])
+
+
+async def fork_round(pool: Pool, session: Session, copies: int) -> float:
+    """CPU milliseconds of each of so many copies."""
+    made: list[Session] = []
+
+    async def fork() -> None:
+        made.extend(await session.fork(copies))
+
+    cost = await cpu_of(fork, lambda: family(pool.warden_pid))
+    rebuilt = [(await copy.run("x")).rebuilt for copy in made[:2]]
+    assert not any(rebuilt), "the copies are not live"
+    for copy in made:
+        await copy.close()
+    return cost / copies * 1e3
 
 
 async def session_mib(pool: Pool, count: int) -> float:
     """Memory of a session after five cells, its keeper included, when there are so many; by proportional shares."""
-    before = set(below(pool.warden_pid))
+    before = set(family(pool.warden_pid))
     sessions = [pool.session() for _ in range(count)]
     for session in sessions:
         for code in (STATE, "y = [i for i in range(1000)]", "import math", "sum(y)", TRIVIAL):
             await session.run(code)
-    total = sum(map(proportional_mib, set(below(pool.warden_pid)) - before))
+    total = sum(rollup_kib(pid, "Pss") for pid in set(family(pool.warden_pid)) - before) / 1024
     for session in sessions:
         await session.close()
     return total / count

@@ -10,7 +10,6 @@ of this process, of the warden and of the processes in the jail.
 import argparse
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -23,6 +22,7 @@ import tempfile
 from collections.abc import Iterator
 
 from jaxrl.sandbox import Limits, Pool
+from jaxrl.sandbox.bench.processes import descendants, rollup_kib, state
 
 PORTIONS = 20
 _OUTSTANDING = 64
@@ -63,53 +63,24 @@ class Footprint:
     files: int  # left by a pool in the folder for temporary files
 
 
-def children_of(root: int) -> list[int]:
-    """Every process below ``root``."""
-    below: dict[int, list[int]] = {}
-    for entry in pathlib.Path("/proc").iterdir():
-        if entry.name.isdigit():
-            below.setdefault(int(_stat(int(entry.name))[1]), []).append(int(entry.name))
-    found = [root]
-    for pid in found:
-        found += below.get(pid, [])
-    return found[1:]
-
-
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the state on; state and parent "0" for a process that is gone."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return ["X", "0"]
-
-
-def _kib(pid: int, field: str) -> int:
-    """One figure of a process's memory; 0 for a zombie."""
-    with contextlib.suppress(ProcessLookupError):
-        for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1])
-    return 0
-
-
 def _descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def footprint(pool: Pool) -> Footprint:
     warden, own = pool.warden_pid, os.getpid()
-    jail = children_of(warden)
-    everybody = children_of(own)
+    jail = descendants(warden)
+    everybody = descendants(own)
     mounts = sum(len(pathlib.Path(f"/proc/{pid}/mountinfo").read_text().splitlines()) for pid in (own, warden, jail[0]))
     return Footprint(
-        driver_kib=_kib(own, "Rss"),
-        warden_kib=_kib(warden, "Rss"),
-        jail_kib=sum(_kib(pid, "Pss") for pid in jail),
+        driver_kib=rollup_kib(own, "Rss"),
+        warden_kib=rollup_kib(warden, "Rss"),
+        jail_kib=sum(rollup_kib(pid, "Pss") for pid in jail),
         driver_descriptors=_descriptors(own),
         warden_descriptors=_descriptors(warden),
         jail_descriptors=sum(map(_descriptors, jail)),
         processes=len(everybody),
-        zombies=sum(_stat(pid)[0] == "Z" for pid in everybody),
+        zombies=sum(state(pid) == "Z" for pid in everybody),
         mounts=mounts,
         files=sum(name.startswith("jaxrl") for name in os.listdir(tempfile.gettempdir())),
     )
@@ -118,8 +89,8 @@ def footprint(pool: Pool) -> Footprint:
 async def settled(pool: Pool, processes: int) -> None:
     """Wait until as many processes as at the start are there, each of them at rest."""
     for _ in range(250):
-        below = children_of(os.getpid())
-        if len(below) == processes and all(_stat(pid)[0] == "S" for pid in below):
+        below = descendants(os.getpid())
+        if len(below) == processes and all(state(pid) == "S" for pid in below):
             return
         await asyncio.sleep(0.02)
 
@@ -150,12 +121,12 @@ async def soak(pool: Pool, calls: int) -> tuple[list[Footprint], collections.Cou
         right = result.status == status and ("out.txt" in result.files) == ("out.txt" in code)
         statuses["wrong"] += not right
 
-    processes = len(children_of(os.getpid()))
+    processes = len(descendants(os.getpid()))
     found = [footprint(pool)]
     stream = programs(calls)
     for portion in range(PORTIONS):
         size = calls * (portion + 1) // PORTIONS - calls * portion // PORTIONS
-        templates = [pid for pid in children_of(pool.warden_pid) if not children_of(pid)]
+        templates = [pid for pid in descendants(pool.warden_pid) if not descendants(pid)]
         working = [asyncio.create_task(one(*program)) for program in itertools.islice(stream, size)]
         if portion % 4 == 1:
             await asyncio.sleep(0.1)

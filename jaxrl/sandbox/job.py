@@ -215,27 +215,13 @@ class Job:
             survived: the process lives on.
         """
         assert self.stdout is not None and self.stderr is not None
-        limits = self.call.limits
         killed = os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else 0
         exit_code = os.WEXITSTATUS(wait_status) if os.WIFEXITED(wait_status) else -1
-        program_signal = exit_code - 128 if self.call.command else 0
         together = self.group.cpu_seconds() if self.group is not None else None
         cpu_seconds = cpu_seconds if together is None else together
-        if self.output_exceeded():
-            outcome = Outcome.OUTPUT_LIMIT
-        elif killed == signal.SIGKILL and self.kill_reason is not None:
-            outcome = self.kill_reason
-        elif signal.SIGKILL in (killed, program_signal) and cpu_seconds >= limits.cpu_seconds:
-            outcome = Outcome.TIMEOUT
-        elif exit_code == 0:
-            outcome = Outcome.OK
-        elif self._memory_ran_out(peak_rss_kib - rss_before_kib):
-            outcome = Outcome.OUT_OF_MEMORY
-        else:
-            outcome = Outcome.ERROR
         return Report(
             id=self.call.id,
-            outcome=outcome,
+            outcome=self._outcome(killed, exit_code, cpu_seconds, peak_rss_kib - rss_before_kib),
             attempts=self.attempts,
             exit_code=exit_code,
             signal=killed,
@@ -249,6 +235,19 @@ class Job:
             stderr_truncated=self.stderr.truncated,
             survived=survived,
         )
+
+    def _outcome(self, killed: int, exit_code: int, cpu_seconds: float, own_rss_kib: int) -> Outcome:
+        """The first of these that holds: what ended the code comes before how it may have ended by itself."""
+        program_signal = exit_code - 128 if self.call.command else 0
+        if self.output_exceeded():
+            return Outcome.OUTPUT_LIMIT
+        if killed == signal.SIGKILL and self.kill_reason is not None:
+            return self.kill_reason
+        if signal.SIGKILL in (killed, program_signal) and cpu_seconds >= self.call.limits.cpu_seconds:
+            return Outcome.TIMEOUT
+        if exit_code == 0:
+            return Outcome.OK
+        return Outcome.OUT_OF_MEMORY if self._memory_ran_out(own_rss_kib) else Outcome.ERROR
 
     def _memory_ran_out(self, own_rss_kib: int) -> bool:
         if self.group is not None:

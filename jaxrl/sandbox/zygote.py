@@ -134,7 +134,7 @@ class _Template:
         self._work = settings["view"]["work"]
         self._own = os.pidfd_open(os.getpid())
         self._child = Child(self._own, self._work, jailed, settings["processes"], settings["groups"])
-        self._keeper = Keeper(self._own, self._work)
+        self._keeper = Keeper(self._own, self._work) if jailed and not settings["processes"] else None
         self._poller = select.poll()
         self._poller.register(self._control, select.POLLIN)
         self._children: dict[int, tuple[int, int, str]] = {}  # pidfd → (call id, pid, directory to remove)
@@ -197,6 +197,7 @@ class _Template:
 
     def _found_family(self, order: bytes, fds: list[int]) -> None:
         """Fork the keeper of a session, first process of a namespace of its own."""
+        assert self._keeper is not None, "sessions are kept in a jail, and not beside calls that start processes"
         id, *_ = orders.FAMILY.unpack(order)
         try:
             syscalls.unshare(syscalls.CLONE_NEWPID)

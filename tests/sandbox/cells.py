@@ -1,7 +1,6 @@
 """A session that synchronous tests can call."""
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,11 +42,3 @@ def session(driver: Driver, limits: Limits = PATIENT, **options: Any) -> Iterato
         yield cells
     finally:
         cells.close()
-
-
-def parent(pid: int) -> int:
-    """0 if the process is gone."""
-    try:
-        return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0

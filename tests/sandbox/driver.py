@@ -1,39 +1,15 @@
 """A sandbox pool for synchronous tests, driven from an event loop in a thread of its own."""
 
 import asyncio
-import pathlib
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
 from jaxrl.sandbox import Limits, Pool, Result
+from jaxrl.sandbox.bench.processes import descendants, parent
 
 LIMITS = Limits(cpu_seconds=0.6, wall_seconds=1.0, memory_mib=256, output_kib=8, output_hard_mib=8, disk_mib=8)
-
-
-def descendants(pid: int) -> list[int]:
-    """Every process below ``pid``, dead ones that nobody has collected included."""
-    parents: dict[int, list[int]] = {}
-    for entry in pathlib.Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            parents.setdefault(parent, []).append(int(entry.name))
-    found = [pid]
-    for parent in found:
-        found += parents.get(parent, [])
-    return found[1:]
-
-
-def parent_of(pid: int) -> int:
-    """0 for a process that is gone."""
-    try:
-        return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
@@ -83,8 +59,8 @@ class Driver:
         """(stem, templates) of a pool that preloads nothing, calls or no calls; the stem is 0 while there is none."""
         warden = self.pool.warden_pid
         below = descendants(warden)
-        stem = next((pid for pid in below if parent_of(pid) == warden), 0)
-        return stem, [pid for pid in below if stem and parent_of(pid) == stem]
+        stem = next((pid for pid in below if parent(pid) == warden), 0)
+        return stem, [pid for pid in below if stem and parent(pid) == stem]
 
     def resting(self) -> list[int]:
         """Processes below the warden once every call is gone: stems and templates."""

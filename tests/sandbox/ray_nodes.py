@@ -23,8 +23,9 @@ from typing import Any, TextIO
 import pytest
 
 from jaxrl.sandbox import ClusterPool, syscalls
+from jaxrl.sandbox.bench.processes import descendants
 from tests.sandbox import own_network
-from tests.sandbox.driver import LIMITS, descendants
+from tests.sandbox.driver import LIMITS
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"

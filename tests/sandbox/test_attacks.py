@@ -15,8 +15,9 @@ import pytest
 
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import jail, landlock
+from jaxrl.sandbox.bench.processes import descendants
 from tests.sandbox.attacks import refused, system_call, withstand
-from tests.sandbox.driver import LIMITS, Driver, descendants
+from tests.sandbox.driver import LIMITS, Driver
 
 OK, ERROR, TIMEOUT = ToolStatus.OK, ToolStatus.ERROR, ToolStatus.TIMEOUT
 MEMORY, OUTPUT = ToolStatus.OUT_OF_MEMORY, ToolStatus.OUTPUT_LIMIT

@@ -10,7 +10,8 @@ import pytest
 
 from jaxrl.cli import BAD_USAGE, main
 from jaxrl.sandbox.bench import rows, table
-from jaxrl.sandbox.bench.accounting import SLOTS, Effort, cpu_of, family, run_many
+from jaxrl.sandbox.bench.accounting import SLOTS, Effort, cpu_of, run_many
+from jaxrl.sandbox.bench.processes import family
 from jaxrl.sandbox.pool import Pool
 from tests.sandbox import own_network, ray_nodes
 

@@ -13,7 +13,8 @@ import pytest
 
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Result
-from tests.sandbox.driver import LIMITS, Driver, descendants
+from jaxrl.sandbox.bench.processes import descendants
+from tests.sandbox.driver import LIMITS, Driver
 
 INFRA = ToolStatus.INFRA_ERROR
 LOSSES = 3  # of templates or wardens while a call runs, until it is given up

@@ -16,9 +16,10 @@ import pytest
 from jaxrl.config import ConfigError, SandboxConfig
 from jaxrl.envs.python_tool import PythonTool
 from jaxrl.sandbox import ClusterPool, Limits, Pool, Result, SandboxUnavailable, pool_from_config
+from jaxrl.sandbox.bench.processes import descendants, is_alive
 from jaxrl.sandbox.node import Order, unfinished
 from jaxrl.statuses import ToolStatus
-from tests.sandbox.driver import LIMITS, descendants
+from tests.sandbox.driver import LIMITS
 from tests.sandbox.ray_nodes import ClusterProcess, RayNodes, in_cluster, on_common_pool
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs Ray: pip install "jaxrl[ray]"')
@@ -61,13 +62,6 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(120.0):
         while not condition():
             await asyncio.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def running_calls(actor: int) -> dict[int, int]:
@@ -197,7 +191,7 @@ async def test_killed_pool_loses_no_call_and_leaves_no_process(nodes: RayNodes) 
         results = await while_running(pool, codes, lambda: os.kill(victim, signal.SIGKILL))
         assert {(result.status, result.stdout) for result in results} == {(OK, "done\n")}
         assert {result.attempts for result in results} == {1, 2}
-        await until(lambda: not any(map(alive, below)))
+        await until(lambda: not any(map(is_alive, below)))
         assert len(below) >= 3
         await until(lambda: len(pool.nodes) == 2)  # the node has a new pool
         again = await run_all(pool, ["1"] * 50)
@@ -229,7 +223,7 @@ async def test_killed_agent_of_ray_takes_its_pool_along_and_loses_no_call(nodes:
         codes = ["import time; time.sleep(0.1); print('done')"] * 100
         results = await while_running(pool, codes, lambda: below.extend(nodes.kill_node(0, only_agent=True)))
         assert {(result.status, result.stdout) for result in results} == {(OK, "done\n")}
-        await until(lambda: not any(map(alive, below)))
+        await until(lambda: not any(map(is_alive, below)))
         assert len(below) >= 4
 
 
@@ -274,7 +268,7 @@ async def test_halted_pool_is_noticed(nodes: RayNodes) -> None:
         os.kill(victim, signal.SIGSTOP)
         results = await run_all(pool, [f"{n}" for n in range(200)])
         assert [(result.status, result.stdout) for result in results] == [(OK, f"{n}\n") for n in range(200)]
-        await until(lambda: not any(map(alive, below)))
+        await until(lambda: not any(map(is_alive, below)))
         await until(lambda: len(pool.nodes) == 2)
 
 
@@ -361,7 +355,7 @@ async def test_close_leaves_nothing_and_the_pool_opens_again(nodes: RayNodes) ->
         with pytest.raises(RuntimeError, match="not open"):
             await pool.run("1")
         seen += actors + below
-    await until(lambda: not any(map(alive, seen)))
+    await until(lambda: not any(map(is_alive, seen)))
     assert signal.getsignal(signal.SIGTERM) is on_termination
     assert not ray_is_connected()
 

@@ -9,8 +9,9 @@ import pytest
 
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Limits, SandboxUnavailable, cgroups, languages
+from jaxrl.sandbox.bench.processes import descendants
 from jaxrl.sandbox.languages import Language
-from tests.sandbox.driver import LIMITS, Driver, descendants
+from tests.sandbox.driver import LIMITS, Driver
 from tests.sandbox.test_jail import ORDINARY, REPOSITORY, python
 
 OK, ERROR, TIMEOUT = ToolStatus.OK, ToolStatus.ERROR, ToolStatus.TIMEOUT

@@ -12,8 +12,9 @@ import pytest
 
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Limits, Pool, Result
+from jaxrl.sandbox.bench.processes import descendants
 from jaxrl.sandbox.metrics import Metrics
-from tests.sandbox.driver import LIMITS, Driver, descendants
+from tests.sandbox.driver import LIMITS, Driver
 from tests.sandbox.test_pool import wait_until
 
 OK = ToolStatus.OK

@@ -14,16 +14,10 @@ import pytest
 from jaxrl.config import ConfigError, SandboxConfig
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Limits, Pool, Result, SandboxUnavailable, pool_from_config
-from tests.sandbox.driver import LIMITS, Driver, descendants, wait_until
+from jaxrl.sandbox.bench.processes import descendants, is_alive
+from tests.sandbox.driver import LIMITS, Driver, wait_until
 
 OK, INFRA = ToolStatus.OK, ToolStatus.INFRA_ERROR
-
-
-def alive(pid: int) -> bool:
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_result_names_everything(sandbox: Driver) -> None:
@@ -182,7 +176,7 @@ def test_halted_template_is_noticed(fragile: Driver) -> None:
     os.kill(templates[0], signal.SIGSTOP)
     results = fragile.run_all(["print('done')"] * 8)
     assert [(result.status, result.stdout) for result in results] == [(OK, "done\n")] * 8
-    assert not alive(templates[0])
+    assert not is_alive(templates[0])
 
 
 def test_halted_stem_is_noticed(fragile: Driver) -> None:
@@ -191,14 +185,14 @@ def test_halted_stem_is_noticed(fragile: Driver) -> None:
     for template in templates:
         os.kill(template, signal.SIGKILL)
     assert fragile.run("6 * 7").stdout == "42\n"
-    assert not alive(first)
+    assert not is_alive(first)
 
 
 def test_killed_jail_is_built_anew(fragile: Driver) -> None:
     first, templates = members(fragile)
     results = run_while(fragile, lambda: os.kill(first, signal.SIGKILL), SLEEPS)
     assert [(result.status, result.stdout) for result in results] == [(OK, "done\n")] * 4
-    assert not any(alive(pid) for pid in (first, *templates))
+    assert not any(is_alive(pid) for pid in (first, *templates))
 
 
 def test_killed_warden_is_replaced_and_takes_its_jail_along(fragile: Driver) -> None:
@@ -207,7 +201,7 @@ def test_killed_warden_is_replaced_and_takes_its_jail_along(fragile: Driver) -> 
     results = run_while(fragile, lambda: os.kill(warden, signal.SIGKILL), SLEEPS)
     assert [(result.status, result.stdout) for result in results] == [(OK, "done\n")] * 4
     assert {result.attempts for result in results} == {2}
-    wait_until(lambda: not any(alive(pid) for pid in (first, *templates)))
+    wait_until(lambda: not any(is_alive(pid) for pid in (first, *templates)))
 
 
 def test_call_that_is_always_there_when_templates_die(fragile: Driver) -> None:
@@ -268,7 +262,7 @@ def test_close_leaves_nothing(unsafe: bool) -> None:
     below = asyncio.run(use())
     assert len(below) >= 5
     assert footprint() == before
-    assert not any(alive(pid) for pid in below)
+    assert not any(is_alive(pid) for pid in below)
 
 
 def test_helpers_never_load_jax(sandbox: Driver) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Limits, Result, cgroups, seccomp, syscalls
-from tests.sandbox.driver import LIMITS, Driver, descendants
+from jaxrl.sandbox.bench.processes import descendants
+from tests.sandbox.driver import LIMITS, Driver
 from tests.sandbox.test_attacks import ATTACKS
 from tests.sandbox.test_languages import needs
 

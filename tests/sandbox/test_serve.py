@@ -20,11 +20,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from jaxrl.envs.python_tool import PythonTool
 from jaxrl.records import ToolCall, ToolStatus
 from jaxrl.sandbox import Limits, Result, RunRequest, SandboxClient, SandboxUnavailable, openapi
+from jaxrl.sandbox.bench.processes import descendants, is_alive
 from jaxrl.sandbox.grading import Grade, Grader, StdioTest
-from tests.sandbox.driver import Driver, descendants
+from tests.sandbox.driver import Driver, wait_until
 from tests.sandbox.served import SERVE, Served
 from tests.sandbox.test_languages import needs
-from tests.sandbox.test_pool import alive, wait_until
 
 OK, INFRA = ToolStatus.OK, ToolStatus.INFRA_ERROR
 JSON = {"Content-Type": "application/json"}
@@ -437,7 +437,7 @@ def test_sigterm_lets_calls_end_and_takes_no_more() -> None:
         assert (result.status, result.stdout) == (OK, "done\n")
         assert (status, headers["retry-after"], health) == (503, "1", 503)
         assert served.process.wait(20) == 0
-    assert not any(alive(pid) for pid in below)
+    assert not any(is_alive(pid) for pid in below)
 
 
 @pytest.mark.parametrize("how", ["drain is over", "second signal"])
@@ -461,7 +461,7 @@ def test_calls_that_outlast_the_drain_are_faults_of_ours(how: str) -> None:
         assert served.process.wait(20) == 0
     assert result.status is INFRA and result.stderr
     assert [(index, item.status) for index, item in batch] == [(0, OK), (1, INFRA)]
-    assert not any(alive(pid) for pid in below)
+    assert not any(is_alive(pid) for pid in below)
 
 
 def test_a_killed_server_is_a_fault_of_ours_and_leaves_nothing() -> None:
@@ -479,7 +479,7 @@ def test_a_killed_server_is_a_fault_of_ours_and_leaves_nothing() -> None:
         results = served.use(kill, patience_seconds=0.5)
         assert [result.status for result in results] == [INFRA, INFRA]
         assert "takes no calls" in results[1].stderr
-        wait_until(lambda: not any(alive(pid) for pid in below))
+        wait_until(lambda: not any(is_alive(pid) for pid in below))
 
 
 def test_a_server_that_comes_back_in_time_is_waited_for() -> None:

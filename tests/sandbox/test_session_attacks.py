@@ -7,7 +7,8 @@ import time
 import pytest
 
 from jaxrl.records import ToolStatus
-from tests.sandbox.cells import PATIENT, parent, session
+from jaxrl.sandbox.bench.processes import parent
+from tests.sandbox.cells import PATIENT, session
 from tests.sandbox.driver import LIMITS, Driver
 from tests.sandbox.test_attacks import ATTACKS
 
@@ -314,3 +315,5 @@ def test_a_copy_that_hides_costs_its_siblings_nothing(sandbox: Driver) -> None:
         for other in (original, good):
             result = other.run("x")
             assert (result.stdout, result.rebuilt) == ("1\n", False)
+        for copy in (evil, good):
+            copy.close()

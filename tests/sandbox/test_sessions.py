@@ -12,8 +12,9 @@ import pytest
 
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Result
-from tests.sandbox.cells import PATIENT, Cells, parent, session
-from tests.sandbox.driver import LIMITS, Driver, descendants
+from jaxrl.sandbox.bench.processes import descendants, parent
+from tests.sandbox.cells import PATIENT, Cells, session
+from tests.sandbox.driver import LIMITS, Driver
 
 OK, ERROR, TIMEOUT = ToolStatus.OK, ToolStatus.ERROR, ToolStatus.TIMEOUT
 MEMORY, OUTPUT = ToolStatus.OUT_OF_MEMORY, ToolStatus.OUTPUT_LIMIT

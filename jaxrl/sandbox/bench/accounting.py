@@ -1,25 +1,22 @@
-"""CPU time and memory of processes, from /proc, and calls that keep a pool busy.
+"""What work costs in CPU time, and calls that keep a pool busy.
 
 CPU time rather than wall time wherever it can be: it hardly depends on what else the machine does.
 """
 
 import asyncio
 import dataclasses
-import os
-import pathlib
 import resource
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 
+from jaxrl.sandbox.bench.processes import cpu_seconds, family
 from jaxrl.sandbox.pool import Pool
 from jaxrl.sandbox.result import Result
 
 TRIVIAL = "print(1+1)"
 IMPORTING = "import numpy, sympy\nprint(1)"
 SLOTS = 4  # calls, or processes, that run at once in every design
-_TICK = 1.0 / os.sysconf("SC_CLK_TCK")
-_PAGE_KIB = os.sysconf("SC_PAGE_SIZE") >> 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,38 +37,6 @@ class Effort:
     def tells(self) -> bool:
         """Whether verdicts may be drawn."""
         return self.scale >= 1.0
-
-
-def family(root: int) -> list[int]:
-    """A process and all its descendants."""
-    parents: dict[int, int] = {}
-    for entry in pathlib.Path("/proc").iterdir():
-        if entry.name.isdigit() and (fields := _stat(int(entry.name))):
-            parents[int(entry.name)] = int(fields[1])
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
-
-
-def cpu_seconds(pids: Iterable[int]) -> float:
-    """CPU time of these processes, with that of their dead children. Dead ones count nothing."""
-    return sum(own_cpu_seconds(pid) + _TICK * sum(map(int, _stat(pid)[13:15])) for pid in pids)
-
-
-def own_cpu_seconds(pid: int) -> float:
-    """CPU time of a process, all its threads, without its children."""
-    total = 0
-    for path in pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        try:
-            total += int(path.read_text().split()[0])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return total * 1e-9
-
-
-def resident_kib(pid: int) -> int:
-    return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_KIB
 
 
 async def run_many(pool: Pool, codes: list[str], outstanding: int) -> list[Result]:
@@ -124,11 +89,3 @@ async def latencies(call: Callable[[], Awaitable[object]], calls: int) -> list[f
 
 def percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third on; none where the process is dead."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []

@@ -9,7 +9,8 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
-from jaxrl.sandbox.bench.accounting import IMPORTING, SLOTS, cpu_of, cpu_seconds, family
+from jaxrl.sandbox.bench.accounting import IMPORTING, SLOTS, cpu_of
+from jaxrl.sandbox.bench.processes import cpu_seconds, family
 from jaxrl.sandbox.fleet import ENVIRONMENT
 from jaxrl.sandbox.link import HOME
 

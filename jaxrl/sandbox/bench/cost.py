@@ -6,18 +6,9 @@ import dataclasses
 import statistics
 from collections.abc import Awaitable, Callable
 
-from jaxrl.sandbox.bench.accounting import (
-    IMPORTING,
-    SLOTS,
-    TRIVIAL,
-    Effort,
-    latencies,
-    own_cpu_seconds,
-    pool_cost,
-    resident_kib,
-    run_many,
-)
+from jaxrl.sandbox.bench.accounting import IMPORTING, SLOTS, TRIVIAL, Effort, latencies, pool_cost, run_many
 from jaxrl.sandbox.bench.anchors import ForkLimit, Judge, fresh, fresh_cost
+from jaxrl.sandbox.bench.processes import own_cpu_seconds, resident_kib
 from jaxrl.sandbox.bench.rows import Row, judged, told
 from jaxrl.sandbox.pool import Pool
 

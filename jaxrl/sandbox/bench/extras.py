@@ -5,7 +5,8 @@ import os
 import statistics
 import time
 
-from jaxrl.sandbox.bench.accounting import SLOTS, Effort, cpu_of, family, pool_cost
+from jaxrl.sandbox.bench.accounting import SLOTS, Effort, cpu_of, pool_cost
+from jaxrl.sandbox.bench.processes import family
 from jaxrl.sandbox.bench.rows import Row, judged, missing
 from jaxrl.sandbox.pool import Pool
 

@@ -9,7 +9,8 @@ import statistics
 import tempfile
 import time
 
-from jaxrl.sandbox.bench.accounting import SLOTS, TRIVIAL, Effort, family, resident_kib, run_many
+from jaxrl.sandbox.bench.accounting import SLOTS, TRIVIAL, Effort, run_many
+from jaxrl.sandbox.bench.processes import family, resident_kib
 from jaxrl.sandbox.bench.rows import Row, judged
 from jaxrl.sandbox.pool import Pool
 

@@ -6,17 +6,8 @@ import os
 import statistics
 import time
 
-from jaxrl.sandbox.bench.accounting import (
-    SLOTS,
-    TRIVIAL,
-    Effort,
-    cpu_of,
-    family,
-    percentile,
-    pool_cost,
-    resident_kib,
-    run_many,
-)
+from jaxrl.sandbox.bench.accounting import SLOTS, TRIVIAL, Effort, cpu_of, percentile, pool_cost, run_many
+from jaxrl.sandbox.bench.processes import family, resident_kib
 from jaxrl.sandbox.bench.rows import Row, judged, missing, told
 from jaxrl.sandbox.pool import Pool
 from jaxrl.sandbox.protocol import Limits
