@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -66,6 +67,7 @@ class Warden:
         self._channel = channel
         self._memory = memory
         self._board: Board | None = None
+        self._scratch = ""  # folder of the calls' directories where there is no jail
         channel.setblocking(False)
         self._frames = FrameReader()
         self._outgoing = bytearray()
@@ -89,6 +91,8 @@ class Warden:
         reap(wait_seconds=5.0)
         if self._annex is not None:
             self._annex.close()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)  # the pool's process may have been killed
         self._channel.setblocking(True)
         with contextlib.suppress(OSError):  # the pool is gone
             self._channel.sendall(self._outgoing)
@@ -151,6 +155,9 @@ class Warden:
         self._settings = settings
         self._board = Board(self._memory, settings.slots + settings.slow_slots)
         os.close(self._memory)
+        if settings.unsafe:
+            self._scratch = settings.view["work"]
+            os.makedirs(self._scratch, mode=0o700, exist_ok=True)  # the warden before this one may have removed it
         if settings.preload:
             names = "|".join(re.escape(name.partition(".")[0]) for name in settings.preload)
             self._mentions = re.compile(rf"\b({names})\b".encode())
@@ -529,6 +536,6 @@ def main() -> None:
     """Entry point of the warden's process; arguments: its socket to the pool, a folder, the board's memory."""
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)  # the jail's first process falls to us when its launcher leaves
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a live session holds six descriptors
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # live sessions hold several each
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the pool's to handle; it closes the socket
     Warden(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[3])).run()

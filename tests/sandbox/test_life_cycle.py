@@ -5,17 +5,18 @@ import os
 import pathlib
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 import pytest
 
 from jaxrl.records import ToolStatus
-from jaxrl.sandbox import Limits, Pool, Result
-from jaxrl.sandbox.bench.processes import descendants
+from jaxrl.sandbox import Limits, Pool, Result, files
+from jaxrl.sandbox.bench.processes import descendants, is_alive
 from jaxrl.sandbox.metrics import Metrics
-from tests.sandbox.driver import LIMITS, Driver
-from tests.sandbox.test_pool import wait_until
+from tests.sandbox.driver import LIMITS, Driver, wait_until
 
 OK = ToolStatus.OK
 SLEEP = "import time; time.sleep({})"
@@ -170,8 +171,9 @@ def test_template_that_starts_no_calls_fails_its_self_test() -> None:
         assert restarts(driver) == {"failed its self-test": 1}
 
 
-def test_a_template_is_not_blamed_for_a_call_that_cannot_start() -> None:
+def test_a_template_is_not_blamed_for_a_call_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """More folders than its directory has room for, on whichever template."""
+    monkeypatch.setattr(files, "check", lambda *_: None)  # which refuses such a call
     with Driver(workers=2, slots=4, preload=()) as driver:
         before = templates(driver)
         result = driver.run("1", files={f"{number}/a/b/c/d/file": b"" for number in range(1000)})
@@ -262,3 +264,33 @@ def test_sessions_of_retiring_templates_end_when_they_are_closed() -> None:
 
         driver.wait(use(), 60)
         assert driver.wait(driver.pool.metrics()).sessions == 0
+
+
+_OWNER = """
+import asyncio
+from jaxrl.sandbox import Pool
+
+async def main():
+    async with Pool(workers=1, slots=2, preload=(), unsafe=True) as pool:
+        await asyncio.gather(*(pool.run("open('f', 'w'); 'end'", wanted=["f"]) for _ in range(4)))
+        print(pool.warden_pid, flush=True)
+        await pool.run("print(open('g', 'w')); import time; time.sleep(600)")
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_owner_of_an_unjailed_pool_leaves_no_files(tmp_path: pathlib.Path, number: int) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    owner = subprocess.Popen([sys.executable, "-c", _OWNER], env=environment, stdout=subprocess.PIPE)
+    try:
+        warden = int(owner.stdout.readline())
+        (scratch,) = tmp_path.iterdir()
+        wait_until(lambda: len(list(scratch.glob("*/g"))) == 1)
+    finally:
+        owner.send_signal(number)
+        owner.wait()
+        owner.stdout.close()
+    wait_until(lambda: not is_alive(warden))
+    assert list(tmp_path.iterdir()) == []
