@@ -64,7 +64,7 @@ class UnderWay:
 
     def __init__(self) -> None:
         self._count = 0
-        self._nothing = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []  # for the end
 
     def enter(self) -> None:
         self._count += 1
@@ -72,7 +72,10 @@ class UnderWay:
     def leave(self) -> None:
         self._count -= 1
         if not self._count:
-            self._nothing.set()
+            waiting, self._waiting = self._waiting, []
+            for over in waiting:
+                if not over.done():
+                    over.set_result(None)
 
     def __enter__(self) -> None:
         self.enter()
@@ -83,5 +86,6 @@ class UnderWay:
     async def over(self) -> None:
         """Wait until nothing is inside."""
         while self._count:
-            self._nothing.clear()
-            await self._nothing.wait()
+            over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(over)
+            await over

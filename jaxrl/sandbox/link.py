@@ -93,9 +93,9 @@ class WardenLink(asyncio.Protocol):
         theirs.close()
         os.close(memory)
         ours.setblocking(False)
-        self._transport, _ = await loop.connect_accepted_socket(lambda: self, ours)
-        self._transport.write(frame(Kind.SETUP, json.dumps(settings | {"home": HOME}).encode()))
         try:
+            self._transport, _ = await loop.connect_accepted_socket(lambda: self, ours)
+            self._transport.write(frame(Kind.SETUP, json.dumps(settings | {"home": HOME}).encode()))
             await asyncio.wait_for(asyncio.shield(self._ready), _START_SECONDS)
         except BaseException:
             self._ready.cancel()  # nobody waits for it any more
@@ -165,6 +165,8 @@ class WardenLink(asyncio.Protocol):
                 await asyncio.wait_for(asyncio.shield(self._gone), _CLOSE_SECONDS)
         if self._process is None:
             return
+        if self._transport is None:
+            self._process.kill()  # it was not told to start anything yet
         try:
             self._process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:

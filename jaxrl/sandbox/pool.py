@@ -118,6 +118,7 @@ class Pool:
         self._admission = Admission(slots + slow_slots + queue)
         self._ids = itertools.count(1)
         self._link: WardenLink | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # in which the pool was started, and not closed yet
         self._starting = asyncio.Lock()
         self._open = False
         self._draining = False
@@ -137,6 +138,9 @@ class Pool:
 
     async def start(self) -> None:
         """Build the jail and warm the templates (a second or two). Needed once, unless used as a context manager."""
+        self._check_loop()
+        if not self._open:
+            self._loop, self._starting = asyncio.get_running_loop(), asyncio.Lock()
         if self._unsafe and not self._open:
             # Without a jail nothing hides the calls' directories; at least they lie together, and go together.
             self._scratch = tempfile.mkdtemp(prefix="jaxrl-unsafe-")
@@ -158,6 +162,7 @@ class Pool:
     async def metrics(self) -> Metrics:
         """What the pool has done and is doing. What only the warden knows is zero while there is none."""
         warden = WardenMetrics()
+        self._check_loop()
         if self._link is not None:
             with contextlib.suppress(WardenLost):
                 warden = await self._link.metrics()
@@ -165,14 +170,17 @@ class Pool:
 
     async def drain(self) -> None:
         """Take no more calls, and wait until those under way are over. The next ``start`` opens the pool again."""
+        self._check_loop()
         self._draining = True
         await self._under_way.over()
 
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process, mount, descriptor or file."""
+        self._check_loop()
         self._open = False
         async with self._starting:
             link, self._link = self._link, None
+        self._loop = None
         if link is not None:
             await link.close()
         if self._isolation_of_processes and not self._unsafe:
@@ -210,11 +218,11 @@ class Pool:
         Raises:
             ValueError: a file's path is not a plain relative one, or the files are larger than the directory; or there
                 is no such language.
-            RuntimeError: the pool is not open, or is being drained.
+            RuntimeError: the pool is not open, closed meanwhile, being drained, or of another event loop.
             SandboxUnavailable: the jail was lost and could not be built again; the language is not installed; or
                 processes are to be started and there is no memory cgroup to bound them.
         """
-        self._refuse_while_draining()
+        self._check_taking()
         check_texts(code, stdin, wanted)
         limits = limits or self.limits
         given = files or {}
@@ -324,9 +332,19 @@ class Pool:
             words = "each process's memory bounded by itself, not all together"
         self._isolation_of_processes = f"{self.isolation}; {words}"
 
-    def _refuse_while_draining(self) -> None:
+    def _check_taking(self) -> None:
+        """Raise RuntimeError where no calls are taken now, or not here."""
+        if not self._open:
+            raise RuntimeError("the sandbox pool is not open: use it inside `async with Pool(...)`")
+        self._check_loop()
         if self._draining:
             raise RuntimeError("the sandbox pool is being drained and takes no more calls: start it again, or another")
+
+    def _check_loop(self) -> None:
+        if self._loop not in (None, asyncio.get_running_loop()):
+            raise RuntimeError(
+                "the sandbox pool was started in another event loop: use and close it there, or start a pool in each"
+            )
 
     def session(
         self, *, limits: Limits | None = None, tenant: str = "", checkpoint: bool = False, live: bool = True
@@ -340,14 +358,19 @@ class Pool:
                 nothing but itself; otherwise the earlier cells are run again before the next.
             live: False keeps no process: each cell runs in a fresh one after all earlier cells, silently run again,
                 which count towards the same limits. Without a jail every session is of this kind.
+
+        Raises:
+            ValueError: live sessions are granted less memory together than this one may use alone.
         """
         terms = Terms(limits or self.limits, zlib.crc32(tenant.encode()), checkpoint, live and not self._unsafe)
+        if terms.live:
+            self._check_session_memory(terms.limits)
         return Session(self.backend(), terms)
 
     def backend(self) -> Backend:
         """What sessions are made of, those included whose histories are kept elsewhere."""
         return Backend(
-            check=self._refuse_while_draining,
+            check=self._check_taking,
             taken=self._under_way,
             next_id=functools.partial(next, self._ids),
             run=self._submit,
@@ -357,6 +380,14 @@ class Pool:
             result=self._finished_cell,
             cancelled=self._cancelled,
         )
+
+    def _check_session_memory(self, limits: Limits) -> None:
+        most, needed = self._settings["session_memory_mib"], limits.memory_mib + limits.disk_mib
+        if needed > most:
+            raise ValueError(
+                f"a session of memory_mib + disk_mib = {needed} may outgrow session_memory_mib={most}, and then be put "
+                "out after each cell; raise Pool(session_memory_mib=...), lower its limits, or take live=False"
+            )
 
     async def _fork_session(self, session: int, copies: list[int]) -> list[int]:
         try:
@@ -441,7 +472,7 @@ class Pool:
         """
         async with self._starting:
             if not self._open:
-                raise RuntimeError("the sandbox pool is not open: use it inside `async with Pool(...)`")
+                raise RuntimeError("the sandbox pool was closed before this call had ended")
             if self._link is None or not self._link.alive:
                 if self._link is not None:
                     await self._link.close()

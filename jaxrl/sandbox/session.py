@@ -11,15 +11,13 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox.cell import LEFT_AT_ONCE
 from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits, Outcome, Report, pack_cells
+from jaxrl.sandbox.result import Result
 from jaxrl.statuses import ToolStatus
-
-if TYPE_CHECKING:
-    from jaxrl.sandbox.result import Result
 
 
 class Backend(NamedTuple):
@@ -28,12 +26,12 @@ class Backend(NamedTuple):
     check: Callable[[], None]  # raises RuntimeError where no more is taken
     taken: AbstractContextManager[None]  # around what was taken: draining waits for its end
     next_id: Callable[[], int]
-    run: Callable[[Call], Awaitable["Result"]]  # a call
+    run: Callable[[Call], Awaitable[Result]]  # a call
     submit: Callable[[Call, CellHead], Awaitable[Report]]  # a cell
     fork: Callable[[int, list[int]], Awaitable[list[int]]]  # a process's id and those of its copies; which of them live
     end: Callable[[int], Awaitable[object] | None]  # of a process; to be awaited by who must know that it is gone
     # Counts a cell that is over: when it was submitted, was its session rebuilt, and otherwise than it had been.
-    result: Callable[[Report, float, bool, bool], "Result"]
+    result: Callable[[Report, float, bool, bool], Result]
     cancelled: Callable[[], None]  # counts a cell that nobody waits for any more
 
 
@@ -101,7 +99,7 @@ class Session:
         echo: bool = True,
         files: Mapping[str, bytes] | None = None,
         wanted: Sequence[str] = (),
-    ) -> "Result":
+    ) -> Result:
         """Run a cell; one at a time, in the order of the calls. Status and limits are as for ``Pool.run``.
 
         A cell that ends by itself, with an error or without, keeps what it did. One that is killed, or ends the
@@ -180,7 +178,7 @@ class Session:
         if not self._open:
             raise RuntimeError("the session is closed: use it inside `async with`, or close it later")
 
-    async def _run_live(self, cell: Cell, wanted: Sequence[str], submitted: float) -> "Result":
+    async def _run_live(self, cell: Cell, wanted: Sequence[str], submitted: float) -> Result:
         """In the session's process, which is rebuilt first where it is lost; into the history unless it cost that."""
         call = self._call(cell.code, cell, wanted, submitted)
         in_vain, fault = 0, b"its session could not be rebuilt"
@@ -237,7 +235,7 @@ class Session:
             else:
                 return True
 
-    async def _run_all(self, cell: Cell, wanted: Sequence[str], submitted: float) -> "Result":
+    async def _run_all(self, cell: Cell, wanted: Sequence[str], submitted: float) -> Result:
         """Replay-only: history and cell in one fresh process."""
         cells = [*self._history, cell]
         code = pack_cells([part for one in cells for part in (one.files, one.code, bytes([one.echo]))])

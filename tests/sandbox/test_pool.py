@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 import math
 import os
 import pathlib
@@ -251,7 +252,7 @@ def test_close_leaves_nothing(unsafe: bool) -> None:
             running = asyncio.create_task(pool.run("import time; time.sleep(60)", limits=Limits()))
             await asyncio.sleep(0.3)
             below += descendants(pool.warden_pid)
-        with pytest.raises(RuntimeError, match="not open"):
+        with pytest.raises(RuntimeError, match="was closed"):
             await running
         with pytest.raises(RuntimeError, match="not open"):
             await pool.run("1")
@@ -263,6 +264,74 @@ def test_close_leaves_nothing(unsafe: bool) -> None:
     assert len(below) >= 5
     assert footprint() == before
     assert not any(is_alive(pid) for pid in below)
+
+
+def test_what_is_under_way_when_the_pool_is_closed_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    async def use() -> list[object]:
+        async with Pool(LIMITS, workers=1, slots=1, slow_slots=0, queue=2, preload=()) as pool:
+            session = pool.session()
+            await session.run("1")
+            long = "import time; time.sleep(60)"
+            tasks = [asyncio.create_task(pool.run(long, limits=Limits())) for _ in range(5)]  # two before the door
+            tasks += [asyncio.create_task(work) for work in (session.run("2"), session.fork(2))]
+            await asyncio.sleep(0.2)
+            given_up = asyncio.create_task(pool.run(long))
+            await asyncio.sleep(0)
+            given_up.cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    ends = asyncio.run(use())
+    gc.collect()  # a future whose error nobody has seen complains when it goes
+    assert [type(end) for end in ends] == [RuntimeError] * 7
+    assert {str(end) for end in ends} == {"the sandbox pool was closed before this call had ended"}
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 20])
+def test_a_start_that_is_cancelled_leaves_nothing(turns: int, caplog: pytest.LogCaptureFixture) -> None:
+    async def use() -> None:
+        starting = asyncio.create_task(Pool(LIMITS, workers=1, preload=()).start())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+    before = descendants(os.getpid())
+    asyncio.run(use())
+    gc.collect()
+    assert descendants(os.getpid()) == before
+    assert caplog.text == ""
+
+
+def test_a_pool_belongs_to_the_event_loop_that_started_it(fragile: Driver) -> None:
+    """Elsewhere it would wait for ever: its answers come to the other loop."""
+    session = fragile.pool.session()
+    for use in (
+        lambda: fragile.pool.run("1"),
+        lambda: session.run("1"),
+        lambda: session.fork(1),
+        fragile.pool.metrics,
+        fragile.pool.drain,
+        fragile.pool.start,
+        fragile.pool.close,
+    ):
+        with pytest.raises(RuntimeError, match="started in another event loop"):
+            asyncio.run(asyncio.wait_for(use(), 10))
+    assert fragile.run("6 * 7").stdout == "42\n"
+
+
+def test_a_closed_pool_may_be_started_in_another_event_loop() -> None:
+    pool = Pool(LIMITS, workers=1, slots=2, preload=())
+
+    async def use() -> list[str]:
+        async with pool:
+            results = await asyncio.gather(*(pool.run(f"{n}") for n in range(8)))
+            await pool.drain()
+        return [result.stdout for result in results]
+
+    for _ in range(2):
+        assert asyncio.run(use()) == [f"{n}\n" for n in range(8)]
 
 
 def test_helpers_never_load_jax(sandbox: Driver) -> None:

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from jaxrl.records import ToolStatus
-from jaxrl.sandbox import Result
+from jaxrl.sandbox import Limits, Pool, Result
 from jaxrl.sandbox.bench.processes import descendants, parent
 from tests.sandbox.cells import PATIENT, Cells, session
 from tests.sandbox.driver import LIMITS, Driver
@@ -432,7 +432,8 @@ def test_cells_are_counted_as_they_ended_and_replays_are_not() -> None:
 
 
 def test_sessions_beyond_the_memory_budget_are_put_out_and_rebuilt() -> None:
-    with Driver(workers=1, slots=4, preload=(), session_memory_mib=100, limits=PATIENT) as driver:
+    limits = dataclasses.replace(PATIENT, memory_mib=80, disk_mib=8)
+    with Driver(workers=1, slots=4, preload=(), session_memory_mib=100, limits=limits) as driver:
         before = len(driver.resting())
         open_sessions = [Cells(driver, driver.pool.session()) for _ in range(4)]
         for index, cells in enumerate(open_sessions):
@@ -448,6 +449,18 @@ def test_sessions_beyond_the_memory_budget_are_put_out_and_rebuilt() -> None:
         for cells in open_sessions:
             cells.close()
         assert len(driver.resting()) == before
+
+
+def test_a_session_that_may_outgrow_the_memory_of_all_is_refused() -> None:
+    pool = Pool(Limits(memory_mib=80, disk_mib=8), session_memory_mib=88, preload=())
+    pool.session()
+    for more in ({"memory_mib": 81}, {"disk_mib": 9}):
+        limits = dataclasses.replace(pool.limits, **more)
+        with pytest.raises(
+            ValueError, match="disk_mib = 89 may outgrow session_memory_mib=88.*live=False"
+        ):
+            pool.session(limits=limits)
+        pool.session(limits=limits, live=False)
 
 
 def test_replay_only_sessions_keep_no_process(sandbox: Driver) -> None:
