@@ -1,7 +1,7 @@
 """Runs one snippet the way a notebook cell runs: last expression echoed, tracebacks of the snippet's own frames.
 
-This is the only file whose code shares a process with the snippet. Nothing here decides a status: whatever the
-snippet does to this code, the warden judges by what the kernel reports.
+The last of our code in the process that the snippet gets, beside what prepared that process and what serves a session.
+Nothing there decides a status: whatever the snippet does to this code, the warden judges by what the kernel reports.
 """
 
 import _thread

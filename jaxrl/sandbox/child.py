@@ -1,4 +1,4 @@
-"""The first milliseconds of a call: a fresh fork of the template puts on its walls, then runs the snippet.
+"""The first milliseconds of a call: a fresh fork of the template puts on its walls, then runs snippet or program.
 
 Runs once per call, on pages that it copies by touching them: straight code on prepared values, few objects.
 """

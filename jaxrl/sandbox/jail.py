@@ -1,7 +1,8 @@
 """The walls around a template: namespaces, a root with nothing but the interpreter in it, an ordinary user.
 
-Built once per warden by a fresh process, before it loads any library. Nothing is executed afterwards, so the
-dynamic loader, a shell or the interpreter's own binary need not exist inside.
+Built by a fresh process, before it loads any library: once per warden, and once more for calls that may start
+processes. In the first nothing is executed afterwards, so the dynamic loader, a shell or the interpreter's own binary
+need not exist inside.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Orders from the warden to stems and templates, their answers, and the packets that carry descriptors."""
+"""Orders from the warden to its processes in the jail, their answers, and the packets that carry descriptors."""
 
 import array
 import errno

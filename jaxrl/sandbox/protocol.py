@@ -291,7 +291,7 @@ class Kind(enum.IntEnum):
     """Frames between pool and warden."""
 
     SETUP = 1  # pool → warden: JSON settings
-    READY = 2  # warden → pool: JSON, the jail stands and every template is warm
+    READY = 2  # warden → pool: the jail stands and every template is warm
     UNAVAILABLE = 3  # warden → pool: text, why there is no jail
     SUBMIT = 4  # pool → warden: a Call
     CANCEL = 5  # pool → warden: a call id

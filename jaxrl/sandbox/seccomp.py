@@ -1,4 +1,4 @@
-"""System-call filters as raw BPF programs: a large one for the template, a small one for every child.
+"""System-call filters as raw BPF programs: a large one for the template, small ones for every child and session.
 
 The large filter is inherited by each fork, so its cost is paid once; the child adds only what the template itself
 still needs to do (mounts, namespaces, forks). Denied calls fail with an error the snippet can read. A call through

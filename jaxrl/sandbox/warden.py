@@ -1,7 +1,8 @@
 """The trusted process between pool and jail: which call runs where and when, how long, and how it ended.
 
 Slots, not submitted calls, decide what runs. A call that outlives a moment moves to the slow lane, at lower
-priority, so that short calls need not wait for long ones. Faults of ours are tried again on another template.
+priority, so that short calls need not wait for long ones. Calls that met a fault of ours are tried again on another
+template; a session's cells are given back, since the pool has what its process must be rebuilt from.
 """
 
 import contextlib

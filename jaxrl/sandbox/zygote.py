@@ -1,7 +1,8 @@
-"""The jailed side: a launcher builds the jail, stems load modules, templates fork one child per call.
+"""The jailed side: a launcher builds the jail, stems load modules, templates fork a child a call, a keeper a session.
 
     launcher ──fork──► bare stem (first process of the jail) ──fork──► stem with the modules preloaded
                             └─fork─► templates                              └─fork─► templates ──fork──► children
+                                                                                         └─fork─► keepers ──► sessions
 
 A stem never runs a call, so a lost template is replaced by one fork. All orders come from the warden over SEQPACKET
 sockets; a closed socket means that the warden is gone and ends the process.
@@ -123,7 +124,7 @@ def _announce(control: socket.socket, *fds: int) -> None:
 
 
 class _Template:
-    """Forks children and reports their births and deaths."""
+    """Forks children and keepers, and reports their births and deaths."""
 
     def __init__(self, control: socket.socket, settings: dict, jailed: bool) -> None:
         self._control = socket.socket(fileno=fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE))
