@@ -412,25 +412,20 @@ def reap(wait_seconds: float = 0.0) -> None:
 
 def process_of(thread: int) -> int:
     """The process a thread belongs to; 0 if it is dead."""
-    try:
-        with open(f"/proc/{thread}/status") as lines:
-            for line in lines:
-                if line.startswith("Tgid:"):
-                    return int(line.split()[1])
-    except OSError:
-        pass
-    return 0
+    return _status(thread, "Tgid:")
 
 
 def _own_memory(pid: int) -> int:
     """Resident KiB of a process that no file backs; 0 if it is dead."""
-    try:
-        with open(f"/proc/{pid}/status") as lines:
-            for line in lines:
-                if line.startswith("RssAnon:"):
-                    return int(line.split()[1])
-    except OSError:
-        pass
+    return _status(pid, "RssAnon:")
+
+
+def _status(pid: int, field: str) -> int:
+    """A number from /proc/PID/status; 0 if the process is dead."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as lines:
+        for line in lines:
+            if line.startswith(field):
+                return int(line.split()[1])
     return 0
 
 

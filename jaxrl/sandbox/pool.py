@@ -14,7 +14,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from jaxrl.config import ConfigError, SandboxConfig
 from jaxrl.sandbox import cgroups, jail, languages
@@ -98,9 +98,7 @@ class Pool:
         self._isolation_of_processes = ""  # "" until a call has asked for it
         self._builds: Builds[Result] = Builds(_PROGRAMS_KEPT, _weight)
         self._scratch = ""  # folder of the calls' directories where there is no jail
-        program_view = languages.plan_view(preload, program_folders)
-        self._settings: dict = {
-            "view": dataclasses.asdict(jail.plan_view(preload)),
+        self._settings = _views(preload, program_folders) | {
             "preload": preload,
             "templates": workers,
             "slots": slots,
@@ -109,9 +107,6 @@ class Pool:
             "recycle_calls": recycle_calls,
             "recycle_growth_mib": recycle_growth_mib,
             "unsafe": unsafe,
-            "program_view": dataclasses.asdict(program_view),
-            "program_environment": languages.environment(program_view),
-            "interpreter": languages.interpreter(),
             "processes_without_cgroup": processes_without_cgroup,
             "session_memory_mib": session_memory_mib,
         }
@@ -122,9 +117,7 @@ class Pool:
         self._starting = asyncio.Lock()
         self._open = False
         self._draining = False
-        self._under_way = (
-            UnderWay()
-        )  # calls, cells and forks that were taken and are not answered, and what they are made of
+        self._under_way = UnderWay()  # calls, cells and forks that were taken, and what they are made of
         self._recorder = Recorder()
 
     async def __aenter__(self) -> Self:
@@ -481,6 +474,17 @@ class Pool:
                 await link.start(self._settings)
                 self._link = link
             return self._link
+
+
+def _views(preload: tuple[str, ...], program_folders: tuple[str, ...]) -> dict[str, Any]:
+    """Settings of the warden: what the two jails see of this machine."""
+    program_view = languages.plan_view(preload, program_folders)
+    return {
+        "view": dataclasses.asdict(jail.plan_view(preload)),
+        "program_view": dataclasses.asdict(program_view),
+        "program_environment": languages.environment(program_view),
+        "interpreter": languages.interpreter(),
+    }
 
 
 def _weight(built: Result) -> int | None:

@@ -456,9 +456,7 @@ def test_a_session_that_may_outgrow_the_memory_of_all_is_refused() -> None:
     pool.session()
     for more in ({"memory_mib": 81}, {"disk_mib": 9}):
         limits = dataclasses.replace(pool.limits, **more)
-        with pytest.raises(
-            ValueError, match="disk_mib = 89 may outgrow session_memory_mib=88.*live=False"
-        ):
+        with pytest.raises(ValueError, match="disk_mib = 89 may outgrow session_memory_mib=88.*live=False"):
             pool.session(limits=limits)
         pool.session(limits=limits, live=False)
 
