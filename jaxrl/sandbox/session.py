@@ -180,21 +180,22 @@ class Session:
 
     async def _run_live(self, cell: Cell, wanted: Sequence[str], submitted: float) -> Result:
         """In the session's process, which is rebuilt first where it is lost; into the history unless it cost that."""
-        call = self._call(cell.code, cell, wanted, submitted)
-        in_vain, fault = 0, b"its session could not be rebuilt"
-        while call.attempts < ATTEMPTS and in_vain < VAIN_LOSSES:
+        attempts = in_vain = 0
+        fault = b"its session could not be rebuilt"
+        while attempts < ATTEMPTS and in_vain < VAIN_LOSSES:
             if self._process == 0 and self._begun and not await self._rebuild():
                 in_vain += 1
                 continue
+            call = self._call(cell.code, cell, wanted, submitted, attempts=attempts)
             report = await self._run_cell(call, self._terms.checkpoint)
             if report.outcome is not Outcome.LOST:
                 break
             self._begun = True
-            in_vain = in_vain + 1 if report.attempts == call.attempts else 0
-            fault = report.stderr
-            call = dataclasses.replace(call, id=self._backend.next_id(), attempts=report.attempts)
+            in_vain = in_vain + 1 if report.attempts == attempts else 0
+            attempts, fault = report.attempts, report.stderr
         else:
-            report = Report.without_run(call, Outcome.INFRA_ERROR, call.attempts, fault)
+            call = self._call(cell.code, cell, wanted, submitted)
+            report = Report.without_run(call, Outcome.INFRA_ERROR, attempts, fault)
         if report.survived:
             self._history.append(cell._replace(digest=_digest(report)))
         result = self._backend.result(report, submitted, self._rebuilt, self._replay_differs)
@@ -239,7 +240,7 @@ class Session:
         """Replay-only: history and cell in one fresh process."""
         cells = [*self._history, cell]
         code = pack_cells([part for one in cells for part in (one.files, one.code, bytes([one.echo]))])
-        call = self._call(code, cell._replace(files=b""), (*wanted, LEFT_AT_ONCE), submitted, True)
+        call = self._call(code, cell._replace(files=b""), (*wanted, LEFT_AT_ONCE), submitted, replay=True)
         result = await self._backend.run(call)
         files = dict(result.files)
         left = files.pop(LEFT_AT_ONCE, None) is not None  # which ends a live session's process
@@ -247,7 +248,16 @@ class Session:
             self._history.append(cell)
         return dataclasses.replace(result, files=files)
 
-    def _call(self, code: bytes, cell: Cell, wanted: Sequence[str], submitted: float, replay: bool = False) -> Call:
+    def _call(
+        self,
+        code: bytes,
+        cell: Cell,
+        wanted: Sequence[str],
+        submitted: float,
+        *,
+        replay: bool = False,
+        attempts: int = 0,
+    ) -> Call:
         return Call(
             id=self._backend.next_id(),
             code=code,
@@ -255,6 +265,7 @@ class Session:
             echo=cell.echo,
             limits=self._terms.limits,
             submitted=submitted,
+            attempts=attempts,
             tenant=self._terms.tenant,
             files=cell.files,
             wanted="\n".join(wanted),
