@@ -134,10 +134,10 @@ class Pool:
         self._check_loop()
         if not self._open:
             self._loop, self._starting = asyncio.get_running_loop(), asyncio.Lock()
-        if self._unsafe and not self._open:
-            # Without a jail nothing hides the calls' directories; at least they lie together, and go together.
-            self._scratch = tempfile.mkdtemp(prefix="jaxrl-unsafe-")
-            self._settings["view"]["work"] = self._settings["program_view"]["work"] = self._scratch
+            if self._unsafe:
+                # Without a jail nothing hides the calls' directories; at least they lie together, and go together.
+                self._scratch = tempfile.mkdtemp(prefix="jaxrl-unsafe-")
+                self._settings["view"]["work"] = self._settings["program_view"]["work"] = self._scratch
         self._open, self._draining = True, False
         try:
             await self._warden()
