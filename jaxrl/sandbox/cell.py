@@ -4,6 +4,7 @@ The last of our code in the process that the snippet gets, beside what prepared 
 Nothing there decides a status: whatever the snippet does to this code, the warden judges by what the kernel reports.
 """
 
+import _signal  # what `signal` wraps; its enumerations cost as much as the rest of a small cell
 import _thread
 import ast
 import atexit
@@ -33,7 +34,7 @@ _WARM_UP = (
     b"def f():\n    return {}['missing']\nf()",
     b"x = (",
 )
-_SIGNALS = signal.valid_signals()
+_SIGNALS = frozenset(map(int, signal.valid_signals()))
 _WARM_ROUNDS = 12  # the interpreter rewrites code that has run eight times: once here rather than in every child
 
 
@@ -109,7 +110,7 @@ class Notebook:
         seed(b"")
         self._main = fresh_main()
         self._cells = 0
-        self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # by the cells themselves
+        self._blocked = _signal.pthread_sigmask(signal.SIG_BLOCK, ())  # by the cells themselves
 
     def run(self, source: bytes, echo: bool, given: bytes, directory: str) -> int:
         """Run the next cell, ``cell_N.py`` in tracebacks, and return its exit code; threads it started run on.
@@ -121,7 +122,7 @@ class Notebook:
         """
 
         def begin() -> None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
+            _signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
             files.place(given, directory)
 
         self._cells += 1
@@ -132,9 +133,9 @@ class Notebook:
 
     def _hold_signals(self) -> None:
         try:
-            self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            self._blocked = _signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         except BaseException:  # from the handler of one that came at the last moment; those after it wait
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            _signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 def flush() -> None:

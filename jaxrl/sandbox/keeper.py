@@ -58,6 +58,7 @@ class Keeper:
             deaths, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
             signal.signal(signal.SIGCHLD, lambda *_: None)
+            syscalls.hear_only_ends_of_children()  # each cell ends with a halt and begins with its end
             poller = select.poll()
             poller.register(self._control, select.POLLIN)
             poller.register(deaths, select.POLLIN)

@@ -37,6 +37,10 @@ _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 
+# libc's struct sigaction on 64 bits: the handler, a mask of 128 bytes, flags, and eight bytes of its own.
+_SIGACTION_BYTES, _SIGACTION_FLAGS = 152, 136
+_SA_NOCLDSTOP = 1
+
 # A system call: name of libc's function, the function, arguments that are bytes, None or numbers of 32 bits, and what
 # it returns if all is well.
 Prepared = tuple[str, Callable[..., int], tuple[Any, ...], int]
@@ -143,6 +147,15 @@ def restrict_mount(tree: int | str, attributes: int) -> None:
 
 def prctl(option: int, value: int = 0) -> None:
     _check(_libc.prctl(option, value, 0, 0, 0), f"prctl({option}, {value})")
+
+
+def hear_only_ends_of_children() -> None:
+    """Have SIGCHLD sent when a child ends, and no longer when one is halted or goes on; after its handler is set."""
+    action = ctypes.create_string_buffer(_SIGACTION_BYTES)
+    _check(_libc.sigaction(signal.SIGCHLD, None, action), "sigaction(SIGCHLD)")
+    (flags,) = struct.unpack_from("=i", action, _SIGACTION_FLAGS)
+    struct.pack_into("=i", action, _SIGACTION_FLAGS, flags | _SA_NOCLDSTOP)
+    _check(_libc.sigaction(signal.SIGCHLD, action, None), "sigaction(SIGCHLD)")
 
 
 def prepare_close_from(first: int) -> Prepared:
