@@ -6,8 +6,7 @@ import os
 import time
 from typing import Protocol
 
-from jaxrl.sandbox import inspection
-from jaxrl.sandbox.fleet import memory
+from jaxrl.sandbox.inspection import Residence
 from jaxrl.sandbox.job import Capture, Job
 from jaxrl.sandbox.protocol import Call, CellHead, Report
 
@@ -19,8 +18,9 @@ class Process(Protocol):
 
     pid: int
     pidfd: int
-    stdout: int  # our ends of its pipes
+    stdout: int  # our ends of its pipes, which do not block
     stderr: int
+    residence: Residence
 
     @property
     def template_rss_kib(self) -> int: ...
@@ -34,7 +34,9 @@ class CellJob(Job):
         self.head = head
         if not head.fresh:
             self.kind, self.has_own_place = "session", True
-        self._cpu_before = self._waited_before = 0.0
+        self._cpu_before = 0.0
+        self._waited_before = -1.0  # not yet known
+        self._residence = Residence(0)
         self._template_rss_kib = self._rss_before_kib = 0
         self._directory = -1
 
@@ -51,10 +53,11 @@ class CellJob(Job):
         if self.call.wanted:
             with contextlib.suppress(OSError):  # it hides from an ordinary user
                 self._directory = os.open(f"/proc/{self.pid}/root{work}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._cpu_before, self._waited_before = super().cpu_seconds(), super().waited_seconds()
+        self._cpu_before = super().cpu_seconds()
         self._template_rss_kib = process.template_rss_kib
-        _, self._rss_before_kib = memory(self.pid)
-        inspection.forget_peak(self.pid)
+        self._residence = process.residence
+        self._residence.begin()
+        self._rss_before_kib = self._residence.now
         self.born = time.monotonic()
 
     @property
@@ -72,12 +75,20 @@ class CellJob(Job):
     def cpu_seconds(self) -> float:
         return max(super().cpu_seconds() - self._cpu_before, 0.0)
 
+    def lasts(self) -> None:
+        self.waited_seconds()
+
     def waited_seconds(self) -> float:
-        return max(super().waited_seconds() - self._waited_before, 0.0)
+        waited = super().waited_seconds()
+        if self._waited_before < 0.0:  # what went by until this first look without being used counts as waited for
+            unused = max(time.monotonic() - self.born - self.cpu_seconds(), 0.0)
+            self._waited_before = max(waited - unused, 0.0)
+        return max(waited - self._waited_before, 0.0)
 
     def over(self, exit_code: int) -> Report:
         """The cell's own end; its process stands still, and all its output is captured."""
-        peak, cpu = inspection.peak_kib(self.pid), self.cpu_seconds()
+        self._residence.look()
+        peak, cpu = self._residence.peak, self.cpu_seconds()
         base = self._base_kib(peak)
         report = self.judge(exit_code << 8, cpu, peak, base, self.born, time.monotonic(), survived=True)
         return self._with_files(report)

@@ -10,6 +10,9 @@ import re
 from typing import NamedTuple
 
 _KIN = re.compile(rb"^PPid:\s+(\d+).*?^NSpid:.*?(\d+)$.*?^Threads:\s+(\d+)$", re.MULTILINE | re.DOTALL)
+_RESIDENT = re.compile(rb"VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB")
+_STATUS_BYTES = 8192  # more than /proc/PID/status has
+_SLACK_KIB = 128  # by which a peak may stand above what is held before it is looked for anew
 _SHARED = re.compile(rb" [r-]([w-])[x-]s ([^\n]*)")  # a line of /proc/PID/maps, from its permissions on
 
 Identity = tuple[int, int]  # device and inode of an open file
@@ -104,16 +107,30 @@ def memory_kib(pid: int, work: str) -> int:
     return total
 
 
-def peak_kib(pid: int) -> int:
-    """Largest resident memory since ``forget_peak``; 0 if the process is gone."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            return int(re.search(rb"^VmHWM:\s+(\d+)", file.read(), re.MULTILINE)[1])
-    except (OSError, TypeError):
-        return 0
+class Residence:
+    """Resident memory of a process in KiB: now, and at most since ``begin``. Zero once the process is gone.
 
+    A process that ran little between two looks costs a single one: what it holds is known from the last, and its peak
+    stands where it is.
+    """
 
-def forget_peak(pid: int) -> None:
-    """Begin to look for the largest resident memory anew."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/clear_refs", "wb", buffering=0) as file:
-        file.write(b"5")
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.now = self.peak = 0
+
+    def begin(self) -> None:
+        """Look for the peak anew; the process has stood still since the last look."""
+        if not self.peak:
+            self.look()
+        if self.peak - self.now > _SLACK_KIB:
+            with contextlib.suppress(OSError), open(f"/proc/{self._pid}/clear_refs", "wb", buffering=0) as file:
+                file.write(b"5")
+
+    def look(self) -> None:
+        self.peak = self.now = 0
+        with contextlib.suppress(OSError):
+            descriptor = os.open(f"/proc/{self._pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+            found = _RESIDENT.search(os.read(descriptor, _STATUS_BYTES))
+            os.close(descriptor)
+            if found is not None:
+                self.peak, self.now = map(int, found.groups())

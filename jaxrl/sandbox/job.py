@@ -14,17 +14,21 @@ from jaxrl.sandbox.cgroups import Group
 from jaxrl.sandbox.orders import STARTED, receive_packet
 from jaxrl.sandbox.protocol import Call, Outcome, Report
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16  # what a pipe holds
 _LONGEST_STRETCH = 3  # a wall limit grows with waiting for a core, by at most this multiple of itself
 # Of the granted memory, when touched this much at a failed call's end, the call is taken to have run out of it.
 _MEMORY_USED_UP = 0.8
 
 
 class Capture:
-    """One output stream of a call: the first and the last half of a cap, and a count of all."""
+    """One output stream of a call: the first and the last half of a cap, and a count of all.
+
+    Args:
+        fd: of the reader, which does not block.
+        cap: bytes.
+    """
 
     def __init__(self, fd: int, cap: int) -> None:
-        os.set_blocking(fd, False)
         self.fd = fd
         self.total = 0
         self._half = cap // 2
@@ -97,10 +101,9 @@ class Job:
         self.attempts += 1
         self.memory_refused, self.kill_reason, self.watched, self._pid, self.born = False, None, False, 0, 0.0
         cap = self.call.limits.output_kib << 10
-        out_read, out_write = os.pipe2(os.O_CLOEXEC)
-        err_read, err_write = os.pipe2(os.O_CLOEXEC)
-        self.started_fd, started_write = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self.started_fd, False)
+        out_read, out_write = output_pipe()
+        err_read, err_write = output_pipe()
+        self.started_fd, started_write = output_pipe()
         self.stdout, self.stderr = Capture(out_read, cap), Capture(err_read, cap)
         ends = (out_write, err_write, started_write)
         if self.call.wanted:
@@ -151,6 +154,9 @@ class Job:
             return time.clock_gettime((~pid << 3) | 2) if pid else 0.0
         except OSError:
             return 0.0
+
+    def lasts(self) -> None:
+        """It has run for a moment: note what is not worth noting for those that end sooner."""
 
     def wall_deadline(self) -> float:
         """When the wall limit ends: later by the time for which the code was ready but had no core."""
@@ -277,6 +283,13 @@ class Job:
         """A report without a run: cancelled, or given up after faults of ours."""
         fault = self.fault if outcome in (Outcome.INFRA_ERROR, Outcome.LOST) else b""
         return Report.without_run(self.call, outcome, self.attempts, fault)
+
+
+def output_pipe() -> tuple[int, int]:
+    """A pipe whose reader does not block, and whose writer does."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(reader, False)
+    return reader, writer
 
 
 def sealed_memory(name: str, data: bytes) -> int:

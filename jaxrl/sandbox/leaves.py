@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from jaxrl.sandbox import inspection, orders
 from jaxrl.sandbox.cell_job import CellJob
 from jaxrl.sandbox.fleet import Template
-from jaxrl.sandbox.job import send_signal
+from jaxrl.sandbox.job import output_pipe, send_signal
 from jaxrl.sandbox.protocol import Limits
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Leaf:
         self.alive = True
         self.pid = self.inner = 0
         self.pidfd = -1
+        self.residence = inspection.Residence(0)
         self.spare: Leaf | None = None  # a copy from before the cell, to take over if that ends the process
         self.copying: Copying | None = None  # of which it is the original or the copy
         self.ended: Callable[[], None] | None = None  # called when nothing is left of it
@@ -49,8 +50,8 @@ class Leaf:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.control.setblocking(False)  # it need not read what it is sent
-        self.stdout, out_write = os.pipe2(os.O_CLOEXEC)
-        self.stderr, err_write = os.pipe2(os.O_CLOEXEC)
+        self.stdout, out_write = output_pipe()
+        self.stderr, err_write = output_pipe()
         self.ends = (theirs.detach(), out_write, err_write)  # the leaf's own, open here until it has them
         self.holds = [family.null, *map(inspection.identity, self.ends)]
         self._expected = b""
@@ -105,6 +106,7 @@ class Leaf:
             os.close(pidfd)
             return False
         self.pid, self.pidfd, self.inner = pid, pidfd, kin.inner
+        self.residence = inspection.Residence(pid)
         self.family.leaves[kin.inner] = self
         self.family.template.residents.add(pid)
         return True

@@ -13,7 +13,17 @@ from collections.abc import Callable
 from jaxrl.sandbox.board import Board, shared_memory
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.metrics import WardenMetrics
-from jaxrl.sandbox.protocol import Call, CellHead, FrameReader, Kind, Report, frame, pack_ids, unpack_ids
+from jaxrl.sandbox.protocol import (
+    READ_BYTES,
+    Call,
+    CellHead,
+    FrameReader,
+    Kind,
+    Report,
+    frame,
+    pack_ids,
+    unpack_ids,
+)
 
 HOME = str(pathlib.Path(__file__).resolve().parents[2])  # the folder that holds the package
 _BOOT = "import sys; sys.path.append(sys.argv[2]); from jaxrl.sandbox.warden import main; main()"
@@ -35,7 +45,7 @@ class WardenLost(Exception):
         self.running, self.served = running, served
 
 
-class WardenLink(asyncio.Protocol):
+class WardenLink(asyncio.BufferedProtocol):
     """One warden process.
 
     Args:
@@ -45,6 +55,7 @@ class WardenLink(asyncio.Protocol):
     def __init__(self, on_slot_free: Callable[[], None]) -> None:
         self._on_slot_free = on_slot_free
         self._frames = FrameReader()
+        self._room = memoryview(bytearray(READ_BYTES))
         self._pending: dict[int, asyncio.Future[Report]] = {}
         self._asked: list[asyncio.Future[WardenMetrics]] = []  # in the order of the questions, and of the answers
         self._questions: dict[int, asyncio.Future[list[int]]] = {}
@@ -210,11 +221,14 @@ class WardenLink(asyncio.Protocol):
         if data and self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
-    # asyncio.Protocol
+    # asyncio.BufferedProtocol
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._room
+
+    def buffer_updated(self, length: int) -> None:
         self._heard = asyncio.get_running_loop().time()
-        for kind, body in self._frames.feed(data):
+        for kind, body in self._frames.feed(self._room[:length]):
             if kind is Kind.REPORT:
                 report = Report.unpack(body)
                 future = self._pending.pop(report.id)

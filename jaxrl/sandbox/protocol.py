@@ -17,6 +17,7 @@ LEAST_MEMORY_MIB = 16
 
 _FRAME = struct.Struct("<IB")
 _LENGTH = struct.Struct("<I")
+READ_BYTES = 1 << 18  # of frames at once, into memory that is kept: new memory would be faulted in each time
 _BEYOND_LIMITS = 1 << 32  # the least that ``_LIMITS`` cannot hold
 _LIMITS = struct.Struct("<ddIIIIIIII")
 _CALL = struct.Struct("<QdBBIIIIII")
@@ -316,7 +317,7 @@ class FrameReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
+    def feed(self, data: bytes | memoryview) -> Iterator[tuple[Kind, bytes]]:
         self._buffer += data
         start = 0
         while len(self._buffer) - start >= _FRAME.size:

@@ -31,6 +31,7 @@ from jaxrl.sandbox.leaves import Leaf
 from jaxrl.sandbox.loop import Loop
 from jaxrl.sandbox.protocol import (
     ATTEMPTS,
+    READ_BYTES,
     Call,
     CellHead,
     FrameReader,
@@ -50,7 +51,6 @@ _SLOW_NICENESS = 10  # added in the slow lane: about a tenth of a core that the 
 _COLLECT_SECONDS = 0.01  # a call that runs longer has its output read as it comes
 _CHECK_SECONDS = 0.02  # shortest time between two looks at a running call
 _MAY_RAISE_PRIORITY = os.geteuid() == 0
-_READ = 1 << 18
 _CORES = os.cpu_count() or 1
 _SELF_TEST = 1 << 63  # plus a template's number: the id of the call that shows whether it works
 
@@ -71,6 +71,7 @@ class Warden:
         self._scratch = ""  # folder of the calls' directories where there is no jail
         channel.setblocking(False)
         self._frames = FrameReader()
+        self._room = memoryview(bytearray(READ_BYTES))
         self._outgoing = bytearray()
         self._blocked = False  # the pool does not take what is outgoing
         self._fleet: Fleet | None = None
@@ -110,15 +111,15 @@ class Warden:
         if not events & ~select.EPOLLOUT:
             return
         try:
-            data = self._channel.recv(_READ)
+            length = self._channel.recv_into(self._room)
         except BlockingIOError:
             return
         except OSError:
-            data = b""
-        if not data:
+            length = 0
+        if not length:
             self._loop.stop()
             return
-        for kind, body in self._frames.feed(data):
+        for kind, body in self._frames.feed(self._room[:length]):
             if kind is Kind.SUBMIT:
                 self._submit(Call.unpack(body))
             elif kind is Kind.CELL:
@@ -197,7 +198,7 @@ class Warden:
     def _flush(self) -> None:
         try:
             while self._outgoing:
-                sent = self._channel.send(memoryview(self._outgoing)[:_READ])
+                sent = self._channel.send(memoryview(self._outgoing)[:READ_BYTES])
                 del self._outgoing[:sent]
         except BlockingIOError:
             pass
@@ -338,9 +339,7 @@ class Warden:
         if in_memory:
             ends = (*ends, sealed_memory("call", packed))
             packed = b""
-        if not self._collecting:
-            self._collecting = True
-            self._loop.at(time.monotonic() + _COLLECT_SECONDS, self._watch_outputs)
+        self._collect_soon()
         try:
             orders.send_packet(template.control, orders.ORDER_CALL + head + packed, ends)
         except OSError:
@@ -363,7 +362,7 @@ class Warden:
 
     def _watch(self, job: Job) -> None:
         """A session's process is about to run a cell."""
-        self._watch_streams(job)
+        self._collect_soon()
         self._watch_time(job)
 
     def _watch_time(self, job: Job) -> None:
@@ -454,12 +453,18 @@ class Warden:
                     os.setpriority(os.PRIO_PROCESS, pid, min(niceness, 19))
         self._dispatch()
 
+    def _collect_soon(self) -> None:
+        if not self._collecting:
+            self._collecting = True
+            self._loop.at(time.monotonic() + _COLLECT_SECONDS, self._watch_outputs)
+
     def _watch_outputs(self) -> None:
         """Begin to read what running calls print. One that ends sooner fits its output into the pipes, most often."""
+        self._collecting = False
         for job, _ in self._running.values():
             if not job.watched and job.stdout is not None:
                 self._watch_streams(job)
-        self._collecting = False
+                job.lasts()
 
     def _collect(self, job: Job, stream: Capture) -> None:
         if not stream.read():

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxrl.sandbox.job import Capture, Job, sealed_memory
+from jaxrl.sandbox.job import Capture, Job, output_pipe, sealed_memory
 from jaxrl.sandbox.orders import STARTED
 from jaxrl.sandbox.protocol import Call, Limits, Outcome, Report
 
 
 @given(st.lists(st.binary(max_size=40)), st.integers(1, 20))
 def test_capture_keeps_head_and_tail(pieces: list[bytes], half: int) -> None:
-    reader, writer = os.pipe()
+    reader, writer = output_pipe()
     try:
         capture = Capture(reader, 2 * half)
         for piece in pieces:
