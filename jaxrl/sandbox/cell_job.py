@@ -1,7 +1,6 @@
 """One cell of a session as the warden sees it: a call whose process was there before and may live on."""
 
 import contextlib
-import dataclasses
 import os
 import time
 from typing import Protocol
@@ -109,7 +108,7 @@ class CellJob(Job):
         return self._with_files(report)
 
     def _with_files(self, report: Report) -> Report:
-        return report if self._directory < 0 else dataclasses.replace(report, **self.gather(self._directory))
+        return report if self._directory < 0 else report._replace(**self.gather(self._directory))
 
     def _base_kib(self, peak_kib: int) -> int:
         """From where the cell's use of memory counts: all that the session holds, if the cell added to it at all."""

@@ -1,7 +1,6 @@
 """One call as the warden sees it: its pipes, what it printed, how long it may run, and what its end means."""
 
 import contextlib
-import dataclasses
 import fcntl
 import os
 import signal
@@ -200,7 +199,7 @@ class Job:
             return None
         (started,) = STARTED.unpack(stamp)
         report = self.judge(wait_status, cpu_seconds, peak_rss_kib, template_rss_kib, started, now)
-        return dataclasses.replace(report, **self._returned_files())
+        return report if self.collector is None else report._replace(**self._returned_files())
 
     def judge(
         self,
@@ -262,8 +261,7 @@ class Job:
 
     def _returned_files(self) -> dict[str, Any]:
         """What the call left in its working directory of what was wanted."""
-        if self.collector is None:
-            return {}
+        assert self.collector is not None
         try:
             _, descriptors = receive_packet(self.collector)
         except BlockingIOError:

@@ -126,8 +126,9 @@ class WardenLink(asyncio.BufferedProtocol):
             except BaseException:
                 self._on_slot_free()
                 raise
+            data = frame(Kind.SUBMIT, content) if cell is None else frame(Kind.CELL, cell.pack() + content)
+            self._send(data, gather=bool(self._pending))  # one that is alone has nothing to wait for
             self._pending[call.id] = future
-            self._send(frame(Kind.SUBMIT, content) if cell is None else frame(Kind.CELL, cell.pack() + content))
         else:
             self._on_slot_free()
             future.set_exception(WardenLost(served=self._served))
@@ -208,12 +209,12 @@ class WardenLink(asyncio.BufferedProtocol):
             self._overdue = True
         loop.call_later(self._heartbeat_seconds / 4, self._beat)
 
-    def _send(self, data: bytes) -> None:
-        """Frames of one turn of the event loop leave in one write, unless they are very many."""
-        if not self._outgoing:
+    def _send(self, data: bytes, gather: bool = True) -> None:
+        """Frames of one turn of the event loop leave in one write, unless they are very many or not to be gathered."""
+        if gather and not self._outgoing:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outgoing.append(data)
-        if len(self._outgoing) >= _MOST_FRAMES:
+        if not gather or len(self._outgoing) >= _MOST_FRAMES:
             self._flush()
 
     def _flush(self) -> None:

@@ -308,7 +308,7 @@ class Pool:
         """The call as one of a program that finds these files besides its own."""
         file_bytes.check(dict(file_bytes.unpack(call.files)) | dict(files), call.limits.disk_mib << 20)
         packed = call.files + file_bytes.pack(files)
-        return dataclasses.replace(call, command=languages.command(words), files=packed, processes=True)
+        return call._replace(command=languages.command(words), files=packed, processes=True)
 
     def _check_processes(self) -> None:
         """Raise SandboxUnavailable where processes cannot be bounded, unless that was allowed."""
@@ -415,7 +415,7 @@ class Pool:
                     raise
                 except WardenLost as lost:
                     attempts += lost.running
-                    call = dataclasses.replace(call, attempts=attempts)
+                    call = call._replace(attempts=attempts)
                     in_vain = 0 if lost.served else in_vain + 1
         except asyncio.CancelledError:
             self._cancelled()
@@ -463,6 +463,8 @@ class Pool:
         Raises:
             WardenLost: the new one ended while starting.
         """
+        if self._open and self._link is not None and self._link.alive:
+            return self._link
         async with self._starting:
             if not self._open:
                 raise RuntimeError("the sandbox pool was closed before this call had ended")

@@ -10,6 +10,7 @@ import functools
 import struct
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 ATTEMPTS = 3  # tries of a call or cell before a fault of ours is reported
 VAIN_LOSSES = 5  # and losses, one after the other, of what was to run it and never came to that
@@ -96,8 +97,7 @@ class Outcome(enum.IntEnum):
     LOST = 7  # a cell whose session's process is gone; it did not run, or its template was lost under it
 
 
-@dataclasses.dataclass(frozen=True, slots=True)  # tens of thousands may wait at once
-class Call:
+class Call(NamedTuple):  # half the cost of a dataclass, and tens of thousands may wait at once
     """One snippet on its way to a child process."""
 
     id: int
@@ -170,8 +170,7 @@ def _cut(data: bytes, start: int, lengths: Sequence[int]) -> Iterator[bytes]:
         start += length
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """One finished call on its way back to the pool."""
 
     id: int
@@ -261,8 +260,7 @@ class Report:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class CellHead:
+class CellHead(NamedTuple):
     """What goes before a Call that is a session's cell."""
 
     session: int

@@ -16,6 +16,10 @@ class Turns:
         # Whose turn is next comes first; within a tenant by the kind of place wanted.
         self._tenants: dict[int, dict[str, deque[Job]]] = {}
 
+    def __bool__(self) -> bool:
+        """Whether any call may be waiting; False only where none is."""
+        return bool(self._tenants)
+
     def add(self, job: Job, *, first: bool = False) -> None:
         """Let a call wait, with ``first`` before all others of its tenant."""
         queue = self._tenants.setdefault(job.call.tenant, {}).setdefault(job.kind, deque())
@@ -35,18 +39,26 @@ class Turns:
         for _ in range(len(self._tenants)):
             tenant = next(iter(self._tenants))
             queues = self._tenants.pop(tenant)
-            for queue in queues.values():
-                while queue and queue[0].done:
-                    queue.popleft()
-            waiting = sorted(filter(None, queues.values()), key=lambda queue: queue[0].call.submitted)
-            if waiting:
+            chosen = _oldest_with_place(queues, place_for)
+            if any(queues.values()):
                 self._tenants[tenant] = queues  # at the end: the others come first now
-            for queue in waiting:
-                for index, job in enumerate(queue):
-                    place = None if job.done else place_for(job)
-                    if place is not None:
-                        del queue[index]
-                        return job, place
-                    if not job.has_own_place:
-                        break  # those behind it wait for the same
+            if chosen is not None:
+                return chosen
         return None
+
+
+def _oldest_with_place(
+    queues: dict[str, deque[Job]], place_for: Callable[[Job], Place | None]
+) -> tuple[Job, Place] | None:
+    for queue in queues.values():
+        while queue and queue[0].done:
+            queue.popleft()
+    for queue in sorted(filter(None, queues.values()), key=lambda queue: queue[0].call.submitted):
+        for index, job in enumerate(queue):
+            place = None if job.done else place_for(job)
+            if place is not None:
+                del queue[index]
+                return job, place
+            if not job.has_own_place:
+                break  # those behind it wait for the same
+    return None

@@ -274,7 +274,7 @@ class Warden:
 
     def _dispatch(self) -> None:
         """Fill the free slots, tenants in turn, with calls whose kind of template is ready."""
-        while self._fast < self._settings.slots:
+        while self._fast < self._settings.slots and (self._waiting or self._quarantine):
             chosen = self._next()
             if chosen is None:
                 return
