@@ -3,15 +3,17 @@
 import asyncio
 import importlib.util
 import json
+import os
 import subprocess
+import sys
 import time
 
 import pytest
 
 from jaxrl.cli import BAD_USAGE, main
-from jaxrl.sandbox.bench import rows, table
+from jaxrl.sandbox.bench import load, rows, table
 from jaxrl.sandbox.bench.accounting import SLOTS, Effort, cpu_of, run_many
-from jaxrl.sandbox.bench.processes import family
+from jaxrl.sandbox.bench.processes import busy_seconds, family
 from jaxrl.sandbox.pool import Pool
 from tests.sandbox import own_network, ray_nodes
 
@@ -84,6 +86,39 @@ def test_a_figure_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
 def test_verdicts(value: float, demand: str, holds: bool) -> None:
     assert rows.judged("S1", "", value, "ratio", demand).holds is holds
     assert rows.judged("S1", "", value, "ratio", demand, tells=False).holds is None
+
+
+@pytest.mark.parametrize(
+    ("rounds", "value", "holds"),
+    [
+        ([(1.9, 0.01), (1.2, 0.4), (1.95, 0.02), (2.0, 0.0)], 1.95, True),  # the disturbed one does not count
+        ([(1.5, 0.01), (1.9, 0.4)], 1.5, False),
+        ([(1.9, 0.2), (1.9, 0.06)], 1.9, None),
+    ],
+)
+def test_two_cores_are_judged_by_rounds_that_nobody_disturbed(
+    rounds: list[tuple[float, float]], value: float, holds: bool | None
+) -> None:
+    row = load.cores_row(rounds, tells=True)
+    assert (row.value, row.holds) == (value, holds)
+    assert load.cores_row(rounds, tells=False).holds is None
+
+
+def test_others_on_a_core_are_seen_and_its_own_pool_is_not_among_them() -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    hog = "import os; os.sched_setaffinity(0, {" + str(allowed[0]) + "})\nwhile True: pass"
+    try:
+        with subprocess.Popen([sys.executable, "-c", hog]) as other:
+            _, share = asyncio.run(load.stretch(allowed[:1], 30))
+            other.kill()
+        os.sched_setaffinity(0, allowed[:1])
+        before, began = busy_seconds(allowed[:1]), time.process_time()
+        while time.process_time() < began + 0.3:
+            pass
+        assert busy_seconds(allowed[:1]) - before > 0.25
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert 0.2 < share < 0.99
 
 
 def test_what_breaks_down_fails_its_own_figures(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

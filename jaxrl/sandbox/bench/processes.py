@@ -1,4 +1,4 @@
-"""What /proc tells of processes, for benchmarks and tests. Of a process that is gone it tells nothing."""
+"""What /proc tells of processes and cores, for benchmarks and tests. Of a process that is gone it tells nothing."""
 
 import os
 import pathlib
@@ -51,6 +51,18 @@ def own_cpu_seconds(pid: int) -> float:
     for path in pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat"):
         total += int(_read(path).partition(" ")[0] or 0)
     return total * 1e-9
+
+
+def busy_seconds(cores: Iterable[int]) -> float:
+    """For how long these cores have worked, for whomever: other users and other guests of the machine included."""
+    wanted = {f"cpu{core}" for core in cores}
+    lines = (line.split() for line in pathlib.Path("/proc/stat").read_text().splitlines())
+    busy = 0
+    for name, *ticks in lines:
+        if name in wanted:
+            user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen, *_ = map(int, ticks)
+            busy += user + nice + system + interrupts + soft_interrupts + stolen
+    return busy * _TICK
 
 
 def resident_kib(pid: int) -> int:
