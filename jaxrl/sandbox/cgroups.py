@@ -315,15 +315,38 @@ class Groups:
 
 def sweep(place: Place) -> None:
     """Remove the groups of wardens that died without doing so."""
-    for name in os.listdir(place.folders["memory"]):
-        if name.startswith(_PREFIX):
-            with contextlib.suppress(OSError):  # alive and locked, or gone meanwhile
-                lock = os.open(os.path.join(place.folders["memory"], name), os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    _remove(place, name)
-                finally:
-                    os.close(lock)
+    for name, lock in _unlocked(place):
+        _remove(place, name)
+        os.close(lock)
+
+
+def abandoned() -> list[str]:
+    """Folders of groups whose warden is gone; none where there are no control groups."""
+    try:
+        place = find()
+    except CgroupsUnavailable:
+        return []
+    found = []
+    for name, lock in _unlocked(place):
+        found.append(os.path.join(place.folders["memory"], name))
+        os.close(lock)
+    return found
+
+
+def _unlocked(place: Place) -> Iterator[tuple[str, int]]:
+    """Names of wardens' folders that nobody uses, and descriptors that lock them."""
+    home = place.folders["memory"]
+    for name in filter(lambda name: name.startswith(_PREFIX), os.listdir(home)):
+        try:
+            lock = os.open(os.path.join(home, name), os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:  # gone meanwhile
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+        else:
+            yield name, lock
 
 
 def _claim(place: Place) -> tuple[str, int]:

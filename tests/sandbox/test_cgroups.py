@@ -156,6 +156,24 @@ def test_groups_are_used_again_and_removed(place: Place) -> None:
     assert homes(place) == before
 
 
+def test_groups_are_abandoned_when_their_warden_is_dead_and_until_a_sweep(place: Place) -> None:
+    before = homes(place)
+    groups = Groups(place)
+    groups.take(64 << 20, 8)
+    (home,) = (path for path in homes(place) - before if path.startswith(place.folders["memory"]))
+    assert home not in cgroups.abandoned()
+    groups.close()
+    pid = os.fork()
+    if not pid:
+        Groups(place).take(64 << 20, 8)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    (home,) = (path for path in homes(place) - before if path.startswith(place.folders["memory"]))
+    assert home in cgroups.abandoned()
+    cgroups.sweep(place)
+    assert homes(place) == before and home not in cgroups.abandoned()
+
+
 def test_what_a_process_does_in_a_group_is_counted(place: Place) -> None:
     groups = Groups(place)
     group = groups.take(64 << 20, 8)
