@@ -104,6 +104,15 @@ def test_a_small_failing_cell_in_a_session_full_of_data_did_not_run_out_of_memor
         assert cells.out("len(data) >> 20") == "230\n"
 
 
+def test_the_peak_of_a_cell_is_not_that_of_an_earlier_one(sandbox: Driver) -> None:
+    take = "data = bytearray(100 << 20)\nfor i in range(0, len(data), 4096): data[i] = 1\ndel data"
+    with session(sandbox) as cells:
+        small, large, after, again = (cells.run(code).peak_rss_kib for code in ("x = 1", take, "x = 2", take))
+        assert large - small > 90 << 10
+        assert after - small < 20 << 10
+        assert again - small > 90 << 10
+
+
 def test_limits_are_of_each_cell_not_of_the_session(sandbox: Driver) -> None:
     limits = dataclasses.replace(LIMITS, cpu_seconds=0.6, wall_seconds=20.0)
     with session(sandbox, limits=limits) as cells:
@@ -131,6 +140,26 @@ def threads(pid: int) -> int:
 
 def cpu(pid: int) -> int:
     return sum(map(int, pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+
+
+def test_a_sessions_keeper_sleeps_while_cells_run(sandbox: Driver) -> None:
+    """Each cell ends with its process being halted, of which the kernel would tell the parent."""
+    before = set(sandbox.resting())
+    with session(sandbox) as cells:
+        cells.out("x = 1")
+        (keeper,) = (pid for pid in set(sandbox.resting()) - before if parent(pid) in before)
+        switches = context_switches(keeper)
+        for _ in range(20):
+            cells.out("x")
+        assert context_switches(keeper) == switches
+        (copy,) = cells.fork(1)
+        copy.close()
+        assert context_switches(keeper) > switches, "it gives directories, and collects who ended"
+
+
+def context_switches(pid: int) -> int:
+    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
 
 
 def test_files_go_in_and_come_out(sandbox: Driver) -> None:
