@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 _KIN = re.compile(rb"^PPid:\s+(\d+).*?^NSpid:.*?(\d+)$.*?^Threads:\s+(\d+)$", re.MULTILINE | re.DOTALL)
 _RESIDENT = re.compile(rb"VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB")
-_STATUS_BYTES = 8192  # more than /proc/PID/status has
+_STATUS_BYTES = 8192  # of /proc/PID/status, in the first half of which memory stands
 _SLACK_KIB = 128  # by which a peak may stand above what is held before it is looked for anew
 _SHARED = re.compile(rb" [r-]([w-])[x-]s ([^\n]*)")  # a line of /proc/PID/maps, from its permissions on
 
@@ -108,10 +108,10 @@ def memory_kib(pid: int, work: str) -> int:
 
 
 class Residence:
-    """Resident memory of a process in KiB: now, and at most since ``begin``. Zero once the process is gone.
+    """Resident memory of a process in KiB: when last looked at, and at most since ``begin``. Zero once it is gone.
 
-    A process that ran little between two looks costs a single one: what it holds is known from the last, and its peak
-    stands where it is.
+    One look a cell is enough: the next one begins with what was held then, and the peak is looked for anew only where
+    it stands above that.
     """
 
     def __init__(self, pid: int) -> None:
@@ -119,7 +119,7 @@ class Residence:
         self.now = self.peak = 0
 
     def begin(self) -> None:
-        """Look for the peak anew; the process has stood still since the last look."""
+        """Look for the peak from now on; the process has stood still since the last look."""
         if not self.peak:
             self.look()
         if self.peak - self.now > _SLACK_KIB:
@@ -129,8 +129,11 @@ class Residence:
     def look(self) -> None:
         self.peak = self.now = 0
         with contextlib.suppress(OSError):
+            # Not by ``open``, whose own questions to the kernel are five more.
             descriptor = os.open(f"/proc/{self._pid}/status", os.O_RDONLY | os.O_CLOEXEC)
-            found = _RESIDENT.search(os.read(descriptor, _STATUS_BYTES))
-            os.close(descriptor)
+            try:
+                found = _RESIDENT.search(os.read(descriptor, _STATUS_BYTES))
+            finally:
+                os.close(descriptor)
             if found is not None:
                 self.peak, self.now = map(int, found.groups())
