@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxrl.sandbox.client import SandboxClient
+    from jaxrl.sandbox.client_session import ClientSession
     from jaxrl.sandbox.cluster import ClusterPool
     from jaxrl.sandbox.jail import SandboxUnavailable
     from jaxrl.sandbox.languages import Language
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
     from jaxrl.sandbox.pool import Pool, pool_from_config
     from jaxrl.sandbox.protocol import Limits
     from jaxrl.sandbox.result import Result
-    from jaxrl.sandbox.runner import Runner
+    from jaxrl.sandbox.runner import Runner, RunnerSession
     from jaxrl.sandbox.session import Session
     from jaxrl.sandbox.wire import RunRequest
 
 _HOMES = {
+    "ClientSession": "client_session",
     "ClusterPool": "cluster",
     "Language": "languages",
     "Limits": "protocol",
@@ -38,6 +40,7 @@ _HOMES = {
     "Result": "result",
     "RunRequest": "wire",
     "Runner": "runner",
+    "RunnerSession": "runner",
     "SandboxClient": "client",
     "SandboxUnavailable": "jail",
     "Session": "session",
@@ -45,6 +48,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ClientSession",
     "ClusterPool",
     "Language",
     "Limits",
@@ -53,6 +57,7 @@ __all__ = [
     "Result",
     "RunRequest",
     "Runner",
+    "RunnerSession",
     "SandboxClient",
     "SandboxUnavailable",
     "Session",

@@ -19,6 +19,8 @@ from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits
 from jaxrl.sandbox.result import Result
 from jaxrl.statuses import ToolStatus
 
+_CELL_BYTES = 512  # of a remembered cell, besides its code and files
+
 
 class Backend(NamedTuple):
     """What a session needs of its pool."""
@@ -82,6 +84,11 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    @property
+    def history_bytes(self) -> int:
+        """About what is kept to rebuild it: code and files of its cells."""
+        return sum(len(cell.code) + len(cell.files) + _CELL_BYTES for cell in self._history)
 
     async def close(self) -> None:
         """End the process, which is gone when this returns, and forget the history. Copies live on."""
