@@ -345,7 +345,7 @@ class SandboxServer:
             raise Refused(
                 503, "the pool's warden does not answer", remedy="try again; then restart the server"
             ) from error
-        text = exposition.render(metrics, self._refused)
+        text = exposition.render(metrics, self._refused, len(self._sessions))
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _openapi(self, request: web.Request) -> web.Response:

@@ -251,6 +251,7 @@ def test_a_session_that_nobody_uses_is_ended_and_one_in_use_is_not() -> None:
     with Served("--session-idle-seconds", "1", "--wall-seconds", "30", "--cpu-seconds", "9") as served:
         before = idle_processes(served)
         begin(served)  # by a client that vanishes
+        assert metrics(served)["jaxrl_sandbox_open_sessions"] == 1
 
         async def work(client: SandboxClient) -> None:
             session = client.session()
@@ -268,6 +269,7 @@ def test_a_session_that_nobody_uses_is_ended_and_one_in_use_is_not() -> None:
 
         served.use(work)
         wait_until(lambda: idle_processes(served) == before)
+        assert metrics(served)["jaxrl_sandbox_open_sessions"] == 0
 
 
 def test_a_client_that_closes_ends_its_sessions(served: Served) -> None:
