@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxrl.sandbox.client import SandboxClient
-    from jaxrl.sandbox.client_session import ClientSession
     from jaxrl.sandbox.cluster import ClusterPool
     from jaxrl.sandbox.jail import SandboxUnavailable
     from jaxrl.sandbox.languages import Language
     from jaxrl.sandbox.metrics import Metrics
     from jaxrl.sandbox.pool import Pool, pool_from_config
     from jaxrl.sandbox.protocol import Limits
+    from jaxrl.sandbox.remote_session import RemoteSession
     from jaxrl.sandbox.result import Result
     from jaxrl.sandbox.runner import Runner, RunnerSession
     from jaxrl.sandbox.session import Session
     from jaxrl.sandbox.wire import RunRequest
 
 _HOMES = {
-    "ClientSession": "client_session",
+    "RemoteSession": "remote_session",
     "ClusterPool": "cluster",
     "Language": "languages",
     "Limits": "protocol",
@@ -48,12 +48,12 @@ _HOMES = {
 }
 
 __all__ = [
-    "ClientSession",
     "ClusterPool",
     "Language",
     "Limits",
     "Metrics",
     "Pool",
+    "RemoteSession",
     "Result",
     "RunRequest",
     "Runner",

@@ -23,10 +23,10 @@ except ImportError as error:
     raise ImportError("the sandbox's client needs aiohttp: pip install 'jaxrl[serve]'") from error
 
 from jaxrl.sandbox import codec, wire
-from jaxrl.sandbox.client_session import ClientSession, ClientSessions, NotAnswered, Patience
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.protocol import Limits
+from jaxrl.sandbox.remote_session import NotAnswered, Patience, RemoteSession, SessionChannel
 from jaxrl.sandbox.result import Result, fault
 from jaxrl.sandbox.wire import BatchLine, Health, RunRequest
 
@@ -78,7 +78,7 @@ class SandboxClient:
         self.most: Limits | None = None  # the same, once it is known
         self.isolation = ""
         self._part_calls, self._part_bytes = _PART_CALLS, _PART_BYTES
-        self._sessions = ClientSessions(self._ask, set(), patience_seconds)
+        self._sessions = SessionChannel(self._ask, set(), patience_seconds)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -162,12 +162,12 @@ class SandboxClient:
 
     def session(
         self, *, limits: Limits | None = None, tenant: str = "", checkpoint: bool = False, live: bool = True
-    ) -> ClientSession:
+    ) -> RemoteSession:
         """A notebook, as ``Pool.session``; ``limits`` beyond the server's own are cut to those.
 
         The server ends it when it is not used for long (``--session-idle-seconds``), and keeps no more than so many.
         """
-        return ClientSession(self._sessions, wire.SessionRequest(wire.partial(limits), checkpoint, live), tenant)
+        return RemoteSession(self._sessions, wire.SessionRequest(wire.partial(limits), checkpoint, live), tenant)
 
     async def _ask(self, method: str, path: str, asked: Any, answer: type, tenant: str, patience: Patience) -> Any:
         """What the server answers to a session's request."""

@@ -19,6 +19,10 @@ from jaxrl.sandbox.session import Backend
 if TYPE_CHECKING:
     from jaxrl.sandbox.node_link import NodeLink
 
+_DISTRUST_SECONDS = (
+    30.0  # during which a node is chosen last; otherwise one without processes, since it keeps none, is first
+)
+
 Preference = Callable[["NodeLink"], tuple[int, ...]]
 
 
@@ -52,7 +56,7 @@ class ClusterSessions:
         self._nowhere = nowhere
         self._homes: dict[int, NodeLink] = {}  # by process
         self._processes: Counter[NodeLink] = Counter()
-        self._losses: Counter[NodeLink] = Counter()  # of processes, since a node last kept one
+        self._distrusted: dict[NodeLink, float] = {}  # until which time.monotonic(), for having lost a new process
 
     def backend(self) -> Backend:
         """What sessions are made of."""
@@ -72,7 +76,7 @@ class ClusterSessions:
         """No process is anywhere any more."""
         self._homes.clear()
         self._processes.clear()
-        self._losses.clear()
+        self._distrusted.clear()
 
     def _replay(self, call: Call) -> Awaitable[Result]:
         return self._run(ReplayOrder(call.id, call))
@@ -97,16 +101,16 @@ class ClusterSessions:
 
     def _prefer(self, link: "NodeLink") -> tuple[int, ...]:
         """Nodes that keep what they are given, then those with the fewest processes, then those with the most room."""
-        return -self._losses[link], -self._processes[link], link.free
+        is_trusted = self._distrusted.get(link, 0.0) < time.monotonic()
+        return is_trusted, -self._processes[link], link.free
 
     def _learn(self, head: CellHead, link: "NodeLink", report: Report) -> None:
-        is_lost = report.outcome is Outcome.LOST
-        if is_lost or not (report.survived or head.checkpoint):
-            self._leave(head.session)
-        if not is_lost:
-            self._losses.pop(link, None)
+        if report.outcome is not Outcome.LOST:
+            self._distrusted.pop(link, None)
         elif head.fresh:
-            self._losses[link] += 1
+            self._distrusted[link] = time.monotonic() + _DISTRUST_SECONDS
+        if report.outcome is Outcome.LOST or not (report.survived or head.checkpoint):
+            self._leave(head.session)
 
     async def _fork(self, process: int, copies: list[int]) -> list[int]:
         link = self._homes.get(process)

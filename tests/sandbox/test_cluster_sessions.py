@@ -12,7 +12,7 @@ from jaxrl.sandbox import ClusterPool, Limits, Session
 from jaxrl.statuses import ToolStatus
 from tests.sandbox.driver import LIMITS, descendants
 from tests.sandbox.ray_nodes import RayNodes, in_cluster, on_common_pool
-from tests.sandbox.test_cluster import alive, ends, pool_on, until
+from tests.sandbox.test_cluster import alive, ends, pool_on, running_calls, until
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs Ray: pip install "jaxrl[ray]"')
 
@@ -136,6 +136,29 @@ async def test_cancelled_cell_is_killed_and_leaves_no_process(nodes: RayNodes, p
 
 
 # What is lost
+
+
+@in_cluster
+async def test_node_that_loses_a_new_process_is_not_chosen_again_at_once(nodes: RayNodes) -> None:
+    """Otherwise one that keeps none would have the fewest, and be given them all."""
+
+    def keepers() -> set[int]:
+        return {keeper for actor in nodes.all_actors() for keeper in running_calls(actor)}
+
+    nodes.have(2)
+    async with pool_on(nodes, limits=PATIENT) as pool, pool.session() as first, pool.session() as second:
+        emptied, other = [(await one.run("1")).node for one in (first, second)]
+        assert emptied != other
+        await first.close()
+        before = keepers()
+        async with pool.session() as fresh:
+            cell = asyncio.create_task(fresh.run("import time; time.sleep(1); 'end'"))
+            await until(lambda: keepers() > before)
+            (new,) = keepers() - before
+            os.kill(new, signal.SIGKILL)
+            result = await cell
+            assert (result.status, result.stdout, result.node) == (OK, "'end'\n", other)
+            assert len(pool.nodes) == 2
 
 
 @pytest.mark.slow

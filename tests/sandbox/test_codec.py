@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import (
-    ClientSession,
     ClusterPool,
     Language,
     Limits,
     Pool,
+    RemoteSession,
     Result,
     Runner,
     RunnerSession,
@@ -186,7 +186,7 @@ def test_sessions_and_requests_take_the_same_arguments() -> None:
 
     for kind in (Pool, ClusterPool, SandboxClient):
         assert arguments(Runner.session) == arguments(kind.session), kind
-    for kind in (Session, ClientSession):
+    for kind in (Session, RemoteSession):
         for name in ("run", "fork", "close"):
             assert arguments(getattr(RunnerSession, name)) == arguments(getattr(kind, name)), (kind, name)
     opening = [argument.name for argument in arguments(Runner.session)]

@@ -16,7 +16,7 @@ import pytest
 from aiohttp.test_utils import TestServer
 
 from jaxrl.records import ToolStatus
-from jaxrl.sandbox import ClientSession, Limits, Pool, Result, Runner, RunnerSession, SandboxClient, SandboxUnavailable
+from jaxrl.sandbox import Limits, Pool, RemoteSession, Result, Runner, RunnerSession, SandboxClient, SandboxUnavailable
 from jaxrl.sandbox.server import SandboxServer, ServerSettings
 from tests.sandbox.driver import Driver, descendants
 from tests.sandbox.served import Served
@@ -396,7 +396,7 @@ def test_requests_that_come_together_with_the_end_of_a_session_are_answered() ->
 
     async def work(pool: Pool, served: TestServer) -> None:
         async with SandboxClient(str(served.make_url(""))) as client:
-            sessions: list[ClientSession] = []
+            sessions: list[RemoteSession] = []
             for pause in range(40):
                 session = client.session()
                 assert (await session.run("x = 1")).status is OK

@@ -24,7 +24,7 @@ class Patience(NamedTuple):
     away: float  # to one that refuses connections or is shutting down
 
 
-class ClientSessions(NamedTuple):
+class SessionChannel(NamedTuple):
     """What the sessions of one client share."""
 
     # (method, path, record or None, type of the answer, tenant, patience) to the answer, or NotAnswered is raised
@@ -33,10 +33,10 @@ class ClientSessions(NamedTuple):
     patience: float  # for a server that is away, or has no room for one more session
 
 
-class ClientSession:
+class RemoteSession:
     """Made by ``SandboxClient.session`` and by ``fork``; close it, or use ``async with``."""
 
-    def __init__(self, shared: ClientSessions, terms: wire.SessionRequest, tenant: str, id: str = "") -> None:
+    def __init__(self, shared: SessionChannel, terms: wire.SessionRequest, tenant: str, id: str = "") -> None:
         self._shared = shared
         self._terms = terms
         self._tenant = tenant
@@ -79,7 +79,7 @@ class ClientSession:
                 self._check_open()
                 return fault(str(error))
 
-    async def fork(self, copies: int) -> "list[ClientSession]":
+    async def fork(self, copies: int) -> "list[RemoteSession]":
         """Copies of this session, as ``Session.fork``.
 
         Raises:
@@ -125,9 +125,9 @@ class ClientSession:
     async def _ask(self, method: str, path: str, asked: Any, answer: type, patience: Patience) -> Any:
         return await self._shared.ask(method, f"/v1/sessions{path}", asked, answer, self._tenant, patience)
 
-    def _opened(self, id: str) -> "ClientSession":
+    def _opened(self, id: str) -> "RemoteSession":
         self._shared.open.add(id)
-        return ClientSession(self._shared, self._terms, self._tenant, id)
+        return RemoteSession(self._shared, self._terms, self._tenant, id)
 
     def _check_open(self) -> None:
         if not self._open:
