@@ -19,9 +19,8 @@ from jaxrl.sandbox.session import Backend
 if TYPE_CHECKING:
     from jaxrl.sandbox.node_link import NodeLink
 
-_DISTRUST_SECONDS = (
-    30.0  # during which a node is chosen last; otherwise one without processes, since it keeps none, is first
-)
+# For so long a node that lost a new process is chosen last: keeping none, it would have the fewest and be given them all.
+_DISTRUST_SECONDS = 30.0
 
 Preference = Callable[["NodeLink"], tuple[int, ...]]
 

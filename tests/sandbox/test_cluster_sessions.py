@@ -206,6 +206,7 @@ async def test_killed_pool_costs_sessions_nothing_but_time(nodes: RayNodes) -> N
         await asyncio.gather(*(copy.close() for copy in copies))
 
 
+@pytest.mark.slow
 @in_cluster
 async def test_session_without_any_node_is_a_fault_of_ours_and_goes_on_when_there_is_one(nodes: RayNodes) -> None:
     nodes.have(1)
@@ -221,6 +222,7 @@ async def test_session_without_any_node_is_a_fault_of_ours_and_goes_on_when_ther
         assert (await session.run("x + 1")).stdout == "42\n"
 
 
+@pytest.mark.slow
 @in_cluster
 async def test_closing_the_pool_ends_sessions_and_their_cells(nodes: RayNodes) -> None:
     nodes.have(1)

@@ -391,6 +391,7 @@ def test_a_server_that_ends_ends_its_sessions() -> None:
     serving(work)
 
 
+@pytest.mark.slow
 def test_requests_that_come_together_with_the_end_of_a_session_are_answered() -> None:
     """The session is ended a moment after its last use, again and again; each cell is run in it or refused."""
 
