@@ -19,7 +19,7 @@ from jaxrl.sandbox.session import Backend
 if TYPE_CHECKING:
     from jaxrl.sandbox.node_link import NodeLink
 
-# For so long a node that lost a new process is chosen last: keeping none, it would have the fewest and be given them all.
+# So long a node that lost a new process is chosen last: keeping none, it would have the fewest and be given them all.
 _DISTRUST_SECONDS = 30.0
 
 Preference = Callable[["NodeLink"], tuple[int, ...]]

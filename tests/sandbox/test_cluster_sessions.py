@@ -190,6 +190,40 @@ async def test_session_of_a_killed_node_goes_on_elsewhere(nodes: RayNodes) -> No
         await asyncio.gather(copy.close(), second.close())
 
 
+@pytest.mark.slow
+@in_cluster
+async def test_many_sessions_with_a_node_killed_half_way_count_on(nodes: RayNodes) -> None:
+    """Each cell adds one, so that one without effect, or with it twice, would be seen in those after it.
+
+    Half-way each session is copied, and both count on.
+    """
+    nodes.have(2)
+    cells = 12
+    done = 0
+
+    async def count(session: Session, first: int) -> list[bool]:
+        nonlocal done
+        rebuilt = []
+        async with session:
+            for number in range(first, cells + 1):
+                result = await session.run("n += 1; n" if number > 1 else "n = 1; n")
+                assert (result.status, result.stdout, result.replay_differs) == (OK, f"{number}\n", False), result
+                rebuilt.append(result.rebuilt)
+                done += 1
+                if number == cells // 2 and first == 1:
+                    (copy,) = await session.fork(1)
+                    rebuilt += await count(copy, number + 1)
+        return rebuilt
+
+    async with pool_on(nodes, limits=PATIENT, slots=4) as pool:
+        tasks = [asyncio.create_task(count(pool.session(), 1)) for _ in range(30)]
+        await until(lambda: done > 30 * cells // 2)
+        nodes.kill_node(0)
+        rebuilt = await asyncio.gather(*tasks)
+    assert done == 30 * (cells + cells // 2)
+    assert any(any(flags) for flags in rebuilt) and not all(any(flags) for flags in rebuilt)
+
+
 @in_cluster
 async def test_killed_pool_costs_sessions_nothing_but_time(nodes: RayNodes) -> None:
     """Its node has another soon, where a session that has lost its process is no worse off than on others."""
