@@ -16,7 +16,17 @@ import pytest
 from aiohttp.test_utils import TestServer
 
 from jaxrl.records import ToolStatus
-from jaxrl.sandbox import Limits, Pool, RemoteSession, Result, Runner, RunnerSession, SandboxClient, SandboxUnavailable
+from jaxrl.sandbox import (
+    Limits,
+    Pool,
+    RemoteSession,
+    Result,
+    Runner,
+    RunnerSession,
+    SandboxClient,
+    SandboxUnavailable,
+    openapi,
+)
 from jaxrl.sandbox.server import SandboxServer, ServerSettings
 from tests.sandbox.driver import Driver, descendants
 from tests.sandbox.served import Served
@@ -152,6 +162,13 @@ def test_answers_are_as_the_description_says(served: Served) -> None:
             answered, _, text = ask(served, "DELETE", f"/v1/sessions/{one['id']}")
             assert answered == status
             check("/v1/sessions/{id}", "delete", status, json.loads(text))
+
+
+def test_every_route_is_described_and_no_other() -> None:
+    routes = SandboxServer(Pool(preload=()), ServerSettings()).application().router.routes()
+    served = {(route.resource.canonical, route.method.lower()) for route in routes if route.resource is not None}
+    described = {(path, method) for path, methods in openapi.document()["paths"].items() for method in methods}
+    assert {(path, method) for path, method in served if method != "head"} == described
 
 
 # What is refused
