@@ -11,6 +11,7 @@ from jaxrl.sandbox import wire
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.protocol import check_texts
 from jaxrl.sandbox.result import Result, fault
+from jaxrl.statuses import ToolStatus
 
 
 class NotAnswered(Exception):
@@ -74,10 +75,12 @@ class RemoteSession:
             patience = Patience(math.inf, self._shared.patience)
             try:
                 await self._begin()
-                return await self._ask("POST", f"/{self._id}/cells", cell, Result, patience)
+                result = await self._ask("POST", f"/{self._id}/cells", cell, Result, patience)
             except NotAnswered as error:
-                self._check_open()
-                return fault(str(error))
+                result = fault(str(error))
+            if result.status is ToolStatus.INFRA_ERROR:
+                self._check_open()  # that it was closed meanwhile is no fault
+            return result
 
     async def fork(self, copies: int) -> "list[RemoteSession]":
         """Copies of this session, as ``Session.fork``.
