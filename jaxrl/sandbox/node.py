@@ -103,9 +103,6 @@ class NodePool:
             answer = unfinished(order, error)
         else:
             answer = Answer(order.id, task.result())
-        if isinstance(order, CellOrder) and (task.cancelled() or task.exception() is not None):
-            assert self._pool is not None
-            self._pool.backend().end(order.head.session)  # whether the cell ran, and what it did, is not known
         self._finished.append(answer)
         self._news.set()
 

@@ -348,13 +348,14 @@ async def test_cancelling(nodes: RayNodes, pool: ClusterPool) -> None:
 @pytest.mark.slow
 @in_cluster
 async def test_close_leaves_nothing_and_the_pool_opens_again(nodes: RayNodes) -> None:
+    """Of more calls than may wait on the nodes."""
     nodes.have(2)
     pool = pool_on(nodes)
     on_termination = signal.getsignal(signal.SIGTERM)  # the trainer's own, in a run
     seen: list[int] = []
     for _ in range(2):
         async with pool:
-            tasks = [asyncio.create_task(pool.run("import time; time.sleep(60)")) for _ in range(80)]
+            tasks = [asyncio.create_task(pool.run("import time; time.sleep(60)")) for _ in range(120)]
             await asyncio.sleep(0.5)
             actors = nodes.all_actors()
             below = [pid for actor in actors for pid in descendants(actor)]
