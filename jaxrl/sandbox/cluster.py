@@ -4,6 +4,7 @@ Ray places the pools and notices which die. Which call is where, whose turn it i
 decided here, so that nothing is repeated unknown to us and every call ends exactly once.
 """
 
+import asyncio
 import dataclasses
 import functools
 import importlib.util
@@ -111,15 +112,17 @@ class ClusterPool:
         )
         running = slots + slow_slots
         self._window = min(_WINDOW * running, running + queue)
+        self._session_memory_mib = session_memory_mib
         self._silence_seconds = silence_seconds
         self._patience_seconds = patience_seconds
         self._nowhere = f"no node for {patience_seconds:g} s"
         self._admission = Admission(0)
         self._ids = itertools.count(1)
         self._members: Members | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # in which the pool was started, and not closed yet
         self._sessions = ClusterSessions(
             self.isolation,
-            check=self._open_members,
+            check=self._check_taking,
             next_id=functools.partial(next, self._ids),
             place=lambda tenant, prefer: self._place(tenant, (), prefer),
             run=self._replay,
@@ -139,6 +142,8 @@ class ClusterPool:
         """Connect, and start a pool on every node. Needed once, unless used as a context manager."""
         from jaxrl.sandbox.members import Members  # loads Ray, which a process without a cluster never does
 
+        self._check_loop()
+        self._loop = asyncio.get_running_loop()
         self._members = Members(self._address, self._make_link, self._patience_seconds, self._give_up)
         try:
             await self._members.start()
@@ -153,11 +158,12 @@ class ClusterPool:
 
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process on any node."""
+        self._check_loop()
         members, self._members = self._members, None
         self._admission.dismiss(_was_closed)
         if members is not None:
             await members.close()
-        self._sessions.forget()
+        self._loop = None
 
     async def run(
         self,
@@ -177,10 +183,10 @@ class ClusterPool:
             ValueError: a file's path is not a plain relative one, the files are larger than the directory, or the
                 pool on the node refuses other arguments.
             TypeError: code, stdin or wanted of a wrong type.
-            RuntimeError: the pool is not open, or was closed meanwhile.
+            RuntimeError: the pool is not open, closed meanwhile, or of another event loop.
             SandboxUnavailable: the node lacks what the language or processes need.
         """
-        self._open_members()
+        self._check_taking()
         check_texts(code, stdin, wanted)
         limits = limits or self.limits
         if files:
@@ -203,9 +209,13 @@ class ClusterPool:
         """A notebook, as ``Pool.session``: on one node, and its copies there too; ``Result.node`` says where.
 
         Where the node is lost, or has no room for its process any more, it is rebuilt on a node with its next cell.
+
+        Raises:
+            ValueError: as ``Pool.session``.
         """
         jailed = self.isolation != jail.UNSAFE
         terms = Terms(limits or self.limits, zlib.crc32(tenant.encode()), checkpoint, live and jailed)
+        terms.check_memory(self._session_memory_mib)
         return Session(self._sessions.backend(), terms)
 
     async def _replay(self, order: ReplayOrder) -> Result:
@@ -257,10 +267,17 @@ class ClusterPool:
             raise _was_closed()
         return None
 
-    def _open_members(self) -> "Members":
+    def _check_taking(self) -> None:
+        """Raise RuntimeError where no calls are taken now, or not here."""
         if self._members is None:
-            raise _not_open()
-        return self._members
+            raise RuntimeError("the sandbox pool is not open: use it inside `async with ClusterPool(...)`")
+        self._check_loop()
+
+    def _check_loop(self) -> None:
+        if self._loop not in (None, asyncio.get_running_loop()):
+            raise RuntimeError(
+                "the sandbox pool was started in another event loop: use and close it there, or start a pool in each"
+            )
 
     def _make_link(self, node: str, name: str) -> "NodeLink":
         from jaxrl.sandbox.node_link import NodeLink
@@ -284,9 +301,5 @@ def _but_where(faults: tuple[_Fault, ...]) -> Preference:
     return lambda link: (link.name not in failed, link.free, -link.taken)
 
 
-def _not_open() -> RuntimeError:
-    return RuntimeError("the sandbox pool is not open: use it inside `async with ClusterPool(...)`")
-
-
 def _was_closed() -> RuntimeError:
-    return RuntimeError("the sandbox pool was closed before the call ended: wait for calls before leaving it")
+    return RuntimeError("the sandbox pool was closed before this call had ended")

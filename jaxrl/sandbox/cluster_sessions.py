@@ -71,12 +71,6 @@ class ClusterSessions:
             cancelled=_nothing,
         )
 
-    def forget(self) -> None:
-        """No process is anywhere any more."""
-        self._homes.clear()
-        self._processes.clear()
-        self._distrusted.clear()
-
     def _replay(self, call: Call) -> Awaitable[Result]:
         return self._run(ReplayOrder(call.id, call))
 

@@ -121,6 +121,4 @@ def lost(call: Call, reason: str, *, attempts: int = 1) -> Report:
     Args:
         attempts: which that has cost the cell; 0 where it cannot have begun.
     """
-    return Report(
-        call.id, Outcome.LOST, call.attempts + attempts, -1, 0, 0.0, 0.0, 0.0, 0, b"", reason.encode(), False, False
-    )
+    return Report.without_run(call, Outcome.LOST, call.attempts + attempts, reason.encode())

@@ -292,7 +292,13 @@ class SandboxServer:
         async with self._body(request, SessionRequest) as asked:
             with self._sessions.room(1):
                 limits = capped(asked.limits, self._pool.limits)
-                session = self._pool.session(limits=limits, tenant=tenant, checkpoint=asked.checkpoint, live=asked.live)
+                try:
+                    session = self._pool.session(
+                        limits=limits, tenant=tenant, checkpoint=asked.checkpoint, live=asked.live
+                    )
+                except ValueError as error:
+                    remedy = "ask for less, or start the server with a larger --session-memory-mib"
+                    raise Refused(400, str(error), value="limits", limit="sessions that fit", remedy=remedy) from error
                 return _json(self._keep(session, request))
 
     async def _run_cell(self, request: web.Request) -> web.Response:

@@ -177,6 +177,13 @@ async def test_arguments_that_cannot_be_sent_keep_no_room_and_lose_no_node(nodes
 
 
 @on_common_pool
+async def test_pool_of_another_event_loop_says_so(nodes: RayNodes, pool: ClusterPool) -> None:
+    for work in (pool.run("1"), pool.session().run("1"), pool.close()):
+        with pytest.raises(RuntimeError, match="started in another event loop"):
+            await asyncio.to_thread(asyncio.run, work)
+
+
+@on_common_pool
 async def test_arguments_that_a_node_refuses_are_the_callers_mistake(nodes: RayNodes, pool: ClusterPool) -> None:
     with pytest.raises(ValueError, match="error: "):
         await pool.run("1", limits=Limits(output_kib=1.5))  # type: ignore[arg-type]
@@ -467,6 +474,13 @@ def test_configuration_chooses_the_pool() -> None:
     pool = pool_from_config(SandboxConfig(cluster="auto", memory_mib=99, unsafe=True))
     assert isinstance(pool, ClusterPool)
     assert (pool.limits.memory_mib, pool.isolation) == (99, "unsafe: none")
+
+
+def test_session_that_would_be_put_out_by_itself_is_refused() -> None:
+    pool = ClusterPool("auto", Limits(memory_mib=80, disk_mib=8), session_memory_mib=87)
+    with pytest.raises(ValueError, match="disk_mib = 88 may outgrow session_memory_mib=87"):
+        pool.session()
+    pool.session(live=False)
 
 
 def test_absent_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

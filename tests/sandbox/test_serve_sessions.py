@@ -27,10 +27,10 @@ from jaxrl.sandbox import (
     SandboxUnavailable,
     openapi,
 )
+from jaxrl.sandbox.bench.processes import descendants, is_alive
 from jaxrl.sandbox.server import SandboxServer, ServerSettings
-from tests.sandbox.driver import Driver, descendants
+from tests.sandbox.driver import Driver, wait_until
 from tests.sandbox.served import Served
-from tests.sandbox.test_pool import alive, wait_until
 from tests.sandbox.test_serve import JSON, SLEEP, ask, metrics
 
 OK, ERROR, TIMEOUT, INFRA = ToolStatus.OK, ToolStatus.ERROR, ToolStatus.TIMEOUT, ToolStatus.INFRA_ERROR
@@ -250,6 +250,18 @@ def test_what_one_session_is_given_is_bounded() -> None:
         served.use(work)
 
 
+def test_a_session_that_would_be_put_out_by_itself_is_refused() -> None:
+    with Served("--session-memory-mib", "88", "--memory-mib", "88") as served:
+
+        async def work(client: SandboxClient) -> None:
+            with pytest.raises(ValueError, match="disk_mib = 96 may outgrow session_memory_mib=88.*--session-memory"):
+                await client.session().run("1")
+            async with client.session(limits=Limits(memory_mib=80)) as session:
+                assert (await session.run("7")).stdout == "7\n"
+
+        served.use(work)
+
+
 def test_cells_wait_while_the_server_is_full() -> None:
     with Served("--slots", "1", "--slow-slots", "0", "--queue", "2", "--wall-seconds", "30") as served:
 
@@ -346,7 +358,7 @@ def test_sigterm_lets_cells_end_and_leaves_no_session() -> None:
         result, status, below = served.use(work, patience_seconds=0.5)
         assert (result.status, result.stdout, status) == (OK, "1\n", 503)
         assert served.process.wait(20) == 0
-    assert not any(map(alive, below))
+    assert not any(map(is_alive, below))
 
 
 def test_a_killed_server_is_a_fault_of_ours_and_leaves_nothing() -> None:
@@ -373,7 +385,7 @@ def test_a_killed_server_is_a_fault_of_ours_and_leaves_nothing() -> None:
             return below
 
         below = served.use(work, patience_seconds=0.5)
-        wait_until(lambda: not any(map(alive, below)))
+        wait_until(lambda: not any(map(is_alive, below)))
 
 
 def test_a_session_outside_of_its_client() -> None:
