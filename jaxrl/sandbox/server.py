@@ -269,6 +269,9 @@ class SandboxServer:
             return fault(str(error))
         except ValueError:
             raise
+        except RuntimeError as error:  # pool or session is closed
+            _log.warning("a call could not be run: %s", error)
+            return fault(str(error))
         except Exception as error:
             _log.exception("a call could not be run")
             return fault(f"{type(error).__name__}: {error}")
