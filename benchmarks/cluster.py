@@ -20,8 +20,8 @@ import tracemalloc
 import ray
 
 from jaxrl.sandbox import ClusterPool, Limits, Result
-from jaxrl.sandbox.node import Order
 from jaxrl.sandbox.node_link import NodeLink
+from jaxrl.sandbox.node_orders import CallOrder
 from jaxrl.statuses import ToolStatus
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -47,13 +47,13 @@ class NullPool:
 class Echo:
     """An actor that gives back what it gets."""
 
-    async def run(self, orders: list[Order]) -> list[Order]:
+    async def run(self, orders: list[CallOrder]) -> list[CallOrder]:
         return orders
 
 
-def orders(count: int) -> list[Order]:
+def orders(count: int) -> list[CallOrder]:
     limits = Limits()
-    return [Order(number, "print(1+1)", "", True, limits, "", None, (), "python", False) for number in range(count)]
+    return [CallOrder(number, "print(1+1)", "", True, limits, "", None, (), "python", False) for number in range(count)]
 
 
 async def ray_rate(actor: ray.actor.ActorHandle, size: int, batches: int) -> float:
@@ -74,7 +74,7 @@ async def path_rate(link: NodeLink, calls: int) -> float:
     """Null calls a second through the whole way: batching, Ray, the actor, its tasks, and back."""
     started = time.perf_counter()
     answers = await asyncio.gather(*(link.run(order) for order in orders(calls)))
-    assert all(answer.result is not None for answer in answers)
+    assert all(answer.outcome is not None for answer in answers)
     return calls / (time.perf_counter() - started)
 
 

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from jaxrl.sandbox.metrics import Metrics
     from jaxrl.sandbox.pool import Pool, pool_from_config
     from jaxrl.sandbox.protocol import Limits
+    from jaxrl.sandbox.remote_session import RemoteSession
     from jaxrl.sandbox.result import Result
-    from jaxrl.sandbox.runner import Runner
+    from jaxrl.sandbox.runner import Runner, RunnerSession
     from jaxrl.sandbox.session import Session
     from jaxrl.sandbox.wire import RunRequest
 
 _HOMES = {
+    "RemoteSession": "remote_session",
     "ClusterPool": "cluster",
     "Language": "languages",
     "Limits": "protocol",
@@ -38,6 +40,7 @@ _HOMES = {
     "Result": "result",
     "RunRequest": "wire",
     "Runner": "runner",
+    "RunnerSession": "runner",
     "SandboxClient": "client",
     "SandboxUnavailable": "jail",
     "Session": "session",
@@ -50,9 +53,11 @@ __all__ = [
     "Limits",
     "Metrics",
     "Pool",
+    "RemoteSession",
     "Result",
     "RunRequest",
     "Runner",
+    "RunnerSession",
     "SandboxClient",
     "SandboxUnavailable",
     "Session",

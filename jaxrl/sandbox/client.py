@@ -8,6 +8,7 @@ call may have run: never a status that would be blamed on the code.
 import asyncio
 import contextlib
 import json
+import math
 import random
 import socket
 import time
@@ -25,6 +26,7 @@ from jaxrl.sandbox import codec, wire
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.protocol import Limits
+from jaxrl.sandbox.remote_session import NotAnswered, Patience, RemoteSession, SessionChannel
 from jaxrl.sandbox.result import Result, fault
 from jaxrl.sandbox.wire import BatchLine, Health, RunRequest
 
@@ -37,17 +39,12 @@ _KEEPALIVE = {socket.TCP_KEEPIDLE: 20, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEP
 _BLAMED_ON_CALLER = (400, 413)
 _BLAMED_ON_TOKEN = (401, 403)
 _LACKING, _FULL, _SHUTTING_DOWN = 422, 429, 503
-
-
-class _Fault(Exception):
-    """The call could not be run, or its result did not arrive; the text says why."""
-
-
-_LOST = (_Fault, aiohttp.ClientError, TimeoutError)
+_CLOSE_SECONDS = 5.0  # for ending sessions
+_LOST = (NotAnswered, aiohttp.ClientError, TimeoutError)
 
 
 class SandboxClient:
-    """Runs snippets on a server: ``run`` as ``Pool`` has it, without sessions.
+    """Runs snippets on a server: ``run`` and ``session`` as ``Pool`` has them.
 
     Args:
         url: of the server, such as ``http://127.0.0.1:8780``.
@@ -81,6 +78,7 @@ class SandboxClient:
         self.most: Limits | None = None  # the same, once it is known
         self.isolation = ""
         self._part_calls, self._part_bytes = _PART_CALLS, _PART_BYTES
+        self._sessions = SessionChannel(self._ask, set(), patience_seconds)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -109,7 +107,12 @@ class SandboxClient:
         self._part_bytes = min(_PART_BYTES, health.most_bytes // 2)  # the rest is for the largest single call
 
     async def close(self) -> None:
-        """End the connections; the server kills what still runs for them."""
+        """End the sessions and the connections; the server kills what still runs for them."""
+        if self._sessions.open:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await asyncio.gather(*map(self._end_session, self._sessions.open), return_exceptions=True)
+            self._sessions.open.clear()
         session, self._session = self._session, None
         if session is not None:
             await session.close()
@@ -157,6 +160,26 @@ class SandboxClient:
         except _LOST as error:
             return self._fault(error)
 
+    def session(
+        self, *, limits: Limits | None = None, tenant: str = "", checkpoint: bool = False, live: bool = True
+    ) -> RemoteSession:
+        """A notebook, as ``Pool.session``; ``limits`` beyond the server's own are cut to those.
+
+        The server ends it when it is not used for long (``--session-idle-seconds``), and keeps no more than so many.
+        """
+        return RemoteSession(self._sessions, wire.SessionRequest(wire.partial(limits), checkpoint, live), tenant)
+
+    async def _ask(self, method: str, path: str, asked: Any, answer: type, tenant: str, patience: Patience) -> Any:
+        """What the server answers to a session's request."""
+        try:
+            async with self._accepted(method, path, _bytes_of(asked), tenant, patience) as response:
+                return _read(answer, await response.read())
+        except _LOST as error:
+            raise NotAnswered(self._words(error)) from error
+
+    async def _end_session(self, id: str) -> None:
+        await self._ask("DELETE", f"/v1/sessions/{id}", None, wire.ClosedSession, "", Patience(0.0, 0.0))
+
     async def run_batch(self, calls: Sequence[RunRequest], tenant: str = "") -> AsyncIterator[tuple[int, Result]]:
         """Run many calls in few requests; gives (index of the call, its result) as they end, each call once.
 
@@ -191,7 +214,7 @@ class SandboxClient:
 
     async def _run_part(self, part: Sequence[bytes], tenant: str) -> AsyncIterator[tuple[int, Result]]:
         missing = set(range(len(part)))
-        reason: Exception = _Fault(f"{self._url} was stopped")
+        reason: Exception = NotAnswered(f"{self._url} was stopped")
         try:
             body = b'{"calls": [' + b", ".join(part) + b"]}"
             async with self._accepted("POST", "/v1/batch", body, tenant) as response:
@@ -206,24 +229,32 @@ class SandboxClient:
             yield index, self._fault(reason)
 
     def _fault(self, error: Exception) -> Result:
-        words = str(error) if isinstance(error, _Fault) else f"the answer of {self._url} was lost: {error!r}"
-        return fault(words)
+        return fault(self._words(error))
+
+    def _words(self, error: Exception) -> str:
+        return str(error) if isinstance(error, NotAnswered) else f"the answer of {self._url} was lost: {error!r}"
 
     @contextlib.asynccontextmanager
     async def _accepted(
-        self, method: str, path: str, body: bytes | None = None, tenant: str = ""
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        tenant: str = "",
+        patience: Patience | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The answer of a server that took the request, after as many tries as that needs.
 
         Raises:
-            _Fault: patience ran out, or the server failed.
+            NotAnswered: patience ran out, or the server failed.
             ValueError, PermissionError: the request is at fault.
             SandboxUnavailable: the server lacks what a call asks for.
         """
         headers = (
             {"Content-Type": "application/json", "X-Tenant": urllib.parse.quote(tenant)} if body is not None else {}
         )
-        pause, failing_since = _FIRST_PAUSE, None
+        patience = patience or Patience(math.inf, self._patience)
+        pause, failing_since, was_full = _FIRST_PAUSE, None, False
         while True:
             if self._session is None:
                 raise RuntimeError("the sandbox client is not open: use it inside `async with SandboxClient(...)`")
@@ -244,16 +275,18 @@ class SandboxClient:
             if status in _BLAMED_ON_TOKEN:
                 raise PermissionError(f"{self._url} refuses the token: {problem}")
             if status not in (0, _FULL, _SHUTTING_DOWN):
-                raise _Fault(f"{self._url}{path} answered {status}: {problem}")
-            failing_since = None if status == _FULL else failing_since or time.monotonic()
-            if failing_since is not None and time.monotonic() - failing_since > self._patience:
-                raise _Fault(f"{self._url} takes no calls: {problem}")
+                raise NotAnswered(f"{self._url}{path} answered {status}: {problem}")
+            full = status == _FULL
+            if failing_since is None or full != was_full:
+                was_full, failing_since = full, time.monotonic()
+            if time.monotonic() - failing_since >= (patience.full if full else patience.away):
+                raise NotAnswered(f"{self._url} takes no calls: {problem}")
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _bytes_of(request: RunRequest) -> bytes:
-    return json.dumps(codec.write(request)).encode()
+def _bytes_of(request: Any) -> bytes | None:
+    return None if request is None else json.dumps(codec.write(request)).encode()
 
 
 def _parts(calls: Sequence[RunRequest], most: int, most_bytes: int) -> Iterator[tuple[int, list[bytes]]]:
@@ -274,7 +307,7 @@ def _read(record: type, body: bytes) -> Any:
     try:
         return codec.read(record, json.loads(body), closed=False)
     except ValueError as error:
-        raise _Fault(f"an answer that cannot be read: {error}") from error
+        raise NotAnswered(f"an answer that cannot be read: {error}") from error
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

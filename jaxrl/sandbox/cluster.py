@@ -4,6 +4,7 @@ Ray places the pools and notices which die. Which call is where, whose turn it i
 decided here, so that nothing is repeated unknown to us and every call ends exactly once.
 """
 
+import asyncio
 import dataclasses
 import functools
 import importlib.util
@@ -18,11 +19,13 @@ from jaxrl.config import ConfigError
 from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox import jail
 from jaxrl.sandbox.admission import Admission
+from jaxrl.sandbox.cluster_sessions import ClusterSessions, Preference
 from jaxrl.sandbox.languages import Language
-from jaxrl.sandbox.node import Order
+from jaxrl.sandbox.node_orders import Answer, CallOrder, ReplayOrder
 from jaxrl.sandbox.pool import Pool
-from jaxrl.sandbox.protocol import Limits
+from jaxrl.sandbox.protocol import Limits, check_texts
 from jaxrl.sandbox.result import Result, fault
+from jaxrl.sandbox.session import Session, Terms
 from jaxrl.statuses import ToolStatus
 
 if TYPE_CHECKING:
@@ -46,17 +49,17 @@ class _Deserted(Exception):
 
 
 class ClusterPool:
-    """A ``Pool`` on every node of a Ray cluster; ``run`` is that of one, sessions are not had.
+    """A ``Pool`` on every node of a Ray cluster; ``run`` and ``session`` are those of one.
 
-    A node that joins later is used; calls of a node or pool that is lost are run again elsewhere. A call waits here
-    until a node has room for it, tenants in turn, so that little is lost with a node.
+    A node that joins later is used; calls of a node or pool that is lost are run again elsewhere, and sessions rebuilt
+    there. A call waits here until a node has room for it, tenants in turn, so that little is lost with a node.
 
     Args:
         address: of the cluster's head as "host:port", or "auto" for the cluster that this machine belongs to. This
             machine must be one of its nodes; it needs no CPUs there.
         limits, workers, slots, slow_slots, queue, preload, unsafe, heartbeat_seconds, processes_without_cgroup,
-            program_folders, recycle_calls, recycle_growth_mib: of the pool on each node, as for ``Pool``. At most four
-            times as many calls as can run at once wait on a node, also with a longer ``queue``.
+            program_folders, recycle_calls, recycle_growth_mib, session_memory_mib: of the pool on each node, as for
+            ``Pool``. At most four times as many calls as can run at once wait on a node, also with a longer ``queue``.
         silence_seconds: a node that says nothing for so long counts as lost.
         patience_seconds: calls wait for so long for a cluster without any node, and then end as ``infra_error``.
 
@@ -81,6 +84,7 @@ class ClusterPool:
         program_folders: tuple[str, ...] = (),
         recycle_calls: int = 100_000,
         recycle_growth_mib: int = 64,
+        session_memory_mib: int = 4096,
         silence_seconds: float = 30.0,
         patience_seconds: float = 120.0,
     ) -> None:
@@ -104,14 +108,26 @@ class ClusterPool:
             program_folders=program_folders,
             recycle_calls=recycle_calls,
             recycle_growth_mib=recycle_growth_mib,
+            session_memory_mib=session_memory_mib,
         )
         running = slots + slow_slots
         self._window = min(_WINDOW * running, running + queue)
+        self._session_memory_mib = session_memory_mib
         self._silence_seconds = silence_seconds
         self._patience_seconds = patience_seconds
+        self._nowhere = f"no node for {patience_seconds:g} s"
         self._admission = Admission(0)
         self._ids = itertools.count(1)
         self._members: Members | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # in which the pool was started, and not closed yet
+        self._sessions = ClusterSessions(
+            self.isolation,
+            check=self._check_taking,
+            next_id=functools.partial(next, self._ids),
+            place=lambda tenant, prefer: self._place(tenant, (), prefer),
+            run=self._replay,
+            nowhere=self._nowhere,
+        )
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -126,6 +142,8 @@ class ClusterPool:
         """Connect, and start a pool on every node. Needed once, unless used as a context manager."""
         from jaxrl.sandbox.members import Members  # loads Ray, which a process without a cluster never does
 
+        self._check_loop()
+        self._loop = asyncio.get_running_loop()
         self._members = Members(self._address, self._make_link, self._patience_seconds, self._give_up)
         try:
             await self._members.start()
@@ -140,10 +158,12 @@ class ClusterPool:
 
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process on any node."""
+        self._check_loop()
         members, self._members = self._members, None
-        self._admission.dismiss(_not_open)
+        self._admission.dismiss(_was_closed)
         if members is not None:
             await members.close()
+        self._loop = None
 
     async def run(
         self,
@@ -162,62 +182,102 @@ class ClusterPool:
         Raises:
             ValueError: a file's path is not a plain relative one, the files are larger than the directory, or the
                 pool on the node refuses other arguments.
-            RuntimeError: the pool is not open.
+            TypeError: code, stdin or wanted of a wrong type.
+            RuntimeError: the pool is not open, closed meanwhile, or of another event loop.
             SandboxUnavailable: the node lacks what the language or processes need.
         """
+        self._check_taking()
+        check_texts(code, stdin, wanted)
         limits = limits or self.limits
         if files:
             file_bytes.check(files, limits.disk_mib << 20)
         given = {path: bytes(content) for path, content in files.items()} if files else None
-        order = Order(next(self._ids), code, stdin, echo, limits, tenant, given, tuple(wanted), language, processes)
+        order = CallOrder(next(self._ids), code, stdin, echo, limits, tenant, given, tuple(wanted), language, processes)
         turn = zlib.crc32(tenant.encode())
         submitted = time.monotonic()
         faults: tuple[_Fault, ...] = ()
-        while len(faults) < _ATTEMPTS:
-            link = await self._place(turn, faults)
-            if link is None:
-                break
+        while (link := await self._place(turn, faults)) is not None:
             queued = time.monotonic() - submitted
-            answer = await link.run(order)
-            if answer.refusal is not None:
-                raise answer.refusal
-            if answer.result is None:
-                faults += (_Fault(link.name, answer.fault),)
-                continue
-            result = dataclasses.replace(
-                answer.result,
-                attempts=answer.result.attempts + sum(loss.attempts for loss in faults),
-                queue_seconds=answer.result.queue_seconds + queued,
-                node=link.name,
-            )
-            faults += (_Fault(link.name, result.stderr, answer.result.attempts),)
-            if result.status is not ToolStatus.INFRA_ERROR or not self._elsewhere(faults):
+            result, faults = self._weigh(await link.run(order), link, queued, faults)
+            if result is not None:
                 return result
-        self._open_members()  # a pool that was closed meanwhile is no fault
         return self._infra_error(faults, time.monotonic() - submitted)
 
-    async def _place(self, turn: int, faults: tuple[_Fault, ...]) -> "NodeLink | None":
-        """A node with room for a call, rather one where it has not failed; None if there is no node for too long."""
-        while not (members := self._open_members()).deserted:
+    def session(
+        self, *, limits: Limits | None = None, tenant: str = "", checkpoint: bool = False, live: bool = True
+    ) -> Session:
+        """A notebook, as ``Pool.session``: on one node, and its copies there too; ``Result.node`` says where.
+
+        Where the node is lost, or has no room for its process any more, it is rebuilt on a node with its next cell.
+
+        Raises:
+            ValueError: as ``Pool.session``.
+        """
+        jailed = self.isolation != jail.UNSAFE
+        terms = Terms(limits or self.limits, zlib.crc32(tenant.encode()), checkpoint, live and jailed)
+        terms.check_memory(self._session_memory_mib)
+        return Session(self._sessions.backend(), terms)
+
+    async def _replay(self, order: ReplayOrder) -> Result:
+        """As ``run``, which would be larger for each of the tens of thousands that wait in it if both were one."""
+        faults: tuple[_Fault, ...] = ()
+        while (link := await self._place(order.call.tenant, faults)) is not None:
+            queued = time.monotonic() - order.call.submitted
+            result, faults = self._weigh(await link.run(order), link, queued, faults)
+            if result is not None:
+                return result
+        return self._infra_error(faults, time.monotonic() - order.call.submitted)
+
+    def _weigh(
+        self, answer: Answer, link: "NodeLink", queued: float, faults: tuple[_Fault, ...]
+    ) -> tuple[Result | None, tuple[_Fault, ...]]:
+        """The result of a call, or None if it is to be run again elsewhere; and the faults it has met."""
+        if answer.refusal is not None:
+            raise answer.refusal
+        if not isinstance(answer.outcome, Result):
+            return None, (*faults, _Fault(link.name, answer.fault))
+        result = dataclasses.replace(
+            answer.outcome,
+            attempts=answer.outcome.attempts + sum(loss.attempts for loss in faults),
+            queue_seconds=answer.outcome.queue_seconds + queued,
+            node=link.name,
+        )
+        faults += (_Fault(link.name, result.stderr, answer.outcome.attempts),)
+        if result.status is ToolStatus.INFRA_ERROR and not set(self.nodes) <= {loss.node for loss in faults}:
+            return None, faults  # there is a node where it has not failed
+        return result, faults
+
+    async def _place(
+        self, turn: int, faults: tuple[_Fault, ...], prefer: Preference | None = None
+    ) -> "NodeLink | None":
+        """A node with room for a call or a new process; None if it has failed too often, or there is none for too long.
+
+        Of several the one preferred most.
+        """
+        while len(faults) < _ATTEMPTS and self._members is not None and not self._members.deserted:
             try:
                 await self._admission.enter(turn, first=len(faults) > 0)
             except _Deserted:
                 break
-            free = [link for link in members.living if link.free]
+            free = [link for link in self._members.living if link.free] if self._members is not None else []
             if free:
-                failed = {loss.node for loss in faults}
-                return max(free, key=lambda link: (link.name not in failed, link.free, -link.taken))
+                return max(free, key=prefer or _but_where(faults))
             self._admission.leave()  # the node with this room has been lost meanwhile
+        if self._members is None:
+            raise _was_closed()
         return None
 
-    def _elsewhere(self, faults: tuple[_Fault, ...]) -> bool:
-        """Whether there is a node where the call has not failed."""
-        return not set(self.nodes) <= {loss.node for loss in faults}
-
-    def _open_members(self) -> "Members":
+    def _check_taking(self) -> None:
+        """Raise RuntimeError where no calls are taken now, or not here."""
         if self._members is None:
-            raise _not_open()
-        return self._members
+            raise RuntimeError("the sandbox pool is not open: use it inside `async with ClusterPool(...)`")
+        self._check_loop()
+
+    def _check_loop(self) -> None:
+        if self._loop not in (None, asyncio.get_running_loop()):
+            raise RuntimeError(
+                "the sandbox pool was started in another event loop: use and close it there, or start a pool in each"
+            )
 
     def _make_link(self, node: str, name: str) -> "NodeLink":
         from jaxrl.sandbox.node_link import NodeLink
@@ -230,10 +290,16 @@ class ClusterPool:
     def _infra_error(self, faults: tuple[_Fault, ...], queued: float) -> Result:
         reasons = [f"{loss.node}: {loss.reason}" for loss in faults]
         if len(faults) < _ATTEMPTS:
-            reasons.append(f"no node for {self._patience_seconds:g} s")
+            reasons.append(self._nowhere)
         attempts = max(sum(loss.attempts for loss in faults), 1)
         return fault("\n".join(reasons), isolation=self.isolation, queue_seconds=queued, attempts=attempts)
 
 
-def _not_open() -> RuntimeError:
-    return RuntimeError("the sandbox pool is not open: use it inside `async with ClusterPool(...)`")
+def _but_where(faults: tuple[_Fault, ...]) -> Preference:
+    """Any node rather than those where a call has failed, then the one with the most room."""
+    failed = {loss.node for loss in faults}
+    return lambda link: (link.name not in failed, link.free, -link.taken)
+
+
+def _was_closed() -> RuntimeError:
+    return RuntimeError("the sandbox pool was closed before this call had ended")

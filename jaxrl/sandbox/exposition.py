@@ -21,23 +21,25 @@ _STATUSES = (
 )
 
 
-def render(metrics: Metrics, refused: Mapping[int, int]) -> bytes:
+def render(metrics: Metrics, refused: Mapping[int, int], open_sessions: int) -> bytes:
     """The text of one scrape.
 
     Args:
         refused: requests that were not run, by HTTP status.
+        open_sessions: that are kept for clients.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(metrics, refused))
+    registry.register(_Snapshot(metrics, refused, open_sessions))
     return generate_latest(registry)
 
 
 class _Snapshot:
     """What prometheus_client asks a collector to be."""
 
-    def __init__(self, metrics: Metrics, refused: Mapping[int, int]) -> None:
+    def __init__(self, metrics: Metrics, refused: Mapping[int, int], open_sessions: int) -> None:
         self._metrics = metrics
         self._refused = refused
+        self._open_sessions = open_sessions
 
     def collect(self) -> Iterator[Metric]:
         metrics = self._metrics
@@ -56,6 +58,7 @@ class _Snapshot:
         yield GaugeMetricFamily(_PREFIX + "oldest_waiting_seconds", "Age of the oldest of them.", oldest)
         yield GaugeMetricFamily(_PREFIX + "running_calls", "Calls that run.", metrics.running)
         yield GaugeMetricFamily(_PREFIX + "sessions", "Live sessions.", metrics.sessions)
+        yield GaugeMetricFamily(_PREFIX + "open_sessions", "Sessions kept for clients.", self._open_sessions)
         yield GaugeMetricFamily(_PREFIX + "templates", "Templates that are ready.", len(metrics.template_rss_kib))
         resident = GaugeMetricFamily(_PREFIX + "resident_bytes", "Memory; templates share pages.", labels=["process"])
         resident.add_metric(["warden"], metrics.warden_rss_kib * _KIB)

@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -12,11 +10,10 @@ import ray
 
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.node_link import NodeLink, NodeLost
+from jaxrl.sandbox.ray_connection import CONNECTION
 
 _WATCH_SECONDS = 1.0
 _REFUSED_SECONDS = 30.0  # a node whose pool does not start is asked again after so long
-_CONNECT_SECONDS = 30.0
-_KNOCK_SECONDS = 5.0
 
 
 class Members:
@@ -45,7 +42,6 @@ class Members:
         self._joining: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, float] = {}  # time.monotonic() from which on to ask again
         self._watcher: asyncio.Task[None] | None = None
-        self._connected_here = False
         self.deserted = False
 
     @property
@@ -56,12 +52,10 @@ class Members:
         """Connect to Ray, unless this process already is, and start a pool on every node.
 
         Raises:
-            SandboxUnavailable: nothing answers at the address, or there is no node, or one has no jail. One that dies
-                meanwhile does no harm, as long as there is another.
+            SandboxUnavailable: nothing answers at the address, or there is no node, or one has no jail or another
+                jaxrl. One that dies meanwhile does no harm, as long as there is another.
         """
-        if not ray.is_initialized():
-            await _connect(self._address)
-            self._connected_here = True
+        await CONNECTION.enter(self, self._address)
         nodes = await asyncio.to_thread(_nodes)
         if not nodes:
             raise SandboxUnavailable(
@@ -78,7 +72,7 @@ class Members:
         self._watcher = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
-        """Stop every pool. Ray stays connected only if it was before."""
+        """Stop every pool. Ray stays connected where others use it, or did before."""
         tasks = [*self._joining.values(), *filter(None, [self._watcher])]
         for task in tasks:
             task.cancel()
@@ -86,9 +80,7 @@ class Members:
         await asyncio.gather(*(link.close() for link in (*self._links.values(), *self._past)))
         self._links.clear()
         self._past.clear()
-        if self._connected_here:
-            self._connected_here = False
-            await asyncio.to_thread(ray.shutdown)
+        await CONNECTION.leave(self)
 
     async def _join(self, node: str, name: str) -> None:
         self._forget(node)
@@ -140,46 +132,3 @@ def _nodes() -> dict[str, str]:
         for node in ray.nodes()
         if node["Alive"] and node["Resources"].get("CPU")
     }
-
-
-async def _connect(address: str) -> None:
-    remedy = 'start one with `ray start --head`, or set SandboxConfig.cluster="" to run on this machine alone'
-    if address != "auto":
-        host, _, port = address.rpartition(":")
-        try:  # Ray itself would go on asking for minutes
-            _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), _KNOCK_SECONDS)
-        except (OSError, ValueError) as error:
-            reason = f"no Ray cluster answers at {address!r} ({error}); the address is host:port"
-            raise SandboxUnavailable(f"{reason}; {remedy}") from error
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-    try:
-        await asyncio.wait_for(_initialize(address), _CONNECT_SECONDS)
-    except TimeoutError as error:
-        reason = f"what answers at {address!r} is no Ray cluster that lets us in within {_CONNECT_SECONDS:g} s"
-        raise SandboxUnavailable(f"{reason}; {remedy}") from error
-    except (ConnectionError, RuntimeError) as error:
-        raise SandboxUnavailable(f"cannot join the Ray cluster at {address!r}: {error}; {remedy}") from error
-
-
-async def _initialize(address: str) -> None:
-    """Connect in a thread of its own: Ray blocks, may do so for ever, and leaves SIGTERM's handler alone only there."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def tell(error: Exception | None) -> None:
-        if not done.done():
-            done.set_result(None) if error is None else done.set_exception(error)
-
-    def work() -> None:
-        outcome = None
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:
-            outcome = error
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(tell, outcome)
-
-    threading.Thread(target=work, name="ray.init", daemon=True).start()
-    await done

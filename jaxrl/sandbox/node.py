@@ -5,18 +5,27 @@ Knows nothing of Ray, which makes an actor of it; see ``node_link`` for the othe
 """
 
 import asyncio
+import dataclasses
 import functools
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
 
+from jaxrl import __version__
 from jaxrl.sandbox.jail import SandboxUnavailable
-from jaxrl.sandbox.languages import Language
+from jaxrl.sandbox.node_orders import (
+    Answer,
+    CallOrder,
+    CellOrder,
+    EndOrder,
+    ForkOrder,
+    Order,
+    Outcomes,
+    ReplayOrder,
+)
 from jaxrl.sandbox.pool import Pool
-from jaxrl.sandbox.protocol import Limits
-from jaxrl.sandbox.result import Result, fault
+from jaxrl.sandbox.protocol import Call
 
 BATCH_CALLS = 64  # so many leave without waiting for more
 BATCH_SECONDS = 0.005  # shortest time between two smaller batches
@@ -25,80 +34,34 @@ _MOST_ANSWERS = 256
 _BAD_ARGUMENTS = (ValueError, TypeError, OverflowError, struct.error)  # what packing a call says of them
 
 
-class Order(NamedTuple):
-    """A call on its way to a node: the arguments of ``Pool.run`` under the cluster's own number."""
-
-    id: int
-    code: str
-    stdin: str
-    echo: bool
-    limits: Limits
-    tenant: str
-    files: Mapping[str, bytes] | None
-    wanted: tuple[str, ...]
-    language: str | Language
-    processes: bool
-
-    def size(self) -> int:
-        """About how many bytes it takes."""
-        return len(self.code) + len(self.stdin) + sum(map(len, (self.files or {}).values()))
-
-
-class Answer(NamedTuple):
-    """How an order ended: with a result, by a fault of the node's own, refused, or nothing of it where cancelled."""
-
-    id: int
-    result: Result | None
-    fault: str = ""  # there is no pool on the node any more
-    refusal: Exception | None = None  # SandboxUnavailable or ValueError: what is wrong with the order
-
-    def size(self) -> int:
-        """About how many bytes it takes."""
-        if self.result is None:
-            return len(self.fault)
-        return len(self.result.stdout) + len(self.result.stderr) + sum(map(len, self.result.files.values()))
-
-
 class NodePool:
-    """A pool that is asked from another machine.
+    """A pool that is asked from another machine."""
 
-    Args:
-        make_pool: makes the pool, on this machine.
-    """
-
-    def __init__(self, make_pool: Callable[[], Pool]) -> None:
-        self._make_pool = make_pool
+    def __init__(self) -> None:
         self._pool: Pool | None = None
-        self._running: dict[int, asyncio.Task[Result]] = {}
+        self._running: dict[int, asyncio.Task[Outcomes]] = {}
         self._finished: deque[Answer] = deque()
         self._news = asyncio.Event()
         self._collected = 0.0  # time.monotonic() of the last batch of answers
 
-    async def start(self) -> None:
-        """Start the pool.
+    async def version(self) -> str:
+        """Of the jaxrl that is installed here."""
+        return __version__
+
+    async def start(self, make_pool: Callable[[], Pool]) -> None:
+        """Make a pool on this machine, and start it.
 
         Raises:
             SandboxUnavailable, ValueError: as the pool does.
         """
-        self._pool = self._make_pool()
+        self._pool = make_pool()
         await self._pool.start()
 
     async def submit(self, orders: list[Order]) -> None:
-        """Begin calls; ``collect`` tells how they ended."""
+        """Begin what is ordered; ``collect`` tells how it ended."""
         assert self._pool is not None
         for order in orders:
-            call = self._pool.run(
-                order.code,
-                stdin=order.stdin,
-                echo=order.echo,
-                limits=order.limits,
-                tenant=order.tenant,
-                files=order.files,
-                wanted=order.wanted,
-                language=order.language,
-                processes=order.processes,
-            )
-            task = self._running[order.id] = asyncio.create_task(call)
+            task = self._running[order.id] = asyncio.create_task(_carry_out(order, self._pool))
             task.add_done_callback(functools.partial(self._finish, order))
 
     async def cancel(self, ids: list[int]) -> None:
@@ -132,7 +95,7 @@ class NodePool:
         if self._pool is not None:
             await self._pool.close()
 
-    def _finish(self, order: Order, task: asyncio.Task[Result]) -> None:
+    def _finish(self, order: Order, task: asyncio.Task[Outcomes]) -> None:
         del self._running[order.id]
         if task.cancelled():
             answer = Answer(order.id, None)
@@ -144,14 +107,46 @@ class NodePool:
         self._news.set()
 
 
+async def _carry_out(order: Order, pool: Pool) -> Outcomes:
+    match order:
+        case CallOrder():
+            return await pool.run(
+                order.code,
+                stdin=order.stdin,
+                echo=order.echo,
+                limits=order.limits,
+                tenant=order.tenant,
+                files=order.files,
+                wanted=order.wanted,
+                language=order.language,
+                processes=order.processes,
+            )
+        case ReplayOrder():
+            return await pool.backend().run(_of_here(order.call, pool))
+        case CellOrder():
+            return await pool.backend().submit(_of_here(order.call, pool), order.head)
+        case ForkOrder():
+            return tuple(await pool.backend().fork(order.process, list(order.copies)))
+        case EndOrder():
+            ended = pool.backend().end(order.process)
+            if ended is not None:
+                await ended
+            return ()
+
+
+def _of_here(call: Call, pool: Pool) -> Call:
+    """The call under a number of this pool, in the time of this machine's clock."""
+    return dataclasses.replace(call, id=pool.backend().next_id(), submitted=time.monotonic())
+
+
 def unfinished(order: Order, error: BaseException) -> Answer:
     """A plain call of Python is unavailable only where there is no jail any more; others also ask for what may lack."""
     words = f"{type(error).__name__}: {error}"
-    plain = order.language == "python" and not order.processes
+    plain = not isinstance(order, CallOrder) or (order.language == "python" and not order.processes)
     if isinstance(error, SandboxUnavailable) and not plain:
         return Answer(order.id, None, refusal=SandboxUnavailable(str(error)))
     if isinstance(error, RuntimeError):  # the jail is gone for good, or the pool is closed
         return Answer(order.id, None, fault=words)
     if isinstance(error, _BAD_ARGUMENTS):
         return Answer(order.id, None, refusal=ValueError(words))
-    return Answer(order.id, fault(words, attempts=1))  # of this one call; the node has room for others
+    return Answer(order.id, order.failed(words))  # of this one; the node has room for others

@@ -2,20 +2,24 @@
 
 import asyncio
 import contextlib
+import pickle
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jaxrl import __version__
 from jaxrl.sandbox.jail import SandboxUnavailable
-from jaxrl.sandbox.node import BATCH_BYTES, BATCH_CALLS, BATCH_SECONDS, Answer, NodePool, Order
+from jaxrl.sandbox.node import BATCH_BYTES, BATCH_CALLS, BATCH_SECONDS, NodePool
+from jaxrl.sandbox.node_orders import Answer, Order
 from jaxrl.sandbox.pool import Pool
 
 _START_SECONDS = 300.0
 _CLOSE_SECONDS = 15.0
 _MOST_WORDS = 400
+_UNWRITABLE = (TypeError, ValueError, AttributeError, pickle.PicklingError)  # what Ray raises for what it cannot pickle
 _COLLECT_SECONDS = 1.0  # a node with nothing to tell says so this often
 
 
@@ -30,9 +34,9 @@ class NodeLink:
         node: Ray's id of the node, in hexadecimal.
         name: of the node, for people.
         make_pool: makes the pool, on the node.
-        window: calls that may be there at once, running or waiting.
+        window: orders that may be there at once, running or waiting, besides those that could be nowhere else.
         silence_seconds: a node that says nothing for so long counts as lost.
-        on_room: told by how many calls the room on this node grows, or shrinks.
+        on_room: told by how many orders the room on this node grows, or shrinks.
     """
 
     def __init__(
@@ -46,14 +50,15 @@ class NodeLink:
     ) -> None:
         self.name = name
         self.alive = False
-        self.taken = 0  # calls so far
+        self.taken = 0  # orders so far
         self._node = node
         self._make_pool = make_pool
         self._window = window
         self._silence_seconds = silence_seconds
         self._on_room = on_room
         self._actor: Any = None
-        self._pending: dict[int, asyncio.Future[Answer]] = {}  # every call that takes room
+        self._pending: dict[int, asyncio.Future[Answer]] = {}  # by order
+        self._bound: set[int] = set()  # of these, the ones that take no room
         self._outgoing: dict[int, Order] = {}
         self._outgoing_bytes = 0
         self._cancelled: list[int] = []
@@ -64,7 +69,7 @@ class NodeLink:
 
     @property
     def free(self) -> int:
-        return self._window - len(self._pending) if self.alive else 0
+        return self._window - len(self._pending) + len(self._bound) if self.alive else 0
 
     @property
     def busy(self) -> bool:
@@ -75,7 +80,7 @@ class NodeLink:
         """Make the actor and wait until its pool is warm.
 
         Raises:
-            SandboxUnavailable: there is no jail on the node; the text says why.
+            SandboxUnavailable: there is no jail on the node, or another jaxrl; the text says what and why.
             NodeLost: there is no such node any more, or Ray starts nothing there.
         """
         self._actor = (
@@ -86,10 +91,12 @@ class NodeLink:
                 max_task_retries=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(self._node, soft=False),
             )
-            .remote(self._make_pool)
+            .remote()
         )
         try:
-            await asyncio.wait_for(self._actor.start.remote(), _START_SECONDS)
+            async with asyncio.timeout(_START_SECONDS):
+                self._compare(await self._actor.version.remote())
+                await self._actor.start.remote(self._make_pool)
         except BaseException as error:
             await self._kill()
             if isinstance(error, ray.exceptions.RayTaskError):
@@ -101,19 +108,40 @@ class NodeLink:
         self._collector = self._spawn(self._collect())
         self._on_room(self._window)
 
-    async def run(self, order: Order) -> Answer:
-        """Send a call and wait for its answer, which is a fault if the node is lost; cancelling this kills the call."""
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.taken += 1
-        self._pending[order.id] = future
-        self._outgoing[order.id] = order
-        self._outgoing_bytes += order.size()
-        self._flush_soon()
+    def _compare(self, version: str) -> None:
+        """Two versions may mean different things by the same bytes."""
+        if version != __version__:
+            raise SandboxUnavailable(
+                f"node {self.name} has jaxrl {version}, this machine {__version__}: install the same on every node"
+            )
+
+    async def run(self, order: Order, *, bound: bool = False) -> Answer:
+        """Send an order and wait for its answer, which is a fault if the node is lost; cancelling this kills the call.
+
+        Args:
+            bound: it could be carried out nowhere else, so nothing is gained by letting it wait elsewhere: it takes
+                no room.
+        """
         try:
-            return await future
+            return await self.send(order, bound=bound)
         except asyncio.CancelledError:
             self._cancel(order.id)
             raise
+
+    def send(self, order: Order, *, bound: bool) -> "asyncio.Future[Answer]":
+        """As ``run``, but an order that nobody needs to wait for; cancelling the future does not kill anything."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        if not self.alive:
+            future.set_result(Answer(order.id, None, "lost before"))
+            return future
+        self._outgoing_bytes += order.size()
+        self._outgoing[order.id] = order
+        self._pending[order.id] = future
+        if bound:
+            self._bound.add(order.id)
+        self.taken += 1
+        self._flush_soon()
+        return future
 
     def lose(self, reason: str) -> None:
         """Give the node up: its calls are over for their callers, and what still lives there is killed."""
@@ -126,6 +154,7 @@ class NodeLink:
             if not future.done():
                 future.set_result(Answer(id, None, reason))
         self._pending.clear()
+        self._bound.clear()
         self._stop_sending()
         if self._collector is not None and self._collector is not asyncio.current_task():
             self._collector.cancel()
@@ -154,10 +183,10 @@ class NodeLink:
         orders, cancelled = list(self._outgoing.values()), self._cancelled
         self._stop_sending()
         self._flushed = time.monotonic()
-        if orders:
-            self._spawn(self._deliver(self._actor.submit, orders))
         if cancelled:
             self._spawn(self._deliver(self._actor.cancel, cancelled))
+        if orders:
+            self._spawn(self._deliver(self._actor.submit, orders))
 
     def _stop_sending(self) -> None:
         """Nothing waits to be sent any more."""
@@ -166,11 +195,22 @@ class NodeLink:
             self._timer.cancel()
             self._timer = None
 
-    async def _deliver(self, method: Any, batch: list[Order] | list[int]) -> None:
+    async def _deliver(self, method: Any, batch: Sequence[Order | int]) -> None:
         try:
             await method.remote(batch)
         except Exception as error:  # whatever it was: callers of a batch that has not arrived would wait for ever
-            self.lose(_words(error))
+            if isinstance(error, ray.exceptions.RayError) or not isinstance(error, _UNWRITABLE):
+                self.lose(_words(error))
+            elif len(batch) == 1:
+                self._refuse(batch[0], error)
+            else:
+                for one in batch:
+                    await self._deliver(method, [one])
+
+    def _refuse(self, order: Order, error: Exception) -> None:
+        """An argument cannot travel, which is its caller's mistake and no loss of the node."""
+        reason = f"an argument that cannot be sent to a node: {type(error).__name__}: {_words(error)}"
+        self._settle(Answer(order.id, None, refusal=ValueError(reason)))
 
     def _cancel(self, id: int) -> None:
         order = self._outgoing.pop(id, None)
@@ -211,7 +251,10 @@ class NodeLink:
             return  # answered before
         if not future.done():
             future.set_result(answer)
-        self._on_room(1)
+        if answer.id in self._bound:
+            self._bound.remove(answer.id)
+        else:
+            self._on_room(1)
         if answer.fault:
             self.lose(answer.fault)  # there is no pool any more
 

@@ -356,8 +356,7 @@ class Pool:
             ValueError: live sessions are granted less memory together than this one may use alone.
         """
         terms = Terms(limits or self.limits, zlib.crc32(tenant.encode()), checkpoint, live and not self._unsafe)
-        if terms.live:
-            self._check_session_memory(terms.limits)
+        terms.check_memory(self._settings["session_memory_mib"])
         return Session(self.backend(), terms)
 
     def backend(self) -> Backend:
@@ -373,14 +372,6 @@ class Pool:
             result=self._finished_cell,
             cancelled=self._cancelled,
         )
-
-    def _check_session_memory(self, limits: Limits) -> None:
-        most, needed = self._settings["session_memory_mib"], limits.memory_mib + limits.disk_mib
-        if needed > most:
-            raise ValueError(
-                f"a session of memory_mib + disk_mib = {needed} may outgrow session_memory_mib={most}, and then be put "
-                "out after each cell; raise Pool(session_memory_mib=...), lower its limits, or take live=False"
-            )
 
     async def _fork_session(self, session: int, copies: list[int]) -> list[int]:
         try:

@@ -189,6 +189,7 @@ class Report(NamedTuple):
     files: bytes = b""  # returned, as ``files.pack`` lays them out
     files_left_out: int = 0
     survived: bool = False  # a cell's: the session's process, with all that the cell did, is there
+    node: str = ""  # of the cluster, where it ran; known to who asked that node, and not packed
 
     @staticmethod
     def without_run(call: Call, outcome: Outcome, attempts: int, fault: bytes = b"") -> "Report":

@@ -63,9 +63,7 @@ def fault(text: str, *, isolation: str = "", queue_seconds: float = 0.0, attempt
     )
 
 
-def result_of(
-    report: Report, isolation: str, *, rebuilt: bool = False, replay_differs: bool = False, node: str = ""
-) -> Result:
+def result_of(report: Report, isolation: str, *, rebuilt: bool = False, replay_differs: bool = False) -> Result:
     """What the caller is given of a warden's report."""
     stdout, stdout_bytes = _text(report.stdout)
     stderr, stderr_bytes = _text(report.stderr)
@@ -87,7 +85,7 @@ def result_of(
         files_left_out=report.files_left_out,
         stdout_bytes=stdout_bytes,
         stderr_bytes=stderr_bytes,
-        node=node,
+        node=report.node,
         rebuilt=rebuilt,
         replay_differs=replay_differs,
     )

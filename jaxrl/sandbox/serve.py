@@ -41,6 +41,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "queue-mib": (512, "and their requests together"),
         "body-mib": (32, "one request"),
         "drain-seconds": (30, "how long SIGTERM lets calls under way go on"),
+        "sessions": (256, "sessions open at once; then 429"),
+        "session-idle-seconds": (600, "a session that is not used for so long is ended"),
+        "session-mib": (64, "code and files that the cells of one session may be given"),
+        "session-memory-mib": (4096, "live sessions together; beyond, those unused for longest lose their processes"),
     }
     for name, (default, words) in whole.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{words} (default: %(default)s)")
@@ -94,7 +98,7 @@ def _settings(options: argparse.Namespace, kind: "type[ServerSettings]") -> "Ser
         )
     if not 0 <= options.port <= 65535:
         raise ValueError(f"--port {options.port} must lie between 0 and 65535")
-    for name in ("queue", "queue_mib", "body_mib"):
+    for name in ("queue", "queue_mib", "body_mib", "sessions", "session_idle_seconds", "session_mib"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     return kind(
@@ -103,6 +107,9 @@ def _settings(options: argparse.Namespace, kind: "type[ServerSettings]") -> "Ser
         body_bytes=options.body_mib << 20,
         waiting_bytes=options.queue_mib << 20,
         width=2 * (options.slots + options.slow_slots),
+        sessions=options.sessions,
+        idle_seconds=options.session_idle_seconds,
+        history_bytes=options.session_mib << 20,
     )
 
 
@@ -118,6 +125,7 @@ def _pool(options: argparse.Namespace) -> "Pool":
         preload=tuple(filter(None, options.preload.split(","))),
         unsafe=options.unsafe_sandbox,
         processes_without_cgroup=options.processes_without_cgroup,
+        session_memory_mib=options.session_memory_mib,
     )
 
 

@@ -19,7 +19,22 @@ from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.pool import Pool
 from jaxrl.sandbox.result import Result, fault
 from jaxrl.sandbox.room import RETRY_SECONDS, Refused, Room
-from jaxrl.sandbox.wire import BatchLine, BatchRequest, Health, Problem, RunRequest, capped
+from jaxrl.sandbox.served_sessions import ServedSessions
+from jaxrl.sandbox.session import Session
+from jaxrl.sandbox.wire import (
+    BatchLine,
+    BatchRequest,
+    CellRequest,
+    ClosedSession,
+    Copies,
+    ForkRequest,
+    Health,
+    OpenSession,
+    Problem,
+    RunRequest,
+    SessionRequest,
+    capped,
+)
 
 _METRICS_SECONDS = 5.0
 _LAST_ANSWERS_SECONDS = 2.0  # for what is being written when the drain is over
@@ -40,6 +55,9 @@ class ServerSettings:
         waiting_bytes: of all requests that are under way.
         width: calls of one batch that are in the pool at once.
         peer_seconds: a client that neither sends its request nor takes its results for so long is cut off.
+        sessions: open at once; further ones are refused with 429.
+        idle_seconds: a session that is not used for so long is ended.
+        history_bytes: code and files that the cells of one session may be given.
     """
 
     tokens: tuple[str, ...] = ()
@@ -48,6 +66,9 @@ class ServerSettings:
     waiting_bytes: int = 512 << 20
     width: int = 24
     peer_seconds: float = 60.0
+    sessions: int = 256
+    idle_seconds: float = 600.0
+    history_bytes: int = 64 << 20
 
 
 class SandboxServer:
@@ -58,6 +79,7 @@ class SandboxServer:
         self._settings = settings
         self._calls = Room(settings.calls, "calls", "--queue")
         self._bytes = Room(settings.waiting_bytes, "bytes", "--queue-mib")
+        self._sessions = ServedSessions(settings.sessions, settings.idle_seconds, settings.history_bytes)
         self._refused: Counter[int] = Counter()
         self._draining = False
         self._unavailable = False  # the last call found no jail
@@ -70,17 +92,26 @@ class SandboxServer:
             [
                 web.post("/v1/run", self._run),
                 web.post("/v1/batch", self._batch),
+                web.post("/v1/sessions", self._open_session),
+                web.post("/v1/sessions/{id}/cells", self._run_cell),
+                web.post("/v1/sessions/{id}/fork", self._fork_session),
+                web.delete("/v1/sessions/{id}", self._close_session),
                 web.get("/v1/health", self._health),
                 web.get("/metrics", self._metrics),
                 web.get("/openapi.json", self._openapi),
             ]
         )
+        application.on_cleanup.append(self._end_sessions)
         return application
 
     async def drain(self) -> None:
-        """Refuse new requests and wait until those under way are answered."""
+        """Refuse new requests, wait until those under way are answered, and end the sessions."""
         self._draining = True
         await self._bytes.empty.wait()
+        await self._sessions.close_all()
+
+    async def _end_sessions(self, application: web.Application) -> None:
+        await self._sessions.close_all()
 
     # Around every request
 
@@ -125,8 +156,11 @@ class SandboxServer:
         if len(tenant) > _LONGEST_TENANT or not tenant.isascii():
             limit = f"at most {_LONGEST_TENANT} ASCII characters"
             raise Refused(400, "bad X-Tenant", value=ascii(tenant)[:80], limit=limit, remedy="shorten it")
-        token = self._token_number(request.headers.get("Authorization")) if self._settings.tokens else 0
-        return f"{token}:{tenant}"
+        return f"{self._owner(request)}:{tenant}"
+
+    def _owner(self, request: web.Request) -> int:
+        """Number of the token, whose sessions are nobody else's."""
+        return self._token_number(request.headers.get("Authorization")) if self._settings.tokens else 0
 
     @contextlib.asynccontextmanager
     async def _body(self, request: web.Request, record: type) -> AsyncIterator[Any]:
@@ -212,9 +246,8 @@ class SandboxServer:
                 group.create_task(work())
 
     async def _call(self, asked: RunRequest, tenant: str) -> Result:
-        """The pool's result; whatever keeps the pool from giving one is a fault of ours, but for ValueError."""
-        try:
-            result = await self._pool.run(
+        return await self._outcome(
+            self._pool.run(
                 asked.code,
                 stdin=asked.stdin,
                 echo=asked.echo,
@@ -225,11 +258,20 @@ class SandboxServer:
                 language=asked.language,
                 processes=asked.processes,
             )
+        )
+
+    async def _outcome(self, call: Awaitable[Result]) -> Result:
+        """The pool's result; whatever keeps the pool from giving one is a fault of ours, but for ValueError."""
+        try:
+            result = await call
         except SandboxUnavailable as error:  # what only this call lacks was noticed before
             self._unavailable = True
             return fault(str(error))
         except ValueError:
             raise
+        except RuntimeError as error:  # pool or session is closed
+            _log.warning("a call could not be run: %s", error)
+            return fault(str(error))
         except Exception as error:
             _log.exception("a call could not be run")
             return fault(f"{type(error).__name__}: {error}")
@@ -247,6 +289,51 @@ class SandboxServer:
             value = f"{where}: language={asked.language!r}, processes={asked.processes}"
             remedy = "ask a server that has it, or mend this one's machine: `jaxrl sandbox doctor`"
             raise Refused(422, f"not available here: {error}", value=value, remedy=remedy) from error
+
+    async def _open_session(self, request: web.Request) -> web.Response:
+        tenant = self._tenant(request)
+        async with self._body(request, SessionRequest) as asked:
+            with self._sessions.room(1):
+                limits = capped(asked.limits, self._pool.limits)
+                try:
+                    session = self._pool.session(
+                        limits=limits, tenant=tenant, checkpoint=asked.checkpoint, live=asked.live
+                    )
+                except ValueError as error:
+                    remedy = "ask for less, or start the server with a larger --session-memory-mib"
+                    raise Refused(400, str(error), value="limits", limit="sessions that fit", remedy=remedy) from error
+                return _json(self._keep(session, request))
+
+    async def _run_cell(self, request: web.Request) -> web.Response:
+        with self._sessions.use(request.match_info["id"], self._owner(request)) as session:
+            async with self._body(request, CellRequest) as asked:
+                size = len(asked.code) + sum(map(len, asked.files.values()))
+                self._sessions.check_history(session, size)
+                with self._calls.hold(1):
+                    cell = session.run(asked.code, echo=asked.echo, files=asked.files, wanted=asked.wanted)
+                    try:
+                        return _json(await self._outcome(cell))
+                    except ValueError as error:
+                        raise _bad_call(error, "the cell") from error
+
+    async def _fork_session(self, request: web.Request) -> web.Response:
+        with self._sessions.use(request.match_info["id"], self._owner(request)) as session:
+            async with self._body(request, ForkRequest) as asked:
+                with self._calls.hold(1), self._sessions.room(asked.copies):
+                    try:
+                        copies = await session.fork(asked.copies)
+                    except RuntimeError as error:
+                        remedy = "try again; then see /v1/health"
+                        raise Refused(503, f"the session could not be copied: {error}", remedy=remedy) from error
+                    return _json(Copies([self._keep(copy, request) for copy in copies]))
+
+    def _keep(self, session: Session, request: web.Request) -> OpenSession:
+        return OpenSession(self._sessions.add(session, self._owner(request)), self._settings.idle_seconds)
+
+    async def _close_session(self, request: web.Request) -> web.Response:
+        id = request.match_info["id"]
+        await self._sessions.close(id, self._owner(request))
+        return _json(ClosedSession(id))
 
     async def _health(self, request: web.Request) -> web.Response:
         status = "draining" if self._draining else "unavailable" if self._unavailable else "ok"
@@ -267,7 +354,7 @@ class SandboxServer:
             raise Refused(
                 503, "the pool's warden does not answer", remedy="try again; then restart the server"
             ) from error
-        text = exposition.render(metrics, self._refused)
+        text = exposition.render(metrics, self._refused, len(self._sessions))
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _openapi(self, request: web.Request) -> web.Response:

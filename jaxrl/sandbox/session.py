@@ -19,6 +19,8 @@ from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits
 from jaxrl.sandbox.result import Result
 from jaxrl.statuses import ToolStatus
 
+_CELL_BYTES = 512  # of a remembered cell, besides its code and files
+
 
 class Backend(NamedTuple):
     """What a session needs of its pool."""
@@ -53,6 +55,19 @@ class Terms:
     checkpoint: bool
     live: bool
 
+    def check_memory(self, most: int) -> None:
+        """Refuse a live session that would be put out by itself, where all together are granted so many MiB.
+
+        Raises:
+            ValueError: saying what to change.
+        """
+        needed = self.limits.memory_mib + self.limits.disk_mib
+        if self.live and needed > most:
+            raise ValueError(
+                f"a session of memory_mib + disk_mib = {needed} may outgrow session_memory_mib={most}, and then be put "
+                "out after each cell; raise Pool(session_memory_mib=...), lower its limits, or take live=False"
+            )
+
 
 class Session:
     """A notebook in a process of its own. Made by ``Pool.session`` and by ``fork``; close it, or use ``async with``."""
@@ -82,6 +97,11 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    @property
+    def history_bytes(self) -> int:
+        """About what is kept to rebuild it: code and files of its cells."""
+        return sum(len(cell.code) + len(cell.files) + _CELL_BYTES for cell in self._history)
 
     async def close(self) -> None:
         """End the process, which is gone when this returns, and forget the history. Copies live on."""
@@ -180,11 +200,11 @@ class Session:
 
     async def _run_live(self, cell: Cell, wanted: Sequence[str], submitted: float) -> Result:
         """In the session's process, which is rebuilt first where it is lost; into the history unless it cost that."""
-        attempts = in_vain = 0
-        fault = b"its session could not be rebuilt"
+        attempts, in_vain, fault = 0, 0, b""
         while attempts < ATTEMPTS and in_vain < VAIN_LOSSES:
-            if self._process == 0 and self._begun and not await self._rebuild():
-                in_vain += 1
+            lost = await self._rebuild() if self._process == 0 and self._begun else None
+            if lost is not None:
+                in_vain, fault = in_vain + 1, b"its session could not be rebuilt: " + lost.stderr
                 continue
             call = self._call(cell.code, cell, wanted, submitted, attempts=attempts)
             report = await self._run_cell(call, self._terms.checkpoint)
@@ -220,21 +240,21 @@ class Session:
             self._begun = True
         return report
 
-    async def _rebuild(self) -> bool:
-        """Run the history in a new process; whether that stands. The next result tells of it."""
+    async def _rebuild(self) -> Report | None:
+        """Run the history in a new process, of which the next result tells; if that was lost, the report of it."""
         self._rebuilt = True
         while True:
             for index, cell in enumerate(self._history):
                 report = await self._run_cell(self._call(cell.code, cell, (), time.monotonic()), checkpoint=False)
                 if report.outcome is Outcome.LOST:
-                    return False
+                    return report
                 if not report.survived:
                     del self._history[index]
                     self._replay_differs = True
                     break
                 self._replay_differs |= _digest(report) != cell.digest
             else:
-                return True
+                return None
 
     async def _run_all(self, cell: Cell, wanted: Sequence[str], submitted: float) -> Result:
         """Replay-only: history and cell in one fresh process."""

@@ -73,6 +73,67 @@ class BatchLine:
 
 
 @dataclasses.dataclass(frozen=True)
+class SessionRequest:
+    """A new session. The arguments of ``Pool.session``."""
+
+    limits: PartialLimits | None = None
+    checkpoint: bool = dataclasses.field(
+        metadata=_about("Copy the process before every cell, so that one that is killed costs nothing but itself."),
+        default=False,
+    )
+    live: bool = dataclasses.field(
+        metadata=_about("Keep a process; otherwise each cell runs behind all earlier ones."), default=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CellRequest:
+    """A cell of a session. The arguments of ``Session.run``."""
+
+    code: str = dataclasses.field(metadata=_about("Python source."))
+    echo: bool = dataclasses.field(
+        metadata=_about("Print the repr of a trailing expression, as a notebook does."), default=True
+    )
+    files: Mapping[str, bytes] = dataclasses.field(
+        metadata=_about("Content by relative path, laid out before the code begins."), default_factory=dict
+    )
+    wanted: Sequence[str] = dataclasses.field(
+        metadata=_about("Patterns (fnmatch, relative paths) of files to return at the end.")
+        | {"maxItems": _MOST_PATTERNS},
+        default=(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ForkRequest:
+    """Copies of a session."""
+
+    copies: int = dataclasses.field(metadata=_about("How many.") | {"minimum": 1})
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenSession:
+    """A session that is there, for who knows its id."""
+
+    id: str
+    idle_seconds: float = dataclasses.field(metadata=_about("It ends when it is not used for so long."))
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """What a fork made."""
+
+    sessions: Sequence[OpenSession]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedSession:
+    """A session that was ended; nothing is left of it."""
+
+    id: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Health:
     """What a server is, and whether it takes calls."""
 
@@ -114,8 +175,12 @@ def request(
     if language != "python" and (isinstance(language, Language) or language not in LANGUAGES):
         known = ", ".join(["python", *LANGUAGES])
         raise ValueError(f"a sandbox server runs {known}, not {language!r}; take a Pool for languages of your own")
-    partial = PartialLimits(**dataclasses.asdict(limits)) if limits is not None else None
-    return RunRequest(code, stdin, echo, partial, files or {}, wanted, language, processes)
+    return RunRequest(code, stdin, echo, partial(limits), files or {}, wanted, language, processes)
+
+
+def partial(limits: Limits | None) -> Any:
+    """Limits as they are asked for: a PartialLimits, or None."""
+    return None if limits is None else PartialLimits(**dataclasses.asdict(limits))
 
 
 def capped(asked: Any, most: Limits) -> Limits:

@@ -8,32 +8,27 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import tracemalloc
-from collections.abc import Awaitable, Callable, Iterator
+import unittest.mock
+from collections.abc import Awaitable, Callable
 
 import pytest
 
+from jaxrl import __version__
 from jaxrl.config import ConfigError, SandboxConfig
 from jaxrl.envs.python_tool import PythonTool
 from jaxrl.sandbox import ClusterPool, Limits, Pool, Result, SandboxUnavailable, pool_from_config
 from jaxrl.sandbox.bench.processes import descendants, is_alive
-from jaxrl.sandbox.node import Order, unfinished
+from jaxrl.sandbox.node import unfinished
+from jaxrl.sandbox.node_orders import CallOrder
 from jaxrl.statuses import ToolStatus
 from tests.sandbox.driver import LIMITS
-from tests.sandbox.ray_nodes import ClusterProcess, RayNodes, in_cluster, on_common_pool
+from tests.sandbox.ray_nodes import RayNodes, in_cluster, on_common_pool
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs Ray: pip install "jaxrl[ray]"')
 
 OK = ToolStatus.OK
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[ClusterProcess]:
-    process = ClusterProcess()
-    try:
-        yield process
-    finally:
-        assert process.close() == {"processes": []}
 
 
 def pool_on(nodes: RayNodes, **settings: object) -> ClusterPool:
@@ -155,17 +150,23 @@ async def test_tenants_take_turns(nodes: RayNodes, pool: ClusterPool) -> None:
 
 
 @on_common_pool
-async def test_waiting_call_takes_little_memory(nodes: RayNodes, pool: ClusterPool) -> None:
-    calls = 5000
-    tracemalloc.start()
-    tasks = [asyncio.create_task(pool.run(f"print({number})")) for number in range(calls)]
-    await asyncio.sleep(0)
-    size, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    for task in tasks:
-        task.cancel()
-    assert all(isinstance(end, asyncio.CancelledError) for end in await ends(*tasks))
-    assert size < 2048 * calls, size / calls
+async def test_arguments_that_cannot_be_sent_keep_no_room_and_lose_no_node(nodes: RayNodes, pool: ClusterPool) -> None:
+    """Calls that leave in one batch with one that cannot be written down are none the worse for it."""
+    for wrong in ({"code": None}, {"code": b"1"}, {"code": "1", "stdin": None}, {"code": "1", "wanted": "*"}):
+        with pytest.raises(TypeError):
+            await pool.run(**wrong)  # type: ignore[arg-type]
+    unwritable = pool.run("1", echo=threading.Lock())  # type: ignore[arg-type]
+    before, *good = await ends(unwritable, *(pool.run(f"{n}") for n in range(5)))
+    assert isinstance(before, ValueError) and "cannot be sent to a node" in str(before)
+    assert [result.stdout for result in good] == [f"{n}\n" for n in range(5)]
+    assert [link.free for link in pool._members.living] == [5, 5]
+
+
+@on_common_pool
+async def test_pool_of_another_event_loop_says_so(nodes: RayNodes, pool: ClusterPool) -> None:
+    for work in (pool.run("1"), pool.session().run("1"), pool.close()):
+        with pytest.raises(RuntimeError, match="started in another event loop"):
+            await asyncio.to_thread(asyncio.run, work)
 
 
 @on_common_pool
@@ -340,18 +341,19 @@ async def test_cancelling(nodes: RayNodes, pool: ClusterPool) -> None:
 @pytest.mark.slow
 @in_cluster
 async def test_close_leaves_nothing_and_the_pool_opens_again(nodes: RayNodes) -> None:
+    """Of more calls than may wait on the nodes."""
     nodes.have(2)
     pool = pool_on(nodes)
     on_termination = signal.getsignal(signal.SIGTERM)  # the trainer's own, in a run
     seen: list[int] = []
     for _ in range(2):
         async with pool:
-            tasks = [asyncio.create_task(pool.run("import time; time.sleep(60)")) for _ in range(80)]
+            tasks = [asyncio.create_task(pool.run("import time; time.sleep(60)")) for _ in range(120)]
             await asyncio.sleep(0.5)
             actors = nodes.all_actors()
             below = [pid for actor in actors for pid in descendants(actor)]
         assert len(actors) == 2 and len(below) >= 6
-        assert all(isinstance(end, RuntimeError) and "not open" in str(end) for end in await ends(*tasks))
+        assert all(isinstance(end, RuntimeError) and "was closed" in str(end) for end in await ends(*tasks))
         with pytest.raises(RuntimeError, match="not open"):
             await pool.run("1")
         seen += actors + below
@@ -367,6 +369,41 @@ async def test_python_tool_runs_on_a_cluster(nodes: RayNodes) -> None:
     async with pool_from_config(config) as pool:
         call = await PythonTool(pool).call({"code": "6 * 7"}, seconds=5.0)
     assert (call.status, call.stdout) == (OK, "42\n")
+
+
+@in_cluster
+async def test_pools_of_one_process_share_its_connection(nodes: RayNodes) -> None:
+    """They start and end in any order; the last one to leave disconnects, unless there was a connection before."""
+    import ray
+
+    nodes.have(1)
+    first, second = pool_on(nodes), pool_on(nodes)
+    await asyncio.gather(first.start(), second.start())
+    await first.close()
+    assert ray_is_connected()
+    assert (await second.run("1")).stdout == "1\n"
+    port = nodes.address.rpartition(":")[2]
+    with pytest.raises(
+        SandboxUnavailable, match=f"connected to the Ray cluster at '127.0.0.1:{port}', not '127.0.0.1:1'"
+    ):
+        await ClusterPool("127.0.0.1:1").start()
+    await second.close()
+    assert not ray_is_connected()
+    ray.init(address=nodes.address, log_to_driver=False)
+    async with ClusterPool(f"localhost:{port}", LIMITS, workers=1, slots=1, preload=()) as third:
+        assert (await third.run("1")).stdout == "1\n"
+    assert ray_is_connected()
+    ray.shutdown()
+
+
+@in_cluster
+async def test_node_with_another_jaxrl_is_named(nodes: RayNodes) -> None:
+    nodes.have(1)
+    with (
+        unittest.mock.patch("jaxrl.sandbox.node_link.__version__", "0.0.0"),
+        pytest.raises(SandboxUnavailable, match=f"node 127.0.0.1/.* has jaxrl {__version__}, this machine 0.0.0: "),
+    ):
+        await pool_on(nodes).start()
 
 
 @in_cluster
@@ -404,18 +441,18 @@ def test_address_where_nothing_answers(address: str) -> None:
 def test_what_a_node_lacks_is_told_from_a_node_that_is_lost(
     language: str, processes: bool, error: Exception, lost: bool
 ) -> None:
-    answer = unfinished(Order(7, "1", "", True, LIMITS, "", None, (), language, processes), error)
-    assert (answer.id, answer.result) == (7, None)
+    answer = unfinished(CallOrder(7, "1", "", True, LIMITS, "", None, (), language, processes), error)
+    assert (answer.id, answer.outcome) == (7, None)
     assert bool(answer.fault) == lost
     assert lost or isinstance(answer.refusal, SandboxUnavailable | ValueError)
 
 
 @pytest.mark.parametrize("error", [OSError("too many open files"), KeyError("a bug"), AssertionError()])
 def test_what_breaks_one_call_on_a_node_is_a_fault_of_ours_and_no_loss(error: Exception) -> None:
-    answer = unfinished(Order(7, "1", "", True, LIMITS, "", None, (), "python", False), error)
+    answer = unfinished(CallOrder(7, "1", "", True, LIMITS, "", None, (), "python", False), error)
     assert (answer.fault, answer.refusal) == ("", None)
-    assert answer.result is not None and answer.result.status is ToolStatus.INFRA_ERROR
-    assert type(error).__name__ in answer.result.stderr
+    assert isinstance(answer.outcome, Result) and answer.outcome.status is ToolStatus.INFRA_ERROR
+    assert type(error).__name__ in answer.outcome.stderr
 
 
 def test_configuration_chooses_the_pool() -> None:
@@ -423,6 +460,41 @@ def test_configuration_chooses_the_pool() -> None:
     pool = pool_from_config(SandboxConfig(cluster="auto", memory_mib=99, unsafe=True))
     assert isinstance(pool, ClusterPool)
     assert (pool.limits.memory_mib, pool.isolation) == (99, "unsafe: none")
+
+
+def test_session_that_would_be_put_out_by_itself_is_refused() -> None:
+    pool = ClusterPool("auto", Limits(memory_mib=80, disk_mib=8), session_memory_mib=87)
+    with pytest.raises(ValueError, match="disk_mib = 88 may outgrow session_memory_mib=87"):
+        pool.session()
+    pool.session(live=False)
+
+
+class NoNodes:
+    """A cluster in which everybody waits."""
+
+    deserted = False
+    living = ()
+
+
+def test_waiting_call_takes_little_memory() -> None:
+    """In this process, since one with Ray's threads may crash when tracing of memory begins or ends."""
+    calls = 5000
+
+    async def wait() -> int:
+        pool = ClusterPool("auto", preload=())
+        pool._members = NoNodes()  # type: ignore[assignment]
+        tracemalloc.start()
+        tasks = [asyncio.create_task(pool.run(f"print({number})")) for number in range(calls)]
+        await asyncio.sleep(0)
+        size, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert pool._admission.waiting()[0] == calls
+        for task in tasks:
+            task.cancel()
+        assert all(isinstance(end, asyncio.CancelledError) for end in await ends(*tasks))
+        return size
+
+    assert asyncio.run(wait()) < 2048 * calls
 
 
 def test_absent_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

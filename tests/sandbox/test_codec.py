@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
@@ -13,7 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.records import ToolStatus
-from jaxrl.sandbox import ClusterPool, Language, Limits, Pool, Result, Runner, SandboxClient, codec, openapi, wire
+from jaxrl.sandbox import (
+    ClusterPool,
+    Language,
+    Limits,
+    Pool,
+    RemoteSession,
+    Result,
+    Runner,
+    RunnerSession,
+    SandboxClient,
+    Session,
+    codec,
+    openapi,
+    wire,
+)
 from tests.sandbox.driver import Driver
 
 DOCUMENT = openapi.document()
@@ -159,6 +174,24 @@ def test_pools_and_request_take_the_same_arguments() -> None:
     assert [field.name for field in dataclasses.fields(wire.RunRequest)] == [
         name for name in arguments if name not in ("self", "tenant")
     ]
+
+
+def test_sessions_and_requests_take_the_same_arguments() -> None:
+    def arguments(work: Callable[..., object]) -> list[inspect.Parameter]:
+        names = {"Language": Language, "Result": Result}
+        return list(inspect.signature(work, eval_str=True, locals=names).parameters.values())
+
+    def fields(record: type) -> list[str]:
+        return [field.name for field in dataclasses.fields(record)]
+
+    for kind in (Pool, ClusterPool, SandboxClient):
+        assert arguments(Runner.session) == arguments(kind.session), kind
+    for kind in (Session, RemoteSession):
+        for name in ("run", "fork", "close"):
+            assert arguments(getattr(RunnerSession, name)) == arguments(getattr(kind, name)), (kind, name)
+    opening = [argument.name for argument in arguments(Runner.session)]
+    assert fields(wire.SessionRequest) == [name for name in opening if name not in ("self", "tenant")]
+    assert fields(wire.CellRequest) == [argument.name for argument in arguments(RunnerSession.run)[1:]]
 
 
 def test_no_limit_of_a_call_exceeds_the_server() -> None:

@@ -1,0 +1,137 @@
+"""A session on a server: the same cells, results and copies as ``Session``, over HTTP."""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from jaxrl.sandbox import wire
+from jaxrl.sandbox.jail import SandboxUnavailable
+from jaxrl.sandbox.protocol import check_texts
+from jaxrl.sandbox.result import Result, fault
+from jaxrl.statuses import ToolStatus
+
+
+class NotAnswered(Exception):
+    """A request was not carried out, or its answer did not arrive; the text says why."""
+
+
+class Patience(NamedTuple):
+    """For how many seconds a request is sent again."""
+
+    full: float  # to a server that has no room for it
+    away: float  # to one that refuses connections or is shutting down
+
+
+class SessionChannel(NamedTuple):
+    """What the sessions of one client share."""
+
+    # (method, path, record or None, type of the answer, tenant, patience) to the answer, or NotAnswered is raised
+    ask: Callable[[str, str, Any, type, str, Patience], Awaitable[Any]]
+    open: set[str]  # ids of those that are there
+    patience: float  # for a server that is away, or has no room for one more session
+
+
+class RemoteSession:
+    """Made by ``SandboxClient.session`` and by ``fork``; close it, or use ``async with``."""
+
+    def __init__(self, shared: SessionChannel, terms: wire.SessionRequest, tenant: str, id: str = "") -> None:
+        self._shared = shared
+        self._terms = terms
+        self._tenant = tenant
+        self._id = id  # "" until the server has been asked for a session
+        self._turn = asyncio.Lock()
+        self._open = True
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def run(
+        self,
+        code: str,
+        echo: bool = True,
+        files: Mapping[str, bytes] | None = None,
+        wanted: Sequence[str] = (),
+    ) -> Result:
+        """Run a cell, as ``Session.run``. Where the server has no such session any more it is an ``infra_error``.
+
+        Raises:
+            ValueError: the server refuses the files, or the cells of this session are too large together.
+            TypeError: code or wanted of a wrong type.
+            PermissionError: the token is missing or wrong.
+            RuntimeError: the session or the client is closed.
+        """
+        check_texts(code, "", wanted)
+        cell = wire.CellRequest(code, echo, files or {}, wanted)
+        async with self._turn:
+            self._check_open()
+            patience = Patience(math.inf, self._shared.patience)
+            try:
+                await self._begin()
+                result = await self._ask("POST", f"/{self._id}/cells", cell, Result, patience)
+            except NotAnswered as error:
+                result = fault(str(error))
+            if result.status is ToolStatus.INFRA_ERROR:
+                self._check_open()  # that it was closed meanwhile is no fault
+            return result
+
+    async def fork(self, copies: int) -> "list[RemoteSession]":
+        """Copies of this session, as ``Session.fork``.
+
+        Raises:
+            ValueError: ``copies`` is not positive.
+            SandboxUnavailable: the server cannot be reached, has no such session any more, or no room for the copies.
+            PermissionError: the token is missing or wrong.
+            RuntimeError: the session or the client is closed.
+        """
+        async with self._turn:
+            self._check_open()
+            patience = Patience(self._shared.patience, self._shared.patience)
+            try:
+                await self._begin()
+                asked = wire.ForkRequest(copies)
+                made = await self._ask("POST", f"/{self._id}/fork", asked, wire.Copies, patience)
+            except NotAnswered as error:
+                self._check_open()
+                raise SandboxUnavailable(f"the session could not be copied: {error}") from error
+            return [self._opened(copy.id) for copy in made.sessions]
+
+    async def close(self) -> None:
+        """End the session, a cell that is under way included; its copies live on.
+
+        A server that cannot be reached ends it when it has not been used for long.
+        """
+        self._open = False
+        if not self._id:
+            async with self._turn:  # it may be about to be opened
+                pass
+        if self._id in self._shared.open:
+            self._shared.open.discard(self._id)
+            with contextlib.suppress(NotAnswered, RuntimeError):
+                await self._ask("DELETE", f"/{self._id}", None, wire.ClosedSession, Patience(0.0, 0.0))
+
+    async def _begin(self) -> None:
+        if self._id:
+            return
+        patience = Patience(self._shared.patience, self._shared.patience)
+        self._id = (await self._ask("POST", "", self._terms, wire.OpenSession, patience)).id
+        self._shared.open.add(self._id)
+        self._check_open()
+
+    async def _ask(self, method: str, path: str, asked: Any, answer: type, patience: Patience) -> Any:
+        return await self._shared.ask(method, f"/v1/sessions{path}", asked, answer, self._tenant, patience)
+
+    def _opened(self, id: str) -> "RemoteSession":
+        self._shared.open.add(id)
+        return RemoteSession(self._shared, self._terms, self._tenant, id)
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise RuntimeError("the session is closed: use it inside `async with`, or close it later")

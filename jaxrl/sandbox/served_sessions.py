@@ -1,0 +1,130 @@
+"""The sessions that a server keeps for its clients: by ids that nobody guesses, bounded, and ended when left alone."""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Iterator
+
+from jaxrl.sandbox.room import RETRY_SECONDS, Refused
+from jaxrl.sandbox.session import Session
+
+_ID_BYTES = 24  # of randomness
+
+
+class _Kept:
+    """A session, and for how many requests it is in use."""
+
+    def __init__(self, session: Session, owner: int) -> None:
+        self.session = session
+        self.owner = owner
+        self.users = 0
+        self.end: asyncio.TimerHandle | None = None
+
+
+class ServedSessions:
+    """Sessions by id.
+
+    Args:
+        most: open at once.
+        idle_seconds: one that is not used for so long is ended, since its client may have vanished.
+        history_bytes: code and files that one session may be given, which are kept for its rebuilding.
+    """
+
+    def __init__(self, most: int, idle_seconds: float, history_bytes: int) -> None:
+        self.idle_seconds = idle_seconds
+        self._most = most
+        self._history_bytes = history_bytes
+        self._kept: dict[str, _Kept] = {}
+        self._expected = 0  # places that are held for copies under way
+        self._endings: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, session: Session, owner: int) -> str:
+        """Keep a session; its id.
+
+        Args:
+            owner: who alone may use it.
+        """
+        id = secrets.token_urlsafe(_ID_BYTES)
+        self._kept[id] = kept = _Kept(session, owner)
+        self._leave_alone(id, kept)
+        return id
+
+    @contextlib.contextmanager
+    def room(self, amount: int) -> Iterator[None]:
+        """Hold room for new sessions, which are added at the end of the block.
+
+        Raises:
+            Refused: there are too many.
+        """
+        if len(self._kept) + self._expected + amount > self._most:
+            words = f"{len(self._kept) + self._expected} are open, and {amount} more"
+            remedy = f"close some and try again after {RETRY_SECONDS} s, or start the server with a larger --sessions"
+            raise Refused(429, "too many sessions", value=words, limit=str(self._most), remedy=remedy)
+        self._expected += amount
+        try:
+            yield
+        finally:
+            self._expected -= amount
+
+    @contextlib.contextmanager
+    def use(self, id: str, owner: int) -> Iterator[Session]:
+        """The session, which meanwhile is not left alone.
+
+        Raises:
+            Refused: there is none that is so called and the owner's.
+        """
+        kept = self._find(id, owner)
+        kept.users += 1
+        if kept.end is not None:
+            kept.end.cancel()
+        try:
+            yield kept.session
+        finally:
+            kept.users -= 1
+            if not kept.users and id in self._kept:
+                self._leave_alone(id, kept)
+
+    def check_history(self, session: Session, more: int) -> None:
+        """Refuse a cell of so many bytes that the history would be too long with it."""
+        if session.history_bytes + more > self._history_bytes:
+            words = f"{session.history_bytes} bytes, and {more} more"
+            remedy = "begin another session, or start the server with a larger --session-mib"
+            limit = f"{self._history_bytes} bytes"
+            raise Refused(413, "the session's cells are too large together", value=words, limit=limit, remedy=remedy)
+
+    async def close(self, id: str, owner: int) -> None:
+        """End a session; nothing is left of it when this returns.
+
+        Raises:
+            Refused: there is none that is so called and the owner's.
+        """
+        self._find(id, owner)
+        await asyncio.shield(self._end(id))
+
+    async def close_all(self) -> None:
+        """End every session."""
+        for id in list(self._kept):
+            self._end(id)
+        await asyncio.gather(*self._endings)
+
+    def _find(self, id: str, owner: int) -> _Kept:
+        kept = self._kept.get(id)
+        if kept is None or kept.owner != owner:
+            limit = f"an open session; one that is not used for {self.idle_seconds:g} s is ended"
+            raise Refused(404, "no such session", value=id[:80], limit=limit, remedy="begin another session")
+        return kept
+
+    def _leave_alone(self, id: str, kept: _Kept) -> None:
+        kept.end = asyncio.get_running_loop().call_later(self.idle_seconds, self._end, id)
+
+    def _end(self, id: str) -> asyncio.Task[None]:
+        kept = self._kept.pop(id)
+        if kept.end is not None:
+            kept.end.cancel()
+        ending = asyncio.get_running_loop().create_task(kept.session.close())
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
+        return ending
