@@ -8,6 +8,7 @@ import _thread
 import ast
 import atexit
 import builtins
+import codecs
 import contextlib
 import linecache
 import os
@@ -33,6 +34,9 @@ _WARM_UP = (
     b"def f():\n    return {}['missing']\nf()",
     b"x = (",
 )
+# Counts as address space, touched or not: of the kernel's usual 8 MiB, 64 threads would use up the default limit. The
+# deepest recursion that Python allows by default needs between 1 and 2 MiB.
+_THREAD_STACK = 2 << 20
 _SIGNALS = signal.valid_signals()
 _WARM_ROUNDS = 12  # the interpreter rewrites code that has run eight times: once here rather than in every child
 
@@ -44,6 +48,7 @@ def prepare() -> None:
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.stderr.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.argv = [FILENAME]
+    threading.stack_size(_THREAD_STACK)
     sys.dont_write_bytecode = True
     for _ in range(_WARM_ROUNDS):
         for snippet in _WARM_UP:
@@ -177,7 +182,7 @@ def execute(
     try:
         if begin is not None:
             begin()
-        source = code.decode("utf-8", "surrogatepass")
+        source = code.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogatepass")
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         for part in _compiled(source, echo, filename):
             exec(part, module.__dict__)

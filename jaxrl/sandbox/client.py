@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("the sandbox's client needs aiohttp: pip install 'jaxrl[serve]'") from error
 
-from jaxrl.sandbox import codec, wire
+from jaxrl.sandbox import arguments, codec, pool_arguments, wire
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.protocol import Limits
@@ -34,6 +34,7 @@ _PART_CALLS, _PART_BYTES = 256, 8 << 20  # of one request of a batch
 _PARTS_AT_ONCE = 4
 # A host that vanished without a word is noticed after a minute: seconds idle, seconds between probes, probes.
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 20, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 4}
+_EXAMPLE = "http://127.0.0.1:8780"
 _BLAMED_ON_CALLER = (400, 413)
 _BLAMED_ON_TOKEN = (401, 403)
 _LACKING, _FULL, _SHUTTING_DOWN = 422, 429, 503
@@ -57,9 +58,10 @@ class SandboxClient:
             is taken for lost.
         connections: requests under way at once; further calls wait for one.
 
-    Raises (on entering):
-        SandboxUnavailable: there is no such server at this address.
-        PermissionError: the token is wrong.
+    Raises:
+        ValueError: the URL is none of HTTP, or a number is out of range.
+        SandboxUnavailable (on entering): there is no such server at this address.
+        PermissionError (on entering): the token is wrong.
     """
 
     def __init__(
@@ -71,6 +73,15 @@ class SandboxClient:
         silence_seconds: float = 600.0,
         connections: int = 256,
     ) -> None:
+        arguments.kind("url", url, str, "str")
+        if not urllib.parse.urlsplit(url).netloc or not url.startswith(("http://", "https://")):
+            raise ValueError(f"url={url!r} must begin with http:// or https:// and a host; give one such as {_EXAMPLE}")
+        arguments.kind("token", token, str, "str")
+        if token != token.strip() or not token.isprintable():
+            raise ValueError("token holds white space or unprintable characters, such as a line's end; strip it")
+        arguments.above_zero("patience_seconds", patience_seconds)
+        arguments.above_zero("silence_seconds", silence_seconds)
+        arguments.whole("connections", connections)
         self._url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._patience = patience_seconds
@@ -133,7 +144,7 @@ class SandboxClient:
     async def run(
         self,
         code: str,
-        stdin: str = "",
+        stdin: str | bytes = "",
         echo: bool = True,
         limits: Limits | None = None,
         tenant: str = "",
@@ -150,6 +161,7 @@ class SandboxClient:
             PermissionError: the token is missing or wrong.
             RuntimeError: the client is not open.
         """
+        pool_arguments.check_call(code, stdin, echo, limits, tenant, files, wanted, language, processes)
         request = wire.request(code, stdin, echo, limits, files, wanted, language, processes)
         try:
             async with self._accepted("POST", "/v1/run", _bytes_of(request), tenant) as response:

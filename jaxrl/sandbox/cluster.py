@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
+import re
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from jaxrl.config import ConfigError
+from jaxrl.sandbox import arguments, jail, pool_arguments
 from jaxrl.sandbox import files as file_bytes
-from jaxrl.sandbox import jail
 from jaxrl.sandbox.admission import Admission
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.node import Order
@@ -55,13 +56,14 @@ class ClusterPool:
         address: of the cluster's head as "host:port", or "auto" for the cluster that this machine belongs to. This
             machine must be one of its nodes; it needs no CPUs there.
         limits, workers, slots, slow_slots, queue, preload, unsafe, heartbeat_seconds, processes_without_cgroup,
-            program_folders, recycle_calls, recycle_growth_mib: of the pool on each node, as for ``Pool``. At most four
-            times as many calls as can run at once wait on a node, also with a longer ``queue``.
+            program_folders, recycle_calls, recycle_growth_mib, session_memory_mib: of the pool on each node, as for
+            ``Pool``. At most four times as many calls as can run at once wait on a node, also with a longer ``queue``.
         silence_seconds: a node that says nothing for so long counts as lost.
         patience_seconds: calls wait for so long for a cluster without any node, and then end as ``infra_error``.
 
     Raises:
         ConfigError: Ray is not installed.
+        TypeError, ValueError: an argument is of a wrong kind or out of range, as in ``Pool``.
         SandboxUnavailable (on entering): no cluster at the address, no node, or a node without jail; with the remedy.
     """
 
@@ -81,9 +83,28 @@ class ClusterPool:
         program_folders: tuple[str, ...] = (),
         recycle_calls: int = 100_000,
         recycle_growth_mib: int = 64,
+        session_memory_mib: int = 4096,
         silence_seconds: float = 30.0,
         patience_seconds: float = 120.0,
     ) -> None:
+        pool_arguments.check_pool(
+            limits=limits,
+            workers=workers,
+            slots=slots,
+            slow_slots=slow_slots,
+            queue=queue,
+            preload=preload,
+            unsafe=unsafe,
+            heartbeat_seconds=heartbeat_seconds,
+            processes_without_cgroup=processes_without_cgroup,
+            program_folders=program_folders,
+            recycle_calls=recycle_calls,
+            recycle_growth_mib=recycle_growth_mib,
+            session_memory_mib=session_memory_mib,
+        )
+        arguments.above_zero("silence_seconds", silence_seconds)
+        arguments.above_zero("patience_seconds", patience_seconds)
+        _check_address(address)
         if importlib.util.find_spec("ray") is None:
             raise ConfigError(f'SandboxConfig.cluster="{address}" needs Ray: pip install "jaxrl[ray]"')
         self.limits = limits or Limits()
@@ -104,6 +125,7 @@ class ClusterPool:
             program_folders=program_folders,
             recycle_calls=recycle_calls,
             recycle_growth_mib=recycle_growth_mib,
+            session_memory_mib=session_memory_mib,
         )
         running = slots + slow_slots
         self._window = min(_WINDOW * running, running + queue)
@@ -148,7 +170,7 @@ class ClusterPool:
     async def run(
         self,
         code: str,
-        stdin: str = "",
+        stdin: str | bytes = "",
         echo: bool = True,
         limits: Limits | None = None,
         tenant: str = "",
@@ -165,6 +187,7 @@ class ClusterPool:
             RuntimeError: the pool is not open.
             SandboxUnavailable: the node lacks what the language or processes need.
         """
+        pool_arguments.check_call(code, stdin, echo, limits, tenant, files, wanted, language, processes)
         limits = limits or self.limits
         if files:
             file_bytes.check(files, limits.disk_mib << 20)
@@ -233,6 +256,12 @@ class ClusterPool:
             reasons.append(f"no node for {self._patience_seconds:g} s")
         attempts = max(sum(loss.attempts for loss in faults), 1)
         return fault("\n".join(reasons), isolation=self.isolation, queue_seconds=queued, attempts=attempts)
+
+
+def _check_address(address: object) -> None:
+    arguments.kind("address", address, str, 'str: "auto" or "host:port"')
+    if address != "auto" and not re.fullmatch(r"\S+:\d{1,5}", address):
+        raise ValueError(f'cluster address {address!r} must be "auto" or "host:port", such as "10.0.0.1:6379"')
 
 
 def _not_open() -> RuntimeError:

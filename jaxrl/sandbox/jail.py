@@ -94,8 +94,8 @@ def plan_view(preload: tuple[str, ...], more: tuple[str, ...] = ()) -> View:
         elif folder != "/usr/local/lib":
             folders.append(folder)
     real = sorted({os.path.realpath(path) for path in folders if os.path.isdir(path)})
-    outermost = [path for path in real if not any(path != other and _inside(path, other) for other in real)]
-    work = "/sandbox" if any(_inside(path, "/tmp") for path in outermost) else "/tmp"
+    outermost = [path for path in real if not any(path != other and inside(path, other) for other in real)]
+    work = "/sandbox" if any(inside(path, "/tmp") for path in outermost) else "/tmp"
     return View(tuple(outermost), tuple(links), tuple(dict.fromkeys(packages)), work=work)
 
 
@@ -104,7 +104,8 @@ def directory_options(disk_mib: int) -> str:
     return f"size={disk_mib}m,nr_inodes={MOST_INODES},mode=700"
 
 
-def _inside(path: str, folder: str) -> bool:
+def inside(path: str, folder: str) -> bool:
+    """Whether a path is a folder or lies below it."""
     return os.path.commonpath((path, folder)) == folder
 
 

@@ -30,7 +30,7 @@ class Order(NamedTuple):
 
     id: int
     code: str
-    stdin: str
+    stdin: str | bytes
     echo: bool
     limits: Limits
     tenant: str

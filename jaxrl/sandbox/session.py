@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from jaxrl.sandbox import arguments
 from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox.cell import LEFT_AT_ONCE
 from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits, Outcome, Report, pack_cells
@@ -117,6 +118,10 @@ class Session:
             RuntimeError: the session or its pool is closed.
             SandboxUnavailable: the jail was lost and could not be built again.
         """
+        arguments.kind("code", code, str, "str")
+        arguments.flag("echo", echo)
+        arguments.files(files)
+        arguments.texts("wanted", wanted)
         file_bytes.check(files or {}, self._terms.limits.disk_mib << 20)
         cell = Cell(code.encode("utf-8", "surrogatepass"), echo, file_bytes.pack(files or {}))
         submitted = time.monotonic()
@@ -144,8 +149,7 @@ class Session:
             ValueError: ``copies`` is not positive.
             RuntimeError: the session or its pool is closed.
         """
-        if copies < 1:
-            raise ValueError(f"copies={copies} must be at least 1")
+        arguments.whole("copies", copies)
         self._backend.check()
         with self._backend.taken:
             async with self._turn:
