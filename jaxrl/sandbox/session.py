@@ -5,11 +5,11 @@ is lost (killed, put out for want of memory, gone with a template or a warden) i
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -25,7 +25,7 @@ class Backend(NamedTuple):
     """What a session needs of its pool."""
 
     check: Callable[[], None]  # raises RuntimeError where no more is taken
-    taken: AbstractContextManager[None]  # around what was taken: draining waits for its end
+    taken: contextlib.AbstractContextManager[None]  # around what was taken: draining waits for its end
     next_id: Callable[[], int]
     run: Callable[[Call], Awaitable[Result]]  # a call
     submit: Callable[[Call, CellHead], Awaitable[Report]]  # a cell
@@ -55,6 +55,10 @@ class Terms:
     live: bool
 
 
+class _Closed(RuntimeError):
+    """Closing the session ended what it was doing."""
+
+
 class Session:
     """A notebook in a process of its own. Made by ``Pool.session`` and by ``fork``; close it, or use ``async with``."""
 
@@ -74,6 +78,8 @@ class Session:
         self._begun = bool(history) or process > 0
         self._rebuilt, self._replay_differs = rebuilt, replay_differs  # what no result has told yet
         self._turn = asyncio.Lock()
+        self._limit: asyncio.Timeout | None = None  # of the cell or fork whose turn it is
+        self._ended: Awaitable[object] | None = None  # done when the process that was given up last is gone
         self._open = True
 
     async def __aenter__(self) -> Self:
@@ -85,14 +91,39 @@ class Session:
         await self.close()
 
     async def close(self) -> None:
-        """End the process, which is gone when this returns, and forget the history. Copies live on."""
+        """End the process, which is gone when this returns, and forget the history. Copies live on.
+
+        A cell or fork that is under way is ended too, and whoever waits for it gets a RuntimeError.
+        """
         self._open = False
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(0)
         async with self._turn:
-            ended = self._backend.end(self._process) if self._process else None
-            self._process = 0
+            if self._process:
+                self._give_up()
             self._history.clear()
-            if ended is not None:
-                await ended
+            if self._ended is not None:
+                await self._ended
+
+    def _give_up(self) -> None:
+        """End the process, whatever it does."""
+        self._ended = self._backend.end(self._process)
+        self._process = 0
+
+    @contextlib.asynccontextmanager
+    async def _in_turn(self) -> AsyncIterator[None]:
+        """Around one cell or fork. It is cancelled when the session is closed, and ends in ``_Closed``."""
+        async with self._turn:
+            self._check_open()
+            try:
+                async with asyncio.timeout(None) as self._limit:
+                    yield
+            except TimeoutError:
+                if self._limit is None or not self._limit.expired():
+                    raise
+                raise _Closed("the session was closed before this had ended") from None
+            finally:
+                self._limit = None
 
     async def run(
         self,
@@ -115,7 +146,7 @@ class Session:
 
         Raises:
             ValueError: a file's path is not a plain relative one, or the files are larger than the directory.
-            RuntimeError: the session or its pool is closed.
+            RuntimeError: the session or its pool is closed, or was while this ran.
             SandboxUnavailable: the jail was lost and could not be built again.
         """
         arguments.kind("code", code, str, "str")
@@ -128,12 +159,11 @@ class Session:
         self._backend.check()
         with self._backend.taken:
             try:
-                async with self._turn:
-                    self._check_open()
+                async with self._in_turn():
                     if not self._terms.live:
                         return await self._run_all(cell, wanted, submitted)
                     return await self._run_live(cell, wanted, submitted)
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, _Closed):
                 if self._terms.live:  # otherwise the pool has counted it as the call it is
                     self._backend.cancelled()
                 raise
@@ -147,13 +177,12 @@ class Session:
 
         Raises:
             ValueError: ``copies`` is not positive.
-            RuntimeError: the session or its pool is closed.
+            RuntimeError: the session or its pool is closed, or was while this ran.
         """
         arguments.whole("copies", copies)
         self._backend.check()
         with self._backend.taken:
-            async with self._turn:
-                self._check_open()
+            async with self._in_turn():
                 ids = [0] * copies
                 if self._terms.live and self._history:
                     if self._process == 0:
@@ -214,8 +243,7 @@ class Session:
         try:
             report = await self._backend.submit(call, CellHead(self._process, fresh, checkpoint))
         except BaseException:
-            self._backend.end(self._process)  # whether the cell ran, and what it did, is not known
-            self._process = 0
+            self._give_up()  # whether the cell ran, and what it did, is not known
             self._begun = True
             raise
         if report.outcome is Outcome.LOST or not (report.survived or checkpoint):
