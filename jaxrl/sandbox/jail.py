@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 
-from jaxrl.sandbox import landlock, seccomp, syscalls
+from jaxrl.sandbox import landlock, remedies, seccomp, syscalls
 from jaxrl.sandbox.files import MOST_INODES
 
 UNSAFE = "unsafe: none"
@@ -41,10 +41,9 @@ class SandboxUnavailable(RuntimeError):
 
 def unavailable(layer: str, error: object) -> SandboxUnavailable:
     return SandboxUnavailable(
-        f"the sandbox cannot isolate tool code here: {layer} was refused ({error}). Remedies: allow user namespaces "
-        "(sysctl user.max_user_namespaces > 0; on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0; in "
-        "Docker --security-opt seccomp=unconfined; Linux 5.12 or newer), or run "
-        "the code without isolation at your own risk: SandboxConfig.unsafe = True, on the command line --unsafe-sandbox"
+        f"the sandbox cannot isolate tool code here: {layer} was refused ({error}). Remedies: "
+        f"{'; '.join(remedies.find())} (`jaxrl sandbox doctor` looks at every layer). Or run the code without "
+        "isolation at your own risk: SandboxConfig.unsafe = True, on the command line --unsafe-sandbox"
     )
 
 
