@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from jaxrl.config import SandboxConfig
-from jaxrl.sandbox import ClusterPool, Limits, Pool, bench
+from jaxrl.sandbox import ClusterPool, Limits, Pool, Result, bench
 from jaxrl.sandbox.bench import table
 from tests.sandbox.ray_nodes import ClusterProcess, RayNodes, in_cluster
 from tests.sandbox.served import Served
@@ -112,6 +113,12 @@ def knobs(head: str) -> dict[str, tuple[str, str]]:
 def test_the_table_of_limits_is_whole() -> None:
     defaults = {name: repr(value) for name, value in vars(Limits()).items()}
     assert {name: default for name, (default, _) in knobs("`Limits`").items()} == defaults
+
+
+def test_the_table_of_results_is_whole() -> None:
+    shown = [name for fields, _ in rows("field") for name in re.findall(r"`(\w+)`", fields)]
+    shown += ["stdout_bytes", "stderr_bytes"]  # beside the text that they are of
+    assert sorted(shown) == sorted(field.name for field in dataclasses.fields(Result))
 
 
 def test_the_table_of_the_pool_is_whole() -> None:
