@@ -178,6 +178,9 @@ class SandboxClient:
             PermissionError: the token is missing or wrong.
             RuntimeError: the client is not open.
         """
+        arguments.kind("calls", calls, Sequence, "a sequence of sandbox.RunRequest")
+        for call in calls:
+            arguments.kind("an entry of calls", call, RunRequest, "a sandbox.RunRequest")
         finished: asyncio.Queue[tuple[int, Result] | Exception] = asyncio.Queue()
         parts = _parts(calls, self._part_calls, self._part_bytes)
 

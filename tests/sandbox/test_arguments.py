@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jaxrl.sandbox import ClusterPool, Language, Limits, Pool, SandboxClient
+from jaxrl.sandbox import ClusterPool, Language, Limits, Pool, RunRequest, SandboxClient
 from jaxrl.sandbox.grading import CallTest, CodeTest, Grader, StdioTest
 from tests.sandbox.driver import Driver, descendants
 from tests.sandbox.test_languages import needs
@@ -163,6 +163,18 @@ def test_addresses_of_clusters(address: str) -> None:
 def test_clients(given: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         SandboxClient(**{"url": "http://127.0.0.1:8780"} | given)
+
+
+def test_batches_of_clients(sandbox: Driver) -> None:
+    async def first(calls: Any) -> object:
+        return await anext(SandboxClient("http://127.0.0.1:1").run_batch(calls))
+
+    for calls in (RunRequest("1"), iter([])):
+        with pytest.raises(TypeError, match="calls=.* it must be a sequence of sandbox.RunRequest"):
+            sandbox.wait(first(calls))
+    for calls in ("1 + 1", ["1 + 1"]):
+        with pytest.raises(TypeError, match="an entry of calls='1.*' is of type str; it must be a sandbox.RunRequest"):
+            sandbox.wait(first(calls))
 
 
 @pytest.mark.parametrize(

@@ -384,7 +384,7 @@ async def test_cluster_without_nodes_at_the_start(nodes: RayNodes) -> None:
         await pool_on(nodes).start()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "127.0.0.1:x"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere:1"])
 def test_address_where_nothing_answers(address: str) -> None:
     with pytest.raises(SandboxUnavailable, match=f"no Ray cluster answers at '{address}'.*ray start --head"):
         asyncio.run(ClusterPool(address, preload=()).start())
