@@ -174,7 +174,7 @@ class SandboxConfig:
     """A call's working directory, which lies in memory."""
     open_files: int = 64
     threads: int = 128
-    """Each takes 2 MiB of ``memory_mib``."""
+    """Each takes 3 MiB of ``memory_mib``."""
     files_mib: int = 16
     """Files that a call returns, together."""
     processes: int = 32

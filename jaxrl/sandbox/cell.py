@@ -35,8 +35,8 @@ _WARM_UP = (
     b"x = (",
 )
 # Counts as address space, touched or not: of the kernel's usual 8 MiB, 64 threads would use up the default limit. The
-# deepest recursion that Python allows by default needs between 1 and 2 MiB.
-_THREAD_STACK = 2 << 20
+# deepest recursion that Python allows by default needs up to 2 MiB in 3.11 and up to 2.5 in 3.12 and 3.13.
+_THREAD_STACK = 3 << 20
 _SIGNALS = signal.valid_signals()
 _WARM_ROUNDS = 12  # the interpreter rewrites code that has run eight times: once here rather than in every child
 

@@ -240,7 +240,8 @@ class Pool:
         Raises:
             ValueError, SandboxUnavailable: as ``run`` does, but for a jail that was lost.
         """
-        pool_arguments.check_host(limits)
+        if limits is not self.limits:
+            pool_arguments.check_host(limits)
         file_bytes.check(files, limits.disk_mib << 20)
         if language != "python":
             chosen = languages.named(language)

@@ -48,7 +48,7 @@ class Limits:
     open_files: int = 64
     """Descriptors that the code has at once, its three streams among them."""
     threads: int = 128
-    """At once, the first among them, of a call that may start no processes. Each takes 2 MiB of ``memory_mib``."""
+    """At once, the first among them, of a call that may start no processes. Each takes 3 MiB of ``memory_mib``."""
     files_mib: int = 16
     """Returned files together; those beyond it are left out and counted."""
     processes: int = 32

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -59,6 +59,33 @@ class _Closed(RuntimeError):
     """Closing the session ended what it was doing."""
 
 
+class _Turn:
+    """Around a cell or fork, in the task that asked for it: stopped, it is cancelled and ends in ``_Closed``.
+
+    As asyncio.timeout does, it tells its own cancellation from others'; that costs too much for every cell.
+    """
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._before = task, task.cancelling()
+        self._stopped = self._over = False
+        return self
+
+    def stop(self) -> None:
+        """Nothing happens if it was stopped before, or is over."""
+        if not self._stopped and not self._over:
+            self._stopped = True
+            self._task.cancel()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over = True
+        if self._stopped and self._task.uncancel() <= self._before and kind is asyncio.CancelledError:
+            raise _Closed("the session was closed before this had ended") from None
+
+
 class Session:
     """A notebook in a process of its own. Made by ``Pool.session`` and by ``fork``; close it, or use ``async with``."""
 
@@ -78,7 +105,7 @@ class Session:
         self._begun = bool(history) or process > 0
         self._rebuilt, self._replay_differs = rebuilt, replay_differs  # what no result has told yet
         self._turn = asyncio.Lock()
-        self._limit: asyncio.Timeout | None = None  # of the cell or fork whose turn it is
+        self._doing: _Turn | None = None
         self._ended: Awaitable[object] | None = None  # done when the process that was given up last is gone
         self._open = True
 
@@ -96,8 +123,8 @@ class Session:
         A cell or fork that is under way is ended too, and whoever waits for it gets a RuntimeError.
         """
         self._open = False
-        if self._limit is not None and not self._limit.expired():
-            self._limit.reschedule(0)
+        if self._doing is not None:
+            self._doing.stop()
         async with self._turn:
             if self._process:
                 self._give_up()
@@ -109,21 +136,6 @@ class Session:
         """End the process, whatever it does."""
         self._ended = self._backend.end(self._process)
         self._process = 0
-
-    @contextlib.asynccontextmanager
-    async def _in_turn(self) -> AsyncIterator[None]:
-        """Around one cell or fork. It is cancelled when the session is closed, and ends in ``_Closed``."""
-        async with self._turn:
-            self._check_open()
-            try:
-                async with asyncio.timeout(None) as self._limit:
-                    yield
-            except TimeoutError:
-                if self._limit is None or not self._limit.expired():
-                    raise
-                raise _Closed("the session was closed before this had ended") from None
-            finally:
-                self._limit = None
 
     async def run(
         self,
@@ -159,10 +171,12 @@ class Session:
         self._backend.check()
         with self._backend.taken:
             try:
-                async with self._in_turn():
-                    if not self._terms.live:
-                        return await self._run_all(cell, wanted, submitted)
-                    return await self._run_live(cell, wanted, submitted)
+                async with self._turn:
+                    self._check_open()
+                    with _Turn() as self._doing:
+                        if not self._terms.live:
+                            return await self._run_all(cell, wanted, submitted)
+                        return await self._run_live(cell, wanted, submitted)
             except (asyncio.CancelledError, _Closed):
                 if self._terms.live:  # otherwise the pool has counted it as the call it is
                     self._backend.cancelled()
@@ -182,12 +196,14 @@ class Session:
         arguments.whole("copies", copies)
         self._backend.check()
         with self._backend.taken:
-            async with self._in_turn():
+            async with self._turn:
+                self._check_open()
                 ids = [0] * copies
                 if self._terms.live and self._history:
-                    if self._process == 0:
-                        await self._rebuild()
-                    ids = await self._copy(copies)
+                    with _Turn() as self._doing:
+                        if self._process == 0:
+                            await self._rebuild()
+                        ids = await self._copy(copies)
                 untold = self._rebuilt, self._replay_differs
                 return [Session(self._backend, self._terms, self._history, id, *untold) for id in ids]
 

@@ -110,7 +110,7 @@ def test_standard_input_of_any_bytes(sandbox: Driver) -> None:
     assert sandbox.run(code, stdin="\u00e4\ud800").stdout == "b'\\xc3\\xa4\\xed\\xa0\\x80'\n"
 
 
-@pytest.mark.parametrize("limits", [Limits(), Limits(memory_mib=64, threads=24)], ids=str)
+@pytest.mark.parametrize("limits", [Limits(), Limits(memory_mib=96, threads=24)], ids=str)
 def test_as_many_threads_as_the_limits_say_fit_the_memory(sandbox: Driver, limits: Limits) -> None:
     code = """
 import threading
