@@ -470,6 +470,9 @@ def test_closing_ends_a_cell_that_would_go_on(sandbox: Driver, options: dict[str
     before = sandbox.resting()
     cells = Cells(sandbox, sandbox.pool.session(limits=ENDLESS, **options))
     cells.out("x = 1")
+    made = set(descendants(sandbox.pool.warden_pid)) - set(before)
+    processes = [pid for pid in made if parent(pid) in made]  # below its keeper; with checkpoints a copy besides
+    assert bool(processes) is options.get("live", True)
 
     async def close_while_busy() -> list[BaseException | Result]:
         work = [cells.session.run("x = 2\nwhile True: pass"), cells.session.run("x")]
@@ -477,6 +480,9 @@ def test_closing_ends_a_cell_that_would_go_on(sandbox: Driver, options: dict[str
         while (await sandbox.pool.metrics()).running == 0:
             await asyncio.sleep(0.01)
         await asyncio.gather(cells.session.close(), cells.session.close())
+        assert options.get("checkpoint") or not any(map(parent, processes)), (
+            "the process is gone when the session is closed"
+        )
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     told = [str(error) for error in sandbox.wait(close_while_busy(), 30.0) if isinstance(error, RuntimeError)]
