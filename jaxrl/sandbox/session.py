@@ -129,8 +129,9 @@ class Session:
             if self._process:
                 self._give_up()
             self._history.clear()
-            if self._ended is not None:
-                await self._ended
+            ended, self._ended = self._ended, None
+            if ended is not None:
+                await ended
 
     def _give_up(self) -> None:
         """End the process, whatever it does."""
@@ -157,6 +158,7 @@ class Session:
             wanted: patterns of files there to return when the cell has ended.
 
         Raises:
+            TypeError: an argument is of a wrong kind.
             ValueError: a file's path is not a plain relative one, or the files are larger than the directory.
             RuntimeError: the session or its pool is closed, or was while this ran.
             SandboxUnavailable: the jail was lost and could not be built again.
