@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from jaxrl.sandbox import arguments, cgroups, jail, languages, pool_arguments
+from jaxrl.sandbox import cgroups, jail, languages, pool_arguments
 from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox.admission import Admission, UnderWay
 from jaxrl.sandbox.builds import Builds
@@ -362,10 +362,7 @@ class Pool:
         Raises:
             ValueError: live sessions are granted less memory together than this one may use alone.
         """
-        pool_arguments.check_limits(limits)
-        arguments.kind("tenant", tenant, str, "str")
-        arguments.flag("checkpoint", checkpoint)
-        arguments.flag("live", live)
+        pool_arguments.check_session(limits, tenant, checkpoint, live)
         pool_arguments.check_host(limits or self.limits)
         terms = Terms(limits or self.limits, zlib.crc32(tenant.encode()), checkpoint, live and not self._unsafe)
         if terms.live:

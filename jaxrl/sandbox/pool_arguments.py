@@ -31,15 +31,36 @@ def check_call(
     Raises:
         TypeError: naming the argument.
     """
-    arguments.kind("code", code, str, "str")
+    check_cell(code, echo, files, wanted)
     arguments.kind("stdin", stdin, (str, bytes), "str or bytes")
-    arguments.flag("echo", echo)
     check_limits(limits)
     arguments.kind("tenant", tenant, str, "str")
-    arguments.files(files)
-    arguments.texts("wanted", wanted)
     arguments.kind("language", language, (str, Language), "a name or a sandbox.Language")
     arguments.flag("processes", processes)
+
+
+def check_cell(code: object, echo: object, files: object, wanted: object) -> None:
+    """Refuse arguments of ``Session.run`` of a wrong kind.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    arguments.kind("code", code, str, "str")
+    arguments.flag("echo", echo)
+    arguments.files(files)
+    arguments.texts("wanted", wanted)
+
+
+def check_session(limits: object, tenant: object, checkpoint: object, live: object) -> None:
+    """Refuse arguments of ``Pool.session`` of a wrong kind.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    check_limits(limits)
+    arguments.kind("tenant", tenant, str, "str")
+    arguments.flag("checkpoint", checkpoint)
+    arguments.flag("live", live)
 
 
 def check_limits(limits: object) -> None:

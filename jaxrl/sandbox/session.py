@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from jaxrl.sandbox import arguments
+from jaxrl.sandbox import arguments, pool_arguments
 from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox.cell import LEFT_AT_ONCE
 from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits, Outcome, Report, pack_cells
@@ -163,10 +163,7 @@ class Session:
             RuntimeError: the session or its pool is closed, or was while this ran.
             SandboxUnavailable: the jail was lost and could not be built again.
         """
-        arguments.kind("code", code, str, "str")
-        arguments.flag("echo", echo)
-        arguments.files(files)
-        arguments.texts("wanted", wanted)
+        pool_arguments.check_cell(code, echo, files, wanted)
         file_bytes.check(files or {}, self._terms.limits.disk_mib << 20)
         cell = Cell(code.encode("utf-8", "surrogatepass"), echo, file_bytes.pack(files or {}))
         submitted = time.monotonic()
