@@ -17,8 +17,9 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Sft.row_tokens Train.rows Train.row_tokens Train.problems Train.samples Train.max_draws "
         "Train.updates_per_step Algorithm.keep Eval.samples Eval.k Env.max_turns Env.max_parallel_calls "
         "Checkpoint.every Checkpoint.keep Data.train_problems Data.eval_problems Reward.workers Sandbox.workers "
-        "Sandbox.slots Sandbox.queue Sandbox.output_kib Tokenizer.vocab_size Stages.until Stages.max_turns "
-        "Stages.max_response_tokens",
+        "Sandbox.slots Sandbox.queue Sandbox.output_kib Sandbox.output_hard_mib Sandbox.disk_mib Sandbox.open_files "
+        "Sandbox.threads Sandbox.files_mib Sandbox.processes Sandbox.session_memory_mib Tokenizer.vocab_size "
+        "Stages.until Stages.max_turns Stages.max_response_tokens",
         lambda value: value >= 1,
         "be at least 1",
     ),

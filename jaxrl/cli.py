@@ -238,11 +238,12 @@ def _add_sandbox(verbs) -> None:
     bench = sandbox_verbs.add_parser(
         "bench",
         help="what a call costs here, beside other designs and beside what is demanded",
-        description="Measures figures S1 to S15 (docs/sandbox.md); minutes. Exit code 1: one does not hold here.",
+        description="Measures figures S1 to S15, which docs/sandbox.md lists in its section Figures; takes minutes. "
+        "Exit code 1: one does not hold here.",
         epilog="examples:\n  jaxrl sandbox bench\n  jaxrl sandbox bench --figures S1,S4 --rounds 9 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    bench.add_argument("--figures", default="", metavar="S1,S2", help="only these (default: all)")
+    bench.add_argument("--figures", metavar="S1,S2", help="only these (default: all)")
     bench.add_argument("--rounds", type=int, default=5, help="in which the designs take turns (default: 5)")
     bench.add_argument(
         "--scale",

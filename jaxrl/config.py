@@ -153,7 +153,7 @@ class SandboxConfig:
     """Where tool code runs."""
 
     workers: int = 2
-    """Template processes."""
+    """Template processes of each kind, from which calls are forked."""
     slots: int = 4
     """Calls that run at once, over all workers."""
     slow_slots: int = 8
@@ -161,12 +161,32 @@ class SandboxConfig:
     queue: int = 4096
     """Calls that may wait before submitting blocks."""
     cpu_seconds: float = 4.0
+    """CPU time of a call, all threads together. This and the next nine are ``Limits`` of one call."""
     wall_seconds: float = 8.0
+    """For code that sleeps; stretched by the time the code waited for a core."""
     memory_mib: int = 512
+    """Address space a call may add; with ``disk_mib`` what a call that starts processes may use."""
     output_kib: int = 64
     """Kept of stdout and of stderr, head and tail."""
+    output_hard_mib: int = 16
+    """Output beyond this ends the call."""
+    disk_mib: int = 64
+    """A call's working directory, which lies in memory."""
+    open_files: int = 64
+    threads: int = 128
+    """Each takes 3 MiB of ``memory_mib``."""
+    files_mib: int = 16
+    """Files that a call returns, together."""
+    processes: int = 32
+    """Processes and threads of a call that may start processes."""
+    session_memory_mib: int = 4096
+    """Live sessions together; beyond it those unused for longest are put out, and rebuilt when they are needed."""
     preload: tuple[str, ...] = ("numpy", "scipy", "sympy")
     """Modules that are loaded once: calls that mention one find it already imported."""
+    program_folders: tuple[str, ...] = ()
+    """Further folders of the host, by absolute path, for calls that start programs; the code can read all of them."""
+    processes_without_cgroup: bool = False
+    """Let calls start processes also where no memory cgroup bounds them together. Named in their results."""
     cluster: str = ""
     """Where the calls run: "" on this machine; otherwise on every node of a Ray cluster, each with so many workers and
     slots: "auto" for the cluster that this machine belongs to, or the address of its head as "host:port"."""

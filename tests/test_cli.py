@@ -3,10 +3,12 @@
 import fcntl
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
-from jaxrl import cli
+from jaxrl import __version__, cli
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -26,6 +28,13 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for verb in ("train", "sft", "eval", "rollout", "export", "import"):
         assert f"    {verb} " in shown
+
+
+def test_the_package_runs_as_the_command_does() -> None:
+    done = subprocess.run([sys.executable, "-m", "jaxrl", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"jaxrl {__version__}\n"), done.stderr
+    done = subprocess.run([sys.executable, "-m", "jaxrl", "train", "nope"], capture_output=True, text=True, check=False)
+    assert done.returncode == cli.BAD_USAGE and "no recipe called 'nope'" in done.stderr
 
 
 @pytest.mark.parametrize("verb", ["train", "sft", "eval", "rollout", "export", "import"])

@@ -73,6 +73,9 @@ def test_promise_10_bad_configuration_is_refused_with_a_remedy(text: str, messag
         ("OptimizerConfig.beta1 = 2.0", "beta1=2.0 must be at least 0 and below 1"),
         ("AlgorithmConfig.dual_clip = 0.5", "dual_clip=0.5 must be above 1, or 0"),
         ("SandboxConfig.memory_mib = 5", "memory_mib=5 must be at least 16"),
+        ("SandboxConfig.threads = 0", "SandboxConfig.threads=0 must be at least 1"),
+        ("SandboxConfig.session_memory_mib = 0", "SandboxConfig.session_memory_mib=0 must be at least 1"),
+        ("SandboxConfig.program_folders = ('/opt', 3)", "SandboxConfig.program_folders=.* must be tuple of str"),
         ("SandboxConfig.slow_slots = -1", "SandboxConfig.slow_slots=-1 must not be negative"),
     ],
 )

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxrl.sandbox.client import SandboxClient
     from jaxrl.sandbox.cluster import ClusterPool
+    from jaxrl.sandbox.configured import pool_from_config
     from jaxrl.sandbox.jail import SandboxUnavailable
     from jaxrl.sandbox.languages import Language
     from jaxrl.sandbox.metrics import Metrics
-    from jaxrl.sandbox.pool import Pool, pool_from_config
+    from jaxrl.sandbox.pool import Pool
     from jaxrl.sandbox.protocol import Limits
     from jaxrl.sandbox.remote_session import RemoteSession
     from jaxrl.sandbox.result import Result
@@ -44,7 +45,7 @@ _HOMES = {
     "SandboxClient": "client",
     "SandboxUnavailable": "jail",
     "Session": "session",
-    "pool_from_config": "pool",
+    "pool_from_config": "configured",
 }
 
 __all__ = [

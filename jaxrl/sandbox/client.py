@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise ImportError("the sandbox's client needs aiohttp: pip install 'jaxrl[serve]'") from error
 
-from jaxrl.sandbox import codec, wire
+from jaxrl.sandbox import arguments, codec, pool_arguments, wire
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.protocol import Limits
@@ -36,6 +36,7 @@ _PART_CALLS, _PART_BYTES = 256, 8 << 20  # of one request of a batch
 _PARTS_AT_ONCE = 4
 # A host that vanished without a word is noticed after a minute: seconds idle, seconds between probes, probes.
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 20, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 4}
+_EXAMPLE = "http://127.0.0.1:8780"
 _BLAMED_ON_CALLER = (400, 413)
 _BLAMED_ON_TOKEN = (401, 403)
 _LACKING, _FULL, _SHUTTING_DOWN = 422, 429, 503
@@ -54,9 +55,10 @@ class SandboxClient:
             is taken for lost.
         connections: requests under way at once; further calls wait for one.
 
-    Raises (on entering):
-        SandboxUnavailable: there is no such server at this address.
-        PermissionError: the token is wrong.
+    Raises:
+        ValueError: the URL is none of HTTP, or a number is out of range.
+        SandboxUnavailable (on entering): there is no such server at this address.
+        PermissionError (on entering): the token is wrong.
     """
 
     def __init__(
@@ -68,6 +70,15 @@ class SandboxClient:
         silence_seconds: float = 600.0,
         connections: int = 256,
     ) -> None:
+        arguments.kind("url", url, str, "str")
+        if not urllib.parse.urlsplit(url).netloc or not url.startswith(("http://", "https://")):
+            raise ValueError(f"url={url!r} must begin with http:// or https:// and a host; give one such as {_EXAMPLE}")
+        arguments.kind("token", token, str, "str")
+        if token != token.strip() or not token.isprintable():
+            raise ValueError("token holds white space or unprintable characters, such as a line's end; strip it")
+        arguments.above_zero("patience_seconds", patience_seconds)
+        arguments.above_zero("silence_seconds", silence_seconds)
+        arguments.whole("connections", connections)
         self._url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._patience = patience_seconds
@@ -136,7 +147,7 @@ class SandboxClient:
     async def run(
         self,
         code: str,
-        stdin: str = "",
+        stdin: str | bytes = "",
         echo: bool = True,
         limits: Limits | None = None,
         tenant: str = "",
@@ -153,6 +164,7 @@ class SandboxClient:
             PermissionError: the token is missing or wrong.
             RuntimeError: the client is not open.
         """
+        pool_arguments.check_call(code, stdin, echo, limits, tenant, files, wanted, language, processes)
         request = wire.request(code, stdin, echo, limits, files, wanted, language, processes)
         try:
             async with self._accepted("POST", "/v1/run", _bytes_of(request), tenant) as response:
@@ -166,7 +178,11 @@ class SandboxClient:
         """A notebook, as ``Pool.session``; ``limits`` beyond the server's own are cut to those.
 
         The server ends it when it is not used for long (``--session-idle-seconds``), and keeps no more than so many.
+
+        Raises:
+            TypeError: an argument is of a wrong kind.
         """
+        pool_arguments.check_session(limits, tenant, checkpoint, live)
         return RemoteSession(self._sessions, wire.SessionRequest(wire.partial(limits), checkpoint, live), tenant)
 
     async def _ask(self, method: str, path: str, asked: Any, answer: type, tenant: str, patience: Patience) -> Any:
@@ -189,6 +205,9 @@ class SandboxClient:
             PermissionError: the token is missing or wrong.
             RuntimeError: the client is not open.
         """
+        arguments.kind("calls", calls, Sequence, "a sequence of sandbox.RunRequest")
+        for call in calls:
+            arguments.kind("an entry of calls", call, RunRequest, "a sandbox.RunRequest")
         finished: asyncio.Queue[tuple[int, Result] | Exception] = asyncio.Queue()
         parts = _parts(calls, self._part_calls, self._part_bytes)
 

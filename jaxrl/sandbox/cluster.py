@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
+import re
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,14 +17,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from jaxrl.config import ConfigError
+from jaxrl.sandbox import arguments, jail, pool_arguments
 from jaxrl.sandbox import files as file_bytes
-from jaxrl.sandbox import jail
 from jaxrl.sandbox.admission import Admission
 from jaxrl.sandbox.cluster_sessions import ClusterSessions, Preference
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.node_orders import Answer, CallOrder, ReplayOrder
 from jaxrl.sandbox.pool import Pool
-from jaxrl.sandbox.protocol import Limits, check_texts
+from jaxrl.sandbox.protocol import Limits
 from jaxrl.sandbox.result import Result, fault
 from jaxrl.sandbox.session import Session, Terms
 from jaxrl.statuses import ToolStatus
@@ -65,6 +66,7 @@ class ClusterPool:
 
     Raises:
         ConfigError: Ray is not installed.
+        TypeError, ValueError: an argument is of a wrong kind or out of range, as in ``Pool``.
         SandboxUnavailable (on entering): no cluster at the address, no node, or a node without jail; with the remedy.
     """
 
@@ -88,6 +90,24 @@ class ClusterPool:
         silence_seconds: float = 30.0,
         patience_seconds: float = 120.0,
     ) -> None:
+        pool_arguments.check_pool(
+            limits=limits,
+            workers=workers,
+            slots=slots,
+            slow_slots=slow_slots,
+            queue=queue,
+            preload=preload,
+            unsafe=unsafe,
+            heartbeat_seconds=heartbeat_seconds,
+            processes_without_cgroup=processes_without_cgroup,
+            program_folders=program_folders,
+            recycle_calls=recycle_calls,
+            recycle_growth_mib=recycle_growth_mib,
+            session_memory_mib=session_memory_mib,
+        )
+        arguments.above_zero("silence_seconds", silence_seconds)
+        arguments.above_zero("patience_seconds", patience_seconds)
+        _check_address(address)
         if importlib.util.find_spec("ray") is None:
             raise ConfigError(f'SandboxConfig.cluster="{address}" needs Ray: pip install "jaxrl[ray]"')
         self.limits = limits or Limits()
@@ -168,7 +188,7 @@ class ClusterPool:
     async def run(
         self,
         code: str,
-        stdin: str = "",
+        stdin: str | bytes = "",
         echo: bool = True,
         limits: Limits | None = None,
         tenant: str = "",
@@ -186,8 +206,8 @@ class ClusterPool:
             RuntimeError: the pool is not open, closed meanwhile, or of another event loop.
             SandboxUnavailable: the node lacks what the language or processes need.
         """
+        pool_arguments.check_call(code, stdin, echo, limits, tenant, files, wanted, language, processes)
         self._check_taking()
-        check_texts(code, stdin, wanted)
         limits = limits or self.limits
         if files:
             file_bytes.check(files, limits.disk_mib << 20)
@@ -211,8 +231,9 @@ class ClusterPool:
         Where the node is lost, or has no room for its process any more, it is rebuilt on a node with its next cell.
 
         Raises:
-            ValueError: as ``Pool.session``.
+            TypeError, ValueError: as ``Pool.session``.
         """
+        pool_arguments.check_session(limits, tenant, checkpoint, live)
         jailed = self.isolation != jail.UNSAFE
         terms = Terms(limits or self.limits, zlib.crc32(tenant.encode()), checkpoint, live and jailed)
         terms.check_memory(self._session_memory_mib)
@@ -303,3 +324,9 @@ def _but_where(faults: tuple[_Fault, ...]) -> Preference:
 
 def _was_closed() -> RuntimeError:
     return RuntimeError("the sandbox pool was closed before this call had ended")
+
+
+def _check_address(address: object) -> None:
+    arguments.kind("address", address, str, 'str: "auto" or "host:port"')
+    if address != "auto" and not re.fullmatch(r"\S+:\d{1,5}", address):
+        raise ValueError(f'cluster address {address!r} must be "auto" or "host:port", such as "10.0.0.1:6379"')

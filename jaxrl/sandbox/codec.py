@@ -4,7 +4,8 @@ What validates and what describes is the same class, so the two cannot differ; a
 itself uses, which processes without any web library load too. Strings may hold lone surrogates, which model-written
 code does. Bytes travel as base64.
 
-Types known: str, bool, int, float, bytes, string enums, Literal, Mapping[str, X], Sequence[X], X | None, dataclasses.
+Types known: str, bool, int, float, bytes, string enums, Literal, Mapping[str, X], Sequence[X], X | None, dataclasses;
+and as a field of a dataclass str | bytes: a string, or bytes as ``{"base64": "..."}``.
 A dataclass field's metadata are further keywords of its schema, of which those in ``_BOUNDS`` are enforced.
 """
 
@@ -19,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
+_TEXT_OR_BYTES = str | bytes
+_CODED = "base64"  # the key of bytes where there may be text too
 _SHOWN = 80  # characters of a bad value in a complaint
 _BOUNDS = {
     "minimum": (operator.ge, "at least {}"),
@@ -53,7 +56,9 @@ class Malformed(ValueError):
 def write(value: Any) -> Any:
     """A record, or what one holds, as JSON values."""
     if dataclasses.is_dataclass(value):
-        return {field.name: write(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        hints = _hints(type(value))
+        found = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: write(_marked(item) if hints[name] == _TEXT_OR_BYTES else item) for name, item in found.items()}
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if isinstance(value, Mapping):
@@ -75,6 +80,8 @@ def read(hint: Any, value: Any, where: str = "", *, closed: bool = True) -> Any:
     """
     if dataclasses.is_dataclass(hint):
         return _read_record(hint, value, where, closed)
+    if hint == _TEXT_OR_BYTES:
+        return _read_text_or_bytes(value, where)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         return None if value is None else read(_without_none(inner), value, where, closed=closed)
@@ -104,6 +111,9 @@ def schema(hint: Any, records: dict[str, Any], *, closed: bool) -> dict[str, Any
             records[name] = {}  # met; filled below
             records[name] = _record_schema(hint, records, closed)
         return {"$ref": f"#/components/schemas/{name}"}
+    if hint == _TEXT_OR_BYTES:
+        coded = {"properties": {_CODED: schema(bytes, records, closed=closed)}, "additionalProperties": False}
+        return {"anyOf": [schema(str, records, closed=closed), {"type": "object", "required": [_CODED]} | coded]}
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         return {"anyOf": [schema(_without_none(inner), records, closed=closed), {"type": "null"}]}
@@ -166,6 +176,17 @@ def _read_scalar(hint: type, value: Any, where: str) -> Any:
         return base64.b64decode(value, validate=True)
     except ValueError as error:
         raise Malformed(where, value, expected) from error
+
+
+def _marked(value: str | bytes) -> Any:
+    return {_CODED: value} if isinstance(value, bytes) else value
+
+
+def _read_text_or_bytes(value: Any, where: str) -> str | bytes:
+    if isinstance(value, str):
+        return value
+    _require(isinstance(value, dict) and list(value) == [_CODED], where, value, f'a string, or {{"{_CODED}": "..."}}')
+    return _read_scalar(bytes, value[_CODED], f"{where}.{_CODED}")
 
 
 def _require(holds: bool, where: str, value: Any, expected: str) -> None:

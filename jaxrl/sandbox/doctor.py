@@ -11,14 +11,10 @@ import platform
 import time
 from collections.abc import Callable
 
-from jaxrl.sandbox import cgroups, jail, landlock, languages, seccomp, syscalls
+from jaxrl.sandbox import cgroups, jail, landlock, languages, remedies, seccomp, syscalls
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.pool import Pool
 
-_USER_NAMESPACES = (
-    "sysctl user.max_user_namespaces must be above 0; on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0; "
-    "in Docker --security-opt seccomp=unconfined"
-)
 _LANDLOCK = "a second wall around files; boot Linux 5.13 or newer with landlock among its lsm= modules"
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 
@@ -31,7 +27,7 @@ class Finding:
         works: False where the machine refuses it.
         needed: the sandbox does not start without it.
         detail: what was found, or the system's own words for the refusal.
-        remedy: what to do where it does not work.
+        remedy: what to do where it does not work, a line for each thing.
     """
 
     layer: str
@@ -44,13 +40,14 @@ class Finding:
 def examine() -> list[Finding]:
     """Try every layer, the needed ones first; ends with a call in a whole jail."""
     machine = f"Linux {platform.release()} on {platform.machine()}"
-    user_namespace = _try("user namespace", lambda: None, _USER_NAMESPACES)
+    in_the_way = "\n".join(remedies.find())
+    user_namespace = _try("user namespace", lambda: None, in_the_way)
     layers: list[tuple[str, Callable[[], object], str]] = [
-        (f"{name} namespace", lambda flag=flag: syscalls.unshare(flag), _USER_NAMESPACES)
+        (f"{name} namespace", lambda flag=flag: syscalls.unshare(flag), in_the_way)
         for name, flag in jail.NAMESPACES.items()
     ]
     layers += [
-        ("read-only copies of mounts", _copy_a_mount, "needs Linux 5.12 or newer"),
+        ("read-only copies of mounts", _copy_a_mount, in_the_way),
         ("system-call filter", _filter, "the kernel needs CONFIG_SECCOMP_FILTER"),
         ("watch over memory requests", _watch_memory, "needs Linux 5.5 or newer, and no such watch around us"),
     ]
@@ -79,8 +76,8 @@ def describe(findings: list[Finding]) -> str:
     for finding in findings:
         word = "yes" if finding.works else "NO" if finding.needed else "no"
         lines.append(f"{word:>3}  {finding.layer:<{width}}  {finding.detail}".rstrip())
-        if not finding.works and finding.remedy:
-            lines.append(f"     {'':<{width}}  → {finding.remedy}")
+        if not finding.works:
+            lines += [f"     {'':<{width}}  → {remedy}" for remedy in finding.remedy.splitlines()]
     if healthy(findings):
         lines.append("The sandbox works here.")
     else:

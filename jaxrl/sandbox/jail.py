@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 
-from jaxrl.sandbox import landlock, seccomp, syscalls
+from jaxrl.sandbox import landlock, remedies, seccomp, syscalls
 from jaxrl.sandbox.files import MOST_INODES
 
 UNSAFE = "unsafe: none"
@@ -41,10 +41,9 @@ class SandboxUnavailable(RuntimeError):
 
 def unavailable(layer: str, error: object) -> SandboxUnavailable:
     return SandboxUnavailable(
-        f"the sandbox cannot isolate tool code here: {layer} was refused ({error}). Remedies: allow user namespaces "
-        "(sysctl user.max_user_namespaces > 0; on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0; in "
-        "Docker --security-opt seccomp=unconfined; Linux 5.12 or newer), or run "
-        "the code without isolation at your own risk: SandboxConfig.unsafe = True, on the command line --unsafe-sandbox"
+        f"the sandbox cannot isolate tool code here: {layer} was refused ({error}). Remedies: "
+        f"{'; '.join(remedies.find())} (`jaxrl sandbox doctor` looks at every layer). Or run the code without "
+        "isolation at your own risk: SandboxConfig.unsafe = True, on the command line --unsafe-sandbox"
     )
 
 
@@ -94,8 +93,8 @@ def plan_view(preload: tuple[str, ...], more: tuple[str, ...] = ()) -> View:
         elif folder != "/usr/local/lib":
             folders.append(folder)
     real = sorted({os.path.realpath(path) for path in folders if os.path.isdir(path)})
-    outermost = [path for path in real if not any(path != other and _inside(path, other) for other in real)]
-    work = "/sandbox" if any(_inside(path, "/tmp") for path in outermost) else "/tmp"
+    outermost = [path for path in real if not any(path != other and inside(path, other) for other in real)]
+    work = "/sandbox" if any(inside(path, "/tmp") for path in outermost) else "/tmp"
     return View(tuple(outermost), tuple(links), tuple(dict.fromkeys(packages)), work=work)
 
 
@@ -104,7 +103,8 @@ def directory_options(disk_mib: int) -> str:
     return f"size={disk_mib}m,nr_inodes={MOST_INODES},mode=700"
 
 
-def _inside(path: str, folder: str) -> bool:
+def inside(path: str, folder: str) -> bool:
+    """Whether a path is a folder or lies below it."""
     return os.path.commonpath((path, folder)) == folder
 
 

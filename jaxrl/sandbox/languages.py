@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 
-from jaxrl.sandbox import jail
+from jaxrl.sandbox import arguments, jail
 from jaxrl.sandbox.protocol import Limits
 
 # Programs, what compilers read, and the targets of links among them.
@@ -37,6 +37,20 @@ class Language:
     build: tuple[str, ...] = ()
     program: str = ""
     build_limits: Limits = _BUILD
+
+    def __post_init__(self) -> None:
+        arguments.kind("Language.name", self.name, str, "str")
+        for field, words in (("run", self.run), ("build", self.build)):
+            arguments.texts(f"Language.{field}", words)
+        if not self.run:
+            raise ValueError("Language.run=() must name a program; give it and its arguments, ('ruby', 'main.rb')")
+        for field, file in (("source", self.source), ("program", self.program)):
+            arguments.kind(f"Language.{field}", file, str, "str")
+            if "/" in file or "\0" in file or file in (".", "..") or not (file or field == "program"):
+                raise ValueError(f"Language.{field}={file!r} must be the name of a file, without folders")
+        if self.build and not self.program:
+            raise ValueError(f"Language.build={self.build} makes a file, but Language.program does not name it")
+        arguments.kind("Language.build_limits", self.build_limits, Limits, "a sandbox.Limits")
 
     @property
     def own_files(self) -> frozenset[str]:
@@ -116,6 +130,10 @@ def plan_view(preload: tuple[str, ...], more: tuple[str, ...]) -> jail.View:
     if folder not in view.folders:
         files.append(interpreter())
         links += [(os.path.join(folder, other), name) for other in {"python3", "python"} - {name}]
+    known = (*view.folders, *(path for path, _ in (*view.links, *links)))
+    for path in map(os.path.normpath, more):  # one that is reached by a link is to be found by that name too
+        if path != os.path.realpath(path) and not any(jail.inside(path, other) for other in known):
+            links.append((path, os.path.realpath(path)))
     return dataclasses.replace(view, files=tuple(files), links=(*view.links, *links), shared_memory=True)
 
 

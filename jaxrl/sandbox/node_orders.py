@@ -15,7 +15,7 @@ class CallOrder(NamedTuple):
 
     id: int
     code: str
-    stdin: str
+    stdin: str | bytes
     echo: bool
     limits: Limits
     tenant: str

@@ -14,23 +14,19 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from jaxrl.config import ConfigError, SandboxConfig
-from jaxrl.sandbox import cgroups, jail, languages
+from jaxrl.sandbox import cgroups, jail, languages, pool_arguments
 from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox.admission import Admission, UnderWay
 from jaxrl.sandbox.builds import Builds
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.link import WardenLink, WardenLost
 from jaxrl.sandbox.metrics import Metrics, Recorder, WardenMetrics
-from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits, Outcome, Report, check_texts
+from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits, Outcome, Report
 from jaxrl.sandbox.result import Result, result_of
 from jaxrl.sandbox.session import Backend, Session, Terms
 from jaxrl.statuses import ToolStatus
-
-if TYPE_CHECKING:
-    from jaxrl.sandbox.cluster import ClusterPool
 
 _PROGRAMS_KEPT = 64 << 20  # bytes of compiled programs
 
@@ -50,15 +46,18 @@ class Pool:
         heartbeat_seconds: a template that is silent for so long is replaced.
         processes_without_cgroup: let calls start processes also where no memory cgroup can be had. Each process is then
             bounded by ``memory_mib``, all of a call together are not; named in their results.
-        program_folders: further folders of the host that such calls can see, for languages of the caller's own.
+        program_folders: further folders of the host, by absolute path, that such calls can read and run programs in,
+            for languages of the caller's own. Whatever lies there can be read by the code.
         recycle_calls: a template that has run so many calls is replaced, without hurting those it still runs.
         recycle_growth_mib: and one whose own memory has grown by so much.
         session_memory_mib: for live sessions together, beyond what their templates share with them; sessions that were
             not used for longest are put out, and rebuilt when they are used again.
 
-    Raises (on entering):
-        SandboxUnavailable: the machine refuses a layer of the jail; names it and the remedy.
-        ValueError: a number is out of range, or a module of ``preload`` is not installed.
+    Raises:
+        SandboxUnavailable (on entering): the machine refuses a layer of the jail; names it and the remedy.
+        ValueError: a number is out of range, a module of ``preload`` or a folder of ``program_folders`` is not there,
+            or such a folder would show code what it must not see.
+        TypeError: an argument is of a wrong kind.
     """
 
     def __init__(
@@ -78,19 +77,24 @@ class Pool:
         recycle_growth_mib: int = 64,
         session_memory_mib: int = 4096,
     ) -> None:
-        counts = {"workers": workers, "slots": slots, "queue": queue, "session_memory_mib": session_memory_mib}
-        for name, value in (
-            counts | {"recycle_calls": recycle_calls, "recycle_growth_mib": recycle_growth_mib}
-        ).items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if slow_slots < 0:
-            raise ValueError(f"slow_slots={slow_slots} must not be negative; 0 is none")
-        if not heartbeat_seconds > 0:
-            raise ValueError(f"heartbeat_seconds={heartbeat_seconds} must be above 0")
-        if not isinstance(unsafe, bool):
-            raise TypeError(f"unsafe={unsafe!r} must be True or False")
+        pool_arguments.check_pool(
+            limits=limits,
+            workers=workers,
+            slots=slots,
+            slow_slots=slow_slots,
+            queue=queue,
+            preload=preload,
+            unsafe=unsafe,
+            heartbeat_seconds=heartbeat_seconds,
+            processes_without_cgroup=processes_without_cgroup,
+            program_folders=program_folders,
+            recycle_calls=recycle_calls,
+            recycle_growth_mib=recycle_growth_mib,
+            session_memory_mib=session_memory_mib,
+        )
+        pool_arguments.check_installed(program_folders)
         self.limits = limits or Limits()
+        pool_arguments.check_host(self.limits)
         self.most: Limits | None = None
         self.isolation = jail.UNSAFE if unsafe else jail.JAILED
         self._unsafe = unsafe
@@ -186,7 +190,7 @@ class Pool:
     async def run(
         self,
         code: str,
-        stdin: str = "",
+        stdin: str | bytes = "",
         echo: bool = True,
         limits: Limits | None = None,
         tenant: str = "",
@@ -199,7 +203,7 @@ class Pool:
 
         Args:
             code: source text.
-            stdin: what the snippet reads from standard input.
+            stdin: what the snippet reads from standard input; text as UTF-8.
             echo: print the repr of a trailing expression of Python, as a notebook does.
             limits: for this call alone.
             tenant: on whose behalf; waiting tenants take turns, each one's calls in their order.
@@ -209,14 +213,15 @@ class Pool:
             processes: let Python start processes and programs; other languages always may.
 
         Raises:
-            ValueError: a file's path is not a plain relative one, or the files are larger than the directory; or there
-                is no such language.
+            TypeError: an argument is of a wrong kind.
+            ValueError: a file's path is not a plain relative one, or the files are larger than the directory; there
+                is no such language; or ``limits`` are beyond those of this process.
             RuntimeError: the pool is not open, closed meanwhile, being drained, or of another event loop.
             SandboxUnavailable: the jail was lost and could not be built again; the language is not installed; or
                 processes are to be started and there is no memory cgroup to bound them.
         """
         self._check_taking()
-        check_texts(code, stdin, wanted)
+        pool_arguments.check_call(code, stdin, echo, limits, tenant, files, wanted, language, processes)
         limits = limits or self.limits
         given = files or {}
         self.check(limits, given, language, processes)
@@ -235,6 +240,8 @@ class Pool:
         Raises:
             ValueError, SandboxUnavailable: as ``run`` does, but for a jail that was lost.
         """
+        if limits is not self.limits:
+            pool_arguments.check_host(limits)
         file_bytes.check(files, limits.disk_mib << 20)
         if language != "python":
             chosen = languages.named(language)
@@ -248,7 +255,7 @@ class Pool:
         self,
         language: str | Language,
         source: bytes,
-        stdin: str,
+        stdin: str | bytes,
         limits: Limits,
         tenant: str,
         given: Mapping[str, bytes],
@@ -283,7 +290,7 @@ class Pool:
     def _call(
         self,
         code: bytes,
-        stdin: str,
+        stdin: str | bytes,
         limits: Limits,
         tenant: str,
         files: Mapping[str, bytes],
@@ -294,7 +301,7 @@ class Pool:
         return Call(
             id=next(self._ids),
             code=code,
-            stdin=stdin.encode("utf-8", "surrogatepass"),
+            stdin=stdin if isinstance(stdin, bytes) else stdin.encode("utf-8", "surrogatepass"),
             echo=echo,
             limits=limits,
             submitted=time.monotonic(),
@@ -355,6 +362,8 @@ class Pool:
         Raises:
             ValueError: live sessions are granted less memory together than this one may use alone.
         """
+        pool_arguments.check_session(limits, tenant, checkpoint, live)
+        pool_arguments.check_host(limits or self.limits)
         terms = Terms(limits or self.limits, zlib.crc32(tenant.encode()), checkpoint, live and not self._unsafe)
         terms.check_memory(self._settings["session_memory_mib"])
         return Session(self.backend(), terms)
@@ -485,34 +494,3 @@ def _weight(built: Result) -> int | None:
     if built.status not in (ToolStatus.OK, ToolStatus.ERROR):
         return None
     return len(built.stdout) + len(built.stderr) + sum(map(len, built.files.values())) + 1024
-
-
-def pool_from_config(config: SandboxConfig) -> "Pool | ClusterPool":
-    """The pool that a run's configuration asks for: of this machine, or of a cluster.
-
-    Raises:
-        ConfigError: a number is out of range, or a module of ``preload`` or Ray is not where it is needed.
-    """
-    if config.cluster:
-        from jaxrl.sandbox.cluster import ClusterPool  # made of pools itself
-
-        make = functools.partial(ClusterPool, config.cluster)
-    else:
-        make = Pool
-    try:
-        return make(
-            Limits(
-                cpu_seconds=config.cpu_seconds,
-                wall_seconds=config.wall_seconds,
-                memory_mib=config.memory_mib,
-                output_kib=config.output_kib,
-            ),
-            workers=config.workers,
-            slots=config.slots,
-            slow_slots=config.slow_slots,
-            queue=config.queue,
-            preload=tuple(config.preload),
-            unsafe=config.unsafe,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from jaxrl.sandbox import arguments
+
 ATTEMPTS = 3  # tries of a call or cell before a fault of ours is reported
 VAIN_LOSSES = 5  # and losses, one after the other, of what was to run it and never came to that
 LEAST_MEMORY_MIB = 16
@@ -20,6 +22,7 @@ _FRAME = struct.Struct("<IB")
 _LENGTH = struct.Struct("<I")
 READ_BYTES = 1 << 18  # of frames at once, into memory that is kept: new memory would be faulted in each time
 _BEYOND_LIMITS = 1 << 32  # the least that ``_LIMITS`` cannot hold
+_FRACTIONAL = ("cpu_seconds", "wall_seconds")
 _LIMITS = struct.Struct("<ddIIIIIIII")
 _CALL = struct.Struct("<QdBBIIIIII")
 _ECHO, _REPLAY, _PROCESSES = 1, 2, 4  # flags of a call
@@ -45,7 +48,9 @@ class Limits:
     disk_mib: int = 64
     """Size of the call's private working directory, which lives in memory."""
     open_files: int = 64
+    """Descriptors that the code has at once, its three streams among them."""
     threads: int = 128
+    """At once, the first among them, of a call that may start no processes. Each takes 3 MiB of ``memory_mib``."""
     files_mib: int = 16
     """Returned files together; those beyond it are left out and counted."""
     processes: int = 32
@@ -53,8 +58,11 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            arguments.number(f"Limits.{name}", value)
             if not 0 < value < _BEYOND_LIMITS:
                 raise ValueError(f"Limits.{name}={value} must be above 0 and below 2**32")
+            if name not in _FRACTIONAL:
+                arguments.integer(f"Limits.{name}", value)
         if self.memory_mib < LEAST_MEMORY_MIB:
             least = f"{LEAST_MEMORY_MIB} are needed to start a call"
             raise ValueError(f"Limits.memory_mib={self.memory_mib} is too small: {least}")
@@ -69,19 +77,6 @@ def _pack_limits(limits: Limits) -> bytes:
 @functools.lru_cache(256)
 def _unpack_limits(data: bytes) -> Limits:
     return Limits(*_LIMITS.unpack(data))
-
-
-def check_texts(code: object, stdin: object, wanted: object) -> None:
-    """Refuse arguments of a wrong type that would be taken for something else.
-
-    Raises:
-        TypeError: naming the argument.
-    """
-    for name, value in (("code", code), ("stdin", stdin)):
-        if not isinstance(value, str):
-            raise TypeError(f"{name} is of type {type(value).__name__}; it must be str")
-    if isinstance(wanted, str):
-        raise TypeError(f"wanted={wanted!r} is a single pattern; give a sequence of patterns, ({wanted!r},)")
 
 
 class Outcome(enum.IntEnum):

@@ -7,9 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from jaxrl.sandbox import wire
+from jaxrl.sandbox import pool_arguments, wire
 from jaxrl.sandbox.jail import SandboxUnavailable
-from jaxrl.sandbox.protocol import check_texts
 from jaxrl.sandbox.result import Result, fault
 from jaxrl.statuses import ToolStatus
 
@@ -68,7 +67,7 @@ class RemoteSession:
             PermissionError: the token is missing or wrong.
             RuntimeError: the session or the client is closed.
         """
-        check_texts(code, "", wanted)
+        pool_arguments.check_cell(code, echo, files, wanted)
         cell = wire.CellRequest(code, echo, files or {}, wanted)
         async with self._turn:
             self._check_open()

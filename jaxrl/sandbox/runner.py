@@ -52,7 +52,7 @@ class Runner(Protocol):
     async def run(
         self,
         code: str,
-        stdin: str = "",
+        stdin: str | bytes = "",
         echo: bool = True,
         limits: Limits | None = None,
         tenant: str = "",

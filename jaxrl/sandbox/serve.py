@@ -101,6 +101,8 @@ def _settings(options: argparse.Namespace, kind: "type[ServerSettings]") -> "Ser
     for name in ("queue", "queue_mib", "body_mib", "sessions", "session_idle_seconds", "session_mib"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    if options.drain_seconds < 0:
+        raise ValueError(f"--drain-seconds {options.drain_seconds} must not be negative; 0 ends calls at once")
     return kind(
         tokens=tokens,
         calls=options.queue,

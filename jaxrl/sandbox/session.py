@@ -5,14 +5,15 @@ is lost (killed, put out for want of memory, gone with a template or a warden) i
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from jaxrl.sandbox import arguments, pool_arguments
 from jaxrl.sandbox import files as file_bytes
 from jaxrl.sandbox.cell import LEFT_AT_ONCE
 from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits, Outcome, Report, pack_cells
@@ -26,7 +27,7 @@ class Backend(NamedTuple):
     """What a session needs of its pool."""
 
     check: Callable[[], None]  # raises RuntimeError where no more is taken
-    taken: AbstractContextManager[None]  # around what was taken: draining waits for its end
+    taken: contextlib.AbstractContextManager[None]  # around what was taken: draining waits for its end
     next_id: Callable[[], int]
     run: Callable[[Call], Awaitable[Result]]  # a call
     submit: Callable[[Call, CellHead], Awaitable[Report]]  # a cell
@@ -69,6 +70,37 @@ class Terms:
             )
 
 
+class _Closed(RuntimeError):
+    """Closing the session ended what it was doing."""
+
+
+class _Turn:
+    """Around a cell or fork, in the task that asked for it: stopped, it is cancelled and ends in ``_Closed``.
+
+    As asyncio.timeout does, it tells its own cancellation from others'; that costs too much for every cell.
+    """
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._before = task, task.cancelling()
+        self._stopped = self._over = False
+        return self
+
+    def stop(self) -> None:
+        """Nothing happens if it was stopped before, or is over."""
+        if not self._stopped and not self._over:
+            self._stopped = True
+            self._task.cancel()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over = True
+        if self._stopped and self._task.uncancel() <= self._before and kind is asyncio.CancelledError:
+            raise _Closed("the session was closed before this had ended") from None
+
+
 class Session:
     """A notebook in a process of its own. Made by ``Pool.session`` and by ``fork``; close it, or use ``async with``."""
 
@@ -88,6 +120,8 @@ class Session:
         self._begun = bool(history) or process > 0
         self._rebuilt, self._replay_differs = rebuilt, replay_differs  # what no result has told yet
         self._turn = asyncio.Lock()
+        self._doing: _Turn | None = None
+        self._ended: Awaitable[object] | None = None  # done when the process that was given up last is gone
         self._open = True
 
     async def __aenter__(self) -> Self:
@@ -104,14 +138,25 @@ class Session:
         return sum(len(cell.code) + len(cell.files) + _CELL_BYTES for cell in self._history)
 
     async def close(self) -> None:
-        """End the process, which is gone when this returns, and forget the history. Copies live on."""
+        """End the process, which is gone when this returns, and forget the history. Copies live on.
+
+        A cell or fork that is under way is ended too, and whoever waits for it gets a RuntimeError.
+        """
         self._open = False
+        if self._doing is not None:
+            self._doing.stop()
         async with self._turn:
-            ended = self._backend.end(self._process) if self._process else None
-            self._process = 0
+            if self._process:
+                self._give_up()
             self._history.clear()
+            ended, self._ended = self._ended, None
             if ended is not None:
                 await ended
+
+    def _give_up(self) -> None:
+        """End the process, whatever it does."""
+        self._ended = self._backend.end(self._process)
+        self._process = 0
 
     async def run(
         self,
@@ -133,10 +178,12 @@ class Session:
             wanted: patterns of files there to return when the cell has ended.
 
         Raises:
+            TypeError: an argument is of a wrong kind.
             ValueError: a file's path is not a plain relative one, or the files are larger than the directory.
-            RuntimeError: the session or its pool is closed.
+            RuntimeError: the session or its pool is closed, or was while this ran.
             SandboxUnavailable: the jail was lost and could not be built again.
         """
+        pool_arguments.check_cell(code, echo, files, wanted)
         file_bytes.check(files or {}, self._terms.limits.disk_mib << 20)
         cell = Cell(code.encode("utf-8", "surrogatepass"), echo, file_bytes.pack(files or {}))
         submitted = time.monotonic()
@@ -145,10 +192,11 @@ class Session:
             try:
                 async with self._turn:
                     self._check_open()
-                    if not self._terms.live:
-                        return await self._run_all(cell, wanted, submitted)
-                    return await self._run_live(cell, wanted, submitted)
-            except asyncio.CancelledError:
+                    with _Turn() as self._doing:
+                        if not self._terms.live:
+                            return await self._run_all(cell, wanted, submitted)
+                        return await self._run_live(cell, wanted, submitted)
+            except (asyncio.CancelledError, _Closed):
                 if self._terms.live:  # otherwise the pool has counted it as the call it is
                     self._backend.cancelled()
                 raise
@@ -162,19 +210,19 @@ class Session:
 
         Raises:
             ValueError: ``copies`` is not positive.
-            RuntimeError: the session or its pool is closed.
+            RuntimeError: the session or its pool is closed, or was while this ran.
         """
-        if copies < 1:
-            raise ValueError(f"copies={copies} must be at least 1")
+        arguments.whole("copies", copies)
         self._backend.check()
         with self._backend.taken:
             async with self._turn:
                 self._check_open()
                 ids = [0] * copies
                 if self._terms.live and self._history:
-                    if self._process == 0:
-                        await self._rebuild()
-                    ids = await self._copy(copies)
+                    with _Turn() as self._doing:
+                        if self._process == 0:
+                            await self._rebuild()
+                        ids = await self._copy(copies)
                 untold = self._rebuilt, self._replay_differs
                 return [Session(self._backend, self._terms, self._history, id, *untold) for id in ids]
 
@@ -230,8 +278,7 @@ class Session:
         try:
             report = await self._backend.submit(call, CellHead(self._process, fresh, checkpoint))
         except BaseException:
-            self._backend.end(self._process)  # whether the cell ran, and what it did, is not known
-            self._process = 0
+            self._give_up()  # whether the cell ran, and what it did, is not known
             self._begun = True
             raise
         if report.outcome is Outcome.LOST or not (report.survived or checkpoint):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxrl.sandbox.languages import LANGUAGES, Language
-from jaxrl.sandbox.protocol import LEAST_MEMORY_MIB, Limits, check_texts
+from jaxrl.sandbox.protocol import LEAST_MEMORY_MIB, Limits
 from jaxrl.sandbox.result import Result
 
 
@@ -38,7 +38,9 @@ class RunRequest:
     """One call: a snippet and what it is given. The arguments of ``Pool.run``."""
 
     code: str = dataclasses.field(metadata=_about("Source text."))
-    stdin: str = dataclasses.field(metadata=_about("What the snippet reads from standard input."), default="")
+    stdin: str | bytes = dataclasses.field(
+        metadata=_about("What the snippet reads from standard input: text, or bytes as base64."), default=""
+    )
     echo: bool = dataclasses.field(
         metadata=_about("Print the repr of a trailing expression of Python, as a notebook does."), default=True
     )
@@ -157,7 +159,7 @@ class Problem:
 
 def request(
     code: str,
-    stdin: str,
+    stdin: str | bytes,
     echo: bool,
     limits: Limits | None,
     files: Mapping[str, bytes] | None,
@@ -169,9 +171,7 @@ def request(
 
     Raises:
         ValueError: a language that no server knows.
-        TypeError: code, stdin or wanted of a wrong type.
     """
-    check_texts(code, stdin, wanted)
     if language != "python" and (isinstance(language, Language) or language not in LANGUAGES):
         known = ", ".join(["python", *LANGUAGES])
         raise ValueError(f"a sandbox server runs {known}, not {language!r}; take a Pool for languages of your own")

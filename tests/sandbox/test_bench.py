@@ -75,7 +75,11 @@ def test_rows_of_the_other_figures(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_figure_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sandbox", "bench", "--figures", "S1,S16"]) == BAD_USAGE
-    assert "S16 is none of S1, S2" in capsys.readouterr().err
+    assert "'S16' is none of S1, S2" in capsys.readouterr().err
+    assert main(["sandbox", "bench", "--figures", ""]) == BAD_USAGE
+    assert "'' is none of S1, S2" in capsys.readouterr().err
+    assert table.chosen("s1, S14") == ("S1", "S14")
+    assert table.chosen(None) == table.FIGURES
     assert main(["sandbox", "bench", "--scale", "2"]) == BAD_USAGE
 
 

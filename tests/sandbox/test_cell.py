@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from jaxrl.records import ToolStatus
+from jaxrl.sandbox import Limits
 from tests.sandbox.driver import Driver
 
 ECHOES = {
@@ -24,6 +25,8 @@ ECHOES = {
     "empty": ("", ""),
     "only a comment": ("# nothing", ""),
     "await of exit": ("exit()", ""),
+    "byte-order mark": ("\ufeff'a' + \\\n'b'", "'ab'\n"),
+    "one inside of a string": ("x = '\ufeff'\nlen(x)", "1\n"),
 }
 
 
@@ -94,6 +97,49 @@ def test_long_source(sandbox: Driver) -> None:
     code = "x = 0\n" + "x += 1  # a line of source that makes this long\n" * 5000 + "x"
     assert len(code) > 200_000
     assert sandbox.run(code).stdout == "5000\n"
+
+
+def test_a_second_byte_order_mark_is_an_error_as_in_a_file(sandbox: Driver) -> None:
+    result = sandbox.run("\ufeff\ufeff1")
+    assert result.status is ToolStatus.ERROR and "SyntaxError: invalid non-printable character U+FEFF" in result.stderr
+
+
+def test_standard_input_of_any_bytes(sandbox: Driver) -> None:
+    code, given = "import sys; sys.stdin.buffer.read()", bytes(range(256))
+    assert sandbox.run(code, stdin=given).stdout == f"{given}\n"
+    assert sandbox.run(code, stdin="\u00e4\ud800").stdout == "b'\\xc3\\xa4\\xed\\xa0\\x80'\n"
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(memory_mib=96, threads=24)], ids=str)
+def test_as_many_threads_as_the_limits_say_fit_the_memory(sandbox: Driver, limits: Limits) -> None:
+    code = """
+import threading
+go, started = threading.Event(), []
+try:
+    for _ in range(1000):
+        started.append(threading.Thread(target=go.wait))
+        started[-1].start()
+except RuntimeError as error:
+    print(error)
+go.set()
+len(started)"""  # the first thread counts, and the last one of the list did not start
+    assert sandbox.run(code, limits=limits).stdout == f"can't start new thread\n{limits.threads}\n"
+
+
+def test_a_thread_that_recurses_for_ever_is_told_so_rather_than_killed(sandbox: Driver) -> None:
+    code = """
+import threading
+def deep(n):
+    return sorted([n], key=lambda item: deep(item + 1))  # takes the most of a stack for each level
+def run():
+    try:
+        deep(0)
+    except RecursionError:
+        print("too deep")
+thread = threading.Thread(target=run)
+thread.start()"""
+    result = sandbox.run(code, limits=Limits())
+    assert (result.status, result.stdout) == (ToolStatus.OK, "too deep\n"), result
 
 
 def test_threads_and_exit_functions_finish(sandbox: Driver) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import hashlib
 import os
 import pathlib
 
@@ -283,3 +284,20 @@ def test_draining_waits_for_the_run_of_what_it_saw_being_built() -> None:
             return [(call.done(), (await call).stdout) for call in calls]
 
         assert driver.wait(drained()) == [(True, "a"), (True, "b")]
+
+
+@pytest.mark.parametrize("language", ["bash", "c++"])
+def test_any_bytes_on_standard_input(sandbox: Driver, language: str) -> None:
+    needs(language)
+    given = bytes(range(256)) * 40
+    code = {
+        "bash": "md5sum",
+        "c++": """
+#include <cstdio>
+int main() { unsigned long sum = 0; int c; while ((c = getchar()) != EOF) sum = sum * 31 + c; printf("%lu", sum); }""",
+    }[language]
+    sum = 0
+    for byte in given:
+        sum = (sum * 31 + byte) % (1 << 64)
+    expected = {"bash": f"{hashlib.md5(given).hexdigest()}  -\n", "c++": str(sum)}[language]
+    assert sandbox.run(code, language=language, stdin=given).stdout == expected

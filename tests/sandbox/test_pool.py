@@ -379,4 +379,10 @@ def test_pool_from_config() -> None:
         pool_from_config(SandboxConfig(slow_slots=-1, preload=()))
     with pytest.raises(ConfigError, match=r"Limits.wall_seconds=inf must be .* below 2\*\*32"):
         pool_from_config(SandboxConfig(wall_seconds=math.inf, preload=()))
+    for limit in dataclasses.fields(Limits):
+        most = 77.0 if limit.type == "float" or limit.type is float else 77
+        assert getattr(pool_from_config(SandboxConfig(preload=(), **{limit.name: most})).limits, limit.name) == most
+        assert getattr(SandboxConfig(), limit.name) == limit.default, "the defaults of a run are those of the library"
+    with pytest.raises(ConfigError, match="program_folders names '/etc', which would show"):
+        pool_from_config(SandboxConfig(preload=(), program_folders=("/etc",)))
     assert pool_from_config(SandboxConfig(unsafe=True, preload=())).isolation == "unsafe: none"

@@ -111,6 +111,21 @@ def test_input_files_and_wanted_files(served: Served) -> None:
     assert result.files == {"out.bin": given["in/a"][::-1]} and result.files_left_out == 0
 
 
+def test_any_bytes_arrive_on_standard_input(served: Served) -> None:
+    code, given = "import sys; print(sys.stdin.buffer.read())", bytes(range(256))
+    for stdin, arrives in ((given, given), (b"", b""), ("\u00e4", b"\xc3\xa4"), ("AAEC", b"AAEC")):
+        result = served.use(lambda client, stdin=stdin: client.run(code, stdin=stdin))
+        assert (result.status, result.stdout) == (OK, f"{arrives}\n")
+    body = {"code": code, "stdin": {"base64": base64.b64encode(given).decode()}}
+    assert json.loads(ask(served, "POST", "/v1/run", body)[2])["stdout"] == f"{given}\n"
+
+    async def batch(client: SandboxClient) -> Result:
+        (answer,) = [result async for _, result in client.run_batch([RunRequest(code, stdin=given)])]
+        return answer
+
+    assert served.use(batch).stdout == f"{given}\n"
+
+
 def test_other_languages(served: Served) -> None:
     needs("bash")
     result = served.use(lambda client: client.run(**BASH, files={"in": b"x"}, wanted=["out"]))
@@ -314,6 +329,7 @@ def test_beyond_loopback_only_with_a_token() -> None:
         (["--memory-mib", "3"], "memory_mib=3 is too small"),
         (["--preload", "no_such_module"], "no_such_module"),
         (["--queue", "0"], "--queue 0 must be at least 1"),
+        (["--drain-seconds", "-1"], "--drain-seconds -1 must not be negative"),
         (["--port", "65536"], "--port 65536 must lie between 0 and 65535"),
         (["--port", "-1"], "--port -1 must lie between 0 and 65535"),
         (["--slow-slots", "-1"], "slow_slots=-1 must not be negative"),

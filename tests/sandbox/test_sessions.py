@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import time
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,9 @@ from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Limits, Pool, Result
 from jaxrl.sandbox.bench.processes import descendants, parent
 from tests.sandbox.cells import PATIENT, Cells, session
-from tests.sandbox.driver import LIMITS, Driver
+from tests.sandbox.driver import LIMITS, Driver, wait_until
+
+ENDLESS = Limits(cpu_seconds=600.0, wall_seconds=600.0)
 
 OK, ERROR, TIMEOUT = ToolStatus.OK, ToolStatus.ERROR, ToolStatus.TIMEOUT
 MEMORY, OUTPUT = ToolStatus.OUT_OF_MEMORY, ToolStatus.OUTPUT_LIMIT
@@ -488,6 +491,55 @@ def test_a_session_that_may_outgrow_the_memory_of_all_is_refused() -> None:
         with pytest.raises(ValueError, match="disk_mib = 89 may outgrow session_memory_mib=88.*live=False"):
             pool.session(limits=limits)
         pool.session(limits=limits, live=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"live": False}], ids=str)
+def test_closing_ends_a_cell_that_would_go_on(sandbox: Driver, options: dict[str, Any]) -> None:
+    """Neither the cell nor the ones behind it keep the closing waiting, nor does their end look like the code's."""
+    before = sandbox.resting()
+    cells = Cells(sandbox, sandbox.pool.session(limits=ENDLESS, **options))
+    cells.out("x = 1")
+    made = set(descendants(sandbox.pool.warden_pid)) - set(before)
+    processes = [pid for pid in made if parent(pid) in made]  # below its keeper; with checkpoints a copy besides
+    assert bool(processes) is options.get("live", True)
+
+    async def close_while_busy() -> list[BaseException | Result]:
+        work = [cells.session.run("x = 2\nwhile True: pass"), cells.session.run("x")]
+        tasks = [asyncio.create_task(cell) for cell in (*work, cells.session.fork(2))]
+        while (await sandbox.pool.metrics()).running == 0:
+            await asyncio.sleep(0.01)
+        await asyncio.gather(cells.session.close(), cells.session.close())
+        assert options.get("checkpoint") or not any(map(parent, processes)), (
+            "the process is gone when the session is closed"
+        )
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    told = [str(error) for error in sandbox.wait(close_while_busy(), 30.0) if isinstance(error, RuntimeError)]
+    assert [words.partition(":")[0] for words in told] == [
+        "the session was closed before this had ended",
+        "the session is closed",
+        "the session is closed",
+    ]
+    wait_until(lambda: sandbox.resting() == before)
+    assert sandbox.run("6 * 7").stdout == "42\n"
+
+
+def test_closing_is_no_cancellation_of_who_waits_for_the_cell(sandbox: Driver) -> None:
+    async def outer() -> str:
+        session = sandbox.pool.session(limits=ENDLESS)
+        asyncio.get_running_loop().call_later(0.3, lambda: closing.append(asyncio.ensure_future(session.close())))
+        closing: list[asyncio.Future[None]] = []
+        try:
+            async with asyncio.timeout(20):
+                await session.run("while True: pass")
+        except RuntimeError as error:
+            await closing[0]
+            task = asyncio.current_task()
+            assert task is not None and task.cancelling() == 0
+            return str(error)
+        return "it ended"
+
+    assert sandbox.wait(outer()).startswith("the session was closed")
 
 
 def test_replay_only_sessions_keep_no_process(sandbox: Driver) -> None:

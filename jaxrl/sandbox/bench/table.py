@@ -25,17 +25,19 @@ _MEASURES: dict[tuple[str, ...], Callable[[Effort], Awaitable[list[Row]]]] = {
 FIGURES = tuple(figure for group in _MEASURES for figure in group)
 
 
-def chosen(names: str) -> tuple[str, ...]:
-    """Figures named in a comma-separated list; all of them for an empty one.
+def chosen(names: str | None) -> tuple[str, ...]:
+    """Figures named in a comma-separated list, in either case; all of them for None.
 
     Raises:
-        ValueError: naming what is no figure.
+        ValueError: naming what is no figure, or a list of none.
     """
-    wanted = tuple(filter(None, names.split(",")))
-    unknown = [name for name in wanted if name not in FIGURES]
+    if names is None:
+        return FIGURES
+    wanted = tuple(name.strip().upper() for name in names.split(","))
+    unknown = [repr(name) for name in wanted if name not in FIGURES]
     if unknown:
-        raise ValueError(f"--figures: {', '.join(unknown)} is none of {', '.join(FIGURES)}")
-    return wanted or FIGURES
+        raise ValueError(f"--figures: {', '.join(unknown)} is none of {', '.join(FIGURES)}; leave it out for all")
+    return wanted
 
 
 def main(figures: Sequence[str], effort: Effort, as_json: bool) -> int:

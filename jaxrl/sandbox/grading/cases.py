@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 
+from jaxrl.sandbox import arguments
 from jaxrl.sandbox.grading import closeness
 from jaxrl.sandbox.grading.codec import pack
 
@@ -12,13 +13,19 @@ from jaxrl.sandbox.grading.codec import pack
 class StdioTest:
     """The program is run whole; what it prints is compared."""
 
-    stdin: str
+    stdin: str | bytes
     expected: str
     """White space at the end of a line and empty lines at the end do not count."""
     tolerance: float | None = None
     """If given, words that are numbers may be off by so much, relatively or absolutely, and spacing does not count."""
     language: str = "python"
     """Of the program, as the pool names it."""
+
+    def __post_init__(self) -> None:
+        arguments.kind("StdioTest.stdin", self.stdin, (str, bytes), "str or bytes")
+        arguments.kind("StdioTest.expected", self.expected, str, "str")
+        _check_tolerance("StdioTest.tolerance", self.tolerance)
+        arguments.kind("StdioTest.language", self.language, str, "the name of a language")
 
     def accepts(self, printed: str) -> bool:
         """Whether this output is the expected one."""
@@ -48,6 +55,10 @@ class CodeTest:
     beside: str = ""
     """Runs after the program, in its module, and may define the function. The program sees it: no answers here."""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            arguments.kind(f"CodeTest.{name}", value, str, "str")
+
 
 @dataclasses.dataclass(frozen=True)
 class CallTest:
@@ -66,6 +77,10 @@ class CallTest:
     """If given, numbers may be off by so much, relatively or absolutely, inside lists, tuples and dictionaries too."""
 
     def __post_init__(self) -> None:
+        arguments.kind("CallTest.function", self.function, str, "the function's name, or an expression for it")
+        arguments.kind("CallTest.arguments", self.arguments, (list, tuple), "a list or tuple of the call's arguments")
+        arguments.kind("CallTest.keywords", self.keywords, Mapping, "a mapping from name to value")
+        _check_tolerance("CallTest.tolerance", self.tolerance)
         pack([list(self.arguments), dict(self.keywords), self.expected])
 
     def as_code(self) -> CodeTest:
@@ -86,6 +101,13 @@ class CallTest:
 _NAMES = "from decimal import Decimal\nfrom fractions import Fraction\nfrom math import inf, nan"
 
 Test = StdioTest | CallTest | CodeTest
+
+
+def _check_tolerance(name: str, tolerance: object) -> None:
+    if tolerance is not None:
+        arguments.number(name, tolerance)
+        if not tolerance >= 0:
+            raise ValueError(f"{name}={tolerance} must not be negative; None compares exactly")
 
 
 def _trimmed(text: str) -> list[str]:

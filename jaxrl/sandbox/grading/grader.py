@@ -8,13 +8,14 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import platform
 import secrets
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-from jaxrl.sandbox import jail
+from jaxrl.sandbox import arguments, jail, pool_arguments
 from jaxrl.sandbox.grading import scripts
 from jaxrl.sandbox.grading.cache import Cache
 from jaxrl.sandbox.grading.cases import CallTest, CodeTest, StdioTest, Test
@@ -90,8 +91,13 @@ class Grader:
         hidden_only: bool = False,
         tenant: str = "",
         cache_entries: int = 65536,
-        cache_folder: pathlib.Path | None = None,
+        cache_folder: str | os.PathLike[str] | None = None,
     ) -> None:
+        pool_arguments.check_limits(limits)
+        arguments.flag("hidden_only", hidden_only)
+        arguments.kind("tenant", tenant, str, "str")
+        arguments.whole("cache_entries", cache_entries, 0, "0 keeps none")
+        arguments.kind("cache_folder", cache_folder, (str, os.PathLike, type(None)), "a path, or None for none")
         if hidden_only and pool.isolation == jail.UNSAFE:
             raise ValueError(f"hidden_only=True but the pool's isolation is {pool.isolation!r}; use a pool with a jail")
         self._pool = pool
@@ -99,18 +105,21 @@ class Grader:
         _check_limits(self._limits, pool.most)
         self._hidden_only = hidden_only
         self._tenant = tenant
-        self._cache = Cache(cache_entries, cache_folder)
+        self._cache = Cache(cache_entries, None if cache_folder is None else pathlib.Path(cache_folder))
         self._interviews: OrderedDict[CodeTest, _Interview] = OrderedDict()
 
     async def grade(self, program: str, test: Test) -> Grade:
         """Run one program on one test, unless the grade is known.
 
         Raises:
+            TypeError: program or test is of a wrong kind.
             SyntaxError: the test is no Python.
             NotHidden: it cannot be hidden, and ``hidden_only`` was asked for.
             ValueError: the pool refuses to run a program whole, as for its language or size. Where it refuses what
                 grading passes between jails, as answers too large for a server, the grade is ``infra_error``.
         """
+        arguments.kind("program", program, str, "str")
+        arguments.kind("test", test, Test, "a CallTest, CodeTest or StdioTest")
         key = self._key(program, test)
         known = self._cache.get(key)
         if known is not None and (known.hidden or not self._hidden_only):
@@ -128,6 +137,8 @@ class Grader:
         Raises:
             SyntaxError, NotHidden: as ``grade``; nothing is left running.
         """
+        arguments.texts("programs", programs)
+        arguments.kind("tests", tests, Sequence, "a sequence of tests")
         rows: dict[str, list[asyncio.Task[Grade]]] = {}
         try:
             async with asyncio.TaskGroup() as group:
@@ -269,7 +280,7 @@ class Grader:
         code: str,
         *,
         limits: Limits | None = None,
-        stdin: str = "",
+        stdin: str | bytes = "",
         files: Mapping[str, bytes] | None = None,
         wanted: Sequence[str] = (),
         language: str = "python",
