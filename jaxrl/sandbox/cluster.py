@@ -186,8 +186,8 @@ class ClusterPool:
             RuntimeError: the pool is not open, closed meanwhile, or of another event loop.
             SandboxUnavailable: the node lacks what the language or processes need.
         """
-        self._check_taking()
         check_texts(code, stdin, wanted)
+        self._check_taking()
         limits = limits or self.limits
         if files:
             file_bytes.check(files, limits.disk_mib << 20)
