@@ -5,7 +5,6 @@ session no more than a process, and the next one may be on any node.
 """
 
 import contextlib
-import dataclasses
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -90,7 +89,7 @@ class ClusterSessions:
             raise answer.refusal
         report = answer.outcome if isinstance(answer.outcome, Report) else lost(call, f"{link.name}: {answer.fault}")
         self._learn(head, link, report)
-        return dataclasses.replace(report, queue_seconds=report.queue_seconds + waited, node=link.name)
+        return report._replace(queue_seconds=report.queue_seconds + waited, node=link.name)
 
     def _prefer(self, link: "NodeLink") -> tuple[int, ...]:
         """Nodes that keep what they are given, then those with the fewest processes, then those with the most room."""

@@ -5,7 +5,6 @@ Knows nothing of Ray, which makes an actor of it; see ``node_link`` for the othe
 """
 
 import asyncio
-import dataclasses
 import functools
 import struct
 import time
@@ -136,7 +135,7 @@ async def _carry_out(order: Order, pool: Pool) -> Outcomes:
 
 def _of_here(call: Call, pool: Pool) -> Call:
     """The call under a number of this pool, in the time of this machine's clock."""
-    return dataclasses.replace(call, id=pool.backend().next_id(), submitted=time.monotonic())
+    return call._replace(id=pool.backend().next_id(), submitted=time.monotonic())
 
 
 def unfinished(order: Order, error: BaseException) -> Answer:
