@@ -15,10 +15,6 @@ from jaxrl.sandbox import cgroups, jail, landlock, languages, seccomp, syscalls
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.pool import Pool
 
-_USER_NAMESPACES = (
-    "sysctl user.max_user_namespaces must be above 0; on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0; "
-    "in Docker --security-opt seccomp=unconfined"
-)
 _LANDLOCK = "a second wall around files; boot Linux 5.13 or newer with landlock among its lsm= modules"
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 
@@ -44,9 +40,10 @@ class Finding:
 def examine() -> list[Finding]:
     """Try every layer, the needed ones first; ends with a call in a whole jail."""
     machine = f"Linux {platform.release()} on {platform.machine()}"
-    user_namespace = _try("user namespace", lambda: None, _USER_NAMESPACES)
+    namespaces_remedy = jail.namespaces_remedy()
+    user_namespace = _try("user namespace", lambda: None, namespaces_remedy)
     layers: list[tuple[str, Callable[[], object], str]] = [
-        (f"{name} namespace", lambda flag=flag: syscalls.unshare(flag), _USER_NAMESPACES)
+        (f"{name} namespace", lambda flag=flag: syscalls.unshare(flag), namespaces_remedy)
         for name, flag in jail.NAMESPACES.items()
     ]
     layers += [

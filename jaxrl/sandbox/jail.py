@@ -5,6 +5,7 @@ processes. In the first nothing is executed afterwards, so the dynamic loader, a
 need not exist inside.
 """
 
+import contextlib
 import dataclasses
 import errno
 import importlib.util
@@ -33,6 +34,14 @@ NAMESPACES = {
     "ipc": syscalls.CLONE_NEWIPC,
     "uts": syscalls.CLONE_NEWUTS,
 }
+# Settings by which a machine forbids namespaces, and a value that allows them: 0 where any other forbids them, else any
+# but 0 does. The second is Debian's, the third Ubuntu's.
+_SWITCHES = {
+    "user.max_user_namespaces": 15000,
+    "kernel.unprivileged_userns_clone": 1,
+    "kernel.apparmor_restrict_unprivileged_userns": 0,
+    **{f"user.max_{kind}_namespaces": 15000 for kind in ("mnt", "pid", "net", "ipc", "uts")},
+}
 
 
 class SandboxUnavailable(RuntimeError):
@@ -41,10 +50,30 @@ class SandboxUnavailable(RuntimeError):
 
 def unavailable(layer: str, error: object) -> SandboxUnavailable:
     return SandboxUnavailable(
-        f"the sandbox cannot isolate tool code here: {layer} was refused ({error}). Remedies: allow user namespaces "
-        "(sysctl user.max_user_namespaces > 0; on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0; in "
-        "Docker --security-opt seccomp=unconfined; Linux 5.12 or newer), or run "
+        f"the sandbox cannot isolate tool code here: {layer} was refused ({error}). Remedies: {namespaces_remedy()}; "
+        "boot Linux 5.12 or newer; or run "
         "the code without isolation at your own risk: SandboxConfig.unsafe = True, on the command line --unsafe-sandbox"
+    )
+
+
+def namespaces_remedy(settings: str = "/proc/sys") -> str:
+    """What to do where the kernel refuses a namespace: the settings that forbid it, or what else may stand around us.
+
+    Args:
+        settings: folder of the kernel's settings.
+    """
+    commands = []
+    for name, value in _SWITCHES.items():
+        with contextlib.suppress(OSError), open(os.path.join(settings, name.replace(".", "/"))) as file:
+            found = int(file.read())
+            if bool(found) != bool(value):
+                commands.append(f"sysctl -w {name}={value} (it is {found})")
+    if commands:
+        return f"as root of the host {' and '.join(commands)}, and the same in /etc/sysctl.d to keep it"
+    return (
+        "no setting of the kernel forbids namespaces, so a container's profile or a chroot does: in Docker "
+        "--security-opt seccomp=unconfined --security-opt apparmor=unconfined, in Kubernetes seccompProfile and "
+        "appArmorProfile Unconfined, pivot_root in place of chroot"
     )
 
 

@@ -141,6 +141,40 @@ def test_the_doctor_names_what_is_missing() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     assert " NO  user namespace              [Errno 1] unshare(0x10000000): Operation not permitted" in done.stdout
-    assert "→ sysctl user.max_user_namespaces must be above 0" in done.stdout
+    assert "→ no setting of the kernel forbids namespaces" in done.stdout and "seccomp=unconfined" in done.stdout
     assert done.stdout.count("not tried: needs a user namespace") == 8
     assert done.stdout.splitlines()[-1].endswith("at your own risk: --unsafe-sandbox")
+
+
+def test_the_doctor_and_the_pool_name_the_setting_that_forbids_namespaces() -> None:
+    """An ordinary user's namespace in which the kernel's own limit allows no other, as a host may be set up."""
+    script = """
+import contextlib, io
+from jaxrl.sandbox import doctor, jail
+jail.become_isolated_user()
+with open("/proc/sys/user/max_user_namespaces", "w") as file:
+    file.write("0")
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    code = doctor.main()
+print(json.dumps([code, said.getvalue(), asyncio.run(use("1", preload=()))]))"""
+    way = (ORDINARY, str(REPOSITORY)) if os.geteuid() == 0 else ()
+    code, said, pool = python(*way, USE + script)
+    remedy = "as root of the host sysctl -w user.max_user_namespaces=15000 (it is 0), and"
+    assert code == 1 and " NO  user namespace              [Errno 28]" in said and f"→ {remedy}" in said
+    assert remedy in pool["refused"] and "kernel." not in pool["refused"], "and no setting that is not at fault"
+
+
+def test_settings_that_forbid_namespaces_are_told_from_those_that_allow_them(tmp_path: pathlib.Path) -> None:
+    def told(**found: str) -> str:
+        for name, text in found.items():
+            folder = tmp_path / name.partition("__")[0]
+            folder.mkdir(exist_ok=True)
+            (folder / name.partition("__")[2]).write_text(f"{text}\n")
+        return jail.namespaces_remedy(str(tmp_path))
+
+    assert told().startswith("no setting"), "a kernel that has none of them"
+    ubuntu, debian = "kernel__apparmor_restrict_unprivileged_userns", "kernel__unprivileged_userns_clone"
+    assert told(user__max_user_namespaces="31000", **{ubuntu: "0", debian: "1"}).startswith("no setting")
+    both = told(**{ubuntu: "1", debian: "0"})
+    assert "sysctl -w kernel.unprivileged_userns_clone=1 (it is 0) and sysctl -w kernel.apparmor_restrict_unpri" in both
+    assert "userns=0 (it is 1)" in both and "max_user" not in both
