@@ -141,19 +141,21 @@ def _hand_on(folder: str) -> str:
             "cgroup_disable=memory"
         )
     path = f"{folder}/cgroup.subtree_control"
-    refusal = "it does not hand on the memory controller"
-    for name in ("pids", "memory"):
-        if name not in _read(path).split():
-            try:
-                _write(path, f"+{name}")
-            except OSError as error:
-                refusal = f"it does not hand on the memory controller ({error.strerror})"
-                if error.errno == errno.EBUSY:
-                    refusal = (
-                        "processes are in it, and such a group hands on nothing: start in a group below, in containers "
-                        f"as `sh -c 'mkdir -p {folder}/main && echo 0 > {folder}/main/cgroup.procs && exec jaxrl …'`"
-                    )
-    return "" if "memory" in _read(path).split() else refusal
+    if "memory" not in _read(path).split():
+        try:
+            _write(path, "+memory")
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return (
+                    "processes are in it, and such a group hands on nothing: start in a group below, in containers "
+                    f"as `sh -c 'mkdir -p {folder}/main && echo 0 > {folder}/main/cgroup.procs && exec jaxrl …'`"
+                )
+            return f"it does not hand on the memory controller ({error.strerror})"
+    # Never before: a group with processes in it hands on this controller, but is a threaded one from then on.
+    if "pids" not in _read(path).split():
+        with contextlib.suppress(OSError):
+            _write(path, "+pids")
+    return ""
 
 
 class Group:

@@ -106,6 +106,8 @@ def test_version_2_says_why_a_writable_group_is_of_no_use(tmp_path: pathlib.Path
     with pytest.raises(CgroupsUnavailable, match="own is writable, but it has no memory controller.*user@.service"):
         cgroups.find([tree])
     (tmp_path / "own/cgroup.controllers").write_text("memory pids\n")
+    (tmp_path / "own/cgroup.subtree_control").unlink()
+    (tmp_path / "own/cgroup.subtree_control").mkdir()
     with pytest.raises(CgroupsUnavailable, match="own is writable, but it does not hand on the memory controller"):
         cgroups.find([tree])
 
@@ -123,6 +125,7 @@ def test_version_2_names_the_way_out_of_a_group_with_processes(place: Place) -> 
         tree = Hierarchy(2, frozenset(), folder, folder)
         with pytest.raises(CgroupsUnavailable, match=f"processes are in it.*echo 0 > {folder}/main/cgroup.procs"):
             cgroups.find([tree])
+        assert pathlib.Path(folder, "cgroup.type").read_text() == "domain\n", "it is left as it was"
     finally:
         holder.kill()
         holder.wait()
