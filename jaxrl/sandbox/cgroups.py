@@ -147,8 +147,9 @@ def _hand_on(folder: str) -> str:
         except OSError as error:
             if error.errno == errno.EBUSY:
                 return (
-                    "processes are in it, and such a group hands on nothing: start in a group below, in containers "
-                    f"as `sh -c 'mkdir -p {folder}/main && echo 0 > {folder}/main/cgroup.procs && exec jaxrl …'`"
+                    "processes are in it, and such a group hands on nothing: move them to one below it, first thing "
+                    f"in a container, by `mkdir -p {folder}/main && for pid in $(cat {folder}/cgroup.procs); do "
+                    f"echo $pid > {folder}/main/cgroup.procs; done`"
                 )
             return f"it does not hand on the memory controller ({error.strerror})"
     # Never before: a group with processes in it hands on this controller, but is a threaded one from then on.

@@ -1,6 +1,7 @@
 """Memory groups: found where the machine has them, made, counted and removed; also after a warden that was killed."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -123,12 +124,16 @@ def test_version_2_names_the_way_out_of_a_group_with_processes(place: Place) -> 
     holder = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: os.write(door, b"0"))
     try:
         tree = Hierarchy(2, frozenset(), folder, folder)
-        with pytest.raises(CgroupsUnavailable, match=f"processes are in it.*echo 0 > {folder}/main/cgroup.procs"):
+        with pytest.raises(CgroupsUnavailable, match=r"processes are in it.*/main/cgroup.procs; done`") as refusal:
             cgroups.find([tree])
         assert pathlib.Path(folder, "cgroup.type").read_text() == "domain\n", "it is left as it was"
+        subprocess.run(["sh", "-c", str(refusal.value).split("`")[1]], check=False)
+        assert cgroups.find([tree]).folders["memory"] == folder, "what the message says helps"
     finally:
         holder.kill()
         holder.wait()
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(f"{folder}/main")
         os.close(door)
         groups.give_back(group)
         groups.close()
