@@ -36,7 +36,7 @@ class CellJob(Job):
         self._cpu_before = 0.0
         self._waited_before = -1.0  # not yet known
         self._residence = Residence(0)
-        self._template_rss_kib = self._rss_before_kib = 0
+        self._template_rss_kib = self._rss_before_kib = self._space_before_kib = 0
         self._directory = -1
 
     def begin(self, process: Process, work: str) -> None:
@@ -56,7 +56,7 @@ class CellJob(Job):
         self._template_rss_kib = process.template_rss_kib
         self._residence = process.residence
         self._residence.begin()
-        self._rss_before_kib = self._residence.now
+        self._rss_before_kib, self._space_before_kib = self._residence.now, self._residence.space
         self.born = time.monotonic()
 
     @property
@@ -89,6 +89,8 @@ class CellJob(Job):
         self._residence.look()
         peak, cpu = self._residence.peak, self.cpu_seconds()
         base = self._base_kib(peak)
+        if self._residence.space > self._space_before_kib:  # else an earlier cell's
+            self.note_space(self._residence.space)
         report = self.judge(exit_code << 8, cpu, peak, base, self.born, time.monotonic(), survived=True)
         return self._with_files(report)
 

@@ -7,6 +7,7 @@ From the kernel's documentation: admin-guide/cgroup-v1/memory.rst and admin-guid
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import tempfile
@@ -98,10 +99,9 @@ def find(trees: list[Hierarchy] | None = None) -> Place:
             return Place(1, {"memory": tree.own, **_side_folders(trees)})
         why = f"{tree.own} is not writable"
     else:
-        folder = _delegated(tree)
+        folder, why = _delegated(tree)
         if folder is not None:
             return Place(2, dict.fromkeys(("memory", "pids", "cpu", "pressure"), folder))
-        why = f"from {tree.own} up to {tree.top} no group is writable that can hand on the memory controller"
     raise CgroupsUnavailable(f"no memory cgroup can be made here: {why}. {_REMEDY}")
 
 
@@ -117,25 +117,46 @@ def _side_folders(trees: list[Hierarchy]) -> dict[str, str]:
     return folders
 
 
-def _delegated(tree: Hierarchy) -> str | None:
-    """The nearest group upwards whose children can have a memory limit. One that holds processes cannot have such."""
+def _delegated(tree: Hierarchy) -> tuple[str | None, str]:
+    """The nearest group upwards whose children can have a memory limit, or None and why there is none."""
     folder = tree.own
+    why = f"from {tree.own} up to {tree.top} no group is writable"
     while True:
-        if os.access(folder, os.W_OK) and os.access(f"{folder}/cgroup.procs", os.W_OK) and _hand_on(folder):
-            return folder
+        if os.access(folder, os.W_OK) and os.access(f"{folder}/cgroup.procs", os.W_OK):
+            refusal = _hand_on(folder)
+            if not refusal:
+                return folder, ""
+            why = f"{folder} is writable, but {refusal}"
         if folder == tree.top or len(folder) <= len(tree.top):
-            return None
+            return None, why
         folder = os.path.dirname(folder)
 
 
-def _hand_on(folder: str) -> bool:
-    """Whether children of a group of version 2 have the memory controller; turns on what can be turned on."""
+def _hand_on(folder: str) -> str:
+    """See to it that children of a group of version 2 have the memory controller; else why they cannot."""
+    if "memory" not in _read(f"{folder}/cgroup.controllers").split():
+        return (
+            "it has no memory controller to hand on: the group above keeps it (for a user's groups, a drop-in of "
+            "user@.service with Delegate=cpu memory pids gives it), or the kernel was started with "
+            "cgroup_disable=memory"
+        )
     path = f"{folder}/cgroup.subtree_control"
-    for name in ("memory", "pids"):
-        if name not in _read(path).split():
-            with contextlib.suppress(OSError):
-                _write(path, f"+{name}")
-    return "memory" in _read(path).split()
+    if "memory" not in _read(path).split():
+        try:
+            _write(path, "+memory")
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return (
+                    "processes are in it, and such a group hands on nothing: move them to one below it, first thing "
+                    f"in a container, by `mkdir -p {folder}/main && for pid in $(cat {folder}/cgroup.procs); do "
+                    f"echo $pid > {folder}/main/cgroup.procs; done`"
+                )
+            return f"it does not hand on the memory controller ({error.strerror})"
+    # Never before: a group with processes in it hands on this controller, but is a threaded one from then on.
+    if "pids" not in _read(path).split():
+        with contextlib.suppress(OSError):
+            _write(path, "+pids")
+    return ""
 
 
 class Group:
@@ -259,8 +280,8 @@ class Groups:
         self._name, self._lock = _claim(place)
         for folder in self._homes():
             os.makedirs(folder, exist_ok=True)
-        if place.version == 2 and not _hand_on(self._home("memory")):
-            raise OSError(f"{self._home('memory')} does not get the memory controller")
+        if place.version == 2 and (refusal := _hand_on(self._home("memory"))):
+            raise OSError(f"{self._home('memory')} cannot bound a call's memory: {refusal}")
 
     @property
     def doors(self) -> int:

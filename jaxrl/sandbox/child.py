@@ -21,6 +21,7 @@ _STARTED, _TEMPLATE, _COLLECTOR, _RULES = 3, 4, 5, 6  # descriptors during the s
 FIRST_FREE = 8  # from here on up lie the descriptors that a template is handed
 _MOST_PLANS = 64  # kept ready, one for each set of limits
 _REHEARSALS = 20  # more than the eight runs after which code is specialised
+_FAILED = seccomp.FAILED
 
 Plan = tuple[list[syscalls.Prepared], list[syscalls.Prepared]]  # system calls before the files are placed, and after
 
@@ -156,7 +157,7 @@ class Child:
         try:
             code = programs.run(command) if command else cell.run(source, flags)
         finally:
-            leave(code)
+            leave(code | _FAILED if code else 0)
 
 
 def reserve_descriptors() -> None:

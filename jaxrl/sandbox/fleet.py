@@ -18,12 +18,12 @@ from collections import Counter
 from collections.abc import Callable
 
 from jaxrl.sandbox import orders
-from jaxrl.sandbox.job import Job, pid_of, send_signal
+from jaxrl.sandbox.inspection import Residence
+from jaxrl.sandbox.job import WATCH_BYTES, Job, pid_of, send_signal
 from jaxrl.sandbox.loop import Loop
 from jaxrl.sandbox.seccomp import Request, receive_request, release_request
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_WATCH_BYTES = 8 << 20  # single memory requests from this size on are shown to the warden
 _REBUILDS = 3  # jails built in vain, one after the other, before giving up
 
 # Everything the jailed interpreter finds in its environment. One heap, since each further one reserves address space
@@ -166,7 +166,7 @@ class Fleet:
             "view": self._settings.view,
             "home": self._settings.home,
             "unsafe": self._settings.unsafe,
-            "watch_bytes": 0 if self._settings.processes else _WATCH_BYTES,  # a process of a process would be unknown
+            "watch_bytes": 0 if self._settings.processes else WATCH_BYTES,  # a process of a process would be unknown
             "processes": self._settings.processes,
             "groups": self._settings.groups,
             "interpreter": self._settings.interpreter,
@@ -362,7 +362,7 @@ class Fleet:
         self._loop.at(now + self._settings.heartbeat_seconds / 4, self._beat)
 
     def _weigh_request(self, template: Template) -> None:
-        """A child asks for much memory: note whether its limit refuses that, then let the kernel decide."""
+        """A child asks for much memory, or ends: note whether its limit refuses that or did, then let it go on."""
         request = receive_request(template.listener)
         if request is None:
             return
@@ -380,8 +380,11 @@ class Fleet:
             return True  # dead already
         for job in template.jobs.values():
             if job.pid == process:
-                used, _ = memory(process)
-                if used + request.size > job.address_space:
+                if request.ends:
+                    held = Residence(process)
+                    held.look()
+                    job.note_space(held.space)
+                elif memory(process)[0] + request.size > job.address_space:
                     job.memory_refused = True
                 return True
         return process in template.residents  # of a session that runs no cell

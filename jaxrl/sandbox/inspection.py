@@ -10,7 +10,7 @@ import re
 from typing import NamedTuple
 
 _KIN = re.compile(rb"^PPid:\s+(\d+).*?^NSpid:.*?(\d+)$.*?^Threads:\s+(\d+)$", re.MULTILINE | re.DOTALL)
-_RESIDENT = re.compile(rb"VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB")
+_HELD = re.compile(rb"VmPeak:\s+(\d+) kB\n.*VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB", re.DOTALL)
 _STATUS_BYTES = 8192  # of /proc/PID/status, in the first half of which memory stands
 _SLACK_KIB = 128  # by which a peak may stand above what is held before it is looked for anew
 _SHARED = re.compile(rb" [r-]([w-])[x-]s ([^\n]*)")  # a line of /proc/PID/maps, from its permissions on
@@ -110,13 +110,15 @@ def memory_kib(pid: int, work: str) -> int:
 class Residence:
     """Resident memory of a process in KiB: when last looked at, and at most since ``begin``. Zero once it is gone.
 
+    ``space`` is the largest address space that it ever had.
+
     One look a cell is enough: the next one begins with what was held then, and the peak is looked for anew only where
     it stands above that.
     """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self.now = self.peak = 0
+        self.now = self.peak = self.space = 0
 
     def begin(self) -> None:
         """Look for the peak from now on; the process has stood still since the last look."""
@@ -127,13 +129,13 @@ class Residence:
                 file.write(b"5")
 
     def look(self) -> None:
-        self.peak = self.now = 0
+        self.peak = self.now = self.space = 0
         with contextlib.suppress(OSError):
             # Not by ``open``, whose own questions to the kernel are five more.
             descriptor = os.open(f"/proc/{self._pid}/status", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                found = _RESIDENT.search(os.read(descriptor, _STATUS_BYTES))
+                found = _HELD.search(os.read(descriptor, _STATUS_BYTES))
             finally:
                 os.close(descriptor)
             if found is not None:
-                self.peak, self.now = map(int, found.groups())
+                self.space, self.peak, self.now = map(int, found.groups())

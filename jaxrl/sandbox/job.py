@@ -17,6 +17,7 @@ _CHUNK = 1 << 16  # what a pipe holds
 _LONGEST_STRETCH = 3  # a wall limit grows with waiting for a core, by at most this multiple of itself
 # Of the granted memory, when touched this much at a failed call's end, the call is taken to have run out of it.
 _MEMORY_USED_UP = 0.8
+WATCH_BYTES = 8 << 20  # single memory requests from this size on are shown to the warden
 
 
 class Capture:
@@ -253,6 +254,12 @@ class Job:
         if exit_code == 0:
             return Outcome.OK
         return Outcome.OUT_OF_MEMORY if self._memory_ran_out(own_rss_kib) else Outcome.ERROR
+
+    def note_space(self, peak_kib: int) -> None:
+        """Its failed code had so much address space at most: was so little left that a request was refused unseen?"""
+        left = self.address_space - (peak_kib << 10)
+        if left < min(WATCH_BYTES, (1 - _MEMORY_USED_UP) * (self.call.limits.memory_mib << 20)):
+            self.memory_refused = True
 
     def _memory_ran_out(self, own_rss_kib: int) -> bool:
         if self.group is not None:

@@ -10,8 +10,9 @@ import sys
 from jaxrl.sandbox import arguments, jail
 from jaxrl.sandbox.protocol import Limits
 
-# Programs, what compilers read, and the targets of links among them.
-_FOLDERS = ("/usr/bin", "/bin", "/usr/include", "/usr/lib/gcc", "/usr/libexec/gcc", "/etc/alternatives")
+# Programs, what compilers read, and the targets of links among them (Debian 13 keeps the kernel's headers apart).
+_HEADERS = ("/usr/include", "/usr/lib/linux/uapi")
+_FOLDERS = ("/usr/bin", "/bin", *_HEADERS, "/usr/lib/gcc", "/usr/libexec/gcc", "/etc/alternatives")
 _FILES = ("/etc/ld.so.cache",)  # where the loader finds libraries outside its usual folders
 _PROGRAM_FOLDERS = ("/usr/bin", "/bin")
 _BUILD = Limits(cpu_seconds=30.0, wall_seconds=60.0, memory_mib=1024)

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 
+_NAMESPACES = {"user": "user", "mnt": "mount", "pid": "pid", "net": "network", "ipc": "ipc", "uts": "uts"}
 _OLDEST = (5, 12)  # Linux that can copy a mount with attributes of its own
 _UNKNOWN = (
     "none of the usual reasons is to be seen here: ask whoever runs this machine for user namespaces "
@@ -38,8 +39,9 @@ def _kernel(release: str) -> list[str]:
 
 def _settings(root: str) -> list[str]:
     found = []
-    if _read(root, "proc/sys/user/max_user_namespaces") == "0":
-        found.append("user namespaces are switched off: as root sysctl -w user.max_user_namespaces=15000")
+    for kind, name in _NAMESPACES.items():
+        if _read(root, f"proc/sys/user/max_{kind}_namespaces") == "0":
+            found.append(f"{name} namespaces are switched off: as root sysctl -w user.max_{kind}_namespaces=15000")
     if _read(root, "proc/sys/kernel/unprivileged_userns_clone") == "0":  # of Debian's and others' kernels
         found.append("they are kept for root: as root sysctl -w kernel.unprivileged_userns_clone=1")
     if _read(root, "proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1":

@@ -149,6 +149,7 @@ _SOCKETPAIR = (53, 199)
 _PRCTL = (157, 167)
 _FCNTL, _SET_LEASE, _WATCH_FOLDER, _SET_PIPE_SIZE = (72, 25), 1024, 1026, 1031
 _MMAP, _MREMAP = (9, 222), (25, 216)
+_EXIT_GROUP = (231, 94)
 # Everything from here on is newer than this table (statmount, lsm_set_self_attr, ...); told "no such call",
 # libraries fall back on older ones.
 _FIRST_UNKNOWN = 452
@@ -157,6 +158,7 @@ _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _COLUMN = {"x86_64": 0, "aarch64": 1}.get(syscalls.MACHINE, -1)
 _X32_BIT = 0x40000000
 _CLONE_THREAD = 0x00010000
+FAILED = 0x100  # of an exit code that the warden is to see; beyond the eight bits that the kernel keeps
 _NEW_NAMESPACES = 0x7E020000  # every flag of clone that makes one
 _AF_UNIX = 1
 
@@ -303,7 +305,9 @@ def memory_watch(threshold: int) -> Filter:
 
     A request for memory that RLIMIT_AS refuses leaves no trace in the wait-status, so this is how the trusted side can
     know that a call ran out of it rather than believe what it says. ``threshold`` is in bytes, of a single request. A
-    session's process that copies itself (``syscalls.COPY_FLAGS``) is stopped there until the warden has looked at it.
+    session's process that copies itself (``syscalls.COPY_FLAGS``) is stopped there until the warden has looked at it,
+    and so is one that ends with an exit code that has the bit ``FAILED``: many requests below ``threshold`` may have
+    taken all there was.
     """
 
     def notify_if_large(argument: int) -> list[tuple[int, int, int, int]]:
@@ -324,6 +328,11 @@ def memory_watch(threshold: int) -> Filter:
             *notify_if_large(1),
             (_JUMP_EQUAL, 0, 6, _MREMAP[_COLUMN]),
             *notify_if_large(2),
+            (_JUMP_EQUAL, 0, 4, _EXIT_GROUP[_COLUMN]),
+            (_LOAD, 0, 0, _ARGUMENTS),
+            (_JUMP_ANY_BIT, 0, 1, FAILED),
+            (_RETURN, 0, 0, _NOTIFY),
+            (_RETURN, 0, 0, _ALLOW),
             (_JUMP_EQUAL, 0, 4, _CLONE[_COLUMN]),
             (_LOAD, 0, 0, _ARGUMENTS),
             (_JUMP_ANY_BIT, 2, 0, _CLONE_THREAD),
@@ -335,12 +344,13 @@ def memory_watch(threshold: int) -> Filter:
 
 
 class Request(NamedTuple):
-    """A thread that asks for much memory or for a copy of its process, halted until it is released."""
+    """A thread that asks for much memory, for a copy of its process or for its end, halted until it is released."""
 
     id: int
     thread: int  # thread id in the reader's pid namespace
     copies: bool
     size: int  # bytes asked for
+    ends: bool = False
 
 
 def receive_request(listener: int) -> Request | None:
@@ -353,6 +363,8 @@ def receive_request(listener: int) -> Request | None:
     id, thread, _, number, _, _, *arguments = struct.unpack("=QIIiIQ6Q", buffer)
     if number == _CLONE[_COLUMN]:
         return Request(id, thread, True, 0)
+    if number == _EXIT_GROUP[_COLUMN]:
+        return Request(id, thread, False, 0, ends=True)
     size = arguments[1] if number == _MMAP[_COLUMN] else max(arguments[2] - arguments[1], 0)
     return Request(id, thread, False, size)
 

@@ -102,7 +102,9 @@ _HUNGRY = (
     "s = 'x'\nwhile True: s += s",
     "d = dict()\nwhile True: d[len(d)] = str(len(d)) * 50",
     "import mmap\nx = [mmap.mmap(-1, 9 << 20) for _ in range(99)]",
+    "import mmap\nx = [mmap.mmap(-1, 1 << 20) for _ in range(999)]",
     "import numpy\nx = [numpy.zeros(10**6) for _ in range(99)]",
+    "import numpy\nx = [numpy.zeros(10**5) for _ in range(999)]",
 )
 _LOUD = (
     "while True: print('x' * 1000)",

@@ -144,3 +144,21 @@ def test_the_doctor_names_what_is_missing() -> None:
     assert "→ a system-call filter is around this process, as container runtimes have it" in done.stdout
     assert done.stdout.count("not tried: needs a user namespace") == 8
     assert done.stdout.splitlines()[-1].endswith("at your own risk: --unsafe-sandbox")
+
+
+def test_the_doctor_and_the_pool_name_the_setting_that_forbids_namespaces() -> None:
+    """An ordinary user's namespace in which the kernel's own limit allows no other, as a host may be set up."""
+    script = """
+import contextlib, io
+from jaxrl.sandbox import doctor, jail
+jail.become_isolated_user()
+with open("/proc/sys/user/max_user_namespaces", "w") as file:
+    file.write("0")
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    code = doctor.main()
+print(json.dumps([code, said.getvalue(), asyncio.run(use("1", preload=()))]))"""
+    way = (ORDINARY, str(REPOSITORY)) if os.geteuid() == 0 else ()
+    code, said, pool = python(*way, USE + script)
+    remedy = "user namespaces are switched off: as root sysctl -w user.max_user_namespaces=15000"
+    assert code == 1 and " NO  user namespace              [Errno 28]" in said and f"→ {remedy}" in said
+    assert remedy in pool["refused"] and "kernel." not in pool["refused"], "and no setting that is not at fault"

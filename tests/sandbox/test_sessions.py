@@ -72,6 +72,7 @@ STATUSES = {
     "busy": ("while True: pass", TIMEOUT, False),
     "asleep": ("import time; time.sleep(1e6)", TIMEOUT, False),
     "huge list": ("y = [0] * 10**10", MEMORY, True),
+    "small untouched maps": ("import mmap\nz = [mmap.mmap(-1, 1 << 20) for _ in range(999)]", MEMORY, True),
     "growing list": ("y = []\nwhile True: y.append(' ' * 10**6)", MEMORY, True),
     "exception": ("1 / 0", ERROR, True),
     "text about memory": ("raise MemoryError", ERROR, True),
