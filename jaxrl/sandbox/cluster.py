@@ -202,7 +202,7 @@ class ClusterPool:
         Raises:
             ValueError: a file's path is not a plain relative one, the files are larger than the directory, or the
                 pool on the node refuses other arguments.
-            TypeError: code, stdin or wanted of a wrong type.
+            TypeError: an argument is of a wrong kind.
             RuntimeError: the pool is not open, closed meanwhile, or of another event loop.
             SandboxUnavailable: the node lacks what the language or processes need.
         """

@@ -136,6 +136,19 @@ async def test_cancelled_cell_is_killed_and_leaves_no_process(nodes: RayNodes, p
     assert [link.free for link in pool._members.living] == [5, 5]
 
 
+@on_common_pool
+async def test_closing_a_session_ends_the_cell_that_it_runs(nodes: RayNodes, pool: ClusterPool) -> None:
+    before = below(nodes)
+    session = pool.session(limits=PATIENT)
+    await session.run("import time")
+    cell = asyncio.create_task(session.run("time.sleep(50)"))
+    await asyncio.sleep(0.3)
+    await session.close()
+    with pytest.raises(RuntimeError, match="session was closed"):
+        await cell
+    assert below(nodes) == before
+
+
 # What is lost
 
 

@@ -111,7 +111,7 @@ def test_copies_share_the_past_and_nothing_else(served: Served) -> None:
             assert not any(result.rebuilt for result in results)
             with pytest.raises(RuntimeError, match="session is closed"):
                 await session.run("1")
-            with pytest.raises(ValueError, match="copies is 0 but must be at least 1"):
+            with pytest.raises(ValueError, match="copies=0 must be at least 1"):
                 await left.fork(0)
             await asyncio.gather(*(one.close() for one in (left, right, second)))
 
@@ -338,6 +338,21 @@ def test_cancelling_a_cell_ends_it_and_the_session_goes_on(served: Served) -> No
             assert (result.stdout, result.rebuilt) == ("1\n", True)
 
     served.use(work)
+
+
+def test_closing_a_session_ends_the_cell_that_it_runs(served: Served) -> None:
+    async def work(client: SandboxClient) -> None:
+        session = client.session()
+        await session.run("import time")
+        cell, behind = (asyncio.create_task(session.run("time.sleep(25)")) for _ in range(2))
+        await asyncio.sleep(0.3)
+        await session.close()
+        for waiting in (cell, behind):
+            with pytest.raises(RuntimeError, match="session is closed"):
+                await waiting
+
+    served.use(work)
+    wait_until(lambda: metrics(served)["jaxrl_sandbox_running_calls"] == 0)
 
 
 def test_sigterm_lets_cells_end_and_leaves_no_session() -> None:
