@@ -27,13 +27,15 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Optimizer.warmup_steps Optimizer.learning_rate Optimizer.weight_decay Algorithm.clip_high "
         "Algorithm.kl_coefficient Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed "
         "Sandbox.slow_slots Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature "
+        "Model.local_rope_theta Model.score_width Model.attention_soft_cap Model.logit_soft_cap "
         "Stages.drop_solved Stages.drop_unsolved",
         lambda value: value >= 0,
         "not be negative",
     ),
     (
         "Reward.seconds Env.wall_seconds Env.queue_seconds Sandbox.cpu_seconds Sandbox.wall_seconds Model.rope_theta "
-        "Model.norm_eps Model.init_scale Optimizer.eps Optimizer.clip_norm",
+        "Model.rope_factor Model.rope_low_frequency Model.rope_trained_positions Model.norm_eps Model.init_scale "
+        "Optimizer.eps Optimizer.clip_norm",
         lambda value: value > 0,
         "be above 0",
     ),
@@ -114,6 +116,11 @@ def check(config: Any) -> None:
         )
     if config.model.head_width % 2:
         raise ConfigError(f"ModelConfig.head_width={config.model.head_width} must be even, for rotary positions")
+    if config.model.rope_high_frequency <= config.model.rope_low_frequency:
+        raise ConfigError(
+            f"ModelConfig.rope_high_frequency={config.model.rope_high_frequency} must be above "
+            f"rope_low_frequency={config.model.rope_low_frequency}"
+        )
     if outside := [layer for layer in config.model.sliding_layers if layer >= config.model.layers]:
         raise ConfigError(
             f"ModelConfig.sliding_layers={config.model.sliding_layers} names layer {outside[0]} of "

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from jaxrl.config import ConfigError, ModelConfig
-from jaxrl.model.families import config_from_hf, hf_config
+from jaxrl.model.config_json import config_from_hf, hf_config
 from jaxrl.model.spec import ParamSpec
 from jaxrl.model.transformer import Params, param_specs
 
@@ -33,7 +33,7 @@ TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read_config(path: str | os.PathLike[str], base: ModelConfig | None = None) -> ModelConfig:
-    """The architecture of a folder; see ``families.config_from_hf``.
+    """The architecture of a folder; see ``config_json.config_from_hf``.
 
     Raises:
         ConfigError: no readable config.json in the folder, or a model that is not supported.

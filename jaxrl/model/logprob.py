@@ -10,6 +10,7 @@ from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model.transformer import Params, hidden_states
 from jaxrl_kernels.products import product
+from jaxrl_kernels.softmax import soft_capped
 
 
 @flax.struct.dataclass
@@ -25,7 +26,7 @@ def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     head = to_compute(_head(params).astype(hidden.dtype), ("vocab", "embed"))
     spec = compute_spec((*[None] * (hidden.ndim - 1), "vocab"))
     split = product("...d,vd->...v", hidden, head, out_sharding=spec)
-    return to_compute(split, (None,) * hidden.ndim)
+    return to_compute(soft_capped(split, config.logit_soft_cap), (None,) * hidden.ndim)
 
 
 def token_logprobs(
@@ -47,7 +48,7 @@ def token_logprobs(
     """
     tokens, head = ("batch", "token_shards"), _head(params).astype(hidden.dtype)
     score = per_shard(
-        functools.partial(_score_chunks, chunk=config.logprob_chunk),
+        functools.partial(_score_chunks, chunk=config.logprob_chunk, soft_cap=config.logit_soft_cap),
         [(*tokens, None), (None, None), tokens, ()],
         [tokens, tokens],
     )
@@ -81,7 +82,7 @@ def _head(params: Params) -> jax.Array:
 
 
 def _score_chunks(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, chunk: int
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, chunk: int, soft_cap: float
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies, [B, T] each, of local rows."""
     batch, tokens, width = hidden.shape
@@ -95,7 +96,7 @@ def _score_chunks(
 
     @jax.checkpoint
     def score(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scaled = product("td,vd->tv", hidden, head) / temperature
+        scaled = soft_capped(product("td,vd->tv", hidden, head), soft_cap) / temperature
         log_total = jax.nn.logsumexp(scaled, axis=-1)
         hit = targets[:, None] == jnp.arange(head.shape[0], dtype=targets.dtype)
         logprob = jnp.sum(jnp.where(hit, scaled, 0.0), axis=-1) - log_total

@@ -13,7 +13,10 @@ import pytest
 
 from jaxrl.model import hf, logprob, transformer
 
-MODELS = ("qwen2_tied", "qwen2_sliding", "qwen3", "qwen3_tied_mha")
+MODELS = (
+    "qwen2_tied", "qwen2_sliding", "qwen3", "qwen3_tied_mha", "llama_plain", "llama3_rope", "mistral_sliding", "gemma2",
+    "gemma3_text",
+)  # fmt: skip
 CASES = ("plain", "right_pad", "left_pad", "long", "packed")
 LOGIT_TOLERANCE = 2e-4
 ROWS, TOKENS = 3, 24

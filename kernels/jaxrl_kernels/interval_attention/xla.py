@@ -39,9 +39,7 @@ def interval_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    soft_cap: float, q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array
-) -> jax.Array:
+def _attend(soft_cap: float, q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array) -> jax.Array:
     """Chunks of scaled queries [n, B, K, G, C, H] over keys and values [B, K, n*C, H], giving [n, B, K, G, C, H]."""
     return _forward(soft_cap, q, k, v, end, window)[0]
 
