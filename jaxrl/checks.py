@@ -13,8 +13,9 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "Engine.slots Engine.page_size Engine.prefill_rows Engine.prefill_chunk Engine.round_steps "
         "Engine.max_prompt_tokens Engine.max_response_tokens Model.logprob_chunk Model.layers Model.width "
-        "Model.query_heads Model.kv_heads Model.head_width Model.ffn_width Model.max_positions Sft.count Sft.rows "
-        "Sft.row_tokens Train.rows Train.row_tokens Train.problems Train.samples Train.max_draws "
+        "Model.query_heads Model.kv_heads Model.head_width Model.ffn_width Model.experts_per_token Model.expert_width "
+        "Model.max_positions Sft.count Sft.rows Sft.row_tokens Train.rows Train.row_tokens Train.problems "
+        "Train.samples Train.max_draws "
         "Train.updates_per_step Algorithm.keep Eval.samples Eval.k Env.max_turns Env.max_parallel_calls "
         "Checkpoint.every Checkpoint.keep Data.train_problems Data.eval_problems Reward.workers Sandbox.workers "
         "Sandbox.slots Sandbox.queue Sandbox.output_kib Tokenizer.vocab_size Stages.until Stages.max_turns "
@@ -27,7 +28,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Optimizer.warmup_steps Optimizer.learning_rate Optimizer.weight_decay Algorithm.clip_high "
         "Algorithm.kl_coefficient Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed "
         "Sandbox.slow_slots Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature "
-        "Model.local_rope_theta Model.score_width Model.attention_soft_cap Model.logit_soft_cap "
+        "Model.experts Model.local_rope_theta Model.score_width Model.attention_soft_cap Model.logit_soft_cap "
         "Stages.drop_solved Stages.drop_unsolved",
         lambda value: value >= 0,
         "not be negative",

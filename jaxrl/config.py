@@ -27,7 +27,7 @@ class ModelConfig:
 
     path: str = ""
     """Hugging Face folder to start from; empty initialises from scratch."""
-    family: Literal["qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3_text"] = "qwen3"
+    family: Literal["qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3_text", "qwen3_moe"] = "qwen3"
     """What is the same in all models of a kind: activation, norms, biases (``jaxrl/model/families.py``)."""
     vocab_size: int = 0
     """Rows of the embedding; 0 takes the tokenizer's size rounded up to a multiple of 8."""
@@ -38,6 +38,14 @@ class ModelConfig:
     kv_heads: int = 2
     head_width: int = 32
     ffn_width: int = 384
+    experts: int = 0
+    """Feed-forwards of each layer among which a router chooses; 0 = one, for all tokens."""
+    experts_per_token: int = 2
+    """How many of them compute a token."""
+    expert_width: int = 384
+    """ffn_width of one expert."""
+    normalize_expert_weights: bool = True
+    """The weights of a token's experts sum to 1; otherwise they are the router's probabilities."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     local_rope_theta: float = 0.0

@@ -27,6 +27,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "vision_config": (None,),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
+    "decoder_sparse_step": (1, None),
+    "mlp_only_layers": ([], None),
 }
 """Keys that switch on something the decoder does not compute, and the values with which they switch on nothing."""
 
@@ -41,6 +43,14 @@ SCALINGS: dict[str, dict[str, str]] = {
     },
 }
 """Kinds of scaled rotary embeddings, each with its keys and the fields of ``ModelConfig`` that hold them."""
+
+EXPERT_KEYS = {
+    "num_experts": "experts",
+    "num_experts_per_tok": "experts_per_token",
+    "moe_intermediate_size": "expert_width",
+    "norm_topk_prob": "normalize_expert_weights",
+}
+"""Keys of families with experts, and the fields of ``ModelConfig`` that hold them."""
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -80,6 +90,7 @@ def config_from_hf(document: Document, base: ModelConfig | None = None) -> Model
         kv_heads=kv_heads,
         head_width=head_width,
         ffn_width=_whole(document, "intermediate_size"),
+        **(_experts(document) if family.experts else {"experts": 0}),
         norm_eps=_positive(document, "rms_norm_eps", 1e-6),
         attention_bias=family.biases == "optional" and _flag(document, "attention_bias"),
         score_width=_whole(document, "query_pre_attn_scalar", family.score_width) if family.score_width else 0,
@@ -138,6 +149,8 @@ def hf_config(
         **_rope_keys(config, family),
         **_sliding_keys(config, family),
     }
+    if family.experts:
+        document |= _expert_keys(config)
     if family.biases == "optional":
         document["attention_bias"] = config.attention_bias
     if family.score_width:
@@ -174,6 +187,8 @@ def _check_says(document: Document, config: ModelConfig) -> None:
 def _canonical(config: ModelConfig) -> ModelConfig:
     """The same architecture with fields that have no effect at their defaults."""
     neutral = {}
+    if not config.experts:
+        neutral = {name: getattr(ModelConfig, name) for name in EXPERT_KEYS.values()}
     if not (config.sliding_window and config.sliding_layers):
         neutral |= {"sliding_window": 0, "sliding_layers": ()}
     if config.score_width == config.head_width:
@@ -211,7 +226,7 @@ def _likeness(left: str, right: str) -> tuple[int, float]:
 
 def _refuse_unknown_features(document: Document, family: Family) -> None:
     neutral = NEUTRAL | {family.activation_key: (family.activation, None)}
-    if family.sliding == "never":
+    if family.sliding == "never" and document.get("use_sliding_window", True):
         neutral["sliding_window"] = (None,)
     if family.attention_soft_cap is None:
         neutral["attn_logit_softcapping"] = (None,)
@@ -223,6 +238,31 @@ def _refuse_unknown_features(document: Document, family: Family) -> None:
                 f"config.json has {key}={_short(document[key])}, which is not supported (only {_short(values[0])}); "
                 "use a checkpoint without it"
             )
+
+
+def _experts(document: Document) -> dict[str, Any]:
+    """The fields of the experts; transformers 5 calls their number ``num_local_experts``."""
+    experts = _whole(document, "num_local_experts" if "num_local_experts" in document else "num_experts")
+    per_token = _whole(document, "num_experts_per_tok")
+    if per_token > experts:
+        raise ConfigError(f"config.json has num_experts_per_tok={per_token}, but only {experts} experts; lower it")
+    return {
+        "experts": experts,
+        "experts_per_token": per_token,
+        "expert_width": _whole(document, "moe_intermediate_size"),
+        "normalize_expert_weights": _flag(document, "norm_topk_prob"),
+    }
+
+
+def _expert_keys(config: ModelConfig) -> Document:
+    """What ``_experts`` reads."""
+    if not 1 <= config.experts_per_token <= config.experts:
+        raise ConfigError(
+            f"ModelConfig.experts={config.experts}, but a {config.family} needs at least the "
+            f"experts_per_token={config.experts_per_token} of one token; raise experts"
+        )
+    keys = {key: getattr(config, field) for key, field in EXPERT_KEYS.items()}
+    return {**keys, "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False}
 
 
 def _sliding(document: Document, family: Family, layers: int) -> tuple[int, tuple[int, ...]]:

@@ -29,6 +29,7 @@ class Family:
     Attributes:
         architecture: class name in transformers, the language model with its output head.
         activation_key: that names the activation.
+        experts: the feed-forward has experts, whose number, width and weights the file gives.
         head_width: of a file without ``head_dim``; None divides the model width by the query heads.
         all_kv_heads: a file without ``num_key_value_heads`` has as many as query heads; otherwise it is incomplete.
         tied: of a file without ``tie_word_embeddings``.
@@ -52,6 +53,7 @@ class Family:
     activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
 
     activation_key: str = "hidden_act"
+    experts: bool = False
     head_width: int | None = None
     all_kv_heads: bool = False
     tied: bool = False
@@ -104,5 +106,6 @@ FAMILIES = {
         attention_soft_cap=None,
         logit_soft_cap=0.0,
     ),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", biases="optional", query_key_norm=True, experts=True),
 }
 """By ``model_type`` in config.json, which is ``ModelConfig.family`` here."""

@@ -196,11 +196,8 @@ def replaced_folder(path: str | os.PathLike[str], needed_bytes: int = 0) -> Iter
 
 def _hf_names(spec: ParamSpec) -> Iterator[tuple[str, Any]]:
     """The tensors that make up a parameter, each with the index of its place in the stacked array."""
-    if not spec.stacked:
-        yield spec.hf_name, ...
-        return
-    for layer in range(spec.shape[0]):
-        yield spec.hf_name.format(layer=layer), layer
+    for place, name in spec.hf_names.items():
+        yield name, place
 
 
 def _open_tensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:

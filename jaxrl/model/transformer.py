@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model.families import FAMILIES
+from jaxrl.model.moe import Choice, Load, experts_feed_forward, load_of, route
 from jaxrl.model.rotary import frequencies, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl_kernels import interval_attention, paged_attention, segment_ends
@@ -53,6 +54,8 @@ def param_specs(config: ModelConfig) -> Specs:
         "kv_heads": config.kv_heads,
         "head": config.head_width,
         "ffn": config.ffn_width,
+        "experts": config.experts,
+        "expert_ffn": config.expert_width,
     }
     family, dtype = FAMILIES[config.family], jnp.dtype(config.param_dtype)
     normal = jax.nn.initializers.normal(config.init_scale)
@@ -78,10 +81,18 @@ def param_specs(config: ModelConfig) -> Specs:
         "value": weight(attention + "v_proj.weight", "layers embed kv_heads head", f"{keys} embed"),
         "output": weight(attention + "o_proj.weight", "layers query_heads head embed", f"embed {queries}"),
         "ffn_norm": vector(layer + f"{before_ffn}_layernorm.weight", "layers embed", unit),
-        "gate": weight(layer + "mlp.gate_proj.weight", "layers embed ffn", "ffn embed"),
-        "up": weight(layer + "mlp.up_proj.weight", "layers embed ffn", "ffn embed"),
-        "down": weight(layer + "mlp.down_proj.weight", "layers ffn embed", "embed ffn"),
     }
+    if config.experts:
+        expert = layer + "mlp.experts.{expert}."
+        layers["router"] = weight(layer + "mlp.gate.weight", "layers embed experts", "experts embed")
+        stacked = "layers experts"
+        layers["expert_gate"] = weight(expert + "gate_proj.weight", f"{stacked} embed expert_ffn", "expert_ffn embed")
+        layers["expert_up"] = weight(expert + "up_proj.weight", f"{stacked} embed expert_ffn", "expert_ffn embed")
+        layers["expert_down"] = weight(expert + "down_proj.weight", f"{stacked} expert_ffn embed", "embed expert_ffn")
+    else:
+        layers["gate"] = weight(layer + "mlp.gate_proj.weight", "layers embed ffn", "ffn embed")
+        layers["up"] = weight(layer + "mlp.up_proj.weight", "layers embed ffn", "ffn embed")
+        layers["down"] = weight(layer + "mlp.down_proj.weight", "layers ffn embed", "embed ffn")
     if family.post_norms:
         layers["post_attention_norm"] = vector(layer + "post_attention_layernorm.weight", "layers embed", unit)
         layers["post_ffn_norm"] = vector(layer + "post_feedforward_layernorm.weight", "layers embed", unit)
@@ -136,6 +147,16 @@ def hidden_states(
     Returns:
         [B, T, D] in the compute type.
     """
+    return hidden_states_and_load(params, config, tokens, positions, segment_ids)[0]
+
+
+def hidden_states_and_load(
+    params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+) -> tuple[jax.Array, Load | None]:
+    """``hidden_states``, and how the tokens were spread over the experts of every layer; None if there are none.
+
+    Padding is not counted. Arguments as in ``hidden_states``.
+    """
     end = segment_ends(segment_ids)
     kernel = functools.partial(interval_attention, **_score_options(config))
     queries, keys = ("batch", None, "query_heads", None), ("batch", None, "kv_heads", None)
@@ -145,20 +166,21 @@ def hidden_states(
         queries,
     )
 
-    def layer(x: jax.Array, scanned: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def layer(x: jax.Array, scanned: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, Load | None]:
         weights, window, layer_frequencies = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             return attention(q, k, v, end, window), None
 
-        x, _ = _layer(weights, config, x, rotation(positions, layer_frequencies), attend, rows="batch")
-        return x, None
+        turned = rotation(positions, layer_frequencies)
+        x, _, choice = _layer(weights, config, x, turned, attend, rows="batch")
+        return x, None if choice is None else load_of(choice, segment_ids > 0)
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat])
     x = _embed(params, config, tokens, rows="batch")
-    x, _ = jax.lax.scan(layer, x, (params["layers"], *_layer_constants(config)))
-    return _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype)
+    x, load = jax.lax.scan(layer, x, (params["layers"], *_layer_constants(config)))
+    return _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype), load
 
 
 def paged_hidden_states(
@@ -214,7 +236,7 @@ def paged_hidden_states(
             return attended, (new_keys, new_values)
 
         turned = rotation(positions, layer_frequencies)
-        x, (keys, values) = _layer(weights, config, x, turned, attend, rows=None)
+        x, (keys, values), _ = _layer(weights, config, x, turned, attend, rows=None)
         return (x, keys, values), None
 
     x = _embed(params, config, tokens, rows=None)
@@ -237,8 +259,10 @@ def _layer(
     cosine_and_sine: tuple[jax.Array, jax.Array],
     attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
     rows: str | None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Any, Choice | None]:
     """One decoder layer on [B, T, D]; ``attend(q, k, v)`` gives the attended values and what the caller carries.
+
+    The third result is what the router chose, where there is one.
 
     With bfloat16 only the operands of matrix products are rounded; the residual stream, norms and rotations are float32
     throughout. A compiler may drop a rounding between two elementwise operations in one program and keep it in another,
@@ -274,13 +298,18 @@ def _layer(
         added = _rms_norm(added, weights["post_attention_norm"], config)
     x = x + added
 
-    normed = _rms_norm(x, weights["ffn_norm"], config)
-    gate = ACTIVATIONS[FAMILIES[config.family].activation](multiply("btd,df->btf", normed, "gate", ("ffn",)))
-    up = multiply("btd,df->btf", normed, "up", ("ffn",))
-    added = multiply("btf,fd->btd", gate * up, "down", (None,))
+    normed, choice = _rms_norm(x, weights["ffn_norm"], config), None
+    activation = ACTIVATIONS[FAMILIES[config.family].activation]
+    if "router" in weights:
+        choice = route(weights["router"].astype(dtype), normed, config, rows)
+        experts = [weights[name].astype(dtype) for name in ("expert_gate", "expert_up", "expert_down")]
+        added = experts_feed_forward(normed.astype(dtype), choice, *experts, activation, rows)
+    else:
+        gate = activation(multiply("btd,df->btf", normed, "gate", ("ffn",)))
+        added = multiply("btf,fd->btd", gate * multiply("btd,df->btf", normed, "up", ("ffn",)), "down", (None,))
     if "post_ffn_norm" in weights:
         added = _rms_norm(added, weights["post_ffn_norm"], config)
-    return x + added, state
+    return x + added, state, choice
 
 
 def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: str | None) -> jax.Array:
@@ -290,7 +319,8 @@ def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: str | N
     x = table.at[to_compute(tokens, (rows, None))].get(mode="clip", out_sharding=spec).astype(jnp.float32)
     if not FAMILIES[config.family].scaled_embedding:
         return x
-    return x * jnp.asarray(math.sqrt(config.width), config.compute_dtype).astype(jnp.float32)  # rounded as in training
+    scale = jnp.asarray(math.sqrt(config.width), config.compute_dtype)  # rounded, as Gemma was trained
+    return x * scale.astype(jnp.float32)
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:

@@ -52,6 +52,7 @@ def of_family(model_type: str, **changes: Any) -> dict[str, Any]:
     return {"model_type": model_type, **{key: QWEN3[key] for key in sizes}, **changes}
 
 
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 LLAMA3_SCALING = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -134,6 +135,12 @@ def test_keys_of_one_family_only() -> None:
     assert found.sliding_window == 9
     assert config_from_hf(of_family("gemma3_text", sliding_window_pattern=3)).sliding_layers == (0, 1, 3)
     assert config_from_hf(of_family("mistral", sliding_window=None)).sliding_layers == ()
+    moe = config_from_hf(of_family("qwen3_moe", **EXPERTS, use_sliding_window=False, sliding_window=4096))
+    assert (moe.experts, moe.experts_per_token, moe.expert_width, moe.ffn_width) == (8, 3, 24, 48)
+    assert not moe.normalize_expert_weights
+    renamed = {**EXPERTS, "num_local_experts": EXPERTS["num_experts"], "norm_topk_prob": True}
+    del renamed["num_experts"]
+    assert config_from_hf(of_family("qwen3_moe", **renamed)) == dataclasses.replace(moe, normalize_expert_weights=True)
     assert config_from_hf(of_family("llama", attention_bias=True)).attention_bias
     assert not config_from_hf(of_family("mistral", attention_bias=True)).attention_bias
 
@@ -236,6 +243,11 @@ def test_refusals_name_key_value_and_remedy(changes: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("document", "message"),
     [
+        (of_family("qwen3_moe"), "config.json has no num_experts; add it"),
+        (of_family("qwen3_moe", **EXPERTS, decoder_sparse_step=2), "decoder_sparse_step=2, which is not supported"),
+        (of_family("qwen3_moe", **EXPERTS, mlp_only_layers=[0]), "mlp_only_layers=.0., which is not supported"),
+        (of_family("qwen3_moe", **{**EXPERTS, "num_experts_per_tok": 9}), "num_experts_per_tok=9, but only 8 experts"),
+        (of_family("qwen3_moe", **EXPERTS, sliding_window=9), "sliding_window=9, which is not supported"),
         (of_family("llama", sliding_window=8), "sliding_window=8, which is not supported .only None"),
         (of_family("llama", layer_types=["sliding_attention"] * 4), "sliding_window=None all layers of a llama are"),
         (
@@ -284,6 +296,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         kv_heads=kv_heads,
         head_width=head_width,
         ffn_width=draw(st.integers(1, 9000)),
+        **(draw(expert_fields()) if family.experts else {}),
         rope_theta=rope_theta,
         local_rope_theta=local_rope_theta,
         norm_eps=draw(st.floats(1e-12, 1e-2)),
@@ -297,6 +310,18 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         max_positions=draw(st.integers(1, 10**6)),
         **draw(rope_scalings()),
     )
+
+
+@st.composite
+def expert_fields(draw: st.DrawFn) -> dict[str, Any]:
+    """Fields of ModelConfig."""
+    experts = draw(st.integers(1, 128))
+    return {
+        "experts": experts,
+        "experts_per_token": draw(st.integers(1, experts)),
+        "expert_width": draw(st.integers(1, 2000)),
+        "normalize_expert_weights": draw(st.booleans()),
+    }
 
 
 @st.composite
@@ -356,6 +381,8 @@ def test_export_refuses_what_the_file_cannot_say() -> None:
         ({"family": "llama", "sliding_window": 5, "sliding_layers": (0,)}, r"sliding_window=5, but .*a llama has 0"),
         ({"family": "mistral", "sliding_window": 5, "sliding_layers": (0,)}, r"sliding_layers=.0,., but .*a mistral"),
         ({"family": "qwen3", "score_width": 5}, r"score_width=5, but .* a qwen3 has 0 there"),
+        ({"family": "qwen3", "experts": 5}, r"experts=5, but .* a qwen3 has 0 there"),
+        ({"family": "qwen3_moe"}, r"experts=0, but a qwen3_moe needs at least the experts_per_token=2 of one token; r"),
         ({"family": "gemma2", "local_rope_theta": 5.0}, r"local_rope_theta=5.0, but .* a gemma2 has 0.0 there"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -363,8 +390,8 @@ def test_export_refuses_what_the_file_cannot_say() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_from_scratch_needs_nothing_but_its_family(family: str) -> None:
-    check_exportable(ModelConfig(family=family, vocab_size=8))
+def test_a_model_from_scratch_needs_nothing_but_its_family_and_experts(family: str) -> None:
+    check_exportable(ModelConfig(family=family, vocab_size=8, experts=4 if FAMILIES[family].experts else 0))
 
 
 @settings(deadline=None)

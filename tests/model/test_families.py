@@ -37,6 +37,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": {"rope_theta": 500.0, **LLAMA3}},
     "mistral": {"sliding_window": 30, "tie_word_embeddings": True},
     "gemma2": {"sliding_window": 20, "query_pre_attn_scalar": 40, "attn_logit_softcapping": 3.0},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": False,
+    },
     "gemma3_text": {
         "sliding_window": 20,
         "query_pre_attn_scalar": 40,
@@ -87,8 +93,22 @@ def reference(model: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, d
     scores = torch.log_softmax(logits[:, :-1].double(), dim=-1)
     logprobs = torch.gather(scores, -1, ids[:, 1:, None])[..., 0]
     logprobs.mean().backward()
-    norms = {name: float(parameter.grad.norm()) for name, parameter in model.named_parameters()}
+    norms = {}
+    for name, parameter in model.named_parameters():
+        norms |= {part: float(gradient.norm()) for part, gradient in saved_as(name, parameter.grad)}
     return logits.detach().numpy(), logprobs.detach().numpy(), norms
+
+
+def saved_as(name: str, tensor: Any) -> list[tuple[str, Any]]:
+    """The tensors of a folder that make up a parameter of the model: experts are joined in memory only."""
+    before, joined, kind = name.partition(".experts.")
+    if not joined:
+        return [(name, tensor)]
+    parts = zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True)
+    named = parts if kind == "gate_up_proj" else [(kind, tensor)]
+    return [
+        (f"{before}.experts.{expert}.{part}.weight", stacked[expert]) for part, stacked in named for expert in range(6)
+    ]
 
 
 def our_functions(config: ModelConfig, tokens: np.ndarray) -> Callable[[Any], Any]:
@@ -108,8 +128,8 @@ def tensor_norms(config: ModelConfig, gradient: Any) -> dict[str, float]:
     """Frobenius norm of every tensor of the folder."""
     specs, norms = flax.traverse_util.flatten_dict(transformer.param_specs(config)), {}
     for key, leaf in flax.traverse_util.flatten_dict(jax.device_get(gradient)).items():
-        for layer in range(leaf.shape[0]) if specs[key].stacked else [...]:
-            norms[specs[key].hf_name.format(layer=layer)] = float(np.linalg.norm(leaf[layer]))
+        for place, name in specs[key].hf_names.items():
+            norms[name] = float(np.linalg.norm(leaf[place]))
     return norms
 
 

@@ -40,6 +40,10 @@ VARIANTS = {
     "gemma3": dataclasses.replace(
         TINY, family="gemma3_text", tie_embeddings=True, local_rope_theta=30.0, rope_scaling="linear", rope_factor=4.0
     ),
+    "qwen3 moe": dataclasses.replace(
+        TINY, family="qwen3_moe", sliding_window=0, sliding_layers=(), experts=5, experts_per_token=3, expert_width=14,
+        normalize_expert_weights=False,
+    ),
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 11)).astype(np.int32)
 

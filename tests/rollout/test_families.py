@@ -17,6 +17,7 @@ MODELS = {
     "llama": {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_trained_positions": 16},
     "mistral": {"sliding_window": 7, "sliding_layers": (0, 1)},
     "gemma2": {"score_width": 24, "attention_soft_cap": 4.0, "logit_soft_cap": 6.0, **SLIDING},
+    "qwen3_moe": {"experts": 6, "expert_width": 32},
     "gemma3_text": {"local_rope_theta": 100.0, "rope_scaling": "linear", "rope_factor": 2.0, **SLIDING},
 }
 """Features of each family that the engine's other tests leave out."""
