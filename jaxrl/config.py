@@ -46,6 +46,8 @@ class ModelConfig:
     """ffn_width of one expert."""
     normalize_expert_weights: bool = True
     """The weights of a token's experts sum to 1; otherwise they are the router's probabilities."""
+    balance_coefficient: float = 0.0
+    """Weight in the training loss of the term that evens the load of experts; 0 = the router is left to the reward."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     local_rope_theta: float = 0.0

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
-from jaxrl.model.transformer import Params, hidden_states
+from jaxrl.model.moe import Load
+from jaxrl.model.transformer import Params, hidden_states_and_load
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import soft_capped
 
@@ -19,6 +20,7 @@ class TokenStats:
 
     logprobs: jax.Array  # [B, T]
     entropy: jax.Array  # [B, T], of the whole distribution at that place
+    load: Load | None = None  # of the experts, where rows were scored by a model that has any
 
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -69,11 +71,12 @@ def sequence_logprobs(
     ``logprobs[b, t]`` and ``entropy[b, t]`` belong to ``tokens[b, t]``; both are 0 on the first token of a segment,
     which nothing predicts, and on padding. Arguments as in ``hidden_states``.
     """
-    hidden = hidden_states(params, config, tokens, positions, segment_ids)
+    hidden, load = hidden_states_and_load(params, config, tokens, positions, segment_ids)
     stats = token_logprobs(params, config, hidden, jnp.roll(tokens, -1, axis=1), temperature)
     before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
     predicted = (segment_ids > 0) & (segment_ids == before)
-    return jax.tree.map(lambda x: jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0), stats)
+    logprobs, entropy = (jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0) for x in (stats.logprobs, stats.entropy))
+    return TokenStats(logprobs, entropy, load)
 
 
 def _head(params: Params) -> jax.Array:

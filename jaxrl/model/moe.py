@@ -32,7 +32,11 @@ class Load:
     tokens: jax.Array  # [L] float32, tokens in all
 
 
-def route(router: jax.Array, x: jax.Array, config: ModelConfig, rows: str | None = None) -> Choice:
+Rows = tuple[str | None, str | None]
+"""Logical names of the first two axes, B and T."""
+
+
+def route(router: jax.Array, x: jax.Array, config: ModelConfig, rows: Rows = (None, None)) -> Choice:
     """Choose the ``ModelConfig.experts_per_token`` most probable experts.
 
     Computed in float32 whatever the compute type: a rounding of the scores would change which experts are chosen.
@@ -40,10 +44,10 @@ def route(router: jax.Array, x: jax.Array, config: ModelConfig, rows: str | None
     Args:
         router: [D, E].
         x: [B, T, D] float32.
-        rows: logical axis of B.
+        rows: names of B and T.
     """
     whole = to_compute(router.astype(jnp.float32), (None, None))
-    scores = product("btd,de->bte", x, whole, out_sharding=compute_spec((rows, None, None)))
+    scores = product("btd,de->bte", x, whole, out_sharding=compute_spec((*rows, None)))
     probabilities = jax.nn.softmax(scores, axis=-1)
     weights, experts = jax.lax.top_k(probabilities, config.experts_per_token)
     if config.normalize_expert_weights:
@@ -60,6 +64,16 @@ def load_of(choice: Choice, real: jax.Array) -> Load:
         probability=product("bte,bt->e", choice.probabilities, counted, out_sharding=everywhere),
         tokens=counted.sum(),
     )
+
+
+def load_metrics(load: Load) -> dict[str, jax.Array]:
+    """Numbers that show experts which have too much or nothing to do, over the layers of one batch.
+
+    ``expert_load_max`` is the most loaded expert's tokens relative to an even load, ``idle_experts`` the share of
+    experts that no token chose.
+    """
+    even = jnp.maximum(load.chosen.mean(axis=1, keepdims=True), 1.0 / load.chosen.shape[1])
+    return {"expert_load_max": (load.chosen / even).max(), "idle_experts": (load.chosen == 0).mean()}
 
 
 def balance_loss(load: Load) -> jax.Array:
@@ -80,7 +94,7 @@ def experts_feed_forward(
     up: jax.Array,
     down: jax.Array,
     activation: Callable[[jax.Array], jax.Array],
-    rows: str | None,
+    rows: Rows = (None, None),
 ) -> jax.Array:
     """The weighted sum of the chosen experts' outputs, [B, T, D] float32.
 
@@ -91,13 +105,13 @@ def experts_feed_forward(
         gate, up: [E, D, F] in the compute type.
         down: [E, F, D] in the compute type.
         activation: of the gate.
-        rows: logical axis of B.
+        rows: names of B and T.
     """
-    tokens = (rows, "token_shards" if rows else None, None)
+    tokens = ("batch", "token_shards", None) if rows[0] else (None, None, None)
     compute = per_shard(
         lambda *arrays: _local_feed_forward(*arrays, activation), [tokens] * 3 + [(None,) * 3] * 3, tokens
     )
-    return compute(x, choice.experts, choice.weights, gate, up, down)
+    return to_compute(compute(x, choice.experts, choice.weights, gate, up, down), (*rows, None))
 
 
 def _local_feed_forward(

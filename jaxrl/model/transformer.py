@@ -301,9 +301,9 @@ def _layer(
     normed, choice = _rms_norm(x, weights["ffn_norm"], config), None
     activation = ACTIVATIONS[FAMILIES[config.family].activation]
     if "router" in weights:
-        choice = route(weights["router"].astype(dtype), normed, config, rows)
+        choice = route(weights["router"].astype(dtype), normed, config, (rows, None))
         experts = [weights[name].astype(dtype) for name in ("expert_gate", "expert_up", "expert_down")]
-        added = experts_feed_forward(normed.astype(dtype), choice, *experts, activation, rows)
+        added = experts_feed_forward(normed.astype(dtype), choice, *experts, activation, (rows, None))
     else:
         gate = activation(multiply("btd,df->btf", normed, "gate", ("ffn",)))
         added = multiply("btf,fd->btd", gate * multiply("btd,df->btf", normed, "up", ("ffn",)), "down", (None,))

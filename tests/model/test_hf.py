@@ -41,7 +41,7 @@ VARIANTS = {
         TINY, family="gemma3_text", tie_embeddings=True, local_rope_theta=30.0, rope_scaling="linear", rope_factor=4.0
     ),
     "qwen3 moe": dataclasses.replace(
-        TINY, family="qwen3_moe", sliding_window=0, sliding_layers=(), experts=5, experts_per_token=3, expert_width=14,
+        TINY, family="qwen3_moe", sliding_window=0, sliding_layers=(), experts=5, experts_per_token=3, expert_width=12,
         normalize_expert_weights=False,
     ),
 }  # fmt: skip

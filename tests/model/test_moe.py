@@ -44,7 +44,7 @@ def reference(config: ModelConfig, x: jax.Array, router: jax.Array, *weights: ja
 
 def feed_forward(config: ModelConfig, x: jax.Array, router: jax.Array, *weights: jax.Array) -> jax.Array:
     choice = moe.route(router, x, config)
-    return moe.experts_feed_forward(x.astype(weights[0].dtype), choice, *weights, jax.nn.silu, None)
+    return moe.experts_feed_forward(x.astype(weights[0].dtype), choice, *weights, jax.nn.silu)
 
 
 @pytest.mark.parametrize(("per_token", "normalize"), [(1, True), (2, True), (2, False), (5, True)])
@@ -95,6 +95,18 @@ def test_the_load_counts_real_tokens_and_adds_up() -> None:
     rest = moe.load_of(choice, ~real)
     whole = moe.load_of(choice, jnp.ones_like(real))
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a + b, c, rtol=1e-5), load, rest, whole)
+
+
+def test_load_metrics_show_the_busiest_expert_and_idle_ones() -> None:
+    load = moe.Load(
+        chosen=jnp.asarray([[4.0, 4.0, 4.0, 4.0], [12.0, 4.0, 0.0, 0.0]]),
+        probability=jnp.ones((2, 4)),
+        tokens=jnp.ones(2),
+    )
+    metrics = moe.load_metrics(load)
+    assert (float(metrics["expert_load_max"]), float(metrics["idle_experts"])) == (3.0, 0.25)
+    nothing = load.replace(chosen=jnp.zeros((2, 4)))
+    assert float(moe.load_metrics(nothing)["expert_load_max"]) == 0 and float(moe.balance_loss(nothing)) >= 0
 
 
 def test_an_even_load_has_the_least_balance_loss_and_uneven_ones_are_pushed_apart() -> None:
