@@ -1,4 +1,4 @@
-"""Run by test_families_on_mesh.py with eight virtual devices: families on a mesh against one device, a JSON line for each."""
+"""Run by test_families_on_mesh.py with eight virtual devices: compares a mesh with one device, a JSON line a family."""
 
 import dataclasses
 import json
