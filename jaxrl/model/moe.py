@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
-from jaxrl_kernels.products import product
+from jaxrl_kernels.products import product, rounded
 
 
 @flax.struct.dataclass
@@ -39,14 +39,14 @@ Rows = tuple[str | None, str | None]
 def route(router: jax.Array, x: jax.Array, config: ModelConfig, rows: Rows = (None, None)) -> Choice:
     """Choose the ``ModelConfig.experts_per_token`` most probable experts.
 
-    Computed in float32 whatever the compute type: a rounding of the scores would change which experts are chosen.
+    Only the router is rounded to the compute type, and nothing after it: that would change which experts are chosen.
 
     Args:
         router: [D, E].
         x: [B, T, D] float32.
         rows: names of B and T.
     """
-    whole = to_compute(router.astype(jnp.float32), (None, None))
+    whole = rounded(to_compute(router, (None, None)), config.compute_dtype)
     scores = product("btd,de->bte", x, whole, out_sharding=compute_spec((*rows, None)))
     probabilities = jax.nn.softmax(scores, axis=-1)
     weights, experts = jax.lax.top_k(probabilities, config.experts_per_token)

@@ -54,6 +54,10 @@ class ParamSpec:
         """Whether the first axis runs over the layers."""
         return self.axes[0] == LAYERS
 
+    def compute_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
+        """Type of a copy that is only computed with, which changes no result: vectors are never rounded in training."""
+        return jnp.dtype(dtype) if len(self.hf_layout) > 1 else self.dtype
+
     @property
     def hf_names(self) -> dict[tuple[int, ...], str]:
         """The Hugging Face tensors that make up the parameter, by their index on its stacked axes."""

@@ -21,7 +21,7 @@ from jaxrl.model.moe import Choice, Load, experts_feed_forward, load_of, route
 from jaxrl.model.rotary import frequencies, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl_kernels import interval_attention, paged_attention, segment_ends
-from jaxrl_kernels.products import product
+from jaxrl_kernels.products import product, rounded
 
 Params = dict[str, Any]
 
@@ -301,7 +301,7 @@ def _layer(
     normed, choice = _rms_norm(x, weights["ffn_norm"], config), None
     activation = ACTIVATIONS[FAMILIES[config.family].activation]
     if "router" in weights:
-        choice = route(weights["router"].astype(dtype), normed, config, (rows, None))
+        choice = route(weights["router"], normed, config, (rows, None))
         experts = [weights[name].astype(dtype) for name in ("expert_gate", "expert_up", "expert_down")]
         added = experts_feed_forward(normed.astype(dtype), choice, *experts, activation, (rows, None))
     else:
@@ -313,10 +313,15 @@ def _layer(
 
 
 def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: str | None) -> jax.Array:
-    """Rows of the embedding in float32; the table is gathered first, since a lookup in a split one is slow."""
+    """Rows of the embedding, rounded to the compute type, in float32.
+
+    The table is gathered first, since a lookup in a split one is slow. Rows are rounded and not the table, so that the
+    gradients of a frequent token's rows add up in the table's own type.
+    """
     table = to_compute(params["embedding"], (None, None))
     spec = compute_spec((rows, None, None))
-    x = table.at[to_compute(tokens, (rows, None))].get(mode="clip", out_sharding=spec).astype(jnp.float32)
+    x = table.at[to_compute(tokens, (rows, None))].get(mode="clip", out_sharding=spec)
+    x = rounded(x, config.compute_dtype)
     if not FAMILIES[config.family].scaled_embedding:
         return x
     scale = jnp.asarray(math.sqrt(config.width), config.compute_dtype)  # rounded, as Gemma was trained
