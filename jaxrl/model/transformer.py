@@ -81,18 +81,8 @@ def param_specs(config: ModelConfig) -> Specs:
         "value": weight(attention + "v_proj.weight", "layers embed kv_heads head", f"{keys} embed"),
         "output": weight(attention + "o_proj.weight", "layers query_heads head embed", f"embed {queries}"),
         "ffn_norm": vector(layer + f"{before_ffn}_layernorm.weight", "layers embed", unit),
+        **_feed_forward_specs(weight, layer + "mlp.", bool(config.experts)),
     }
-    if config.experts:
-        expert = layer + "mlp.experts.{expert}."
-        layers["router"] = weight(layer + "mlp.gate.weight", "layers embed experts", "experts embed")
-        stacked = "layers experts"
-        layers["expert_gate"] = weight(expert + "gate_proj.weight", f"{stacked} embed expert_ffn", "expert_ffn embed")
-        layers["expert_up"] = weight(expert + "up_proj.weight", f"{stacked} embed expert_ffn", "expert_ffn embed")
-        layers["expert_down"] = weight(expert + "down_proj.weight", f"{stacked} expert_ffn embed", "embed expert_ffn")
-    else:
-        layers["gate"] = weight(layer + "mlp.gate_proj.weight", "layers embed ffn", "ffn embed")
-        layers["up"] = weight(layer + "mlp.up_proj.weight", "layers embed ffn", "ffn embed")
-        layers["down"] = weight(layer + "mlp.down_proj.weight", "layers ffn embed", "embed ffn")
     if family.post_norms:
         layers["post_attention_norm"] = vector(layer + "post_attention_layernorm.weight", "layers embed", unit)
         layers["post_ffn_norm"] = vector(layer + "post_feedforward_layernorm.weight", "layers embed", unit)
@@ -113,6 +103,24 @@ def param_specs(config: ModelConfig) -> Specs:
     if not config.tie_embeddings:
         specs["head"] = weight("lm_head.weight", "vocab embed", "vocab embed")
     return specs
+
+
+def _feed_forward_specs(weight: Callable[[str, str, str], ParamSpec], prefix: str, experts: bool) -> Specs:
+    """The table of one feed-forward per layer, or of a router and experts."""
+    if not experts:
+        return {
+            "gate": weight(prefix + "gate_proj.weight", "layers embed ffn", "ffn embed"),
+            "up": weight(prefix + "up_proj.weight", "layers embed ffn", "ffn embed"),
+            "down": weight(prefix + "down_proj.weight", "layers ffn embed", "embed ffn"),
+        }
+    inwards, outwards = "layers experts embed expert_ffn", "layers experts expert_ffn embed"
+    expert = prefix + "experts.{expert}."
+    return {
+        "router": weight(prefix + "gate.weight", "layers embed experts", "experts embed"),
+        "expert_gate": weight(expert + "gate_proj.weight", inwards, "expert_ffn embed"),
+        "expert_up": weight(expert + "up_proj.weight", inwards, "expert_ffn embed"),
+        "expert_down": weight(expert + "down_proj.weight", outwards, "embed expert_ffn"),
+    }
 
 
 @flax.struct.dataclass
@@ -301,15 +309,28 @@ def _layer(
     normed, choice = _rms_norm(x, weights["ffn_norm"], config), None
     activation = ACTIVATIONS[FAMILIES[config.family].activation]
     if "router" in weights:
-        choice = route(weights["router"], normed, config, (rows, None))
-        experts = [weights[name].astype(dtype) for name in ("expert_gate", "expert_up", "expert_down")]
-        added = experts_feed_forward(normed.astype(dtype), choice, *experts, activation, (rows, None))
+        added, choice = _experts(weights, config, normed, activation, (rows, None))
     else:
         gate = activation(multiply("btd,df->btf", normed, "gate", ("ffn",)))
-        added = multiply("btf,fd->btd", gate * multiply("btd,df->btf", normed, "up", ("ffn",)), "down", (None,))
+        up = multiply("btd,df->btf", normed, "up", ("ffn",))
+        added = multiply("btf,fd->btd", gate * up, "down", (None,))
     if "post_ffn_norm" in weights:
         added = _rms_norm(added, weights["post_ffn_norm"], config)
     return x + added, state, choice
+
+
+def _experts(
+    weights: Params,
+    config: ModelConfig,
+    normed: jax.Array,
+    activation: Callable[[jax.Array], jax.Array],
+    rows: tuple[str | None, str | None],
+) -> tuple[jax.Array, Choice]:
+    """What the experts of a layer add to [B, T, D], whose first axes ``rows`` names, and which they were."""
+    dtype = jnp.dtype(config.compute_dtype)
+    choice = route(weights["router"], normed, config, rows)
+    gate, up, down = (weights[name].astype(dtype) for name in ("expert_gate", "expert_up", "expert_down"))
+    return experts_feed_forward(normed.astype(dtype), choice, gate, up, down, activation, rows), choice
 
 
 def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: str | None) -> jax.Array:
