@@ -50,9 +50,9 @@ class ParamSpec:
     decay: bool = True
 
     @property
-    def stacked(self) -> bool:
-        """Whether the first axis runs over the layers."""
-        return self.axes[0] == LAYERS
+    def stacked_axes(self) -> tuple[str, ...]:
+        """Leading axes that run over Hugging Face tensors: none, the layers, or the layers and their experts."""
+        return self.axes[: len(self.axes) - sum(map(len, self.hf_layout))]
 
     def compute_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         """Type of a copy that is only computed with, which changes no result: vectors are never rounded in training."""
@@ -61,11 +61,10 @@ class ParamSpec:
     @property
     def hf_names(self) -> dict[tuple[int, ...], str]:
         """The Hugging Face tensors that make up the parameter, by their index on its stacked axes."""
-        stacked = self._stacked_axes
-        words = [{LAYERS: "layer", EXPERTS: "expert"}[axis] for axis in stacked]
+        words = [{LAYERS: "layer", EXPERTS: "expert"}[axis] for axis in self.stacked_axes]
         return {
             place: self.hf_name.format(**dict(zip(words, place, strict=True)))
-            for place in np.ndindex(self.shape[: len(stacked)])
+            for place in np.ndindex(self.shape[: len(words)])
         }
 
     @property
@@ -76,7 +75,7 @@ class ParamSpec:
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """What stands at one index of the stacked axes as the Hugging Face tensor; inverse of ``from_hf``."""
-        axes = self.axes[len(self._stacked_axes) :]
+        axes = self.axes[len(self.stacked_axes) :]
         order = [axes.index(axis) for merged in self.hf_layout for axis in merged]
         return np.ascontiguousarray(np.transpose(array, order)).reshape(self.hf_shape)
 
@@ -92,13 +91,9 @@ class ParamSpec:
             )
         length = dict(zip(self.axes, self.shape, strict=True))
         flat = [axis for merged in self.hf_layout for axis in merged]
-        axes = self.axes[len(self._stacked_axes) :]
+        axes = self.axes[len(self.stacked_axes) :]
         split = tensor.reshape([length[axis] for axis in flat])
         return np.ascontiguousarray(np.transpose(split, [flat.index(axis) for axis in axes]))
-
-    @property
-    def _stacked_axes(self) -> tuple[str, ...]:
-        return self.axes[: len(self.axes) - sum(map(len, self.hf_layout))]
 
 
 Specs = dict[str, Any]
