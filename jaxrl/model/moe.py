@@ -18,7 +18,7 @@ from jaxrl_kernels.products import product, rounded
 class Choice:
     """What the router decided for each token of one layer."""
 
-    experts: jax.Array  # [B, T, k] int32, best first
+    experts: jax.Array  # [B, T, k] int32, the k = ModelConfig.experts_per_token most probable, best first
     weights: jax.Array  # [B, T, k] float32, of each expert's output in the sum
     probabilities: jax.Array  # [B, T, E] float32
 
