@@ -13,8 +13,9 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "Engine.slots Engine.page_size Engine.prefill_rows Engine.prefill_chunk Engine.round_steps "
         "Engine.max_prompt_tokens Engine.max_response_tokens Model.logprob_chunk Model.layers Model.width "
-        "Model.query_heads Model.kv_heads Model.head_width Model.ffn_width Model.max_positions Sft.count Sft.rows "
-        "Sft.row_tokens Train.rows Train.row_tokens Train.problems Train.samples Train.max_draws "
+        "Model.query_heads Model.kv_heads Model.head_width Model.ffn_width Model.experts_per_token Model.expert_width "
+        "Model.max_positions Sft.count Sft.rows Sft.row_tokens Train.rows Train.row_tokens Train.problems "
+        "Train.samples Train.max_draws "
         "Train.updates_per_step Algorithm.keep Eval.samples Eval.k Env.max_turns Env.max_parallel_calls "
         "Checkpoint.every Checkpoint.keep Data.train_problems Data.eval_problems Reward.workers Sandbox.workers "
         "Sandbox.slots Sandbox.queue Sandbox.output_kib Sandbox.output_hard_mib Sandbox.disk_mib Sandbox.open_files "
@@ -28,13 +29,15 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Optimizer.warmup_steps Optimizer.learning_rate Optimizer.weight_decay Algorithm.clip_high "
         "Algorithm.kl_coefficient Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed "
         "Sandbox.slow_slots Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature "
-        "Stages.drop_solved Stages.drop_unsolved",
+        "Model.experts Model.balance_coefficient Model.local_rope_theta Model.score_width Model.attention_soft_cap "
+        "Model.logit_soft_cap Stages.drop_solved Stages.drop_unsolved",
         lambda value: value >= 0,
         "not be negative",
     ),
     (
         "Reward.seconds Env.wall_seconds Env.queue_seconds Sandbox.cpu_seconds Sandbox.wall_seconds Model.rope_theta "
-        "Model.norm_eps Model.init_scale Optimizer.eps Optimizer.clip_norm",
+        "Model.rope_factor Model.rope_low_frequency Model.rope_trained_positions Model.norm_eps Model.init_scale "
+        "Optimizer.eps Optimizer.clip_norm",
         lambda value: value > 0,
         "be above 0",
     ),
@@ -115,6 +118,11 @@ def check(config: Any) -> None:
         )
     if config.model.head_width % 2:
         raise ConfigError(f"ModelConfig.head_width={config.model.head_width} must be even, for rotary positions")
+    if config.model.rope_high_frequency <= config.model.rope_low_frequency:
+        raise ConfigError(
+            f"ModelConfig.rope_high_frequency={config.model.rope_high_frequency} must be above "
+            f"rope_low_frequency={config.model.rope_low_frequency}"
+        )
     if outside := [layer for layer in config.model.sliding_layers if layer >= config.model.layers]:
         raise ConfigError(
             f"ModelConfig.sliding_layers={config.model.sliding_layers} names layer {outside[0]} of "

@@ -27,8 +27,8 @@ class ModelConfig:
 
     path: str = ""
     """Hugging Face folder to start from; empty initialises from scratch."""
-    family: Literal["qwen2", "qwen3"] = "qwen3"
-    """Qwen2 has biases on q, k, v; Qwen3 has RMS norms on q and k."""
+    family: Literal["qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3_text", "qwen3_moe"] = "qwen3"
+    """What is the same in all models of a kind: activation, norms, biases (``jaxrl/model/families.py``)."""
     vocab_size: int = 0
     """Rows of the embedding; 0 takes the tokenizer's size rounded up to a multiple of 8."""
     layers: int = 4
@@ -38,10 +38,39 @@ class ModelConfig:
     kv_heads: int = 2
     head_width: int = 32
     ffn_width: int = 384
+    experts: int = 0
+    """Feed-forwards of each layer among which a router chooses; 0 = one, for all tokens."""
+    experts_per_token: int = 2
+    """How many of them compute a token."""
+    expert_width: int = 384
+    """ffn_width of one expert."""
+    normalize_expert_weights: bool = True
+    """The weights of a token's experts sum to 1; otherwise they are the router's probabilities."""
+    balance_coefficient: float = 0.0
+    """Weight in the training loss of the term that evens the load of experts; 0 = the router is left to the reward."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    local_rope_theta: float = 0.0
+    """Base of the rotary frequencies, never scaled, on the layers that slide (Gemma 3); 0 = as on the others."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """How the rotary frequencies are stretched for texts longer than those of the first training."""
+    rope_factor: float = 1.0
+    """By how much they are stretched."""
+    rope_low_frequency: float = 1.0
+    """llama3: pairs with fewer turns in rope_trained_positions are stretched wholly."""
+    rope_high_frequency: float = 4.0
+    """llama3: pairs with more turns in rope_trained_positions are not stretched."""
+    rope_trained_positions: int = 8192
+    """llama3: length of the texts of the first training."""
     norm_eps: float = 1e-6
     attention_bias: bool = False
-    """Qwen3: add biases to q, k, v and the output projection. Qwen2's biases on q, k, v are always there."""
+    """Add biases to q, k, v and the output projection (not Qwen2, whose biases on q, k, v are always there)."""
+    score_width: int = 0
+    """Attention scores are scaled by score_width ** -0.5; 0 takes head_width (Gemma)."""
+    attention_soft_cap: float = 0.0
+    """Attention scores become cap * tanh(score / cap); 0 = they stay (Gemma 2)."""
+    logit_soft_cap: float = 0.0
+    """The same for the logits (Gemma 2)."""
     tie_embeddings: bool = True
     sliding_window: int = 0
     """Query i sees keys j with 0 <= i - j < window on the layers that slide; 0 = no window."""

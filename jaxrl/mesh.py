@@ -30,6 +30,8 @@ PARAM_RULES: Rules = {
     "kv_heads": "tensor",
     "head": None,
     "ffn": "tensor",
+    "experts": None,
+    "expert_ffn": "tensor",
 }
 """Where the weights, their gradients and the optimizer state rest during training."""
 
@@ -41,6 +43,8 @@ _TENSOR_PARALLEL: Rules = {
     "kv_heads": "tensor",
     "head": None,
     "ffn": "tensor",
+    "experts": None,
+    "expert_ffn": "tensor",
 }
 
 COMPUTE_RULES: Rules = {"batch": ("data", "fsdp"), "tokens": None, "token_shards": "tensor", **_TENSOR_PARALLEL}

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from jaxrl.config import ConfigError, ModelConfig
-from jaxrl.model.families import config_from_hf, hf_config
+from jaxrl.model.config_json import config_from_hf, hf_config
 from jaxrl.model.spec import ParamSpec
 from jaxrl.model.transformer import Params, param_specs
 
@@ -33,7 +33,7 @@ TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read_config(path: str | os.PathLike[str], base: ModelConfig | None = None) -> ModelConfig:
-    """The architecture of a folder; see ``families.config_from_hf``.
+    """The architecture of a folder; see ``config_json.config_from_hf``.
 
     Raises:
         ConfigError: no readable config.json in the folder, or a model that is not supported.
@@ -196,11 +196,8 @@ def replaced_folder(path: str | os.PathLike[str], needed_bytes: int = 0) -> Iter
 
 def _hf_names(spec: ParamSpec) -> Iterator[tuple[str, Any]]:
     """The tensors that make up a parameter, each with the index of its place in the stacked array."""
-    if not spec.stacked:
-        yield spec.hf_name, ...
-        return
-    for layer in range(spec.shape[0]):
-        yield spec.hf_name.format(layer=layer), layer
+    for place, name in spec.hf_names.items():
+        yield name, place
 
 
 def _open_tensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
-from jaxrl.model.transformer import Params, hidden_states
+from jaxrl.model.moe import Load
+from jaxrl.model.transformer import Params, hidden_states_and_load
 from jaxrl_kernels.products import product
+from jaxrl_kernels.softmax import soft_capped
 
 
 @flax.struct.dataclass
@@ -18,6 +20,7 @@ class TokenStats:
 
     logprobs: jax.Array  # [B, T]
     entropy: jax.Array  # [B, T], of the whole distribution at that place
+    load: Load | None = None  # of the experts, where rows were scored by a model that has any
 
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -25,7 +28,7 @@ def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     head = to_compute(_head(params).astype(hidden.dtype), ("vocab", "embed"))
     spec = compute_spec((*[None] * (hidden.ndim - 1), "vocab"))
     split = product("...d,vd->...v", hidden, head, out_sharding=spec)
-    return to_compute(split, (None,) * hidden.ndim)
+    return to_compute(soft_capped(split, config.logit_soft_cap), (None,) * hidden.ndim)
 
 
 def token_logprobs(
@@ -47,7 +50,7 @@ def token_logprobs(
     """
     tokens, head = ("batch", "token_shards"), _head(params).astype(hidden.dtype)
     score = per_shard(
-        functools.partial(_score_chunks, chunk=config.logprob_chunk),
+        functools.partial(_score_chunks, chunk=config.logprob_chunk, soft_cap=config.logit_soft_cap),
         [(*tokens, None), (None, None), tokens, ()],
         [tokens, tokens],
     )
@@ -68,11 +71,12 @@ def sequence_logprobs(
     ``logprobs[b, t]`` and ``entropy[b, t]`` belong to ``tokens[b, t]``; both are 0 on the first token of a segment,
     which nothing predicts, and on padding. Arguments as in ``hidden_states``.
     """
-    hidden = hidden_states(params, config, tokens, positions, segment_ids)
+    hidden, load = hidden_states_and_load(params, config, tokens, positions, segment_ids)
     stats = token_logprobs(params, config, hidden, jnp.roll(tokens, -1, axis=1), temperature)
     before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
     predicted = (segment_ids > 0) & (segment_ids == before)
-    return jax.tree.map(lambda x: jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0), stats)
+    logprobs, entropy = (jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0) for x in (stats.logprobs, stats.entropy))
+    return TokenStats(logprobs, entropy, load)
 
 
 def _head(params: Params) -> jax.Array:
@@ -81,7 +85,7 @@ def _head(params: Params) -> jax.Array:
 
 
 def _score_chunks(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, chunk: int
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, chunk: int, soft_cap: float
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies, [B, T] each, of local rows."""
     batch, tokens, width = hidden.shape
@@ -95,7 +99,7 @@ def _score_chunks(
 
     @jax.checkpoint
     def score(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scaled = product("td,vd->tv", hidden, head) / temperature
+        scaled = soft_capped(product("td,vd->tv", hidden, head), soft_cap) / temperature
         log_total = jax.nn.logsumexp(scaled, axis=-1)
         hit = targets[:, None] == jnp.arange(head.shape[0], dtype=targets.dtype)
         logprob = jnp.sum(jnp.where(hit, scaled, 0.0), axis=-1) - log_total

@@ -21,6 +21,9 @@ from jaxrl.mesh import Rules, partition_spec
 LAYERS = "layers"
 """Logical name of the leading axis on which the layers' parameters are stacked."""
 
+EXPERTS = "experts"
+"""Logical name of the axis on which the experts' parameters of a layer are stacked."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
@@ -31,10 +34,10 @@ class ParamSpec:
         dtype: type the trainer keeps it in.
         axes: logical name of every axis, see ``jaxrl.mesh``.
         init: ``(key, shape, dtype) -> array``, as in ``jax.nn.initializers``.
-        hf_name: name of the tensor in a Hugging Face folder, with ``{layer}`` for stacked parameters.
+        hf_name: name of the tensor in a Hugging Face folder, with ``{layer}`` and ``{expert}`` where they are stacked.
         hf_layout: for each axis of the Hugging Face tensor, the axes here that it merges, in order. A linear layer is
             stored there as [outputs, inputs]: a query projection with axes ("layers", "embed", "query_heads", "head")
-            has the layout (("query_heads", "head"), ("embed",)).
+            has the layout (("query_heads", "head"), ("embed",)). Leading axes that it leaves out are stacked tensors.
         decay: whether weight decay applies (not to norms and biases).
     """
 
@@ -47,24 +50,37 @@ class ParamSpec:
     decay: bool = True
 
     @property
-    def stacked(self) -> bool:
-        """Whether the first axis runs over the layers."""
-        return self.axes[0] == LAYERS
+    def stacked_axes(self) -> tuple[str, ...]:
+        """Leading axes that run over Hugging Face tensors: none, the layers, or the layers and their experts."""
+        return self.axes[: len(self.axes) - sum(map(len, self.hf_layout))]
+
+    def compute_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
+        """Type of a copy that is only computed with, which changes no result: vectors are never rounded in training."""
+        return jnp.dtype(dtype) if len(self.hf_layout) > 1 else self.dtype
+
+    @property
+    def hf_names(self) -> dict[tuple[int, ...], str]:
+        """The Hugging Face tensors that make up the parameter, by their index on its stacked axes."""
+        words = [{LAYERS: "layer", EXPERTS: "expert"}[axis] for axis in self.stacked_axes]
+        return {
+            place: self.hf_name.format(**dict(zip(words, place, strict=True)))
+            for place in np.ndindex(self.shape[: len(words)])
+        }
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        """Shape of the Hugging Face tensor (of one layer, for stacked parameters)."""
+        """Shape of one Hugging Face tensor."""
         length = dict(zip(self.axes, self.shape, strict=True))
         return tuple(math.prod(length[axis] for axis in merged) for merged in self.hf_layout)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """One layer's parameter (without the layer axis) as the Hugging Face tensor; inverse of ``from_hf``."""
-        axes = self.axes[1:] if self.stacked else self.axes
+        """What stands at one index of the stacked axes as the Hugging Face tensor; inverse of ``from_hf``."""
+        axes = self.axes[len(self.stacked_axes) :]
         order = [axes.index(axis) for merged in self.hf_layout for axis in merged]
         return np.ascontiguousarray(np.transpose(array, order)).reshape(self.hf_shape)
 
     def from_hf(self, tensor: np.ndarray) -> np.ndarray:
-        """A Hugging Face tensor as one layer's parameter (without the layer axis).
+        """A Hugging Face tensor as it stands at its index of the stacked axes.
 
         Raises:
             ValueError: the tensor's shape is not ``hf_shape``.
@@ -75,7 +91,7 @@ class ParamSpec:
             )
         length = dict(zip(self.axes, self.shape, strict=True))
         flat = [axis for merged in self.hf_layout for axis in merged]
-        axes = self.axes[1:] if self.stacked else self.axes
+        axes = self.axes[len(self.stacked_axes) :]
         split = tensor.reshape([length[axis] for axis in flat])
         return np.ascontiguousarray(np.transpose(split, [flat.index(axis) for axis in axes]))
 

@@ -1,22 +1,27 @@
-"""The decoder (Qwen2 and Qwen3, dense): one parameter table, one layer function, two ways to attend.
+"""The decoder: one parameter table, one layer function, two ways to attend.
 
 Training and scoring attend over packed rows; rollout attends over KV pages. Everything else is the same code on the
-same weights, so the log-probabilities of both agree to rounding.
+same weights, so the log-probabilities of both agree to rounding. What one family has and others lack is read from its
+row in ``families`` and from ``ModelConfig``.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
+from jaxrl.model.families import FAMILIES
+from jaxrl.model.moe import Choice, Load, experts_feed_forward, load_of, route
+from jaxrl.model.rotary import frequencies, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl_kernels import interval_attention, paged_attention, segment_ends
-from jaxrl_kernels.products import product
+from jaxrl_kernels.products import product, rounded
 
 Params = dict[str, Any]
 
@@ -25,6 +30,12 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 """What the backward pass may keep, by the name in ``ModelConfig.remat``; attention scores are never kept."""
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+"""By their name in config.json."""
 
 
 def param_specs(config: ModelConfig) -> Specs:
@@ -43,10 +54,12 @@ def param_specs(config: ModelConfig) -> Specs:
         "kv_heads": config.kv_heads,
         "head": config.head_width,
         "ffn": config.ffn_width,
+        "experts": config.experts,
+        "expert_ffn": config.expert_width,
     }
-    dtype = jnp.dtype(config.param_dtype)
+    family, dtype = FAMILIES[config.family], jnp.dtype(config.param_dtype)
     normal = jax.nn.initializers.normal(config.init_scale)
-    ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
+    zeros, unit = jax.nn.initializers.zeros, jax.nn.initializers.constant(1.0 - family.norm_offset)
 
     def weight(name: str, axes: str, layout: str) -> ParamSpec:
         names = tuple(axes.split())
@@ -60,34 +73,54 @@ def param_specs(config: ModelConfig) -> Specs:
 
     layer, attention = "model.layers.{layer}.", "model.layers.{layer}.self_attn."
     queries, keys = "query_heads*head", "kv_heads*head"
+    before_ffn = "pre_feedforward" if family.post_norms else "post_attention"
     layers = {
-        "attention_norm": vector(layer + "input_layernorm.weight", "layers embed", ones),
+        "attention_norm": vector(layer + "input_layernorm.weight", "layers embed", unit),
         "query": weight(attention + "q_proj.weight", "layers embed query_heads head", f"{queries} embed"),
         "key": weight(attention + "k_proj.weight", "layers embed kv_heads head", f"{keys} embed"),
         "value": weight(attention + "v_proj.weight", "layers embed kv_heads head", f"{keys} embed"),
         "output": weight(attention + "o_proj.weight", "layers query_heads head embed", f"embed {queries}"),
-        "ffn_norm": vector(layer + "post_attention_layernorm.weight", "layers embed", ones),
-        "gate": weight(layer + "mlp.gate_proj.weight", "layers embed ffn", "ffn embed"),
-        "up": weight(layer + "mlp.up_proj.weight", "layers embed ffn", "ffn embed"),
-        "down": weight(layer + "mlp.down_proj.weight", "layers ffn embed", "embed ffn"),
+        "ffn_norm": vector(layer + f"{before_ffn}_layernorm.weight", "layers embed", unit),
+        **_feed_forward_specs(weight, layer + "mlp.", bool(config.experts)),
     }
-    if config.family == "qwen2" or config.attention_bias:
+    if family.post_norms:
+        layers["post_attention_norm"] = vector(layer + "post_attention_layernorm.weight", "layers embed", unit)
+        layers["post_ffn_norm"] = vector(layer + "post_feedforward_layernorm.weight", "layers embed", unit)
+    if family.biases == "query_key_value" or config.attention_bias:
         layers["query_bias"] = vector(attention + "q_proj.bias", "layers query_heads head", zeros)
         layers["key_bias"] = vector(attention + "k_proj.bias", "layers kv_heads head", zeros)
         layers["value_bias"] = vector(attention + "v_proj.bias", "layers kv_heads head", zeros)
     if config.attention_bias:
         layers["output_bias"] = vector(attention + "o_proj.bias", "layers embed", zeros)
-    if config.family == "qwen3":
-        layers["query_norm"] = vector(attention + "q_norm.weight", "layers head", ones)
-        layers["key_norm"] = vector(attention + "k_norm.weight", "layers head", ones)
+    if family.query_key_norm:
+        layers["query_norm"] = vector(attention + "q_norm.weight", "layers head", unit)
+        layers["key_norm"] = vector(attention + "k_norm.weight", "layers head", unit)
     specs: Specs = {
         "embedding": weight("model.embed_tokens.weight", "vocab embed", "vocab embed"),
         "layers": layers,
-        "final_norm": vector("model.norm.weight", "embed", ones),
+        "final_norm": vector("model.norm.weight", "embed", unit),
     }
     if not config.tie_embeddings:
         specs["head"] = weight("lm_head.weight", "vocab embed", "vocab embed")
     return specs
+
+
+def _feed_forward_specs(weight: Callable[[str, str, str], ParamSpec], prefix: str, experts: bool) -> Specs:
+    """The table of one feed-forward per layer, or of a router and experts."""
+    if not experts:
+        return {
+            "gate": weight(prefix + "gate_proj.weight", "layers embed ffn", "ffn embed"),
+            "up": weight(prefix + "up_proj.weight", "layers embed ffn", "ffn embed"),
+            "down": weight(prefix + "down_proj.weight", "layers ffn embed", "embed ffn"),
+        }
+    inwards, outwards = "layers experts embed expert_ffn", "layers experts expert_ffn embed"
+    expert = prefix + "experts.{expert}."
+    return {
+        "router": weight(prefix + "gate.weight", "layers embed experts", "experts embed"),
+        "expert_gate": weight(expert + "gate_proj.weight", inwards, "expert_ffn embed"),
+        "expert_up": weight(expert + "up_proj.weight", inwards, "expert_ffn embed"),
+        "expert_down": weight(expert + "down_proj.weight", outwards, "embed expert_ffn"),
+    }
 
 
 @flax.struct.dataclass
@@ -122,30 +155,40 @@ def hidden_states(
     Returns:
         [B, T, D] in the compute type.
     """
-    end = segment_ends(segment_ids)
-    rotation = _rotation(positions, config)
+    return hidden_states_and_load(params, config, tokens, positions, segment_ids)[0]
 
+
+def hidden_states_and_load(
+    params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+) -> tuple[jax.Array, Load | None]:
+    """``hidden_states``, and how the tokens were spread over the experts of every layer; None if there are none.
+
+    Padding is not counted. Arguments as in ``hidden_states``.
+    """
+    end = segment_ends(segment_ids)
+    kernel = functools.partial(interval_attention, **_score_options(config))
     queries, keys = ("batch", None, "query_heads", None), ("batch", None, "kv_heads", None)
     attention = per_shard(
-        lambda q, k, v, end, window: interval_attention(q, k, v, end, window=window),
+        lambda q, k, v, end, window: kernel(q, k, v, end, window=window),
         [queries, keys, keys, ("batch", None), ()],
         queries,
     )
 
-    def layer(x: jax.Array, scanned: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
-        weights, window = scanned
+    def layer(x: jax.Array, scanned: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, Load | None]:
+        weights, window, layer_frequencies = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             return attention(q, k, v, end, window), None
 
-        x, _ = _layer(weights, config, x, rotation, attend, rows="batch")
-        return x, None
+        turned = rotation(positions, layer_frequencies)
+        x, _, choice = _layer(weights, config, x, turned, attend, rows="batch")
+        return x, None if choice is None else load_of(choice, segment_ids > 0)
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat])
     x = _embed(params, config, tokens, rows="batch")
-    x, _ = jax.lax.scan(layer, x, (params["layers"], _windows(config)))
-    return _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype)
+    x, load = jax.lax.scan(layer, x, (params["layers"], *_layer_constants(config)))
+    return _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype), load
 
 
 def paged_hidden_states(
@@ -172,7 +215,7 @@ def paged_hidden_states(
         ([R, C, D] after the final norm in the compute type, the pages).
     """
     layers, pages, page_size = kv_pages.keys.shape[:3]
-    rotation = _rotation(positions, config)
+    kernel = functools.partial(paged_attention, **_score_options(config))
     held = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // page_size, axis=1, mode="clip")
     target = jnp.where(positions >= 0, held, layers * pages)  # out of range: dropped by the update
     offset = positions % page_size
@@ -183,16 +226,16 @@ def paged_hidden_states(
         page_table, positions, target, offset, window = integers
         keys = keys.at[target, offset].set(k, mode="drop")
         values = values.at[target, offset].set(v, mode="drop")
-        return paged_attention(q, keys, values, page_table, positions, window=window), keys, values
+        return kernel(q, keys, values, page_table, positions, window=window), keys, values
 
     heads = [(None, None, axis, None) for axis in ("query_heads", *["kv_heads"] * 4)]
     attention = per_shard(update_and_attend, [*heads, *[(None, None)] * 4, ()], [heads[0], *heads[3:]])
 
     def layer(
-        carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[Params, jax.Array, jax.Array]
+        carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[Params, jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
         x, keys, values = carry
-        weights, window, first_page = scanned
+        weights, window, layer_frequencies, first_page = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             attended, new_keys, new_values = attention(
@@ -200,7 +243,8 @@ def paged_hidden_states(
             )
             return attended, (new_keys, new_values)
 
-        x, (keys, values) = _layer(weights, config, x, rotation, attend, rows=None)
+        turned = rotation(positions, layer_frequencies)
+        x, (keys, values), _ = _layer(weights, config, x, turned, attend, rows=None)
         return (x, keys, values), None
 
     x = _embed(params, config, tokens, rows=None)
@@ -209,7 +253,7 @@ def paged_hidden_states(
     (x, keys, values), _ = jax.lax.scan(
         layer,
         (x, kv_pages.keys.reshape(flat), kv_pages.values.reshape(flat)),
-        (params["layers"], _windows(config), first_pages),
+        (params["layers"], *_layer_constants(config), first_pages),
     )
     shape = kv_pages.keys.shape
     hidden = _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype)
@@ -220,11 +264,13 @@ def _layer(
     weights: Params,
     config: ModelConfig,
     x: jax.Array,
-    rotation: tuple[jax.Array, jax.Array],
+    cosine_and_sine: tuple[jax.Array, jax.Array],
     attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
     rows: str | None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Any, Choice | None]:
     """One decoder layer on [B, T, D]; ``attend(q, k, v)`` gives the attended values and what the caller carries.
+
+    The third result is what the router chose, where there is one.
 
     With bfloat16 only the operands of matrix products are rounded; the residual stream, norms and rotations are float32
     throughout. A compiler may drop a rounding between two elementwise operations in one program and keep it in another,
@@ -249,51 +295,72 @@ def _layer(
             y + to_compute(weights[name].astype(jnp.float32), axes[name])
             for y, name in ((q, "query_bias"), (k, "key_bias"), (v, "value_bias"))
         )
-    if config.family == "qwen3":
+    if "query_norm" in weights:
         q, k = _rms_norm(q, weights["query_norm"], config), _rms_norm(k, weights["key_norm"], config)
-    q, k = _rotate(q, rotation), _rotate(k, rotation)
+    q, k = rotate(q, cosine_and_sine), rotate(k, cosine_and_sine)
     attended, state = attend(q.astype(dtype), k.astype(dtype), v.astype(dtype))
-    x = x + multiply("btnh,nhd->btd", attended, "output", (None,))
+    added = multiply("btnh,nhd->btd", attended, "output", (None,))
     if "output_bias" in weights:
-        x = x + to_compute(weights["output_bias"].astype(x.dtype), axes["output_bias"])
+        added = added + to_compute(weights["output_bias"].astype(added.dtype), axes["output_bias"])
+    if "post_attention_norm" in weights:
+        added = _rms_norm(added, weights["post_attention_norm"], config)
+    x = x + added
 
-    normed = _rms_norm(x, weights["ffn_norm"], config)
-    gate = multiply("btd,df->btf", normed, "gate", ("ffn",))
-    up = multiply("btd,df->btf", normed, "up", ("ffn",))
-    return x + multiply("btf,fd->btd", jax.nn.silu(gate) * up, "down", (None,)), state
+    normed, choice = _rms_norm(x, weights["ffn_norm"], config), None
+    activation = ACTIVATIONS[FAMILIES[config.family].activation]
+    if "router" in weights:
+        added, choice = _experts(weights, config, normed, activation, (rows, None))
+    else:
+        gate = activation(multiply("btd,df->btf", normed, "gate", ("ffn",)))
+        up = multiply("btd,df->btf", normed, "up", ("ffn",))
+        added = multiply("btf,fd->btd", gate * up, "down", (None,))
+    if "post_ffn_norm" in weights:
+        added = _rms_norm(added, weights["post_ffn_norm"], config)
+    return x + added, state, choice
+
+
+def _experts(
+    weights: Params,
+    config: ModelConfig,
+    normed: jax.Array,
+    activation: Callable[[jax.Array], jax.Array],
+    rows: tuple[str | None, str | None],
+) -> tuple[jax.Array, Choice]:
+    """What the experts of a layer add to [B, T, D], whose first axes ``rows`` names, and which they were."""
+    dtype = jnp.dtype(config.compute_dtype)
+    choice = route(weights["router"], normed, config, rows)
+    gate, up, down = (weights[name].astype(dtype) for name in ("expert_gate", "expert_up", "expert_down"))
+    return experts_feed_forward(normed.astype(dtype), choice, gate, up, down, activation, rows), choice
 
 
 def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: str | None) -> jax.Array:
-    """Rows of the embedding in float32; the table is gathered first, since a lookup in a split one is slow."""
+    """Rows of the embedding, rounded to the compute type, in float32.
+
+    The table is gathered first, since a lookup in a split one is slow. Rows are rounded and not the table, so that the
+    gradients of a frequent token's rows add up in the table's own type.
+    """
     table = to_compute(params["embedding"], (None, None))
     spec = compute_spec((rows, None, None))
-    return table.at[to_compute(tokens, (rows, None))].get(mode="clip", out_sharding=spec).astype(jnp.float32)
+    x = table.at[to_compute(tokens, (rows, None))].get(mode="clip", out_sharding=spec)
+    x = rounded(x, config.compute_dtype)
+    if not FAMILIES[config.family].scaled_embedding:
+        return x
+    scale = jnp.asarray(math.sqrt(config.width), config.compute_dtype)  # rounded, as Gemma was trained
+    return x * scale.astype(jnp.float32)
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
     """Zhang and Sennrich 2019, equation 4, over the last axis, float32 in and out."""
     scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
-    return scaled * to_compute(scale.astype(jnp.float32), (None,))
+    return scaled * (FAMILIES[config.family].norm_offset + to_compute(scale.astype(jnp.float32), (None,)))
 
 
-def _rotation(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [B, T, 1, H/2] of every position's angles (Su et al. 2021, equation 15)."""
-    # Rounded on the host in the steps in which transformers rounds: at position 30,000 a last bit of a frequency is a
-    # thousandth of a radian, and a compiler would turn 1 / x ** y into x ** -y.
-    exponent = np.arange(0, config.head_width, 2, dtype=np.float32) / np.float32(config.head_width)
-    frequencies = np.float32(1) / np.float32(config.rope_theta ** exponent.astype(np.float64))
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+def _score_options(config: ModelConfig) -> dict[str, float]:
+    """What both attention kernels are told about their scores."""
+    return {"scale": (config.score_width or config.head_width) ** -0.5, "soft_cap": config.attention_soft_cap}
 
 
-def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding with the pairs (i, i + H/2), as Hugging Face weights expect, float32 in and out."""
-    cosine, sine = rotation
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-
-
-def _windows(config: ModelConfig) -> jax.Array:
-    """[L] int32, the sliding window of every layer; 0 = none."""
+def _layer_constants(config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """What differs from layer to layer: sliding windows [L] int32 (0 = none), rotary frequencies [L, H/2]."""
     windows = [config.sliding_window if layer in config.sliding_layers else 0 for layer in range(config.layers)]
-    return jnp.asarray(windows, jnp.int32)
+    return jnp.asarray(windows, jnp.int32), jnp.asarray(frequencies(config))

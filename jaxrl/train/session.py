@@ -16,6 +16,7 @@ from jaxrl.envs.python_tool import PythonTool
 from jaxrl.envs.rendering import check_limit
 from jaxrl.episodes import Player
 from jaxrl.model import hf, spec, transformer
+from jaxrl.model.config_json import check_exportable
 from jaxrl.records import Demonstration, Problem
 from jaxrl.rewards.verifier import MathVerifier
 from jaxrl.rollout.engine import Engine
@@ -162,6 +163,7 @@ def _model(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     elif not config.vocab_size:
         config = dataclasses.replace(config, vocab_size=-(-tokenizer.vocab_size // 8) * 8)
     hf.check_vocabulary(config, tokenizer.vocab_size)
+    check_exportable(config)
     return config
 
 

@@ -15,7 +15,7 @@ import optax
 
 from jaxrl import mesh as meshes
 from jaxrl.config import AlgorithmConfig, ModelConfig
-from jaxrl.model import logprob
+from jaxrl.model import logprob, moe
 from jaxrl.records import Batch
 from jaxrl.rl import losses, mismatch
 from jaxrl.train.state import TrainState
@@ -32,7 +32,9 @@ def cross_entropy_loss(model: ModelConfig) -> LossFunction:
         del reference
         stats = logprob.sequence_logprobs(params, model, batch.tokens, batch.positions, batch.segment_ids)
         metrics = {"nll": _masked(-stats.logprobs, batch), "entropy": _masked(stats.entropy, batch)}
-        return -(batch.weights * jnp.where(batch.mask > 0, stats.logprobs, 0.0)).sum(), metrics
+        nll = -(batch.weights * jnp.where(batch.mask > 0, stats.logprobs, 0.0)).sum()
+        balance, load_metrics = _balance(model, stats, batch)
+        return nll + balance, metrics | load_metrics
 
     return loss
 
@@ -74,10 +76,25 @@ def policy_gradient_loss(model: ModelConfig, algorithm: AlgorithmConfig, tempera
             divergence = losses.kl(stats.logprobs, reference_stats.logprobs, batch.mask, algorithm.kl_estimator)
             per_token = per_token + algorithm.kl_coefficient * divergence
             metrics["kl_to_reference"] = _masked(divergence, batch)
-        total = (batch.weights * per_token).sum()
+        balance, load_metrics = _balance(model, stats, batch)
+        total = (batch.weights * per_token).sum() + balance
+        metrics |= load_metrics
         return total, metrics | {"loss": (total, jnp.zeros(()))}  # a sum: the weights divide it already
 
     return loss
+
+
+def _balance(model: ModelConfig, stats: logprob.TokenStats, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """The term that evens the load of experts, and what is shown of the load; zero and nothing without experts.
+
+    The term is of each micro-batch by itself, which counts as much as its tokens weigh.
+    """
+    if stats.load is None:
+        return jnp.zeros(()), {}
+    loss = moe.balance_loss(stats.load)
+    shown = {"balance_loss": loss, **moe.load_metrics(stats.load)}
+    metrics = {name: (jax.lax.stop_gradient(value), jnp.ones(())) for name, value in shown.items()}
+    return model.balance_coefficient * loss * batch.weights.sum(), metrics
 
 
 def _masked(values: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,12 @@ import jax
 import jax.numpy as jnp
 
 
+def rounded(x: jax.Array, dtype: str | jnp.dtype) -> jax.Array:
+    """float32 values that ``dtype`` can hold, in float32. A compiler may drop a cast there and back, but not this."""
+    kept = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
+
+
 def product(
     equation: str, left: jax.Array, right: jax.Array, *, out_sharding: jax.sharding.PartitionSpec | None = None
 ) -> jax.Array:

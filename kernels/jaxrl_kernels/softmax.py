@@ -1,4 +1,4 @@
-"""What the softmax of every attention backend has in common."""
+"""What the softmax of every attention has in common."""
 
 import math
 
@@ -7,6 +7,11 @@ import jax.numpy as jnp
 
 MASKED = -1e30
 """Score of an invisible key; finite, so that the difference of two of them is 0 and not NaN."""
+
+
+def soft_capped(scores: jax.Array, cap: float) -> jax.Array:
+    """``cap * tanh(scores / cap)``, which stays within -cap ... cap (Gemma 2 report, section 2); 0 = no cap."""
+    return cap * jnp.tanh(scores / cap) if cap else scores
 
 
 def round_up(top: jax.Array) -> jax.Array:

@@ -25,7 +25,8 @@ def output_and_gradients(case: Case, implementation: str, exact: bool = False) -
     q, k, v, cotangent = (x.astype(jnp.float32) if exact else x for x in inputs(case))
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return interval_attention(q, k, v, jnp.asarray(case.ends()), window=case.window, implementation=implementation)
+        options = {"window": case.window, "scale": case.scale, "soft_cap": case.soft_cap}
+        return interval_attention(q, k, v, jnp.asarray(case.ends()), implementation=implementation, **options)
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, ...]:
         output, pull = jax.vjp(run, q, k, v)

@@ -37,7 +37,7 @@ def inputs(case: Case) -> tuple[jax.Array, ...]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, backend: str) -> None:
     arguments = inputs(case)
-    run = functools.partial(paged_attention, window=case.window)
+    run = functools.partial(paged_attention, window=case.window, scale=case.scale, soft_cap=case.soft_cap)
     exact_arguments = [x.astype(jnp.float32) for x in arguments[:3]]
     wanted = jax.jit(functools.partial(run, implementation="reference"))(*exact_arguments, *arguments[3:])
     got = jax.jit(functools.partial(run, implementation=backend))(*arguments)

@@ -1,226 +1,152 @@
-"""config.json to ModelConfig and back."""
+"""Models of every family made by transformers, larger than the recorded ones: logits, log-probabilities, gradients.
 
-import dataclasses
+Their config.json is the one transformers 5 writes, and again the same in the style of transformers 4.
+"""
+
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jaxrl.config import ConfigError, ModelConfig
-from jaxrl.model.families import FAMILIES, config_from_hf, hf_config
+from jaxrl.config import ModelConfig
+from jaxrl.model import hf, logprob, transformer
+from jaxrl.model.families import FAMILIES
 
-QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": True,
-    "use_sliding_window": False,
-    "sliding_window": None,
-    "max_window_layers": 28,
-    "rope_theta": 1_000_000,
-    "rope_scaling": None,
-    "torch_dtype": "bfloat16",
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 384, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 7, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 24, "max_position_embeddings": 512, "eos_token_id": 2, "pad_token_id": 0,
+    "initializer_range": 0.06,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {
+    "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 3},
+    "qwen3": {"attention_bias": True, "rope_parameters": {"rope_theta": 900.0, "rope_type": "default"}},
+    "llama": {"rope_parameters": {"rope_theta": 500.0, **LLAMA3}},
+    "mistral": {"sliding_window": 30, "tie_word_embeddings": True},
+    "gemma2": {"sliding_window": 20, "query_pre_attn_scalar": 40, "attn_logit_softcapping": 3.0},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": False,
+    },
+    "gemma3_text": {
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 40,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 900.0, **LINEAR},
+            "sliding_attention": {"rope_theta": 50.0, "rope_type": "default"},
+        },
+    },
 }
+"""Keys of config.json with which as much as possible of a family is at work."""
+
+OLD_ROPE: dict[str, dict[str, Any]] = {
+    "qwen3": {"rope_theta": 900.0, "rope_scaling": None},
+    "llama": {"rope_theta": 500.0, "rope_scaling": LLAMA3},
+    "gemma3_text": {"rope_theta": 900.0, "rope_scaling": LINEAR, "rope_local_base_freq": 50.0},
+}
+"""The rotary keys of transformers 4 for the same models."""
+ROWS, TOKENS = 2, 150
 
 
-def changed(**changes: Any) -> dict[str, Any]:
-    """QWEN3 with other values; ``...`` leaves the key out."""
-    return {key: value for key, value in {**QWEN3, **changes}.items() if value is not ...}
+def made_by_transformers(family: str, folder: pathlib.Path) -> Any:
+    """A random model, saved in ``folder``, in which no parameter is without effect."""
+    torch.manual_seed(1)
+    config = transformers.CONFIG_MAPPING[family](**SIZES, **OPTIONS[family])
+    config._attn_implementation = "eager"  # the others leave out the soft cap
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
 
 
-def test_every_field_comes_from_its_key() -> None:
-    assert config_from_hf(QWEN3) == ModelConfig(
-        family="qwen3",
-        vocab_size=96,
-        layers=4,
-        width=32,
-        query_heads=4,
-        kv_heads=2,
-        head_width=16,
-        ffn_width=48,
-        rope_theta=1e6,
-        norm_eps=1e-5,
-        tie_embeddings=True,
-        max_positions=512,
-    )
+def in_the_old_style(folder: pathlib.Path, family: str) -> None:
+    """Rewrite config.json as transformers 4 wrote it."""
+    file = folder / "config.json"
+    document = json.loads(file.read_text())
+    theta = document.pop("rope_parameters").get("rope_theta")
+    document |= {"rope_theta": theta, "torch_dtype": document.pop("dtype"), **OLD_ROPE.get(family, {})}
+    file.write_text(json.dumps(document))
 
 
-def test_what_config_json_says_nothing_about_is_kept() -> None:
-    base = ModelConfig(path="x", param_dtype="bfloat16", remat="full", logprob_chunk=7, sliding_window=3, layers=99)
-    found = config_from_hf(QWEN3, base)
-    assert (found.path, found.param_dtype, found.remat, found.logprob_chunk) == ("x", "bfloat16", "full", 7)
-    assert (found.layers, found.sliding_window, found.sliding_layers) == (4, 0, ())
+def reference(model: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Logits [B, T, V], log-probabilities [B, T-1], and the norm of every tensor's gradient for the latter's mean."""
+    ids = torch.tensor(tokens, dtype=torch.long)
+    logits = model(ids).logits
+    scores = torch.log_softmax(logits[:, :-1].double(), dim=-1)
+    logprobs = torch.gather(scores, -1, ids[:, 1:, None])[..., 0]
+    logprobs.mean().backward()
+    norms = {}
+    for name, parameter in model.named_parameters():
+        norms |= {part: float(gradient.norm()) for part, gradient in saved_as(name, parameter.grad)}
+    return logits.detach().numpy(), logprobs.detach().numpy(), norms
 
 
-def test_both_styles_say_the_same() -> None:
-    new = changed(
-        rope_theta=..., rope_scaling=..., torch_dtype=..., dtype="bfloat16",
-        rope_parameters={"rope_theta": 1_000_000.0, "rope_type": "default"},
-    )  # fmt: skip
-    assert config_from_hf(new) == config_from_hf(QWEN3)
-    assert config_from_hf(changed(rope_scaling={"type": "default"})) == config_from_hf(QWEN3)
+def saved_as(name: str, tensor: Any) -> list[tuple[str, Any]]:
+    """The tensors of a folder that make up a parameter of the model: experts are joined in memory only."""
+    before, joined, kind = name.partition(".experts.")
+    if not joined:
+        return [(name, tensor)]
+    parts = zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True)
+    named = parts if kind == "gate_up_proj" else [(kind, tensor)]
+    return [
+        (f"{before}.experts.{expert}.{part}.weight", stacked[expert]) for part, stacked in named for expert in range(6)
+    ]
 
 
-def test_defaults_of_absent_keys() -> None:
-    sparse = changed(**dict.fromkeys(("head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings"), ...))
-    found = config_from_hf(sparse)
-    assert (found.head_width, found.norm_eps, found.rope_theta, found.tie_embeddings) == (128, 1e-6, 1e4, False)
-    qwen2 = {**sparse, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    assert config_from_hf(qwen2).head_width == 32 // 4
-    assert config_from_hf(changed(num_key_value_heads=None)).kv_heads == 4
+def our_functions(config: ModelConfig, tokens: np.ndarray) -> Callable[[Any], Any]:
+    """(logits, log-probabilities of tokens[:, 1:]) and the gradient of the mean of the latter."""
+    positions = jnp.broadcast_to(jnp.arange(TOKENS), tokens.shape)
+    rows = {"tokens": jnp.asarray(tokens), "positions": positions, "segment_ids": jnp.ones_like(positions)}
+
+    def mean(params: Any) -> tuple[jax.Array, Any]:
+        hidden = transformer.hidden_states(params, config, **rows)
+        logprobs = logprob.sequence_logprobs(params, config, **rows).logprobs[:, 1:]
+        return logprobs.mean(), (logprob.logits(params, config, hidden), logprobs)
+
+    return jax.jit(jax.value_and_grad(mean, has_aux=True))
 
 
-def test_qwen2_has_its_own_biases_whatever_the_key_says() -> None:
-    qwen2 = changed(model_type="qwen2", architectures=["Qwen2ForCausalLM"], attention_bias=True)
-    assert not config_from_hf(qwen2).attention_bias
-    assert config_from_hf(changed(attention_bias=True)).attention_bias
+def tensor_norms(config: ModelConfig, gradient: Any) -> dict[str, float]:
+    """Frobenius norm of every tensor of the folder."""
+    specs, norms = flax.traverse_util.flatten_dict(transformer.param_specs(config)), {}
+    for key, leaf in flax.traverse_util.flatten_dict(jax.device_get(gradient)).items():
+        for place, name in specs[key].hf_names.items():
+            norms[name] = float(np.linalg.norm(leaf[place]))
+    return norms
 
 
-@pytest.mark.parametrize(
-    ("keys", "window", "layers"),
-    [
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, 8, (3,)),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, 8, (0, 1, 2, 3)),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 28}, 0, ()),
-        ({"use_sliding_window": True, "sliding_window": ..., "max_window_layers": 2}, 4096, (2, 3)),
-        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 2}, 0, ()),
-        ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}, 0, ()),
-        ({"use_sliding_window": ..., "sliding_window": 8, "max_window_layers": 0}, 0, ()),
-        (
-            {
-                "use_sliding_window": True,
-                "sliding_window": 8,
-                "max_window_layers": 4,
-                "layer_types": ["sliding_attention", "full_attention"] * 2,
-            },
-            8,
-            (0, 2),
-        ),
-        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 4}, 0, ()),
-    ],
-)
-def test_sliding_layers(keys: dict[str, Any], window: int, layers: tuple[int, ...]) -> None:
-    found = config_from_hf(changed(**keys))
-    assert (found.sliding_window, found.sliding_layers) == (window, layers)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "llama"}, "model_type='llama'; supported: qwen2, qwen3"),
-        ({"model_type": ...}, "model_type=None; supported"),
-        ({"architectures": ["Qwen3ForSequenceClassification"]}, "only the language model Qwen3ForCausalLM"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling=.*yarn.*not supported: use a checkpoint"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0, "factor": 2.0}}, "rope_parameters=.*linear"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters=.*full_attention"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu', which is not supported .only 'silu'."),
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1, which is not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}, which is not supported"),
-        ({"use_mrope": True}, "use_mrope=True, which is not supported"),
-        ({"hidden_size": ...}, "config.json has no hidden_size; add it"),
-        ({"num_key_value_heads": ...}, "config.json has no num_key_value_heads; add it"),
-        ({"num_key_value_heads": 3}, "num_attention_heads=4, no multiple of num_key_value_heads=3"),
-        ({"head_dim": 15}, "head_dim=15.*must be even"),
-        ({"vocab_size": "96"}, "vocab_size='96'; it must be a whole number of at least 1"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers=0; it must be a whole number of at least 1"),
-        ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0; it must be a number above 0"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'; it must be true or false"),
-        ({"layer_types": ["full_attention"]}, "1 layer_types but num_hidden_layers=4"),
-        ({"layer_types": ["linear_attention"] * 4}, "layer_types linear_attention; supported: full_attention"),
-        ({"layer_types": ["sliding_attention"] * 4}, "use_sliding_window=False.*make every layer full_attention"),
-        ({"max_window_layers": -1}, "max_window_layers=-1"),
-    ],
-)
-def test_refusals_name_key_value_and_remedy(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        config_from_hf(changed(**changes))
-
-
-@st.composite
-def model_configs(draw: st.DrawFn) -> ModelConfig:
-    """Any architecture that the decoder computes."""
-    family = draw(st.sampled_from(sorted(FAMILIES)))
-    layers, kv_heads = draw(st.integers(1, 6)), draw(st.integers(1, 4))
-    sliding_layers = tuple(sorted(draw(st.sets(st.integers(0, layers - 1)))))
-    return ModelConfig(
-        family=family,
-        vocab_size=draw(st.integers(3, 200_000)),
-        layers=layers,
-        width=draw(st.integers(1, 9000)),
-        query_heads=kv_heads * draw(st.integers(1, 8)),
-        kv_heads=kv_heads,
-        head_width=2 * draw(st.integers(1, 128)),
-        ffn_width=draw(st.integers(1, 9000)),
-        rope_theta=draw(st.floats(1e-3, 1e9)),
-        norm_eps=draw(st.floats(1e-12, 1e-2)),
-        attention_bias=FAMILIES[family].optional_bias and draw(st.booleans()),
-        tie_embeddings=draw(st.booleans()),
-        sliding_window=draw(st.integers(1, 10_000)) if sliding_layers else 0,
-        sliding_layers=sliding_layers,
-        max_positions=draw(st.integers(1, 10**6)),
-    )
-
-
-@settings(deadline=None)
-@given(model_configs())
-def test_round_trip(config: ModelConfig) -> None:
-    assert config_from_hf(json.loads(json.dumps(hf_config(config)))) == config
-
-
-@settings(deadline=None)
-@given(model_configs())
-def test_readers_without_layer_types_slide_from_the_first_sliding_layer_on(config: ModelConfig) -> None:
-    document = hf_config(config)
-    del document["layer_types"]
-    found = config_from_hf(document)
-    first = min(config.sliding_layers, default=config.layers)
-    assert found.sliding_layers == tuple(range(first, config.layers))
-
-
-def test_a_window_without_layers_is_no_window() -> None:
-    config = ModelConfig(vocab_size=8, sliding_window=4)
-    assert config_from_hf(hf_config(config)) == dataclasses.replace(config, sliding_window=0)
-
-
-def test_export_carries_ids_and_type() -> None:
-    document = hf_config(ModelConfig(vocab_size=8), dtype="bfloat16", eos_token_id=2, pad_token_id=0)
-    assert (document["torch_dtype"], document["eos_token_id"], document["pad_token_id"]) == ("bfloat16", 2, 0)
-    assert document["bos_token_id"] is None
-
-
-def test_export_refuses_what_the_file_cannot_say() -> None:
-    with pytest.raises(ConfigError, match=r"vocab_size=0 is not set; take it from the tokenizer"):
-        hf_config(ModelConfig())
-    with pytest.raises(ConfigError, match=r"attention_bias=True, but the biases of qwen2 are fixed"):
-        hf_config(ModelConfig(family="qwen2", vocab_size=8, attention_bias=True))
-
-
-@pytest.mark.parametrize("name", ["llama_plain", "gemma2", "mistral_sliding", "qwen3_moe"])
-def test_published_configurations_of_other_models_are_refused(shared: pathlib.Path, name: str) -> None:
-    document = json.loads((shared / "golden" / "models" / name / "config.json").read_text())
-    with pytest.raises(ConfigError, match=rf"model_type='{document['model_type']}'; supported: qwen2, qwen3"):
-        config_from_hf(document)
-
-
-@settings(deadline=None)
-@given(model_configs())
-def test_transformers_reads_the_same(config: ModelConfig) -> None:
-    transformers = pytest.importorskip("transformers")
-    theirs = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[config.family]
-    again = theirs.from_dict(hf_config(config, dtype="bfloat16", eos_token_id=2))
-    assert config_from_hf(again.to_dict()) == config
-    assert str(again.dtype).removeprefix("torch.") == "bfloat16"
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_larger_model_of_transformers(family: str, tmp_path: pathlib.Path) -> None:
+    theirs = made_by_transformers(family, tmp_path / "theirs")
+    tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (ROWS, TOKENS)).astype(np.int32)
+    logits, logprobs, norms = reference(theirs, tokens)
+    config, params = hf.load_folder(tmp_path / "theirs")
+    (_, found), gradient = our_functions(config, tokens)(params)
+    np.testing.assert_allclose(found[0], logits, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found[1], logprobs, atol=1e-4, rtol=0)
+    assert tensor_norms(config, gradient) == pytest.approx(norms, rel=1e-3)
+    in_the_old_style(tmp_path / "theirs", family)
+    assert hf.read_config(tmp_path / "theirs", base=config) == config
+    hf.save_folder(tmp_path / "back", config, params)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    assert back.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())

@@ -13,7 +13,10 @@ import pytest
 
 from jaxrl.model import hf, logprob, transformer
 
-MODELS = ("qwen2_tied", "qwen2_sliding", "qwen3", "qwen3_tied_mha")
+MODELS = (
+    "qwen2_tied", "qwen2_sliding", "qwen3", "qwen3_tied_mha", "llama_plain", "llama3_rope", "mistral_sliding", "gemma2",
+    "gemma3_text", "qwen3_moe",
+)  # fmt: skip
 CASES = ("plain", "right_pad", "left_pad", "long", "packed")
 LOGIT_TOLERANCE = 2e-4
 ROWS, TOKENS = 3, 24
@@ -95,8 +98,8 @@ def test_gradient_norms(golden: Golden) -> None:
     specs = flax.traverse_util.flatten_dict(transformer.param_specs(golden.config))
     found = {}
     for key, leaf in flax.traverse_util.flatten_dict(jax.device_get(gradient(golden.params))).items():
-        for layer in range(leaf.shape[0]) if specs[key].stacked else [...]:
-            found[specs[key].hf_name.format(layer=layer)] = float(np.linalg.norm(leaf[layer]))
+        for place, name in specs[key].hf_names.items():
+            found[name] = float(np.linalg.norm(leaf[place]))
     assert found == pytest.approx(expected["grad_norms"], rel=1e-3)
 
 

@@ -29,7 +29,22 @@ VARIANTS = {
     ),
     "qwen2 tied, sliding": dataclasses.replace(TINY, family="qwen2", tie_embeddings=True, sliding_layers=(1, 2)),
     "qwen2 untied": dataclasses.replace(TINY, family="qwen2", sliding_window=0, sliding_layers=()),
-}
+    "llama scaled": dataclasses.replace(
+        TINY, family="llama", sliding_window=0, sliding_layers=(), rope_scaling="llama3", rope_factor=4.0,
+        rope_trained_positions=8, attention_bias=True,
+    ),
+    "mistral": dataclasses.replace(TINY, family="mistral", sliding_layers=(0, 1, 2)),
+    "gemma2": dataclasses.replace(
+        TINY, family="gemma2", tie_embeddings=True, score_width=10, attention_soft_cap=2.0, logit_soft_cap=5.0
+    ),
+    "gemma3": dataclasses.replace(
+        TINY, family="gemma3_text", tie_embeddings=True, local_rope_theta=30.0, rope_scaling="linear", rope_factor=4.0
+    ),
+    "qwen3 moe": dataclasses.replace(
+        TINY, family="qwen3_moe", sliding_window=0, sliding_layers=(), experts=5, experts_per_token=3, expert_width=12,
+        normalize_expert_weights=False,
+    ),
+}  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 11)).astype(np.int32)
 
 
@@ -234,7 +249,10 @@ NORM = "model.layers.1.input_layernorm.weight"
             set_config(model_type="qwen2", architectures=["Qwen2ForCausalLM"]),
             r"does not hold the qwen2 .*missing tensors: .*q_proj.bias.*tensors of another model: .*q_norm",
         ),
-        (set_config(model_type="llama"), r"model: config.json has model_type='llama'; supported: qwen2, qwen3"),
+        (
+            set_config(model_type="qwen3_next"),
+            r"model: config.json has model_type='qwen3_next'; the nearest .* is qwen3 ",
+        ),
         (set_config(tie_word_embeddings=True), r"word_embeddings=true, but lm_head.weight differs from .*set it to"),
         (lambda folder: (folder / "config.json").unlink(), r"config.json is not there; give the path of a Hugging"),
         (lambda folder: (folder / "config.json").write_text("{,"), r"config.json is no JSON: .*line 1"),

@@ -22,14 +22,17 @@ def inputs(config: ModelConfig, rows: int = 3, tokens: int = 11) -> tuple[dict, 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("chunk", [1, 8, 33, 1024])
-def test_values_and_gradients_match_the_plain_formula(chunk: int, temperature: float) -> None:
-    config = dataclasses.replace(CONFIG, logprob_chunk=chunk)
+@pytest.mark.parametrize(("chunk", "soft_cap"), [(1, 0.0), (8, 0.0), (33, 0.0), (1024, 0.0), (8, 1.5)])
+def test_values_and_gradients_match_the_plain_formula(chunk: int, soft_cap: float, temperature: float) -> None:
+    config = dataclasses.replace(CONFIG, logprob_chunk=chunk, logit_soft_cap=soft_cap)
     params, hidden, targets = inputs(config)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(2, *targets.shape)), jnp.float32)
 
     def plain(params: dict, hidden: jax.Array) -> jax.Array:
-        scores = jax.nn.log_softmax(hidden @ params["embedding"].T / temperature)
+        scores = hidden @ params["embedding"].T
+        if soft_cap:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = jax.nn.log_softmax(scores / temperature)
         logprobs = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
         entropy = -jnp.sum(jnp.exp(scores) * scores, axis=-1)
         return jnp.sum(weights[0] * logprobs + weights[1] * entropy)

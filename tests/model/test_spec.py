@@ -1,6 +1,7 @@
 """Everything derived from the parameter table."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import PARAM_RULES
+from jaxrl.model.families import FAMILIES
 from jaxrl.model.spec import ParamSpec, abstract, count, decay_mask, initialize, shardings
 from jaxrl.model.transformer import param_specs
 
@@ -25,14 +27,23 @@ def test_a_linear_layer_is_stored_as_outputs_by_inputs() -> None:
     assert output.to_hf(np.arange(4 * 6 * 16).reshape(4, 6, 16))[9, 3 * 6 + 1] == (3 * 6 + 1) * 16 + 9
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_survives_the_way_to_hugging_face_and_back(family: str) -> None:
-    specs = param_specs(dataclasses.replace(CONFIG, family=family, tie_embeddings=False))
+    experts = 5 if FAMILIES[family].experts else 0
+    specs = param_specs(dataclasses.replace(CONFIG, family=family, tie_embeddings=False, experts=experts))
     for spec in jax.tree.leaves(specs):
-        shape = spec.shape[1:] if spec.stacked else spec.shape
+        shape = spec.shape[len(spec.stacked_axes) :]
         array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
         np.testing.assert_array_equal(spec.from_hf(spec.to_hf(array)), array)
-        assert spec.stacked == ("{layer}" in spec.hf_name)
+        assert [f"{{{axis[:-1]}}}" in spec.hf_name for axis in spec.stacked_axes] == [True] * len(spec.stacked_axes)
+        assert len(set(spec.hf_names.values())) == math.prod(spec.shape[: len(spec.stacked_axes)])
+
+
+def test_the_tensors_of_experts_are_named_by_layer_and_expert() -> None:
+    specs = param_specs(dataclasses.replace(CONFIG, family="qwen3_moe", experts=5))["layers"]
+    assert specs["expert_down"].hf_names[2, 4] == "model.layers.2.mlp.experts.4.down_proj.weight"
+    assert specs["router"].hf_names[2,] == "model.layers.2.mlp.gate.weight"
+    assert specs["expert_down"].hf_shape == (16, CONFIG.expert_width)
 
 
 def test_a_tensor_of_another_model_is_refused_by_name() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl.config import ModelConfig
+from jaxrl.model.families import FAMILIES
 from jaxrl.model.logprob import logits, sequence_logprobs
 from jaxrl.model.spec import ParamSpec, initialize
 from jaxrl.model.transformer import KVPages, hidden_states, init_pages, paged_hidden_states, param_specs
@@ -55,10 +56,15 @@ def decode_logprobs(params: dict, config: ModelConfig, tokens: np.ndarray, chunk
     return np.asarray(jnp.take_along_axis(scores, jnp.asarray(tokens)[:, 1:, None], axis=-1))[..., 0]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_promise_1_decoding_and_training_give_the_same_logprobs(family: str, dtype: str) -> None:
-    config = dataclasses.replace(CONFIG, family=family, compute_dtype=dtype, tie_embeddings=family == "qwen2")
+    """With every feature that a ModelConfig can have, whether models of the family have it or not."""
+    config = dataclasses.replace(
+        CONFIG, family=family, compute_dtype=dtype, tie_embeddings=family == "qwen2", score_width=5,
+        attention_soft_cap=2.0, logit_soft_cap=3.0, rope_scaling="llama3", rope_factor=4.0, rope_trained_positions=16,
+        local_rope_theta=20.0, experts=6 if FAMILIES[family].experts else 0, expert_width=20,
+    )  # fmt: skip
     params = parameters(config)
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (5, 44)).astype(np.int32)
     positions, segment_ids = np.broadcast_to(np.arange(44), tokens.shape), np.ones_like(tokens)
@@ -68,9 +74,13 @@ def test_promise_1_decoding_and_training_give_the_same_logprobs(family: str, dty
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("slots", "count"), [(8, 1), (16, 1), (64, 1), (4, 8)])
-def test_promise_2_a_row_is_bit_identical_in_every_slot_and_company(slots: int, count: int, dtype: str) -> None:
-    config = dataclasses.replace(CONFIG, compute_dtype=dtype)
+@pytest.mark.parametrize(
+    ("slots", "count", "experts"), [(8, 1, 0), (16, 1, 0), (64, 1, 0), (4, 8, 0), (8, 1, 6), (64, 1, 6), (4, 8, 6)]
+)
+def test_promise_2_a_row_is_bit_identical_in_every_slot_and_company(
+    slots: int, count: int, experts: int, dtype: str
+) -> None:
+    config = dataclasses.replace(CONFIG, compute_dtype=dtype, experts=experts, expert_width=20)
     params = parameters(config)
     generator = np.random.default_rng(slots)
     own_tokens = generator.integers(0, config.vocab_size, count)

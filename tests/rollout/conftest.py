@@ -26,8 +26,8 @@ def params():
     return spec.initialize(transformer.param_specs(MODEL), jax.random.key(0))
 
 
-def make_engine(params, stops=STOPS, version=0, seed=11, **changes) -> Engine:
-    return Engine(dataclasses.replace(CONFIG, **changes), MODEL, params, stop_ids=stops, seed=seed, version=version)
+def make_engine(params, stops=STOPS, version=0, seed=11, model=MODEL, **changes) -> Engine:
+    return Engine(dataclasses.replace(CONFIG, **changes), model, params, stop_ids=stops, seed=seed, version=version)
 
 
 def prompt_of(draw: int) -> np.ndarray:

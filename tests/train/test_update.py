@@ -1,5 +1,7 @@
 """The optimizer step on a tiny decoder: independence of the micro-batch cut, compilation, gradient of masked tokens."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,10 @@ import pytest
 
 from jaxrl import mesh as meshes
 from jaxrl.config import AlgorithmConfig, MeshConfig, ModelConfig, OptimizerConfig
-from jaxrl.model import logprob, transformer
+from jaxrl.model import logprob, moe, spec, transformer
 from jaxrl.records import Batch
 from jaxrl.train.state import abstract_state, initial_params, new_state, rl_optimizer
-from jaxrl.train.update import Updater, over_updates, policy_gradient_loss
+from jaxrl.train.update import Updater, cross_entropy_loss, over_updates, policy_gradient_loss
 
 MODEL = ModelConfig(
     vocab_size=24, layers=1, width=16, query_heads=2, kv_heads=1, head_width=8, ffn_width=32, init_scale=0.3
@@ -70,6 +72,28 @@ def test_an_update_moves_the_policy_towards_what_had_an_advantage(mesh: jax.shar
     after, _ = updated([batch.replace(behaviour_logprobs=on_policy * batch.mask)], mesh)
     change = ((np.asarray(score(after, batch)) - on_policy) * batch.mask).sum(axis=1)
     assert (change[:2] > 0).all() and (change[2:] < 0).all()
+
+
+@pytest.mark.parametrize("stage", ["demonstrations", "policy gradient"])
+def test_experts_add_a_balance_term_and_show_their_load(stage: str) -> None:
+    def loss_of(coefficient: float) -> tuple[float, dict, moe.Load]:
+        model = dataclasses.replace(
+            MODEL, family="qwen3_moe", experts=4, expert_width=8, balance_coefficient=coefficient
+        )
+        params = spec.initialize(transformer.param_specs(model), jax.random.key(0))
+        loss = cross_entropy_loss(model)
+        if stage == "policy gradient":
+            loss = policy_gradient_loss(model, AlgorithmConfig(), 1.0)
+        value, metrics = jax.jit(loss)(params, batch, None)
+        stats = logprob.sequence_logprobs(params, model, batch.tokens, batch.positions, batch.segment_ids)
+        return float(value), metrics, stats.load
+
+    batch = random_batch(3, 2)
+    (plain, metrics, load), (balanced, _, _) = loss_of(0.0), loss_of(0.5)
+    wanted = 0.5 * float(moe.balance_loss(load)) * batch.weights.sum()
+    assert balanced - plain == pytest.approx(wanted, rel=1e-3) and wanted > 0.1
+    assert float(metrics["balance_loss"][0]) == pytest.approx(float(moe.balance_loss(load)), rel=1e-5)
+    assert float(metrics["expert_load_max"][0]) >= 1 and 0 <= float(metrics["idle_experts"][0]) < 1
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(mesh: jax.sharding.Mesh) -> None:

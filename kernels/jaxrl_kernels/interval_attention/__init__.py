@@ -25,9 +25,11 @@ def interval_attention(
     end: jax.Array,
     *,
     window: int | jax.Array = 0,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Attend with scale ``H ** -0.5``; softmax in float32. A query that sees no key gives zeros and has zero gradient.
+    """Attend, softmax in float32. A query that sees no key gives zeros and has zero gradient.
 
     Args:
         q: [B, T, N, H] queries.
@@ -35,6 +37,8 @@ def interval_attention(
         v: [B, T, K, H] values.
         end: [B, T] int32, first query index that no longer sees key j; 0 where nobody does.
         window: query i also needs ``i - j < window``; 0 = no window. An int, or a traced int32 scalar.
+        scale: of the scores; ``H ** -0.5`` when None.
+        soft_cap: scaled scores become ``soft_cap * tanh(score / soft_cap)``; 0 = they stay.
         implementation: "xla" is plain JAX, linear in T in memory; "reference" builds the whole mask.
 
     Returns:
@@ -52,11 +56,12 @@ def interval_attention(
     if end.shape != (batch, tokens):
         raise ValueError(f"end has shape {end.shape}; one integer per token needs {(batch, tokens)}")
     window = jnp.asarray(window, jnp.int32)
+    scale = width**-0.5 if scale is None else scale
     match implementation:
         case "auto" | "xla":
-            return xla.interval_attention(q, k, v, end, window)
+            return xla.interval_attention(q, k, v, end, window, scale, soft_cap)
         case "reference":
-            return reference.interval_attention(q, k, v, end, window)
+            return reference.interval_attention(q, k, v, end, window, scale, soft_cap)
     raise ValueError(f"implementation={implementation!r} is unknown; choose auto, xla or reference")
 
 

@@ -18,6 +18,8 @@ class Case:
     kv_heads: int = 2
     head_width: int = 8
     window: int = 0
+    scale: float | None = None
+    soft_cap: float = 0.0
     dtype: str = "float32"
 
     def ends(self) -> np.ndarray:
@@ -72,7 +74,11 @@ CASES = (
     Case("heads_equal", "segments", kv_heads=4),
     Case("one_kv_head", "tree", kv_heads=1),
     Case("bfloat16", "segments", dtype="bfloat16"),
+    Case("scale", "segments", scale=0.9),
+    Case("soft_cap", "segments", scale=1.5, soft_cap=2.0),
+    Case("soft_cap_padded_bfloat16", "padded", scale=1.5, soft_cap=2.0, dtype="bfloat16"),
     Case("chunked_segments", "segments", tokens=300),
     Case("chunked_padded", "padded", tokens=257, kv_heads=1),
     Case("chunked_tree_window", "tree", batch=1, tokens=400, window=150),
+    Case("chunked_soft_cap_window", "segments", tokens=300, window=40, scale=1.5, soft_cap=2.0),
 )

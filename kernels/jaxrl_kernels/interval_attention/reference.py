@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels.products import product
+from jaxrl_kernels.softmax import soft_capped
 
 
-def interval_attention(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array) -> jax.Array:
+def interval_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array, scale: float, soft_cap: float
+) -> jax.Array:
     """As the contract says, one line per step."""
     tokens, groups = q.shape[1], q.shape[2] // k.shape[2]
     k = jnp.repeat(k, groups, axis=2).astype(jnp.float32)
@@ -14,8 +17,8 @@ def interval_attention(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array,
     query, key = jnp.arange(tokens)[:, None], jnp.arange(tokens)[None, :]
     visible = (key <= query) & (query < end[:, None, :]) & ((window == 0) | (query - key < window))  # [B, T, T]
     visible = visible[:, None]
-    scores = product("btnh,bsnh->bnts", q.astype(jnp.float32), k) / q.shape[3] ** 0.5
-    scores = jnp.where(visible, scores, -jnp.inf)
+    scores = product("btnh,bsnh->bnts", q.astype(jnp.float32), k) * scale
+    scores = jnp.where(visible, soft_capped(scores, soft_cap), -jnp.inf)
     anything = visible.any(axis=-1, keepdims=True)
     weights = jax.nn.softmax(jnp.where(anything, scores, 0.0), axis=-1)
     weights = jnp.where(anything, weights, 0.0)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_kernels.products import product
-from jaxrl_kernels.softmax import MASKED, round_up
+from jaxrl_kernels.softmax import MASKED, round_up, soft_capped
 
 CHUNK = 256
 """Queries whose scores exist at once."""
@@ -21,45 +21,53 @@ SPANS = 8
 """Spans of a row with a key range of their own (each is compiled once more)."""
 
 
-def interval_attention(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array) -> jax.Array:
+def interval_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array, scale: float, soft_cap: float
+) -> jax.Array:
     """As the contract says. The gradient of a row that sees nothing is exactly zero."""
     batch, tokens, heads, width = q.shape
     kv_heads, chunk = k.shape[2], min(CHUNK, tokens)
     chunks = -(-tokens // chunk)
     fill = ((0, 0), (0, chunks * chunk - tokens))
-    q = (q * width**-0.5).astype(q.dtype).reshape(batch, tokens, kv_heads, heads // kv_heads, width)
+    q = (q * scale).astype(q.dtype).reshape(batch, tokens, kv_heads, heads // kv_heads, width)
     q = jnp.pad(q, (*fill, (0, 0), (0, 0), (0, 0)))
     q = jnp.einsum("bnckgh->nbkgch", q.reshape(batch, chunks, chunk, kv_heads, heads // kv_heads, width))
     k = jnp.einsum("bskh->bksh", jnp.pad(k, (*fill, (0, 0), (0, 0))))
     v = jnp.einsum("bskh->bksh", jnp.pad(v, (*fill, (0, 0), (0, 0))))
-    output = jnp.einsum("nbkgch->bnckgh", _attend(q, k, v, jnp.pad(end, fill), window))
+    output = jnp.einsum("nbkgch->bnckgh", _attend(soft_cap, q, k, v, jnp.pad(end, fill), window))
     return output.reshape(batch, chunks * chunk, heads, width)[:, :tokens]
 
 
-@jax.custom_vjp
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(soft_cap: float, q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array) -> jax.Array:
     """Chunks of scaled queries [n, B, K, G, C, H] over keys and values [B, K, n*C, H], giving [n, B, K, G, C, H]."""
-    return _forward(q, k, v, end, window)[0]
+    return _forward(soft_cap, q, k, v, end, window)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array
+    soft_cap: float, q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     pieces = []
     for chunks, reach in _spans(q):
-        attend = functools.partial(_attend_chunk, k[:, :, :reach], v[:, :, :reach], end[:, :reach], window)
+        attend = functools.partial(_attend_chunk, soft_cap, k[:, :, :reach], v[:, :, :reach], end[:, :reach], window)
         pieces.append(jax.lax.map(attend, (chunks * q.shape[4], q[chunks])))
     output, log_total = jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
     return output, (q, k, v, end, window, output, log_total)
 
 
 def _attend_chunk(
-    keys: jax.Array, values: jax.Array, end: jax.Array, window: jax.Array, chunk: tuple[jax.Array, jax.Array]
+    soft_cap: float,
+    keys: jax.Array,
+    values: jax.Array,
+    end: jax.Array,
+    window: jax.Array,
+    chunk: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """Output and log-sum-exp of one chunk, given its first index and its queries."""
     start, query = chunk
     visible = _visible(start, query.shape[3], end, window)
-    scores = jnp.where(visible, _over_heads("bkmh,bksh->bkms", query, keys), MASKED)
+    scores = soft_capped(_over_heads("bkmh,bksh->bkms", query, keys), soft_cap)
+    scores = jnp.where(visible, scores, MASKED)
     top = round_up(scores.max(axis=-1, keepdims=True))
     top = jnp.where(top > MASKED / 2, top, 0.0)  # a row that sees nothing: every weight becomes exp(MASKED) = 0
     weights = jnp.exp(scores - top)
@@ -69,7 +77,7 @@ def _attend_chunk(
     return (output / total).astype(query.dtype), top + jnp.log(total)
 
 
-def _backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(soft_cap: float, saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, end, window, output, log_total = saved
     delta = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
     sums = (jnp.zeros((*k.shape[:2], 0, k.shape[3]), jnp.float32),) * 2
@@ -79,7 +87,7 @@ def _backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Ar
         # compiler of jaxlib 0.11 for CPUs.
         sums = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, reach - x.shape[2]), (0, 0))) for x in sums)
         differentiate = functools.partial(
-            _differentiate_chunk, k[:, :, :reach], v[:, :, :reach], end[:, :reach], window
+            _differentiate_chunk, soft_cap, k[:, :, :reach], v[:, :, :reach], end[:, :reach], window
         )
         pieces = (chunks * q.shape[4], q[chunks], log_total[chunks], delta[chunks], gradient[chunks])
         sums, query_gradient = jax.lax.scan(differentiate, sums, pieces)
@@ -88,6 +96,7 @@ def _backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Ar
 
 
 def _differentiate_chunk(
+    soft_cap: float,
     keys: jax.Array,
     values: jax.Array,
     end: jax.Array,
@@ -98,10 +107,13 @@ def _differentiate_chunk(
     """Adds one chunk's share to the sums of key and value gradients; gives its query gradient."""
     start, query, log_total, delta, gradient = chunk
     visible = _visible(start, query.shape[3], end, window)
-    scores = jnp.where(visible, _over_heads("bkmh,bksh->bkms", query, keys), MASKED)
-    weights = jnp.exp(scores - log_total)
+    scores = soft_capped(_over_heads("bkmh,bksh->bkms", query, keys), soft_cap)
+    weights = jnp.exp(jnp.where(visible, scores, MASKED) - log_total)
     weight_gradient = _over_heads("bkmh,bksh->bkms", gradient, values)
-    score_gradient = (weights * (weight_gradient - delta)).astype(query.dtype)
+    score_gradient = weights * (weight_gradient - delta)
+    if soft_cap:
+        score_gradient *= 1 - (scores / soft_cap) ** 2
+    score_gradient = score_gradient.astype(query.dtype)
     key_sum = sums[0] + _over_queries(score_gradient, query)
     value_sum = sums[1] + _over_queries(weights.astype(gradient.dtype), gradient)
     return (key_sum, value_sum), _over_heads("bkms,bksh->bkmh", score_gradient, keys).astype(query.dtype)

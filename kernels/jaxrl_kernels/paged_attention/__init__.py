@@ -21,9 +21,11 @@ def paged_attention(
     positions: jax.Array,
     *,
     window: int | jax.Array = 0,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Attend with scale ``H ** -0.5``, softmax in float32; the new tokens' own keys are already in the pages.
+    """Attend, softmax in float32; the new tokens' own keys are already in the pages.
 
     A row's result depends, bit for bit, on that row's queries, positions and visible keys and values only: not on the
     other rows, on which slot it is in, on which pages hold its tokens, or on how far other rows reach. What lies in
@@ -37,6 +39,8 @@ def paged_attention(
         positions: [R, C] int32, position of each query in its row; it sees the tokens at 0 ... position. Negative means
             there is no token: the result is zeros.
         window: a query also needs ``position - key position < window``; 0 = no window. An int or a traced int32.
+        scale: of the scores; ``H ** -0.5`` when None.
+        soft_cap: scaled scores become ``soft_cap * tanh(score / soft_cap)``; 0 = they stay.
         implementation: "xla" is plain JAX, its time proportional to the longest row; "reference" gathers whole tables.
 
     Returns:
@@ -57,9 +61,11 @@ def paged_attention(
             f"got {page_table.shape}, {positions.shape}"
         )
     window = jnp.asarray(window, jnp.int32)
+    scale = width**-0.5 if scale is None else scale
+    arrays = (q, key_pages, value_pages, page_table, positions, window)
     match implementation:
         case "auto" | "xla":
-            return xla.paged_attention(q, key_pages, value_pages, page_table, positions, window)
+            return xla.paged_attention(*arrays, scale, soft_cap)
         case "reference":
-            return reference.paged_attention(q, key_pages, value_pages, page_table, positions, window)
+            return reference.paged_attention(*arrays, scale, soft_cap)
     raise ValueError(f"implementation={implementation!r} is unknown; choose auto, xla or reference")

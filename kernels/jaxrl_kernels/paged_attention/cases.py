@@ -16,6 +16,8 @@ class Case:
     kv_heads: int = 2
     head_width: int = 8
     window: int = 0
+    scale: float | None = None
+    soft_cap: float = 0.0
     dtype: str = "float32"
 
 
@@ -32,5 +34,8 @@ CASES = (
     Case("prefill_partly_padded", (2, 20, -1), count=6),
     Case("page_of_one", (6, 3), page=1),
     Case("several_blocks", (270, 130, 5), page=16, table=20),
+    Case("scale", (9, 21), scale=0.9),
+    Case("soft_cap", (5, -1, 39), scale=1.5, soft_cap=2.0),
+    Case("soft_cap_several_blocks", (270, 130), page=16, table=20, window=100, scale=1.5, soft_cap=2.0),
     Case("bfloat16", (30, 12), dtype="bfloat16"),
 )

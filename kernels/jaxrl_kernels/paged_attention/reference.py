@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels.products import product
+from jaxrl_kernels.softmax import soft_capped
 
 
 def paged_attention(
@@ -13,6 +14,8 @@ def paged_attention(
     page_table: jax.Array,
     positions: jax.Array,
     window: jax.Array,
+    scale: float,
+    soft_cap: float,
 ) -> jax.Array:
     """As the contract says, one line per step."""
     rows, width = q.shape[0], q.shape[3]
@@ -25,8 +28,8 @@ def paged_attention(
     visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, C, S]
     seen = visible.any(axis=1)[:, :, None, None]
     k, v = jnp.where(seen, k, 0.0), jnp.where(seen, v, 0.0)
-    scores = product("rcnh,rsnh->rncs", q.astype(jnp.float32), k) / width**0.5
-    scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    scores = product("rcnh,rsnh->rncs", q.astype(jnp.float32), k) * scale
+    scores = jnp.where(visible[:, None], soft_capped(scores, soft_cap), -jnp.inf)
     anything = visible.any(axis=-1)[:, None, :, None]
     weights = jnp.where(anything, jax.nn.softmax(jnp.where(anything, scores, 0.0), axis=-1), 0.0)
     return product("rncs,rsnh->rcnh", weights, v).astype(q.dtype)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels.products import product
-from jaxrl_kernels.softmax import MASKED, round_up
+from jaxrl_kernels.softmax import MASKED, round_up, soft_capped
 
 BLOCK = 128
 """Tokens of a row that are looked at together (rounded to whole pages)."""
@@ -29,6 +29,8 @@ def paged_attention(
     page_table: jax.Array,
     positions: jax.Array,
     window: jax.Array,
+    scale: float,
+    soft_cap: float,
 ) -> jax.Array:
     """As the contract says."""
     rows, count, heads, width = q.shape
@@ -37,7 +39,7 @@ def paged_attention(
     block = pages * page
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))
     groups = heads // kv_heads
-    q = (q * width**-0.5).astype(q.dtype).reshape(rows, count, kv_heads, groups, width)
+    q = (q * scale).astype(q.dtype).reshape(rows, count, kv_heads, groups, width)
     q = jnp.einsum("rckgh->rkgch", q).reshape(rows, kv_heads, groups * count, width)
     last = positions.max(axis=1)
 
@@ -51,7 +53,7 @@ def paged_attention(
         v = jnp.where(held, v, 0)
         query = positions[:, None, None, :, None]
         visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, 1, 1, C, S]
-        scores = product("rkmh,rskh->rkms", q, k)
+        scores = soft_capped(product("rkmh,rskh->rkms", q, k), soft_cap)
         scores = jnp.where(visible, scores.reshape(rows, kv_heads, groups, count, block), MASKED)
         new_top = jnp.maximum(top, round_up(scores.max(axis=-1)))
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)

@@ -1,0 +1,60 @@
+"""Rotary frequencies against those of transformers, to the last bit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxrl.config import ModelConfig
+from jaxrl.model.config_json import hf_config
+from jaxrl.model.rotary import frequencies
+
+CONFIG = ModelConfig(family="gemma3_text", vocab_size=8, layers=3, head_width=128, rope_theta=500_000.0)
+LLAMA3 = dataclasses.replace(
+    CONFIG, family="llama", rope_scaling="llama3", rope_factor=8.0, rope_low_frequency=1.0, rope_high_frequency=4.0
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(CONFIG, family="llama"),
+        dataclasses.replace(CONFIG, family="llama", rope_scaling="linear", rope_factor=3.0),
+        LLAMA3,
+        dataclasses.replace(LLAMA3, head_width=64, rope_factor=32.0, rope_theta=10_000.0),
+    ],
+)
+def test_frequencies_are_those_of_transformers(config: ModelConfig) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaConfig.from_dict(hf_config(config))
+    wanted = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs).inv_freq.numpy()
+    assert len(set(wanted)) == config.head_width // 2
+    np.testing.assert_array_equal(frequencies(config), np.stack([wanted] * config.layers))
+
+
+def test_llama3_keeps_fast_pairs_and_stretches_slow_ones() -> None:
+    plain = frequencies(dataclasses.replace(LLAMA3, rope_scaling="none"))[0]
+    ratio = plain / frequencies(LLAMA3)[0]
+    turns = LLAMA3.rope_trained_positions * plain / (2 * np.pi)
+    assert (turns > 4).any() and (turns < 1).any()
+    np.testing.assert_array_equal(ratio[turns > 4], 1)
+    np.testing.assert_allclose(ratio[turns < 1], 8, rtol=1e-6)
+    between = ratio[(turns < 4) & (turns > 1)]
+    assert (np.diff(between) > 0).all() and 1 < between[0] < between[-1] < 8
+
+
+def test_layers_that_slide_have_their_own_unscaled_base() -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        local_rope_theta=10_000.0,
+        rope_scaling="linear",
+        rope_factor=8.0,
+        sliding_window=4,
+        sliding_layers=(0, 2),
+    )
+    local, full, last = frequencies(config)
+    np.testing.assert_array_equal(local, last)
+    np.testing.assert_array_equal(local, frequencies(dataclasses.replace(CONFIG, rope_theta=10_000.0))[0])
+    np.testing.assert_allclose(full, frequencies(CONFIG)[0] / 8, rtol=1e-6)
+    same = dataclasses.replace(config, local_rope_theta=0.0)
+    np.testing.assert_array_equal(frequencies(same), np.stack([full] * 3))

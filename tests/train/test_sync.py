@@ -1,0 +1,51 @@
+"""The engine's copy of the weights computes what the trainer's weights compute, to the last bit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.config import ModelConfig
+from jaxrl.model import spec, transformer
+from jaxrl.model.logprob import sequence_logprobs
+from jaxrl.train.sync import rollout_params
+
+MODEL = ModelConfig(
+    vocab_size=40, layers=2, width=32, query_heads=4, kv_heads=2, head_width=8, ffn_width=48, init_scale=0.1,
+    compute_dtype="bfloat16",
+)  # fmt: skip
+MODELS = {
+    "qwen3": dataclasses.replace(MODEL, attention_bias=True, tie_embeddings=False),
+    "gemma2": dataclasses.replace(MODEL, family="gemma2", logit_soft_cap=5.0),
+    "qwen3_moe": dataclasses.replace(MODEL, family="qwen3_moe", experts=4, expert_width=24),
+}
+
+
+def trained(model: ModelConfig) -> dict:
+    """Weights none of which bfloat16 can hold, norms and biases too."""
+    generator = np.random.default_rng(0)
+    specs = transformer.param_specs(model)
+    fresh = spec.initialize(specs, jax.random.key(0))
+    return jax.tree.map(lambda x: x + jnp.asarray(0.05 * generator.normal(size=x.shape), x.dtype), fresh)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_promise_1_the_engines_copy_gives_the_same_logprobs(family: str) -> None:
+    model, params = MODELS[family], trained(MODELS[family])
+    copy = rollout_params(params, model)
+    assert copy["embedding"].dtype == copy["layers"]["query"].dtype == jnp.bfloat16
+    assert copy["final_norm"].dtype == jnp.float32
+    tokens = np.random.default_rng(1).integers(0, model.vocab_size, (3, 20)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(20, dtype=np.int32), tokens.shape)
+    score = jax.jit(lambda params: sequence_logprobs(params, model, tokens, positions, np.ones_like(tokens)).logprobs)
+    np.testing.assert_array_equal(score(copy), score(params))
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    params = trained(MODEL)
+    with pytest.raises(ValueError, match="the trees differ"):
+        rollout_params(params, MODELS["qwen3"])
+    with pytest.raises(ValueError, match=r"embedding.* has shape .40, 32.; the model wants .48, 32."):
+        rollout_params(params, dataclasses.replace(MODEL, vocab_size=48))
