@@ -25,7 +25,7 @@ from jaxrl.model import compare
 from jaxrl.model.companions import GENERATION_CONFIG
 from jaxrl.model.families import config_from_hf, hf_config
 from jaxrl.model.folders import CONFIG, read_json, replaced_folder, together, write_json
-from jaxrl.model.placement import load_parameter, tensor_names, whole_tensor
+from jaxrl.model.placement import load_parameter, on_mesh, tensor_names, whole_tensor
 from jaxrl.model.spec import ParamSpec, shardings
 from jaxrl.model.tensor_files import (
     TYPES,
@@ -345,7 +345,7 @@ def _verify(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: st
         OSError: a value or a logit differs.
     """
     found_config, leaves = read_config(folder, base=config), flax.traverse_util.flatten_dict(params)
-    resting = {key: leaf.sharding for key, leaf in leaves.items() if _on_mesh(leaf)}
+    resting = {key: leaf.sharding for key, leaf in leaves.items() if on_mesh(leaf)}
     mesh = next((sharding.mesh for sharding in resting.values()), None)
     found = _load(folder, found_config, read_headers(folder), resting, "read back", on_bytes)
     try:
@@ -353,7 +353,3 @@ def _verify(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: st
         return compare.check_same_logits(config, params, found_config, found, dtype, mesh)
     except compare.Different as error:
         raise OSError(f"{folder} was written, but {error} there; nothing was kept: write it again") from error
-
-
-def _on_mesh(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)

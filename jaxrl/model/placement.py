@@ -73,10 +73,19 @@ def load_parameter(
 
 def whole_tensor(spec: ParamSpec, parameter: jax.Array | np.ndarray, place: Place) -> np.ndarray:
     """One tensor as a folder has it, on the host. All processes that share the parameter call this together."""
-    part = parameter[place]
+    if on_mesh(parameter) and place:
+        rest = _padded(parameter.sharding.spec, parameter.ndim)[len(place) :]
+        part = parameter.at[place].get(out_sharding=NamedSharding(parameter.sharding.mesh, PartitionSpec(*rest)))
+    else:
+        part = parameter[place]
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         part = multihost_utils.process_allgather(part, tiled=True)
     return spec.to_hf(np.asarray(part))
+
+
+def on_mesh(parameter: jax.Array | np.ndarray) -> bool:
+    """Whether it is split over the devices of a mesh, rather than on the host or on one device."""
+    return isinstance(parameter, jax.Array) and isinstance(parameter.sharding, NamedSharding)
 
 
 def _reader(
