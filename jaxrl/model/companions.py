@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 from jaxrl.model.folders import read_json
@@ -43,6 +44,24 @@ def restore(folder: pathlib.Path, export: pathlib.Path) -> None:
 def generation_config(folder: pathlib.Path) -> dict[str, Any] | None:
     """The kept generation config; None without one."""
     return read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else None
+
+
+def merged_generation_config(ids: Mapping[str, int | None], source: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The generation config of an export.
+
+    Args:
+        ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of the tokenizer.
+        source: the kept one, made to stop where the policy stops too. None: plain sampling, as the policy was trained.
+    """
+    if source is None:
+        return {**ids, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    ends = source.get("eos_token_id")
+    ends = [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+    own = ids["eos_token_id"]
+    if own is not None and own not in ends:
+        ends = [own, *ends]
+    kept = {name: source[name] if source.get(name) is not None else value for name, value in ids.items()}
+    return {**source, **kept, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
 
 
 def _chat_template(source: pathlib.Path) -> str | None:

@@ -85,12 +85,12 @@ def _prepare(target: pathlib.Path, staging: pathlib.Path, previous: pathlib.Path
         raise ConfigError(f"{target} exists and is no exported model; choose another path or remove it")
     for leftover in (staging, previous):
         shutil.rmtree(leftover, ignore_errors=True)
-    free = shutil.disk_usage(target.parent).free
+    _writable(target, staging.mkdir)
+    free = shutil.disk_usage(staging).free
     if free < needed_bytes:
         raise OSError(
             f"{target} needs {needed_bytes} bytes but its disk has {free} free; make room or choose another path"
         )
-    _writable(target, staging.mkdir)
 
 
 def _writable(target: pathlib.Path, make: Callable[[], None]) -> None:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxrl.config import ConfigError, ModelConfig
 from jaxrl.mesh import PARAM_RULES, Rules
 from jaxrl.model import compare
-from jaxrl.model.companions import GENERATION_CONFIG
+from jaxrl.model.companions import GENERATION_CONFIG, merged_generation_config
 from jaxrl.model.families import config_from_hf, hf_config
 from jaxrl.model.folders import CONFIG, read_json, replaced_folder, together, write_json
 from jaxrl.model.placement import load_parameter, on_mesh, tensor_names, whole_tensor
@@ -174,7 +174,7 @@ def save_folder(
         with together("write"):
             if jax.process_index() == 0:
                 write_json(staging / CONFIG, document)
-                write_json(staging / GENERATION_CONFIG, _generation(ids, generation))
+                write_json(staging / GENERATION_CONFIG, merged_generation_config(ids, generation))
                 if len(files) > 1:
                     write_index(staging, files, parameters=total // item_bytes, total_bytes=total)
                 if also is not None:
@@ -296,19 +296,6 @@ def _export_type(leaves: FlatParams) -> str:
     return types.pop() if len(types) == 1 else "float32"
 
 
-def _generation(ids: dict[str, int | None], source: Mapping[str, Any] | None) -> dict[str, Any]:
-    """generation_config.json: plain sampling, or that of ``source`` made to stop where the policy stops."""
-    if source is None:
-        return {**ids, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    ends = source.get("eos_token_id")
-    ends = [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
-    own = ids["eos_token_id"]
-    if own is not None and own not in ends:
-        ends = [own, *ends]
-    kept = {name: source[name] if source.get(name) is not None else value for name, value in ids.items()}
-    return {**source, **kept, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
-
-
 def _write_files(
     folder: pathlib.Path,
     specs: FlatSpecs,
@@ -347,7 +334,8 @@ def _verify(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: st
     found_config, leaves = read_config(folder, base=config), flax.traverse_util.flatten_dict(params)
     resting = {key: leaf.sharding for key, leaf in leaves.items() if on_mesh(leaf)}
     mesh = next((sharding.mesh for sharding in resting.values()), None)
-    found = _load(folder, found_config, read_headers(folder), resting, "read back", on_bytes)
+    with together("read back"):
+        found = _load(folder, found_config, read_headers(folder), resting, "read back", on_bytes)
     try:
         compare.check_same_values(params, found, dtype)
         return compare.check_same_logits(config, params, found_config, found, dtype, mesh)

@@ -1,11 +1,13 @@
 """Folders read straight onto meshes and written from there, in processes with several devices."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -43,6 +45,19 @@ def run_script(name: str, *arguments: Any, devices: int) -> list[dict[str, Any]]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def run_processes(source: pathlib.Path, target: pathlib.Path, *more: int) -> list[dict[str, Any]]:
+    """What two processes with two devices each say that read ``source`` and write ``target`` together."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        runs = [
+            threads.submit(run_script, "folder_process.py", process, 2, port, source, target, *more, devices=2)
+            for process in range(2)
+        ]
+        return [line for run in runs for line in run.result()]
+
+
 def random_params(config: ModelConfig) -> transformer.Params:
     generator = np.random.default_rng(0)
     return jax.tree.map(
@@ -65,6 +80,10 @@ def write_tensor_files(folder: pathlib.Path, config: ModelConfig, max_bytes: int
         tensors = {name: generator.random(shapes[name], np.float32).astype(jnp.bfloat16) for name in names}
         write_tensors(folder / file_name(number, len(files)), tensors)
     write_index(folder, files, parameters=sum(map(math.prod, shapes.values())), total_bytes=0)
+
+
+def digests(folder: pathlib.Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("model*")}
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +111,26 @@ def test_no_byte_is_read_twice(reports: list[dict[str, Any]]) -> None:
 
 
 def test_an_export_is_the_same_from_every_mesh(reports: list[dict[str, Any]], folder: pathlib.Path) -> None:
-    written = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (folder / "source").glob("model*")}
+    written = digests(folder / "source")
     assert len(written) > 3
     assert all(report["tensors_back"] for report in reports)
     assert all(report["files"] == written and report["logit_difference"] == 0 for report in reports[:-1])
+
+
+def test_processes_read_their_own_shares_and_write_their_own_files(folder: pathlib.Path) -> None:
+    reports = run_processes(folder / "source", folder / "together")
+    assert all(report["read"] == report["share"] and not report["failure"] for report in reports)
+    assert digests(folder / "together") == digests(folder / "source")
+    files = sorted(file.name for file in (folder / "source").glob("*.safetensors"))
+    assert [report["written"] for report in reports] == [files[::2], files[1::2]]
+
+
+def test_a_failure_of_one_process_is_a_failure_of_all_and_leaves_nothing(folder: pathlib.Path) -> None:
+    before = sorted(folder.iterdir())
+    first, second = run_processes(folder / "source", folder / "failed", 1)
+    assert second["failure"] == "the disk is full"
+    assert first["failure"] == "process 1 could not write the folder; its own message says why"
+    assert sorted(folder.iterdir()) == before
 
 
 def test_a_split_inside_a_merged_axis_is_refused() -> None:
