@@ -1,4 +1,4 @@
-"""Run by test_placement.py with one device: how much memory a folder takes on its way in and out, as a JSON line.
+"""Run by test_placement.py with eight virtual devices: how much memory a folder takes on its way in and out, as a JSON line.
 
 ``folder_memory.py SMALL FOLDER SCRATCH``: SMALL is a folder of the same architecture, to warm up on.
 """
