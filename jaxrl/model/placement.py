@@ -73,11 +73,7 @@ def load_parameter(
 
 def whole_tensor(spec: ParamSpec, parameter: jax.Array | np.ndarray, place: Place) -> np.ndarray:
     """One tensor as a folder has it, on the host. All processes that share the parameter call this together."""
-    if on_mesh(parameter) and place:
-        rest = _padded(parameter.sharding.spec, parameter.ndim)[len(place) :]
-        part = parameter.at[place].get(out_sharding=NamedSharding(parameter.sharding.mesh, PartitionSpec(*rest)))
-    else:
-        part = parameter[place]
+    part = parameter[place] if isinstance(parameter, np.ndarray) else _part(parameter, place)
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         part = multihost_utils.process_allgather(part, tiled=True)
     return spec.to_hf(np.asarray(part))
@@ -86,6 +82,22 @@ def whole_tensor(spec: ParamSpec, parameter: jax.Array | np.ndarray, place: Plac
 def on_mesh(parameter: jax.Array | np.ndarray) -> bool:
     """Whether it is split over the devices of a mesh, rather than on the host or on one device."""
     return isinstance(parameter, jax.Array) and isinstance(parameter.sharding, NamedSharding)
+
+
+def _part(parameter: jax.Array, place: Place) -> jax.Array:
+    """``parameter[place]``, split as the parameter is. Compiled, because the same done eagerly copies the parameter."""
+    if not place:
+        return parameter
+    sharding = None
+    if on_mesh(parameter):
+        rest = _padded(parameter.sharding.spec, parameter.ndim)[len(place) :]
+        sharding = NamedSharding(parameter.sharding.mesh, PartitionSpec(*rest))
+    return _compiled_part(parameter, place, sharding)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _compiled_part(parameter: jax.Array, place: tuple[jax.Array, ...], sharding: NamedSharding | None) -> jax.Array:
+    return parameter.at[place].get(out_sharding=sharding)
 
 
 def _reader(

@@ -1,6 +1,7 @@
-"""Run by test_placement.py with eight virtual devices: how much memory a folder takes on its way in and out, as a JSON line.
+"""Run by test_placement.py with eight virtual devices: how much memory a folder takes on its way in and out.
 
-``folder_memory.py SMALL FOLDER SCRATCH``: SMALL is a folder of the same architecture, to warm up on.
+``folder_memory.py SMALL FOLDER SCRATCH``: SMALL is a folder of the same architecture, to warm up on. Prints
+a JSON line.
 """
 
 import json

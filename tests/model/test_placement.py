@@ -37,6 +37,8 @@ def run_script(name: str, *arguments: Any, devices: int) -> list[dict[str, Any]]
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
+        "MALLOC_ARENA_MAX": "1",  # or else freed memory stays with the allocators of the threads
+        "MALLOC_MMAP_THRESHOLD_": "65536",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels"), *sys.path]),
     }
     command = [sys.executable, str(HERE / name), *map(str, arguments)]
