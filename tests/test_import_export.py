@@ -167,7 +167,7 @@ def run_measured(*arguments: Any) -> tuple[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_a_model_of_published_width_goes_in_trains_a_step_and_comes_out(tmp_path: pathlib.Path) -> None:
     """Width, heads and vocabulary of Qwen3-1.7B, and so few layers that all of it fits into 10 GB."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

@@ -85,14 +85,16 @@ def on_mesh(parameter: jax.Array | np.ndarray) -> bool:
 
 
 def _part(parameter: jax.Array, place: Place) -> jax.Array:
-    """``parameter[place]``, split as the parameter is. Compiled, because the same done eagerly copies the parameter."""
+    """``parameter[place]``, split as the rest of the parameter is."""
     if not place:
         return parameter
-    sharding = None
-    if on_mesh(parameter):
-        rest = _padded(parameter.sharding.spec, parameter.ndim)[len(place) :]
-        sharding = NamedSharding(parameter.sharding.mesh, PartitionSpec(*rest))
-    return _compiled_part(parameter, place, sharding)
+    if not on_mesh(parameter):
+        return _compiled_part(parameter, place, None)
+    partition = _padded(parameter.sharding.spec, parameter.ndim)
+    sharding = NamedSharding(parameter.sharding.mesh, PartitionSpec(*partition[len(place) :]))
+    if any(part is not None for part in partition[: len(place)]):
+        return parameter.at[place].get(out_sharding=sharding)  # a slice of a split axis cannot be compiled
+    return _compiled_part(parameter, place, sharding)  # where it can, nothing but the slice is copied
 
 
 @functools.partial(jax.jit, static_argnums=2)
