@@ -169,7 +169,7 @@ def run_measured(*arguments: Any) -> tuple[str, int]:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_a_model_of_published_width_goes_in_trains_a_step_and_comes_out(tmp_path: pathlib.Path) -> None:
-    """Width, heads and vocabulary of Qwen3-1.7B, and so few layers that all of it fits into 10 GB."""
+    """Width, heads and vocabulary of Qwen3-1.7B, and so few layers that all of it fits into 12 GB."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = configuration.load("smoke")
     texts = [problem.question for problem in problems.load_split(config.data)[0]]
@@ -203,7 +203,7 @@ def test_a_model_of_published_width_goes_in_trains_a_step_and_comes_out(tmp_path
     )
     print(f"{count:,} parameters of two bytes; peak bytes: {peak}", *shown.values(), sep="\n")
     assert f"{count:,} parameters imported as bfloat16" in shown["import"]
-    assert max(peak["import"], peak["export"]) < 5e9 and peak["sft"] < 10e9
+    assert max(peak["import"], peak["export"]) < 5e9 and peak["sft"] < 12e9
 
     before, after = read_all(tmp_path / "source"), read_all(tmp_path / "out")
     assert {name: tensor.shape for name, tensor in after.items()} == {name: t.shape for name, t in before.items()}
