@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import pathlib
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -98,7 +99,7 @@ def _rollout(commands, options: argparse.Namespace) -> None:
 
 
 def _export(commands, options: argparse.Namespace) -> None:
-    commands.export(_config(options), options.run, options.step, options.to)
+    commands.export(_config(options), options.run, options.step, options.to, options.dtype, options.max_shard_size)
 
 
 def _import(commands, options: argparse.Namespace) -> None:
@@ -120,6 +121,14 @@ def _bench(options: argparse.Namespace) -> int:
     except ValueError as error:
         return _complain(error, BAD_USAGE)
     return table.main(figures, effort, options.json)
+
+
+def _byte_count(text: str) -> int:
+    """Bytes of a size such as 500MB or 5GB, in powers of ten as transformers counts them."""
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.strip().upper())
+    if match is None or int(match[1]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 500MB or 5GB")
+    return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
 
 
 def _run_folder(options: argparse.Namespace) -> pathlib.Path:
@@ -199,10 +208,23 @@ def _parser() -> argparse.ArgumentParser:
     new = checkpoint_verb(
         "export",
         _export,
-        "write a checkpoint as a Hugging Face folder",
-        "  jaxrl export runs/quickstart --step best --to model",
+        "write a checkpoint as a Hugging Face folder, and read it back before it takes its name",
+        "  jaxrl export runs/quickstart --step best --to model\n"
+        "  jaxrl export runs/quickstart --to model --dtype bfloat16 --max-shard-size 2GB",
     )
     new.add_argument("--to", type=pathlib.Path, required=True, help="folder to write")
+    new.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the tensors (default: that of the checkpoint's parameters)",
+    )
+    new.add_argument(
+        "--max-shard-size",
+        type=_byte_count,
+        default="5GB",
+        metavar="SIZE",
+        help="largest file of tensors, as 500MB or 5GB (default: 5GB)",
+    )
     new = verb(
         "import",
         _import,

@@ -15,6 +15,7 @@ from jaxrl.data.problems import DataError, load_held_out
 from jaxrl.episodes import play_groups
 from jaxrl.evaluate.run import FIRST_EVALUATION_DRAW
 from jaxrl.evaluate.run import evaluate as run_evaluation
+from jaxrl.model import tensor_files
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.report import final_table
 from jaxrl.observe.traces import EPISODE_LEGEND, format_trajectory
@@ -92,16 +93,25 @@ def rollout(config: Config, folder: pathlib.Path, which: str, count: int) -> Non
     asyncio.run(play())
 
 
-def export(config: Config, folder: pathlib.Path, which: str, to: pathlib.Path) -> None:
-    """``jaxrl export``: writes a checkpoint as a Hugging Face folder."""
+def export(
+    config: Config, folder: pathlib.Path, which: str, to: pathlib.Path, dtype: str | None, max_shard_bytes: int
+) -> None:
+    """``jaxrl export``: writes a checkpoint as a Hugging Face folder and reads it back."""
     run = _existing(folder)
     session = reopen_session(config, run)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpoints.find(which)
-    experiment.export(session, experiment.restore_params(session, checkpoints, step), to)
-    checkpoints.close()
+    with Progress(str(to)) as view:
+        view.phase("export")
+        params = experiment.restore_params(session, checkpoints, step)
+        checkpoints.close()
+        done = experiment.export(
+            session, params, to, dtype=dtype, max_shard_bytes=max_shard_bytes, on_bytes=experiment.shown_in(view)
+        )
     print(
-        f"checkpoint {step} of {folder} written to {to}; load it with transformers.AutoModelForCausalLM.from_pretrained"
+        f"checkpoint {step} of {folder} written to {to}: {_amount(done.tensors, done.bytes, done.files)}, "
+        f"read back with equal values and logits that differ by at most {done.logit_difference:.1e}; "
+        "load it with transformers.AutoModelForCausalLM.from_pretrained"
     )
 
 
@@ -116,14 +126,25 @@ def import_folder(config: Config, source: pathlib.Path, folder: pathlib.Path) ->
                 f"run folder {folder} already holds checkpoint {checkpoints.latest()}; choose another with --run"
             )
         session = open_session(config, run)
+        with Progress(folder.name) as view:
+            view.phase("import")
+            progress, state, reference = experiment.beginning(session, experiment.shown_in(view))
         session.keep_tokenizer()
-        progress, state, reference = experiment.beginning(session)
         checkpoints.save(0, state, reference, progress.to_json(), None)
         checkpoints.close()
         # Written last: from here on the run folder holds all there is, and the source may go.
         run.write_config(dataclasses.replace(config, model=dataclasses.replace(session.model, path="")))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    print(f"{source}: {count:,} parameters imported; train with: jaxrl train --run {folder}")
+    headers = tensor_files.read_headers(source).values()
+    amount = _amount(len(headers), sum(header.bytes for header in headers), len({header.file for header in headers}))
+    print(
+        f"{source}: {amount}, every name, shape and type as its config.json has it; {count:,} parameters imported as "
+        f"{session.model.param_dtype}; train with: jaxrl train --run {folder}"
+    )
+
+
+def _amount(tensors: int, size: int, files: int) -> str:
+    return f"{tensors} tensors of {size:,} bytes in {files} file{'' if files == 1 else 's'}"
 
 
 def _checkpoint(config: Config, folder: pathlib.Path, which: str) -> tuple[Session, object, int]:

@@ -5,10 +5,8 @@ import contextlib
 import pathlib
 from typing import Any
 
-import jax
-
 from jaxrl.config import Config
-from jaxrl.model import hf
+from jaxrl.model import companions, hf
 from jaxrl.observe import alarms
 from jaxrl.observe.metrics import PhaseTimer
 from jaxrl.observe.progress import Progress
@@ -39,7 +37,9 @@ def train(
         with timer.phase("prepare"):
             session = open_session(config, run)
             step = checkpoints.latest() if which == "latest" else checkpoints.find(which)
-            progress, state, reference = beginning(session) if step is None else restore(session, checkpoints, step)
+            progress, state, reference = (
+                beginning(session, shown_in(view)) if step is None else restore(session, checkpoints, step)
+            )
             if progress.stage == "rl":
                 session.problem_stream(progress)  # refuses data that is not the run's
             if not cold_start_only:
@@ -63,7 +63,7 @@ def train(
             if not cold_start_only:
                 state = asyncio.run(reinforce(session, recorder, progress, state, reference))
             with timer.phase("export"):
-                export(session, state.params, run.export)
+                export(session, state.params, run.export, on_bytes=shown_in(view))
             recorder.settle(progress)
         finally:
             recorder.close()
@@ -73,17 +73,39 @@ def train(
         return report
 
 
-def export(session: Session, params: Any, folder: pathlib.Path) -> None:
-    """Write model and tokenizer as a folder that ``transformers`` loads."""
-    tokenizer = session.tokenizer
-    hf.save_folder(
+def export(
+    session: Session,
+    params: Any,
+    folder: pathlib.Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = hf.MAX_FILE_BYTES,
+    on_bytes: hf.OnBytes = hf.ignore,
+) -> hf.Exported:
+    """Write model and tokenizer as a folder that ``transformers`` loads; see ``hf.save_folder``."""
+    tokenizer, source = session.tokenizer, session.run.source
+
+    def companion_files(staging: pathlib.Path) -> None:
+        companions.restore(source, staging)
+        session.chat.save(staging)
+
+    return hf.save_folder(
         folder,
         session.model,
-        jax.device_get(params),
+        params,
         eos_token_id=tokenizer.end_id,
         pad_token_id=tokenizer.pad_id,
-        also=session.chat.save,
+        generation=companions.generation_config(source),
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        also=companion_files,
+        on_bytes=on_bytes,
     )
+
+
+def shown_in(view: Progress) -> hf.OnBytes:
+    """Shows how far a transfer is as the detail of the view's phase."""
+    return lambda what, done, total: view.detail(f"{done / 1e9:,.2f} of {total / 1e9:,.2f} GB {what}")
 
 
 def restore(session: Session, checkpoints: Checkpoints, step: int) -> tuple[RunProgress, TrainState, Any | None]:
@@ -104,9 +126,9 @@ def restore_params(session: Session, checkpoints: Checkpoints, step: int) -> Any
     return checkpoints.params(step, abstract_params(session.specs, session.mesh))
 
 
-def beginning(session: Session) -> tuple[RunProgress, TrainState, Any | None]:
+def beginning(session: Session, on_bytes: hf.OnBytes = hf.ignore) -> tuple[RunProgress, TrainState, Any | None]:
     """Where a new run starts."""
-    config, params = session.config, session.first_params()
+    config, params = session.config, session.first_params(on_bytes)
     if config.sft.demonstrations:
         optimizer = sft_optimizer(config.sft, config.optimizer, session.specs)
         return RunProgress(), new_state(params, optimizer, session.mesh), None

@@ -33,6 +33,11 @@ class RunFolder:
         return self.path / "tokenizer"
 
     @property
+    def source(self) -> pathlib.Path:
+        """Companions of the model the run began from, see ``jaxrl.model.companions``."""
+        return self.path / "source"
+
+    @property
     def checkpoints(self) -> pathlib.Path:
         return self.path / "checkpoints"
 

@@ -15,7 +15,7 @@ from jaxrl.data import demonstrations, problems
 from jaxrl.envs.python_tool import PythonTool
 from jaxrl.envs.rendering import check_limit
 from jaxrl.episodes import Player
-from jaxrl.model import hf, spec, transformer
+from jaxrl.model import companions, folders, hf, spec, transformer
 from jaxrl.model.config_json import check_exportable
 from jaxrl.records import Demonstration, Problem
 from jaxrl.rewards.verifier import MathVerifier
@@ -52,9 +52,14 @@ class Session:
         return rl_optimizer(self.config.optimizer, self.specs)
 
     def keep_tokenizer(self) -> None:
-        """Write the tokenizer and its chat template into the run folder, once, whole or not at all."""
+        """Write the tokenizer and its chat template into the run folder, and what came with the model it begins from;
+        once, whole or not at all."""
+        source = self.config.model.path
+        if source and not self.run.source.is_dir():
+            with folders.replaced_folder(self.run.source) as staging:
+                companions.keep(source, staging, tokenizer=not self.config.tokenizer.path)
         if not self.run.tokenizer.is_dir():
-            with hf.replaced_folder(self.run.tokenizer) as staging:
+            with folders.replaced_folder(self.run.tokenizer) as staging:
                 self.chat.save(staging)
 
     async def check_sandbox(self) -> None:
@@ -77,12 +82,12 @@ class Session:
             stream.restore(progress.stream)
         return stream
 
-    def first_params(self) -> Any:
+    def first_params(self, on_bytes: hf.OnBytes = hf.ignore) -> Any:
         """Parameters the run starts from: those of ``ModelConfig.path``, or random ones."""
         if not self.config.model.path:
             return initial_params(self.specs, self.mesh, self.config.train.seed)
-        _, params = hf.load_folder(self.config.model.path, self.config.model.param_dtype)
-        return jax.device_put(params, spec.shardings(self.specs, self.mesh, meshes.PARAM_RULES))
+        model = self.config.model
+        return hf.load_folder(model.path, model.param_dtype, mesh=self.mesh, on_bytes=on_bytes)[1]
 
 
 def open_session(config: Config, run: RunFolder) -> Session:
