@@ -4,6 +4,7 @@ The trainer does not know the algorithm. What a token contributes is ``weights``
 batch; the aggregation's global denominator is already in ``weights``, so micro-batches simply add up.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -121,7 +122,18 @@ def over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 class Updater:
     """``step`` takes any number of micro-batches of the one shape that ``compile`` was given."""
 
-    def __init__(self, loss: LossFunction, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> None:
+    def __init__(
+        self,
+        loss: LossFunction,
+        optimizer: optax.GradientTransformation,
+        mesh: jax.sharding.Mesh,
+        launches: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> None:
+        """Nothing is compiled yet.
+
+        Args:
+            launches: held while work is handed to the devices, where a rollout engine does so as well; see ``Engine``.
+        """
         gradient = jax.grad(loss, has_aux=True)
 
         def first(params: Any, batch: Batch, reference: Any) -> Any:
@@ -142,7 +154,8 @@ class Updater:
             return TrainState(state.params, optimizer.init(state.params), jnp.zeros_like(state.step))
 
         self._mesh = mesh
-        rows = meshes.partition_spec(("batch", "tokens"), meshes.COMPUTE_RULES, mesh)
+        self._launches = launches or contextlib.nullcontext()
+        rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)
         self._placement = jax.sharding.NamedSharding(mesh, rows)
         self._first = jax.jit(first)
         self._more = jax.jit(more, donate_argnums=0)
@@ -175,7 +188,8 @@ class Updater:
         """
         with jax.set_mesh(self._mesh):
             gradients, metrics = self._accumulate(state, batches, reference)
-            state, norm = self._apply(state, gradients)
+            with self._launches:
+                state, norm = self._apply(state, gradients)
         values = {
             name: float(value) / max(float(count), 1.0) for name, (value, count) in jax.device_get(metrics).items()
         }
@@ -185,8 +199,9 @@ class Updater:
         total = None
         for batch in batches:
             placed = jax.device_put(batch, self._placement)
-            if total is None:
-                total = self._first(state.params, placed, reference)
-            else:
-                total = self._more(total, state.params, placed, reference)
+            with self._launches:
+                if total is None:
+                    total = self._first(state.params, placed, reference)
+                else:
+                    total = self._more(total, state.params, placed, reference)
         return total
