@@ -293,6 +293,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    offload: bool = False
+    """Keep the moments in the host's memory and bring them to the devices only to apply an update, when no activations
+    are there."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,8 @@ async def reinforce(
         return state
     recorder.view.stage("reinforcement", config.train.steps, first=progress.step)
     loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature)
-    updater = Updater(loss, session.rl_optimizer, session.mesh, session.launches)
+    offload = config.optimizer.offload
+    updater = Updater(loss, session.rl_optimizer, session.mesh, session.launches, offload=offload)
     async with contextlib.AsyncExitStack() as stack:
         with timer.phase("compile"):
             updater.compile(state, config.train.rows, config.train.row_tokens, reference)

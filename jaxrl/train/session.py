@@ -27,7 +27,7 @@ from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunFolder
-from jaxrl.train.state import initial_params, rl_optimizer
+from jaxrl.train.state import check_offload, initial_params, rl_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +108,8 @@ def open_session(config: Config, run: RunFolder) -> Session:
     session = _session(config, run, _tokenizer(config, run, train, worked))
     _check_prompts(config, session.chat, (*train, *held_out))
     _check_rows(config, session.mesh)
+    if config.optimizer.offload:
+        check_offload(session.mesh)
     return dataclasses.replace(session, train_problems=train, eval_problems=held_out, demonstrations=worked)
 
 
