@@ -132,6 +132,7 @@ def sampled(config: MeshConfig, devices: int) -> tuple[dict[tuple[int, int], tup
         "versions": sorted(int(version) for version in set.union(*(after[name][2] for name in after))),
         "opened": [engine.counters.opened for engine in fleet._engines],
         "total_opened": fleet.stats()["opened"],
+        "prefill_tokens": fleet.stats()["prefill_tokens"],
         "weights_finite": all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(jax.device_get(params))),
     }
     return before, report

@@ -164,6 +164,8 @@ def test_promise_2_sampling_is_the_same_on_every_mesh(which: str, replicas: list
             assert report["bits_differ"] == 0, report
         assert len(report["opened"]) == count and set(report["opened"]) == {36 // count}, "groups are spread evenly"
         assert report["total_opened"] == 36, "counters add up"
+        prompts, tools = sum(draw + 2 for draw in range(6)), 18 * 2
+        assert report["prefill_tokens"] == 2 * (prompts + tools), "a group's prompt is prefilled once, on one replica"
         assert report["same_after_sync"] and report["versions"] == [1], report
         assert report["grown_bytes"] == 0, "one copy of the weights, before and after"
         assert report["weights_finite"], "the trainer keeps its own"
