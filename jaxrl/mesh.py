@@ -216,14 +216,14 @@ def per_shard(
     """``function`` run by every device on its own shard, for work that needs no communication.
 
     This is the one escape from explicit sharding: kernels and chunked loops see plain local arrays. Arguments are
-    brought to their compute layout first. With no mesh set, or one of a single device, ``function`` itself.
+    brought to their compute layout first. With no mesh set, ``function`` itself.
 
     Args:
         in_axes: logical axes of each positional argument.
         out_axes: logical axes of the result; for a tuple of results, a list of such tuples.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty:
         return function
     in_specs = tuple(partition_spec(axes, COMPUTE_RULES, mesh) for axes in in_axes)
     if isinstance(out_axes, list):

@@ -19,6 +19,7 @@ from jaxrl.mesh import AXES, PARAM_RULES, make_mesh, make_rollout_mesh
 from jaxrl.model.spec import initialize, shardings
 from jaxrl.model.transformer import param_specs
 from jaxrl.records import Batch
+from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.fleet import Fleet
 from jaxrl.train.state import new_state, rl_optimizer
 from jaxrl.train.sync import hand_over, rollout_params
@@ -101,9 +102,9 @@ def sampled(config: MeshConfig, devices: int) -> tuple[dict[tuple[int, int], tup
     fleet = Fleet(ENGINE, MODEL, rollout_params(params, MODEL, rollout_mesh), rollout_mesh, stop_ids=(3,), seed=5)
     fleet.compile()
 
-    async def play(draw: int, sample: int) -> tuple[list[int], np.ndarray, set[int]]:
+    async def play(draw: int, sample: int, on: Fleet | Engine = fleet) -> tuple[list[int], np.ndarray, set[int]]:
         prompt = np.random.default_rng(draw).integers(4, 48, 3 + draw)
-        sequence = await fleet.open(prompt, draw=draw, sample=sample, max_tokens=24)
+        sequence = await on.open(prompt, draw=draw, sample=sample, max_tokens=24)
         first = await sequence.generate(8)
         sequence.append([7, 9])
         second = await sequence.generate(12)
@@ -115,6 +116,10 @@ def sampled(config: MeshConfig, devices: int) -> tuple[dict[tuple[int, int], tup
         names = [(draw, sample) for draw in range(6) for sample in range(3)]
         async with fleet.serving():
             return dict(zip(names, await asyncio.gather(*(play(*name) for name in names)), strict=True))
+
+    async def play_once_on_each() -> list[tuple]:
+        async with fleet.serving():
+            return [await play(5, 2, engine) for engine in fleet._engines]
 
     compiled = []
     before = asyncio.run(play_all())
@@ -135,7 +140,9 @@ def sampled(config: MeshConfig, devices: int) -> tuple[dict[tuple[int, int], tup
         "prefill_tokens": fleet.stats()["prefill_tokens"],
         "weights_finite": all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(jax.device_get(params))),
     }
-    return before, report
+    on_each = asyncio.run(play_once_on_each())
+    same = [ids == on_each[0][0] and np.array_equal(logprobs, on_each[0][1]) for ids, logprobs, _ in on_each]
+    return before, report | {"replicas_agree": all(same)}
 
 
 def device_bytes() -> int:

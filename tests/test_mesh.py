@@ -162,6 +162,7 @@ def test_promise_2_sampling_is_the_same_on_every_mesh(which: str, replicas: list
         assert report["different"] == 0 and report["logprob_error"] < 1e-5, report
         if which == "replicas":
             assert report["bits_differ"] == 0, report
+        assert report["replicas_agree"], "which replica plays a sequence changes no bit"
         assert len(report["opened"]) == count and set(report["opened"]) == {36 // count}, "groups are spread evenly"
         assert report["total_opened"] == 36, "counters add up"
         prompts, tools = sum(draw + 2 for draw in range(6)), 18 * 2

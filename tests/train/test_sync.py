@@ -27,7 +27,7 @@ MODELS = {
 def engines_copy(params: dict, model: ModelConfig) -> dict:
     """What the one replica of a single device gets, as plain arrays."""
     mesh = make_rollout_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
-    return jax.device_put(*rollout_params(params, model, mesh), jax.devices()[0])
+    return jax.tree.map(jnp.asarray, jax.device_get(*rollout_params(params, model, mesh)))
 
 
 def trained(model: ModelConfig) -> dict:
