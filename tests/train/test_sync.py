@@ -27,7 +27,8 @@ MODELS = {
 def engines_copy(params: dict, model: ModelConfig) -> dict:
     """What the one replica of a single device gets, as plain arrays."""
     mesh = make_rollout_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
-    return jax.tree.map(jnp.asarray, jax.device_get(*rollout_params(params, model, mesh)))
+    (copy,) = rollout_params(params, model, mesh)
+    return jax.tree.map(jnp.asarray, jax.device_get(copy))
 
 
 def trained(model: ModelConfig) -> dict:
