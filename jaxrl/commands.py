@@ -157,7 +157,7 @@ def _checkpoint(config: Config, folder: pathlib.Path, which: str) -> tuple[Sessi
     version = progress.step if progress.stage == "rl" else 0
     params = experiment.restore_params(session, checkpoints, step)
     checkpoints.close()
-    return session, rollout_params(params, session.model), version
+    return session, rollout_params(params, session.model, session.rollout_mesh), version
 
 
 def _console() -> Console:

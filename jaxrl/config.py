@@ -293,6 +293,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    offload: bool = False
+    """Keep the moments in the host's memory and bring them to the devices only to apply an update, when no activations
+    are there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,9 +367,19 @@ class CheckpointConfig:
 class MeshConfig:
     """Device mesh; -1 on one axis takes all devices that remain."""
 
+    slice: int = 1
+    """Groups of devices between which the network is slow: TPU slices, or nodes. Rows are split, and nothing but the
+    sum of a micro-batch's gradients passes between groups."""
     data: int = 1
+    """Rows are split, weights are not."""
     fsdp: int = -1
+    """Rows are split, and weights, gradients and optimizer state at rest."""
+    context: int = 1
+    """The tokens of every row are split, for everything but the keys and values of attention."""
     tensor: int = 1
+    """Heads, feed-forward width and vocabulary are split."""
+    rollout_tensor: int = 0
+    """Devices that share one replica of the rollout engine; 0 = as many as ``tensor``."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from jaxrl.rewards.answers import extract_answer
 from jaxrl.rewards.verifier import Verifier
 from jaxrl.rollout.engine import Engine, Sample
 from jaxrl.rollout.engine import Sequence as EngineSequence
+from jaxrl.rollout.fleet import Fleet
 from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer
 from jaxrl.text.tool_calls import CallError, ParsedCall, parse_tool_calls
@@ -41,7 +42,7 @@ class Player:
         temperature: None = the engine's own.
     """
 
-    engine: Engine
+    engine: Engine | Fleet
     chat: ChatFormat
     tokenizer: Tokenizer
     tools: Sequence[Tool]

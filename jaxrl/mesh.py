@@ -13,11 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jaxrl.config import ConfigError, MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("slice", "data", "fsdp", "context", "tensor")
+"""Outermost first: neighbours on the last axis exchange most and lie closest together."""
+
+ROLLOUT_AXES = ("replica", "tensor")
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 """Logical axis name -> mesh axis, several mesh axes, or None for an axis that is never split."""
@@ -47,23 +52,30 @@ _TENSOR_PARALLEL: Rules = {
     "expert_ffn": "tensor",
 }
 
-COMPUTE_RULES: Rules = {"batch": ("data", "fsdp"), "tokens": None, "token_shards": "tensor", **_TENSOR_PARALLEL}
-"""Where weights and activations lie while they are multiplied. ``token_shards`` is the token axis of work that every
-tensor-parallel device does for its own share of the tokens."""
+COMPUTE_RULES: Rules = {
+    "batch": ("slice", "data", "fsdp"),
+    "tokens": "context",
+    "token_shards": ("context", "tensor"),
+    **_TENSOR_PARALLEL,
+}
+"""Where weights and activations lie while they are multiplied. ``tokens`` is the token axis of everything but
+attention, which sees the keys of whole rows; ``token_shards`` that of work which every tensor-parallel device does for
+its own share of the tokens."""
 
 ROLLOUT_RULES: Rules = {"pages": None, **_TENSOR_PARALLEL}
 """Where the rollout engine keeps its copy of the weights, and its KV pages."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes ``data``, ``fsdp`` and ``tensor``, all of explicit type.
+    """A mesh with the axes ``AXES``, all of explicit type.
 
     Args:
         config: length of each axis; -1 on one of them takes the devices that remain.
         devices: devices to use; all of the process's backend when None.
 
     Raises:
-        ConfigError: two axes are -1, or the lengths do not multiply to the number of devices.
+        ConfigError: two axes are -1, the lengths do not multiply to the number of devices, or the slices asked for are
+            not those of the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     lengths = {axis: getattr(config, axis) for axis in AXES}
@@ -78,16 +90,79 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(lengths.values()) != len(devices):
         asked = " x ".join(str(getattr(config, axis)) for axis in AXES)
         raise ConfigError(
-            f"MeshConfig asks for {asked} devices (data x fsdp x tensor) but {len(devices)} are there; "
+            f"MeshConfig asks for {asked} devices ({' x '.join(AXES)}) but {len(devices)} are there; "
             f"let the lengths multiply to {len(devices)}"
         )
-    return jax.make_mesh(tuple(lengths.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    within = tuple(lengths[axis] for axis in AXES[1:])
+    arranged = [
+        mesh_utils.create_device_mesh(within, group, allow_split_physical_axes=True)
+        for group in by_slice(devices, lengths["slice"])
+    ]
+    return Mesh(np.stack(arranged), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def by_slice(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device]]:
+    """Devices in groups of equal size, between which the network is slow.
+
+    A TPU says which slice it belongs to. Elsewhere a slice is the devices of one or more whole processes; the devices
+    of a single process may be cut as well, to try out what several slices do.
+
+    Raises:
+        ConfigError: the devices belong to another number of slices, or the slices to unequal numbers of devices.
+    """
+    tpu = devices[0].platform == "tpu"
+    groups: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        groups.setdefault(device.slice_index if tpu else device.process_index, []).append(device)
+    if len({len(group) for group in groups.values()}) > 1:
+        sizes = {name: len(group) for name, group in groups.items()}
+        raise ConfigError(f"the {'slices' if tpu else 'processes'} have different numbers of devices: {sizes}")
+    divides = len(groups) == slices if tpu else len(groups) == 1 or len(groups) % slices == 0
+    if not divides:
+        raise ConfigError(
+            f"MeshConfig.slice={slices} but the devices belong to {len(groups)} {'slices' if tpu else 'processes'}; "
+            f"set MeshConfig.slice={len(groups)}"
+        )
+    ordered = [device for name in sorted(groups) for device in groups[name]]
+    size = len(ordered) // slices
+    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+
+
+def make_rollout_mesh(mesh: Mesh, tensor: int = 0) -> Mesh:
+    """The same devices in the same order, regrouped as replicas of the rollout engine.
+
+    Args:
+        mesh: the training mesh.
+        tensor: devices that share one replica's weights; 0 = as many as the training mesh's ``tensor`` axis.
+
+    Raises:
+        ConfigError: the devices of one slice cannot be cut into replicas of this size.
+    """
+    tensor = tensor or mesh.shape["tensor"]
+    within = mesh.size // mesh.shape["slice"]
+    if within % tensor:
+        raise ConfigError(
+            f"MeshConfig.rollout_tensor={tensor} does not divide the {within} devices of a slice; choose one of "
+            f"{', '.join(map(str, divisors(within)))}"
+        )
+    return Mesh(mesh.devices.reshape(-1, tensor), ROLLOUT_AXES, axis_types=(AxisType.Explicit,) * len(ROLLOUT_AXES))
+
+
+def replica_meshes(rollout_mesh: Mesh) -> tuple[Mesh, ...]:
+    """One mesh for each replica, whose only axis is ``tensor``."""
+    return tuple(Mesh(row, ROLLOUT_AXES[1:], axis_types=(AxisType.Explicit,)) for row in rollout_mesh.devices)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, rising: what a message offers in place of a length that does not divide."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
 def partition_spec(axes: Sequence[str | None], rules: Rules, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of an array whose axes have these logical names.
 
-    Mesh axes of length 1 are left out, so that arrays on a mesh that does not split them are plainly unsharded.
+    Mesh axes of length 1, and those the mesh does not have, are left out, so that arrays on a mesh that does not split
+    them are plainly unsharded.
 
     Args:
         axes: one logical name per array axis; None for an axis that is never split.
@@ -102,7 +177,7 @@ def partition_spec(axes: Sequence[str | None], rules: Rules, mesh: Mesh | Abstra
             raise ValueError(f"logical axis {axis!r} is not in the rule table; known: {', '.join(rules)}")
         targets = rules[axis] if axis is not None else None
         targets = (targets,) if isinstance(targets, str) else targets or ()
-        targets = tuple(target for target in targets if mesh.shape[target] > 1)
+        targets = tuple(target for target in targets if mesh.shape.get(target, 1) > 1)
         for target in targets:
             if target in used:
                 raise ValueError(
@@ -112,6 +187,12 @@ def partition_spec(axes: Sequence[str | None], rules: Rules, mesh: Mesh | Abstra
             used[target] = str(axis)
         parts.append(targets[0] if len(targets) == 1 else targets or None)
     return PartitionSpec(*parts)
+
+
+def pieces(axis: str, rules: Rules, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many pieces an axis of this logical name is cut."""
+    targets = rules[axis] or ()
+    return math.prod(mesh.shape.get(target, 1) for target in ((targets,) if isinstance(targets, str) else targets))
 
 
 def compute_spec(axes: Sequence[str | None]) -> PartitionSpec | None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxrl.config import ConfigError
-from jaxrl.mesh import Rules, partition_spec
+from jaxrl.mesh import Rules, divisors, partition_spec
 
 LAYERS = "layers"
 """Logical name of the leading axis on which the layers' parameters are stacked."""
@@ -130,7 +130,7 @@ def shardings(specs: Specs, mesh: Mesh, rules: Rules) -> dict[str, Any]:
             if length % pieces:
                 raise ConfigError(
                     f"{spec.hf_name}: axis {axis!r} of length {length} cannot be split over "
-                    f"{' x '.join(parts)} = {pieces} devices; choose a mesh axis length that divides it"
+                    f"{' x '.join(parts)} = {pieces} devices; choose one of {', '.join(map(str, divisors(length)))}"
                 )
         return NamedSharding(mesh, partition)
 

@@ -147,6 +147,8 @@ def hidden_states(
 ) -> jax.Array:
     """Hidden states of packed rows, after the final norm: what the output head takes.
 
+    On a mesh the tokens of a row are split, and gathered for nothing but the keys and values of attention.
+
     Args:
         tokens: [B, T] int32.
         positions: [B, T] int32, restarting in every segment.
@@ -165,28 +167,32 @@ def hidden_states_and_load(
 
     Padding is not counted. Arguments as in ``hidden_states``.
     """
-    end = segment_ends(segment_ids)
+    rows = ("batch", "tokens")
+    end = segment_ends(to_compute(segment_ids, ("batch", None)))
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions, real = to_compute(positions, rows), to_compute(segment_ids, rows) > 0
     kernel = functools.partial(interval_attention, **_score_options(config))
-    queries, keys = ("batch", None, "query_heads", None), ("batch", None, "kv_heads", None)
-    attention = per_shard(
-        lambda q, k, v, end, window: kernel(q, k, v, end, window=window),
-        [queries, keys, keys, ("batch", None), ()],
-        queries,
-    )
+
+    def attend_locally(q: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array, *masks: jax.Array) -> jax.Array:
+        end, window = masks
+        return kernel(q, k, v, end, window=window, first=index[0] if q.shape[1] < k.shape[1] else 0)
+
+    queries, keys = (*rows, "query_heads", None), ("batch", None, "kv_heads", None)
+    attention = per_shard(attend_locally, [queries, ("tokens",), keys, keys, ("batch", None), ()], queries)
 
     def layer(x: jax.Array, scanned: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, Load | None]:
         weights, window, layer_frequencies = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return attention(q, k, v, end, window), None
+            return attention(q, index, k, v, end, window), None
 
         turned = rotation(positions, layer_frequencies)
-        x, _, choice = _layer(weights, config, x, turned, attend, rows="batch")
-        return x, None if choice is None else load_of(choice, segment_ids > 0)
+        x, _, choice = _layer(weights, config, x, turned, attend, rows)
+        return x, None if choice is None else load_of(choice, real)
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat])
-    x = _embed(params, config, tokens, rows="batch")
+    x = _embed(params, config, tokens, rows)
     x, load = jax.lax.scan(layer, x, (params["layers"], *_layer_constants(config)))
     return _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype), load
 
@@ -244,10 +250,10 @@ def paged_hidden_states(
             return attended, (new_keys, new_values)
 
         turned = rotation(positions, layer_frequencies)
-        x, (keys, values), _ = _layer(weights, config, x, turned, attend, rows=None)
+        x, (keys, values), _ = _layer(weights, config, x, turned, attend, (None, None))
         return (x, keys, values), None
 
-    x = _embed(params, config, tokens, rows=None)
+    x = _embed(params, config, tokens, (None, None))
     flat = (layers * pages, *kv_pages.keys.shape[2:])  # one pool, so that no layer's pages are ever sliced out
     first_pages = jnp.arange(layers, dtype=jnp.int32) * pages
     (x, keys, values), _ = jax.lax.scan(
@@ -266,11 +272,11 @@ def _layer(
     x: jax.Array,
     cosine_and_sine: tuple[jax.Array, jax.Array],
     attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
-    rows: str | None,
+    rows: tuple[str | None, str | None],
 ) -> tuple[jax.Array, Any, Choice | None]:
     """One decoder layer on [B, T, D]; ``attend(q, k, v)`` gives the attended values and what the caller carries.
 
-    The third result is what the router chose, where there is one.
+    ``rows`` names the first two axes of ``x``. The third result is what the router chose, where there is one.
 
     With bfloat16 only the operands of matrix products are rounded; the residual stream, norms and rotations are float32
     throughout. A compiler may drop a rounding between two elementwise operations in one program and keep it in another,
@@ -283,7 +289,7 @@ def _layer(
     def multiply(equation: str, x: jax.Array, name: str, out_axes: tuple[str | None, ...]) -> jax.Array:
         """A matrix product of operands in the compute type, with a float32 result."""
         weight = to_compute(weights[name].astype(dtype), axes[name])
-        spec = compute_spec((rows, None, *out_axes))
+        spec = compute_spec((*rows, *out_axes))
         return product(equation, x.astype(dtype), weight, out_sharding=spec)
 
     normed = _rms_norm(x, weights["attention_norm"], config)
@@ -309,7 +315,7 @@ def _layer(
     normed, choice = _rms_norm(x, weights["ffn_norm"], config), None
     activation = ACTIVATIONS[FAMILIES[config.family].activation]
     if "router" in weights:
-        added, choice = _experts(weights, config, normed, activation, (rows, None))
+        added, choice = _experts(weights, config, normed, activation, rows)
     else:
         gate = activation(multiply("btd,df->btf", normed, "gate", ("ffn",)))
         up = multiply("btd,df->btf", normed, "up", ("ffn",))
@@ -333,15 +339,15 @@ def _experts(
     return experts_feed_forward(normed.astype(dtype), choice, gate, up, down, activation, rows), choice
 
 
-def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: str | None) -> jax.Array:
+def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: tuple[str | None, str | None]) -> jax.Array:
     """Rows of the embedding, rounded to the compute type, in float32.
 
     The table is gathered first, since a lookup in a split one is slow. Rows are rounded and not the table, so that the
     gradients of a frequent token's rows add up in the table's own type.
     """
     table = to_compute(params["embedding"], (None, None))
-    spec = compute_spec((rows, None, None))
-    x = table.at[to_compute(tokens, (rows, None))].get(mode="clip", out_sharding=spec)
+    spec = compute_spec((*rows, None))
+    x = table.at[to_compute(tokens, rows)].get(mode="clip", out_sharding=spec)
     x = rounded(x, config.compute_dtype)
     if not FAMILIES[config.family].scaled_embedding:
         return x

@@ -17,10 +17,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrl.config import EngineConfig, ModelConfig
-from jaxrl.model.transformer import init_pages
+from jaxrl import mesh as meshes
+from jaxrl.config import EngineConfig, MeshConfig, ModelConfig
+from jaxrl.model import spec
+from jaxrl.model.transformer import KV_AXES, init_pages, param_specs
 from jaxrl.rollout import rounds
+from jaxrl.rollout.counters import Counters, figures
 from jaxrl.rollout.scheduler import Cycle, Scheduler, Track
 
 SETTLE = 4
@@ -54,23 +58,6 @@ class Sample:
     versions: np.ndarray  # [T] int32
     stopped: bool
     seconds: float = 0.0
-
-
-@dataclasses.dataclass
-class Counters:
-    """Sums since the engine was made; seconds are wall time."""
-
-    opened: int = 0
-    rounds: int = 0
-    decode_tokens: int = 0
-    decode_steps: int = 0
-    prefill_tokens: int = 0
-    prefill_calls: int = 0
-    decode_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    serving_seconds: float = 0.0
-    queue_seconds: float = 0.0
-    longest_queue_seconds: float = 0.0
 
 
 class Sequence:
@@ -152,7 +139,7 @@ class _Output:
 
 
 class Engine:
-    """Samples many sequences together on one device. One asyncio loop at a time uses it."""
+    """Samples many sequences together on the devices of one replica. One asyncio loop at a time uses it."""
 
     def __init__(
         self,
@@ -163,7 +150,8 @@ class Engine:
         stop_ids: SequenceOf[int],
         seed: int,
         version: int = 0,
-        device: jax.Device | None = None,
+        mesh: Mesh | None = None,
+        launches: contextlib.AbstractContextManager[Any] | None = None,
     ) -> None:
         """Take device memory for the KV pages; nothing is compiled yet.
 
@@ -173,30 +161,41 @@ class Engine:
             stop_ids: a sampled one ends the generation.
             seed: with draw, sample and index in the response it is the random key of a token.
             version: name of these weights.
-            device: where everything runs; the first one when None.
+            mesh: the replica's devices, with no axis but ``tensor`` that is longer than 1; the first device when None.
+            launches: held while device work is handed over, where others hand work to the same devices as well:
+                programs with collectives must reach all of their devices in the same order, or they wait for each
+                other for ever. None where nobody else does.
 
         Raises:
-            ConfigError: the KV pages cannot hold one longest sequence.
+            ConfigError: the KV pages cannot hold one longest sequence, or the ``tensor`` axis cannot split the model.
         """
         self._config = config
         self._model = model
         self._scheduler = Scheduler(config)
         self._stop_ids = frozenset(int(stop) for stop in stop_ids)
-        self._device = device or jax.devices()[0]
-        self._params = jax.device_put(params, self._device)
+        self._mesh = mesh or meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+        self._launches = launches or contextlib.nullcontext()
+        self._shardings = spec.shardings(param_specs(model), self._mesh, meshes.ROLLOUT_RULES)
+        self._params: Any | None = jax.device_put(params, self._shardings)
+        self._layout = _layout(self._params)
         self._version = version
         self._next_weights: tuple[Any, int] | None = None
         stops = np.full(-(-max(1, len(self._stop_ids)) // STOP_IDS) * STOP_IDS, -1, np.int32)
         stops[: len(self._stop_ids)] = sorted(self._stop_ids)
-        self._device_stop_ids = jax.device_put(stops, self._device)
-        self._key = jax.device_put(jax.random.key(seed), self._device)
-        self._kv_pages = jax.device_put(init_pages(model, self._scheduler.total_pages, config.page_size), self._device)
-        self._counters = Counters()
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        by_head = NamedSharding(self._mesh, meshes.partition_spec(KV_AXES, meshes.ROLLOUT_RULES, self._mesh))
+        self._device_stop_ids = jax.device_put(stops, everywhere)
+        self._key = jax.device_put(jax.random.key(seed), everywhere)
+        self._kv_pages = jax.jit(init_pages, static_argnums=(0, 1, 2), out_shardings=by_head)(
+            model, self._scheduler.total_pages, config.page_size
+        )
+        self._counters = Counters(pages=self._scheduler.total_pages)
         self._tickets = itertools.count()
         self._opening: dict[Track, asyncio.Future[None]] = {}
         self._waiting: dict[Track, _Waiting] = {}
         self._wake: asyncio.Event | None = None  # there is one while serving
         self._serving_since = 0.0
+        self._running = False  # a round is on the devices
         self._failure: BaseException | None = None
 
     def compile(self) -> None:
@@ -205,7 +204,19 @@ class Engine:
         row = np.zeros((config.prefill_rows, rounds.ROW_TABLE + width + config.prefill_chunk), np.int32)
         copies = np.full((2, config.slots), self._scheduler.total_pages, np.int32)
         decode = np.zeros((config.slots, rounds.TABLE + width), np.int32)
-        self._run(Cycle((row,), (copies,), (), decode, 0, 0))
+        # Not a word to ``launches``: replicas share no device, and would compile one after the other.
+        self._run(Cycle((row,), (copies,), (), decode, 0, 0), contextlib.nullcontext())
+
+    def release_weights(self) -> None:
+        """Free the memory of the weights, so that two copies are never held; ``set_weights`` must follow at once.
+
+        The arrays handed to the engine are deleted. While a sequence is open or a round runs, nothing happens.
+        """
+        if self._params is None or self.load or self._running:
+            return
+        for leaf in jax.tree.leaves(self._params):
+            leaf.delete()
+        self._params = None
 
     def set_weights(self, params: Any, version: int) -> None:
         """Use other weights from the next round on. Running sequences go on; their tokens carry the version.
@@ -213,11 +224,10 @@ class Engine:
         Raises:
             ValueError: shapes or types differ from the weights the engine was compiled for.
         """
-        have, want = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (params, self._params))
-        if have != want:
+        if _layout(params) != self._layout:
             raise ValueError("the new weights have other names, shapes or types than those the engine was made with")
-        self._next_weights = (jax.device_put(params, self._device), version)
-        if self._wake is None:
+        self._next_weights = (jax.device_put(params, self._shardings), version)
+        if self._wake is None or self._params is None:
             self._swap_weights()
 
     @contextlib.asynccontextmanager
@@ -304,28 +314,36 @@ class Engine:
         self._counters.longest_queue_seconds = max(self._counters.longest_queue_seconds, waited)
         return Sequence(self, track)
 
-    def stats(self) -> dict[str, float]:
-        """Counters since the engine was made, and what follows from them.
+    @property
+    def load(self) -> int:
+        """Sequences that are open, queued ones included."""
+        return self._scheduler.open
 
-        ``occupancy`` is the share of slot-steps that sampled a token, ``idle_share`` the share of serving time in which
-        the device had nothing to do, ``pages_used`` and ``queued`` the state now.
-        """
-        counters, scheduler = self._counters, self._scheduler
-        busy = counters.decode_seconds + counters.prefill_seconds
-        slot_steps = counters.decode_steps * self._config.slots
-        serving = counters.serving_seconds + (time.perf_counter() - self._serving_since if self._wake else 0.0)
-        return dataclasses.asdict(counters) | {
-            "serving_seconds": serving,
-            "occupancy": counters.decode_tokens / slot_steps if slot_steps else 0.0,
-            "mean_queue_seconds": counters.queue_seconds / counters.opened if counters.opened else 0.0,
-            "idle_share": max(0.0, 1 - busy / serving) if serving else 0.0,
-            "preemptions": scheduler.preemptions,
-            "pages_used": scheduler.allocator.used,
-            "pages": scheduler.total_pages,
-            "queued": scheduler.queued,
-            "admitted": scheduler.admitted,
-            "version": self._version,
-        }
+    def plays(self, draw: int) -> bool:
+        """Whether a sequence of this draw is open, whose prompt another one would share."""
+        return self._scheduler.plays(_int32(draw))
+
+    @property
+    def version(self) -> int:
+        """Name of the weights in use."""
+        return self._version
+
+    @property
+    def counters(self) -> Counters:
+        """What was done since the engine was made, and the state now."""
+        scheduler, serving = self._scheduler, time.perf_counter() - self._serving_since if self._wake else 0.0
+        return dataclasses.replace(
+            self._counters,
+            serving_seconds=self._counters.serving_seconds + serving,
+            preemptions=scheduler.preemptions,
+            pages_used=scheduler.allocator.used,
+            queued=scheduler.queued,
+            admitted=scheduler.admitted,
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Counters and what follows from them (``counters.figures``), and the version of the weights."""
+        return figures(self.counters) | {"version": self._version}
 
     async def _generate(self, track: Track, max_new_tokens: int) -> Sample:
         self._check_serving()
@@ -378,7 +396,10 @@ class Engine:
                 await wake.wait()
                 wake.clear()
                 while self._wake is wake and (cycle := self._plan()) is not None:
-                    self._deliver(await loop.run_in_executor(worker, self._run, cycle))
+                    self._running = True
+                    output = await loop.run_in_executor(worker, self._run, cycle, self._launches)
+                    self._running = False
+                    self._deliver(output)
                     for _ in range(SETTLE):
                         if self._scheduler.full:
                             break
@@ -403,29 +424,31 @@ class Engine:
         self._next_weights = None
         self._scheduler.weights_changed()
 
-    def _run(self, cycle: Cycle) -> _Output:
+    def _run(self, cycle: Cycle, launches: contextlib.AbstractContextManager[Any]) -> _Output:
         """Device work of one cycle, in the worker thread."""
         started = time.perf_counter()
         config, kv_pages = self._config, self._kv_pages
-        for plan in cycle.prompts:
-            kv_pages = rounds.prefill(self._params, kv_pages, plan, model=self._model, chunk=config.prefill_chunk)
-        for plan in cycle.copies:
-            kv_pages = rounds.copy_pages(kv_pages, plan)
-        for plan in cycle.texts:
-            kv_pages = rounds.prefill(self._params, kv_pages, plan, model=self._model, chunk=config.prefill_chunk)
+        with launches, jax.set_mesh(self._mesh):
+            for plan in cycle.prompts:
+                kv_pages = rounds.prefill(self._params, kv_pages, plan, model=self._model, chunk=config.prefill_chunk)
+            for plan in cycle.copies:
+                kv_pages = rounds.copy_pages(kv_pages, plan)
+            for plan in cycle.texts:
+                kv_pages = rounds.prefill(self._params, kv_pages, plan, model=self._model, chunk=config.prefill_chunk)
         if cycle.prefill_tokens:
             jax.block_until_ready(kv_pages)
         prefilled = time.perf_counter()
-        self._kv_pages, output = rounds.decode_round(
-            self._params,
-            kv_pages,
-            cycle.decode,
-            np.int32(cycle.exit_at),
-            self._key,
-            self._device_stop_ids,
-            model=self._model,
-            steps=config.round_steps,
-        )
+        with launches, jax.set_mesh(self._mesh):
+            self._kv_pages, output = rounds.decode_round(
+                self._params,
+                kv_pages,
+                cycle.decode,
+                np.int32(cycle.exit_at),
+                self._key,
+                self._device_stop_ids,
+                model=self._model,
+                steps=config.round_steps,
+            )
         tokens, logprobs = rounds.read_round(output)
         return _Output(cycle, tokens, logprobs, prefilled - started, time.perf_counter() - prefilled)
 
@@ -436,7 +459,9 @@ class Engine:
         counters = self._counters
         counters.rounds += 1
         counters.decode_tokens += int(counts.sum())
-        counters.decode_steps += int(sampled.any(axis=1).sum())
+        steps = int(sampled.any(axis=1).sum())
+        counters.decode_steps += steps
+        counters.slot_steps += steps * self._config.slots
         counters.prefill_tokens += output.cycle.prefill_tokens
         counters.prefill_calls += len(output.cycle.prompts) + len(output.cycle.texts)
         counters.prefill_seconds += output.prefill_seconds
@@ -462,6 +487,11 @@ class Engine:
                             waiting.seconds,
                         )
                     )
+
+
+def _layout(params: Any) -> Any:
+    """Names, shapes and types of weights."""
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
 
 
 def _int32(value: int) -> int:

@@ -103,6 +103,8 @@ class Scheduler:
         self.allocator = PageAllocator(self.total_pages)
         self.prompts = PromptCache(self.allocator, config.page_size)
         self.preemptions = 0
+        self._open: dict[int, Track] = {}  # by ticket, until closed
+        self._draws: collections.Counter[int] = collections.Counter()  # of those
         self._admitted: dict[int, Track] = {}  # by ticket
         self._queue: dict[int, Track] = {}  # by ticket
         self._oldest: list[int] = []  # heap of their tickets; those that left the queue in between are passed over
@@ -121,12 +123,24 @@ class Scheduler:
         return len(self._admitted)
 
     @property
+    def open(self) -> int:
+        """Sequences submitted and not closed."""
+        return len(self._open)
+
+    def plays(self, draw: int) -> bool:
+        """Whether a sequence of this draw is open."""
+        return draw in self._draws
+
+    @property
     def decoding(self) -> tuple[Track, ...]:
         """The sequences in slots."""
         return tuple(track for track in self._slots if track is not None)
 
     def submit(self, track: Track) -> None:
         """Put a sequence in the queue for admission."""
+        if track.ticket not in self._open:
+            self._open[track.ticket] = track
+            self._draws[track.draw] += 1
         self._queue[track.ticket] = track
         heapq.heappush(self._oldest, track.ticket)
         self._queued_keys[track.key] += 1
@@ -161,6 +175,10 @@ class Scheduler:
         if track.closed:
             return
         track.closed = True
+        del self._open[track.ticket]
+        self._draws[track.draw] -= 1
+        if not self._draws[track.draw]:
+            del self._draws[track.draw]
         if track.ticket in self._queue:
             self._leave_queue(track)
             if not self._queued_keys[track.key]:
@@ -170,8 +188,8 @@ class Scheduler:
             self._recent.append(track.response_tokens)
 
     def close_all(self) -> None:
-        """Close every sequence, admitted or queued."""
-        for track in [*self._queue.values(), *self._admitted.values()]:
+        """Close every sequence that is open."""
+        for track in list(self._open.values()):
             self.close(track)
 
     @property

@@ -18,7 +18,16 @@ from jaxrl.train.recorder import Recorder
 from jaxrl.train.run import open_run
 from jaxrl.train.session import Session, open_session
 from jaxrl.train.sft import cold_start
-from jaxrl.train.state import TrainState, abstract_params, abstract_state, copied, new_state, sft_optimizer
+from jaxrl.train.state import (
+    HOST,
+    TrainState,
+    abstract_params,
+    abstract_state,
+    copied,
+    in_memory,
+    new_state,
+    sft_optimizer,
+)
 
 
 def train(
@@ -58,7 +67,8 @@ def train(
                 state = cold_start(session, recorder, progress, state)
             if progress.stage == "sft" and not cold_start_only:
                 progress.begin_reinforcement()
-                state = new_state(state.params, session.rl_optimizer, session.mesh)
+                offload = config.optimizer.offload
+                state = new_state(state.params, session.rl_optimizer, session.mesh, offload=offload)
                 reference = copied(state.params) if config.algorithm.kl_coefficient else None
             if not cold_start_only:
                 state = asyncio.run(reinforce(session, recorder, progress, state, reference))
@@ -118,6 +128,8 @@ def restore(session: Session, checkpoints: Checkpoints, step: int) -> tuple[RunP
     target = abstract_state(session.specs, optimizer, session.mesh)
     wants_reference = progress.stage == "rl" and config.algorithm.kl_coefficient
     state, reference = checkpoints.restore(step, target, target.params if wants_reference else None)
+    if config.optimizer.offload:
+        state = state.replace(opt_state=in_memory(state.opt_state, HOST))
     return progress, state, reference
 
 
@@ -129,11 +141,13 @@ def restore_params(session: Session, checkpoints: Checkpoints, step: int) -> Any
 def beginning(session: Session, on_bytes: hf.OnBytes = hf.ignore) -> tuple[RunProgress, TrainState, Any | None]:
     """Where a new run starts."""
     config, params = session.config, session.first_params(on_bytes)
+    offload = config.optimizer.offload
     if config.sft.demonstrations:
         optimizer = sft_optimizer(config.sft, config.optimizer, session.specs)
-        return RunProgress(), new_state(params, optimizer, session.mesh), None
+        return RunProgress(), new_state(params, optimizer, session.mesh, offload=offload), None
     reference = copied(params) if config.algorithm.kl_coefficient else None
-    return RunProgress(stage="rl"), new_state(params, session.rl_optimizer, session.mesh), reference
+    state = new_state(params, session.rl_optimizer, session.mesh, offload=offload)
+    return RunProgress(stage="rl"), state, reference
 
 
 def _report(session: Session, progress: RunProgress) -> Report:

@@ -19,7 +19,7 @@ from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session, open_player
 from jaxrl.train.state import TrainState
-from jaxrl.train.sync import rollout_params
+from jaxrl.train.sync import hand_over, rollout_params
 from jaxrl.train.update import Updater, over_updates, policy_gradient_loss
 
 
@@ -45,11 +45,12 @@ async def reinforce(
         return state
     recorder.view.stage("reinforcement", config.train.steps, first=progress.step)
     loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature)
-    updater = Updater(loss, session.rl_optimizer, session.mesh)
+    offload = config.optimizer.offload
+    updater = Updater(loss, session.rl_optimizer, session.mesh, session.launches, offload=offload)
     async with contextlib.AsyncExitStack() as stack:
         with timer.phase("compile"):
             updater.compile(state, config.train.rows, config.train.row_tokens, reference)
-            weights = rollout_params(state.params, session.model)
+            weights = rollout_params(state.params, session.model, session.rollout_mesh)
             player = await stack.enter_async_context(open_player(session, weights, progress.step))
         if progress.before is None:
             progress.before = progress.after = await measure(session, recorder, player, progress)
@@ -70,7 +71,7 @@ async def reinforce(
             progress.step += 1
             progress.skipped_steps += not collected.kept
             with timer.phase("sync"):
-                player.engine.set_weights(rollout_params(state.params, session.model), progress.step)
+                hand_over(state.params, session.model, player.engine, progress.step, session.launches)
             metrics, engine = over_updates(updates), player.engine.stats()
             recorder.rl_step(progress, collected.played, collected.selections, metrics, engine)
             evaluated = _is_due(progress.step, config.train.eval_every, config.train.steps)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,14 +20,14 @@ from jaxrl.model import companions, folders, hf, spec, transformer
 from jaxrl.model.config_json import check_exportable
 from jaxrl.records import Demonstration, Problem
 from jaxrl.rewards.verifier import MathVerifier
-from jaxrl.rollout.engine import Engine
+from jaxrl.rollout.fleet import Fleet
 from jaxrl.rollout.scheduler import Scheduler
 from jaxrl.sandbox import pool_from_config
 from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunFolder
-from jaxrl.train.state import initial_params, rl_optimizer
+from jaxrl.train.state import check_offload, initial_params, rl_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,15 @@ class Session:
     train_problems: tuple[Problem, ...] = ()
     eval_problems: tuple[Problem, ...] = ()
     demonstrations: tuple[Demonstration, ...] = ()
+
+    @functools.cached_property
+    def rollout_mesh(self) -> jax.sharding.Mesh:
+        return meshes.make_rollout_mesh(self.mesh, self.config.mesh.rollout_tensor)
+
+    @functools.cached_property
+    def launches(self) -> contextlib.AbstractContextManager[Any]:
+        """Held while work is handed to several devices, see ``Engine``; a single one needs no order."""
+        return threading.Lock() if self.mesh.size > 1 else contextlib.nullcontext()
 
     @functools.cached_property
     def specs(self) -> spec.Specs:
@@ -103,6 +113,8 @@ def open_session(config: Config, run: RunFolder) -> Session:
     session = _session(config, run, _tokenizer(config, run, train, worked))
     _check_prompts(config, session.chat, (*train, *held_out))
     _check_rows(config, session.mesh)
+    if config.optimizer.offload:
+        check_offload(session.mesh)
     return dataclasses.replace(session, train_problems=train, eval_problems=held_out, demonstrations=worked)
 
 
@@ -120,16 +132,24 @@ def reopen_session(config: Config, run: RunFolder, eval_problems: tuple[Problem,
 
 @contextlib.asynccontextmanager
 async def open_player(session: Session, params: Any, version: int) -> AsyncIterator[Player]:
-    """Engine, sandbox and verifier, started and compiled; everything is stopped on the way out."""
+    """Engines, sandbox and verifier, started and compiled; everything is stopped on the way out.
+
+    Args:
+        params: from ``rollout_params``, one tree for each replica of the rollout mesh.
+        version: name of these weights.
+    """
     config = session.config
-    engine = Engine(
+    engine = Fleet(
         config.engine,
         session.model,
         params,
+        session.rollout_mesh,
         stop_ids=(session.tokenizer.end_id,),
         seed=config.train.seed,
         version=version,
+        launches=session.launches,
     )
+    del params  # the engines free theirs when they get new ones
     engine.compile()
     async with pool_from_config(config.sandbox) as pool, MathVerifier(config.reward) as verifier, engine.serving():
         yield Player(
@@ -146,7 +166,10 @@ async def open_player(session: Session, params: Any, version: int) -> AsyncItera
 def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:
     chat = ChatFormat(config.chat, (PythonTool.schema,), tokenizer)
     check_limit(tokenizer, config.env.max_tool_tokens)
-    return Session(config, run, tokenizer, chat, _model(config.model, tokenizer), meshes.make_mesh(config.mesh))
+    session = Session(config, run, tokenizer, chat, _model(config.model, tokenizer), meshes.make_mesh(config.mesh))
+    spec.shardings(session.specs, session.mesh, meshes.PARAM_RULES)  # refuses meshes that cannot split the model
+    spec.shardings(session.specs, session.rollout_mesh, meshes.ROLLOUT_RULES)
+    return session
 
 
 def _tokenizer(
@@ -173,12 +196,18 @@ def _model(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
-    pieces = mesh.shape["data"] * mesh.shape["fsdp"]
-    for name, rows in (("SftConfig.rows", config.sft.rows), ("TrainConfig.rows", config.train.rows)):
-        if rows % pieces:
-            raise ConfigError(
-                f"{name}={rows} cannot be split over {pieces} devices (MeshConfig.data x fsdp); make it a multiple"
-            )
+    """Every micro-batch must be cut into equal pieces."""
+    for axis, field, over in (
+        ("batch", "rows", "MeshConfig.slice x data x fsdp"),
+        ("token_shards", "row_tokens", "MeshConfig.context x tensor"),
+    ):
+        pieces = meshes.pieces(axis, meshes.COMPUTE_RULES, mesh)
+        for section in (config.sft, config.train):
+            if rest := getattr(section, field) % pieces:
+                raise ConfigError(
+                    f"{type(section).__name__}.{field}={getattr(section, field)} cannot be split over {pieces} devices "
+                    f"({over}); make it {getattr(section, field) + pieces - rest}, or another multiple of {pieces}"
+                )
 
 
 def _check_prompts(config: Config, chat: ChatFormat, questions: tuple[Problem, ...]) -> None:

@@ -28,7 +28,10 @@ def cold_start(session: Session, recorder: Recorder, progress: RunProgress, stat
             sequences, rows=config.sft.rows, row_tokens=config.sft.row_tokens, update="batch"
         )
     updater = Updater(
-        cross_entropy_loss(session.model), sft_optimizer(config.sft, config.optimizer, session.specs), session.mesh
+        cross_entropy_loss(session.model),
+        sft_optimizer(config.sft, config.optimizer, session.specs),
+        session.mesh,
+        offload=config.optimizer.offload,
     )
     with recorder.timer.phase("compile"):
         updater.compile(state, config.sft.rows, config.sft.row_tokens)

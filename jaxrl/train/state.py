@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl import mesh as meshes
-from jaxrl.config import OptimizerConfig, SftConfig
+from jaxrl.config import ConfigError, OptimizerConfig, SftConfig
 from jaxrl.model import spec
+
+HOST, DEVICE = "pinned_host", "device"
+"""Kinds of memory, as jax names them: the host's, from which the devices copy, and their own."""
 
 
 @flax.struct.dataclass
@@ -51,11 +54,46 @@ def sft_optimizer(config: SftConfig, optimizer: OptimizerConfig, specs: Any) -> 
     )
 
 
-def new_state(params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """A state at step 0; ``params`` are kept as they are, the moments take their shardings."""
+def new_state(
+    params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, *, offload: bool = False
+) -> TrainState:
+    """A state at step 0; ``params`` are kept as they are, the moments take their shardings.
+
+    Args:
+        offload: the moments rest in the host's memory.
+    """
     with jax.set_mesh(mesh):
         opt_state, step = jax.jit(lambda p: (optimizer.init(p), jnp.zeros((), jnp.int32)))(params)
-    return TrainState(params, opt_state, step)
+    return TrainState(params, in_memory(opt_state, HOST) if offload else opt_state, step)
+
+
+def in_memory(opt_state: Any, kind: str) -> Any:
+    """The optimizer state moved to ``HOST`` or ``DEVICE`` memory, split as it is; ``opt_state`` is consumed.
+
+    Scalars stay where they are.
+    """
+
+    def move(leaf: jax.Array) -> jax.Array:
+        if not leaf.ndim or leaf.sharding.memory_kind == kind:
+            return leaf
+        moved = jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
+        leaf.delete()  # jax donates nothing across kinds of memory
+        return moved
+
+    return jax.tree.map(move, opt_state)
+
+
+def check_offload(mesh: jax.sharding.Mesh) -> None:
+    """Refuse to offload where the devices cannot reach pinned host memory.
+
+    Raises:
+        ConfigError: with the kinds of memory there are.
+    """
+    kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
+    if HOST not in kinds:
+        raise ConfigError(
+            f"OptimizerConfig.offload needs {HOST} memory, but the devices reach {', '.join(kinds)}; set it to False"
+        )
 
 
 def copied(params: Any) -> Any:

@@ -4,6 +4,7 @@ The trainer does not know the algorithm. What a token contributes is ``weights``
 batch; the aggregation's global denominator is already in ``weights``, so micro-batches simply add up.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from jaxrl.config import AlgorithmConfig, ModelConfig
 from jaxrl.model import logprob, moe
 from jaxrl.records import Batch
 from jaxrl.rl import losses, mismatch
-from jaxrl.train.state import TrainState
+from jaxrl.train.state import DEVICE, HOST, TrainState, in_memory
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Name to (sum, count); of a name that ends in _max to (largest, 1 or 0)."""
@@ -118,10 +119,53 @@ def over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return means | {name: updates[0][name] for name in mismatch.GAP_METRICS if name in means}
 
 
+class LayoutError(RuntimeError):
+    """Something would rest in another layout than the parameter it belongs to; training would slow down or not fit."""
+
+
+def shardings_of(types: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The shardings that the types of traced values promise, on a mesh of devices."""
+    return jax.tree.map(lambda leaf: jax.sharding.NamedSharding(mesh, leaf.sharding.spec), types)
+
+
+def check_layout(what: str, shardings: Any, resting: Any) -> None:
+    """Compare shardings with those of arrays of the same tree.
+
+    Raises:
+        LayoutError: naming the first leaf whose sharding is another.
+    """
+    have = jax.tree.leaves(shardings)
+    for (path, leaf), sharding in zip(jax.tree.leaves_with_path(resting), have, strict=True):
+        if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            raise LayoutError(
+                f"{what} {jax.tree_util.keystr(path)} {leaf.shape} would rest as {sharding.spec} and not as "
+                f"{leaf.sharding.spec}, as it does now; give the operation that changes it an out_sharding"
+            )
+
+
+def _on_device(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    """The type of an array once it is in device memory."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(DEVICE))
+
+
 class Updater:
     """``step`` takes any number of micro-batches of the one shape that ``compile`` was given."""
 
-    def __init__(self, loss: LossFunction, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> None:
+    def __init__(
+        self,
+        loss: LossFunction,
+        optimizer: optax.GradientTransformation,
+        mesh: jax.sharding.Mesh,
+        launches: contextlib.AbstractContextManager[Any] | None = None,
+        *,
+        offload: bool = False,
+    ) -> None:
+        """Nothing is compiled yet.
+
+        Args:
+            launches: held while work is handed to the devices, where a rollout engine does so as well; see ``Engine``.
+            offload: the optimizer state comes and goes in the host's memory.
+        """
         gradient = jax.grad(loss, has_aux=True)
 
         def first(params: Any, batch: Batch, reference: Any) -> Any:
@@ -142,7 +186,9 @@ class Updater:
             return TrainState(state.params, optimizer.init(state.params), jnp.zeros_like(state.step))
 
         self._mesh = mesh
-        rows = meshes.partition_spec(("batch", "tokens"), meshes.COMPUTE_RULES, mesh)
+        self._launches = launches or contextlib.nullcontext()
+        self._offload = offload
+        rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)
         self._placement = jax.sharding.NamedSharding(mesh, rows)
         self._first = jax.jit(first)
         self._more = jax.jit(more, donate_argnums=0)
@@ -150,18 +196,28 @@ class Updater:
         self._reset = jax.jit(reset, donate_argnums=0)
 
     def compile(self, state: TrainState, rows: int, row_tokens: int, reference: Any = None) -> None:
-        """Compile for micro-batches [rows, row_tokens], so that nothing is compiled once training runs."""
+        """Compile for micro-batches [rows, row_tokens], so that nothing is compiled once training runs.
+
+        Raises:
+            LayoutError: a gradient, or what the update makes of the state, would rest elsewhere than its parameter.
+        """
         integers, floats = (np.zeros((rows, row_tokens), dtype) for dtype in (np.int32, np.float32))
         empty = Batch(integers, integers, integers, floats, floats, floats, floats)
         with jax.set_mesh(self._mesh):
+            total = jax.eval_shape(self._first, state.params, jax.device_put(empty, self._placement), reference)
+            check_layout("the gradient of", shardings_of(total[0], self._mesh), state.params)
             gradients, _ = self._accumulate(state, [empty, empty], reference)
+            check_layout("the sum of gradients of", jax.tree.map(lambda leaf: leaf.sharding, gradients), state.params)
+            state = state.replace(opt_state=jax.tree.map(_on_device, state.opt_state))
             self._apply = self._apply.lower(state, gradients).compile()
+            check_layout("after an update", self._apply.output_shardings[0], state)
             self._reset = self._reset.lower(state).compile()
+            check_layout("after a reset", self._reset.output_shardings, state)
 
     def reset(self, state: TrainState) -> TrainState:
         """The same parameters with a fresh optimizer; ``state`` is consumed."""
         with jax.set_mesh(self._mesh):
-            return self._reset(state)
+            return self._put_away(self._reset(self._bring(state)))
 
     def step(
         self, state: TrainState, batches: Iterable[Batch], reference: Any = None
@@ -175,18 +231,29 @@ class Updater:
         """
         with jax.set_mesh(self._mesh):
             gradients, metrics = self._accumulate(state, batches, reference)
-            state, norm = self._apply(state, gradients)
+            with self._launches:
+                state, norm = self._apply(self._bring(state), gradients)
+            state = self._put_away(state)
         values = {
             name: float(value) / max(float(count), 1.0) for name, (value, count) in jax.device_get(metrics).items()
         }
         return state, values | {"grad_norm": float(norm)}
 
+    def _bring(self, state: TrainState) -> TrainState:
+        """With its moments on the devices."""
+        return state.replace(opt_state=in_memory(state.opt_state, DEVICE)) if self._offload else state
+
+    def _put_away(self, state: TrainState) -> TrainState:
+        """With its moments where they rest."""
+        return state.replace(opt_state=in_memory(state.opt_state, HOST)) if self._offload else state
+
     def _accumulate(self, state: TrainState, batches: Iterable[Batch], reference: Any) -> tuple[Any, Metrics]:
         total = None
         for batch in batches:
             placed = jax.device_put(batch, self._placement)
-            if total is None:
-                total = self._first(state.params, placed, reference)
-            else:
-                total = self._more(total, state.params, placed, reference)
+            with self._launches:
+                if total is None:
+                    total = self._first(state.params, placed, reference)
+                else:
+                    total = self._more(total, state.params, placed, reference)
         return total

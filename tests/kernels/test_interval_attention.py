@@ -16,7 +16,8 @@ BACKENDS = ("xla",)
 def inputs(case: Case) -> tuple[jax.Array, ...]:
     generator = np.random.default_rng(3)
     heads = (case.query_heads, case.kv_heads, case.kv_heads, case.query_heads)
-    shapes = [(case.batch, case.tokens, count, case.head_width) for count in heads]
+    lengths = (case.tokens - case.first, case.tokens, case.tokens, case.tokens - case.first)
+    shapes = [(case.batch, length, count, case.head_width) for length, count in zip(lengths, heads, strict=True)]
     return tuple(jnp.asarray(generator.normal(size=shape), case.dtype) for shape in shapes)
 
 
@@ -25,7 +26,8 @@ def output_and_gradients(case: Case, implementation: str, exact: bool = False) -
     q, k, v, cotangent = (x.astype(jnp.float32) if exact else x for x in inputs(case))
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        options = {"window": case.window, "scale": case.scale, "soft_cap": case.soft_cap}
+        first = jnp.int32(case.first) if case.first else 0
+        options = {"window": case.window, "first": first, "scale": case.scale, "soft_cap": case.soft_cap}
         return interval_attention(q, k, v, jnp.asarray(case.ends()), implementation=implementation, **options)
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, ...]:
@@ -105,7 +107,12 @@ def test_memory_is_linear_in_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"k": (1, 4, 3, 8)}, "K dividing N"), ({"end": (1, 5)}, "one integer per token"), ({"name": "cuda"}, "unknown")],
+    [
+        ({"k": (1, 4, 3, 8)}, "K dividing N"),
+        ({"k": (1, 3, 2, 8)}, "Q at most T"),
+        ({"end": (1, 5)}, "one integer per token"),
+        ({"name": "cuda"}, "unknown"),
+    ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
     q, k = jnp.zeros((1, 4, 4, 8)), jnp.zeros(change.get("k", (1, 4, 2, 8)))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.config import ModelConfig
+from jaxrl.config import MeshConfig, ModelConfig
+from jaxrl.mesh import make_mesh, make_rollout_mesh
 from jaxrl.model import spec, transformer
 from jaxrl.model.logprob import sequence_logprobs
 from jaxrl.train.sync import rollout_params
@@ -23,6 +24,13 @@ MODELS = {
 }
 
 
+def engines_copy(params: dict, model: ModelConfig) -> dict:
+    """What the one replica of a single device gets, as plain arrays."""
+    mesh = make_rollout_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
+    (copy,) = rollout_params(params, model, mesh)
+    return jax.tree.map(jnp.asarray, jax.device_get(copy))
+
+
 def trained(model: ModelConfig) -> dict:
     """Weights none of which bfloat16 can hold, norms and biases too."""
     generator = np.random.default_rng(0)
@@ -34,7 +42,7 @@ def trained(model: ModelConfig) -> dict:
 @pytest.mark.parametrize("family", MODELS)
 def test_promise_1_the_engines_copy_gives_the_same_logprobs(family: str) -> None:
     model, params = MODELS[family], trained(MODELS[family])
-    copy = rollout_params(params, model)
+    copy = engines_copy(params, model)
     assert copy["embedding"].dtype == copy["layers"]["query"].dtype == jnp.bfloat16
     assert copy["final_norm"].dtype == jnp.float32
     tokens = np.random.default_rng(1).integers(0, model.vocab_size, (3, 20)).astype(np.int32)
@@ -46,6 +54,6 @@ def test_promise_1_the_engines_copy_gives_the_same_logprobs(family: str) -> None
 def test_weights_of_another_model_are_refused() -> None:
     params = trained(MODEL)
     with pytest.raises(ValueError, match="the trees differ"):
-        rollout_params(params, MODELS["qwen3"])
+        engines_copy(params, MODELS["qwen3"])
     with pytest.raises(ValueError, match=r"embedding.* has shape .40, 32.; the model wants .48, 32."):
-        rollout_params(params, dataclasses.replace(MODEL, vocab_size=48))
+        engines_copy(params, dataclasses.replace(MODEL, vocab_size=48))

@@ -6,13 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl import mesh as meshes
-from jaxrl.config import AlgorithmConfig, MeshConfig, ModelConfig, OptimizerConfig
+from jaxrl.config import AlgorithmConfig, ConfigError, MeshConfig, ModelConfig, OptimizerConfig
 from jaxrl.model import logprob, moe, spec, transformer
 from jaxrl.records import Batch
-from jaxrl.train.state import abstract_state, initial_params, new_state, rl_optimizer
-from jaxrl.train.update import Updater, cross_entropy_loss, over_updates, policy_gradient_loss
+from jaxrl.train.state import abstract_state, check_offload, initial_params, new_state, rl_optimizer
+from jaxrl.train.update import (
+    LayoutError,
+    Updater,
+    check_layout,
+    cross_entropy_loss,
+    over_updates,
+    policy_gradient_loss,
+)
 
 MODEL = ModelConfig(
     vocab_size=24, layers=1, width=16, query_heads=2, kv_heads=1, head_width=8, ffn_width=32, init_scale=0.3
@@ -101,6 +109,39 @@ def test_a_gradient_that_is_not_finite_changes_nothing(mesh: jax.sharding.Mesh) 
     after, metrics = updated([batch.replace(weights=batch.weights * np.float32(np.inf))], mesh)
     assert not np.isfinite(metrics["grad_norm"])
     jax.tree.map(np.testing.assert_array_equal, after, jax.device_get(initial_params(SPECS, mesh, 0)))
+
+
+def test_offloaded_moments_rest_on_the_host_and_change_no_bit(mesh: jax.sharding.Mesh) -> None:
+    states = []
+    for offload in (False, True):
+        state = new_state(initial_params(SPECS, mesh, 0), OPTIMIZER, mesh, offload=offload)
+        updater = Updater(policy_gradient_loss(MODEL, AlgorithmConfig(), 1.0), OPTIMIZER, mesh, offload=offload)
+        updater.compile(state, 4, 12)
+        for seed in (1, 2):
+            kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
+            assert kinds == {"pinned_host" if offload else "device"}
+            state, _ = updater.step(state, [random_batch(seed, 4)])
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
+        states.append(jax.device_get(state))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_offloading_is_refused_without_pinned_memory() -> None:
+    class Device:
+        def addressable_memories(self) -> list:
+            return [dataclasses.make_dataclass("Memory", ["kind"])("device")]
+
+    mesh = dataclasses.make_dataclass("Mesh", ["devices"])(np.array([Device()], dtype=object))
+    with pytest.raises(ConfigError, match="needs pinned_host memory, but the devices reach device; set it to False"):
+        check_offload(mesh)
+
+
+def test_a_layout_that_changes_is_refused_by_name(mesh: jax.sharding.Mesh) -> None:
+    two = jax.sharding.AbstractMesh((2,), ("fsdp",))
+    resting = {"gate": jax.ShapeDtypeStruct((4, 6), "float32", sharding=NamedSharding(two, PartitionSpec("fsdp")))}
+    check_layout("the gradient of", {"gate": NamedSharding(two, PartitionSpec("fsdp", None))}, resting)
+    with pytest.raises(LayoutError, match=r"the gradient of \['gate'\] \(4, 6\) would rest as .*None, 'fsdp'"):
+        check_layout("the gradient of", {"gate": NamedSharding(two, PartitionSpec(None, "fsdp"))}, resting)
 
 
 def test_a_reset_keeps_the_parameters_and_nothing_else(mesh: jax.sharding.Mesh) -> None:

@@ -27,30 +27,34 @@ def interval_attention(
     window: int | jax.Array = 0,
     scale: float | None = None,
     soft_cap: float = 0.0,
+    first: int | jax.Array = 0,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Attend, softmax in float32. A query that sees no key gives zeros and has zero gradient.
 
     Args:
-        q: [B, T, N, H] queries.
+        q: [B, Q, N, H] queries of the tokens ``first ... first + Q - 1``.
         k: [B, T, K, H] keys; N is a multiple of K, and query heads ``g * N/K ... (g + 1) * N/K - 1`` share KV head g.
         v: [B, T, K, H] values.
         end: [B, T] int32, first query index that no longer sees key j; 0 where nobody does.
         window: query i also needs ``i - j < window``; 0 = no window. An int, or a traced int32 scalar.
         scale: of the scores; ``H ** -0.5`` when None.
         soft_cap: scaled scores become ``soft_cap * tanh(score / soft_cap)``; 0 = they stay.
+        first: index of the first query, where a row's queries are split over devices and each has all keys. An int,
+            or a traced int32 scalar, with which causality saves no work.
         implementation: "xla" is plain JAX, linear in T in memory; "reference" builds the whole mask.
 
     Returns:
-        [B, T, N, H] in q's type.
+        [B, Q, N, H] in q's type.
 
     Raises:
         ValueError: shapes do not fit together, or the implementation is unknown.
     """
-    batch, tokens, heads, width = q.shape
-    if k.shape != v.shape or k.shape[:2] != (batch, tokens) or k.shape[3] != width or heads % k.shape[2]:
+    batch, queries, heads, width = q.shape
+    tokens = k.shape[1]
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != width or heads % k.shape[2] or queries > tokens:
         raise ValueError(
-            f"q {q.shape} [B, T, N, H] needs k and v of one shape [B, T, K, H] with K dividing N; "
+            f"q {q.shape} [B, Q, N, H] needs k and v of one shape [B, T, K, H] with K dividing N and Q at most T; "
             f"got {k.shape}, {v.shape}"
         )
     if end.shape != (batch, tokens):
@@ -59,9 +63,9 @@ def interval_attention(
     scale = width**-0.5 if scale is None else scale
     match implementation:
         case "auto" | "xla":
-            return xla.interval_attention(q, k, v, end, window, scale, soft_cap)
+            return xla.interval_attention(q, k, v, end, window, first, scale, soft_cap)
         case "reference":
-            return reference.interval_attention(q, k, v, end, window, scale, soft_cap)
+            return reference.interval_attention(q, k, v, end, window, first, scale, soft_cap)
     raise ValueError(f"implementation={implementation!r} is unknown; choose auto, xla or reference")
 
 

@@ -20,6 +20,7 @@ class Case:
     window: int = 0
     scale: float | None = None
     soft_cap: float = 0.0
+    first: int = 0
     dtype: str = "float32"
 
     def ends(self) -> np.ndarray:
@@ -77,6 +78,9 @@ CASES = (
     Case("scale", "segments", scale=0.9),
     Case("soft_cap", "segments", scale=1.5, soft_cap=2.0),
     Case("soft_cap_padded_bfloat16", "padded", scale=1.5, soft_cap=2.0, dtype="bfloat16"),
+    Case("split_segments", "segments", batch=3, first=9),
+    Case("split_window", "tree", window=5, first=18),
+    Case("split_chunked", "padded", batch=1, tokens=400, first=100),
     Case("chunked_segments", "segments", tokens=300),
     Case("chunked_padded", "padded", tokens=257, kv_heads=1),
     Case("chunked_tree_window", "tree", batch=1, tokens=400, window=150),

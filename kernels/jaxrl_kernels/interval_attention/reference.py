@@ -1,4 +1,4 @@
-"""Interval attention with the whole [T, T] mask, in float32. Slow and clear: what every backend is compared with."""
+"""Interval attention with the whole [Q, T] mask, in float32. Slow and clear: what every backend is compared with."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,21 @@ from jaxrl_kernels.softmax import soft_capped
 
 
 def interval_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array, scale: float, soft_cap: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    end: jax.Array,
+    window: jax.Array,
+    first: int | jax.Array,
+    scale: float,
+    soft_cap: float,
 ) -> jax.Array:
     """As the contract says, one line per step."""
-    tokens, groups = q.shape[1], q.shape[2] // k.shape[2]
+    groups = q.shape[2] // k.shape[2]
     k = jnp.repeat(k, groups, axis=2).astype(jnp.float32)
     v = jnp.repeat(v, groups, axis=2).astype(jnp.float32)
-    query, key = jnp.arange(tokens)[:, None], jnp.arange(tokens)[None, :]
-    visible = (key <= query) & (query < end[:, None, :]) & ((window == 0) | (query - key < window))  # [B, T, T]
+    query, key = first + jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None, :]
+    visible = (key <= query) & (query < end[:, None, :]) & ((window == 0) | (query - key < window))  # [B, Q, T]
     visible = visible[:, None]
     scores = product("btnh,bsnh->bnts", q.astype(jnp.float32), k) * scale
     scores = jnp.where(visible, soft_capped(scores, soft_cap), -jnp.inf)

@@ -3,7 +3,7 @@
 Queries are taken in chunks, so no more than one [chunk, T] block of scores exists at a time; the backward pass computes
 each block again from the saved log-sum-exp (Dao et al. 2022, algorithm 4). Chunks are grouped in a few spans, and a
 chunk multiplies only with the keys up to the end of its span: with 8 spans 44 % of the products of the full square,
-which causality makes useless, are never done.
+which causality makes useless, are never done. Queries whose first index is traced have one span with all keys.
 """
 
 import functools
@@ -22,37 +22,66 @@ SPANS = 8
 
 
 def interval_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array, scale: float, soft_cap: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    end: jax.Array,
+    window: jax.Array,
+    first: int | jax.Array,
+    scale: float,
+    soft_cap: float,
 ) -> jax.Array:
     """As the contract says. The gradient of a row that sees nothing is exactly zero."""
     batch, tokens, heads, width = q.shape
+    split = not isinstance(first, int) or first > 0
     kv_heads, chunk = k.shape[2], min(CHUNK, tokens)
     chunks = -(-tokens // chunk)
     fill = ((0, 0), (0, chunks * chunk - tokens))
     q = (q * scale).astype(q.dtype).reshape(batch, tokens, kv_heads, heads // kv_heads, width)
     q = jnp.pad(q, (*fill, (0, 0), (0, 0), (0, 0)))
     q = jnp.einsum("bnckgh->nbkgch", q.reshape(batch, chunks, chunk, kv_heads, heads // kv_heads, width))
+    fill = ((0, 0), (0, max(0, chunks * chunk - k.shape[1])))
     k = jnp.einsum("bskh->bksh", jnp.pad(k, (*fill, (0, 0), (0, 0))))
     v = jnp.einsum("bskh->bksh", jnp.pad(v, (*fill, (0, 0), (0, 0))))
-    output = jnp.einsum("nbkgch->bnckgh", _attend(soft_cap, q, k, v, jnp.pad(end, fill), window))
+    attended = _attend(soft_cap, split, q, k, v, jnp.pad(end, fill), window, jnp.asarray(first, jnp.int32))
+    output = jnp.einsum("nbkgch->bnckgh", attended)
     return output.reshape(batch, chunks * chunk, heads, width)[:, :tokens]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(soft_cap: float, q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array) -> jax.Array:
-    """Chunks of scaled queries [n, B, K, G, C, H] over keys and values [B, K, n*C, H], giving [n, B, K, G, C, H]."""
-    return _forward(soft_cap, q, k, v, end, window)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    soft_cap: float,
+    split: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    end: jax.Array,
+    window: jax.Array,
+    first: jax.Array,
+) -> jax.Array:
+    """Chunks of scaled queries [n, B, K, G, C, H] over keys and values [B, K, S, H], giving [n, B, K, G, C, H].
+
+    ``split``: the queries are not those of a whole row from its first token on.
+    """
+    return _forward(soft_cap, split, q, k, v, end, window, first)[0]
 
 
 def _forward(
-    soft_cap: float, q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array
+    soft_cap: float,
+    split: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    end: jax.Array,
+    window: jax.Array,
+    first: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     pieces = []
-    for chunks, reach in _spans(q):
+    for chunks, reach in _spans(q, k, split):
         attend = functools.partial(_attend_chunk, soft_cap, k[:, :, :reach], v[:, :, :reach], end[:, :reach], window)
-        pieces.append(jax.lax.map(attend, (chunks * q.shape[4], q[chunks])))
+        pieces.append(jax.lax.map(attend, (first + chunks * q.shape[4], q[chunks])))
     output, log_total = jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
-    return output, (q, k, v, end, window, output, log_total)
+    return output, (q, k, v, end, window, first, output, log_total)
 
 
 def _attend_chunk(
@@ -77,22 +106,24 @@ def _attend_chunk(
     return (output / total).astype(query.dtype), top + jnp.log(total)
 
 
-def _backward(soft_cap: float, saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
-    q, k, v, end, window, output, log_total = saved
+def _backward(
+    soft_cap: float, split: bool, saved: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    q, k, v, end, window, first, output, log_total = saved
     delta = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
     sums = (jnp.zeros((*k.shape[:2], 0, k.shape[3]), jnp.float32),) * 2
     query_gradients = []
-    for chunks, reach in _spans(q):
+    for chunks, reach in _spans(q, k, split):
         # Each span goes on with the sums of the shorter ones: a slice updated in place inside shard_map crashes the
         # compiler of jaxlib 0.11 for CPUs.
         sums = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, reach - x.shape[2]), (0, 0))) for x in sums)
         differentiate = functools.partial(
             _differentiate_chunk, soft_cap, k[:, :, :reach], v[:, :, :reach], end[:, :reach], window
         )
-        pieces = (chunks * q.shape[4], q[chunks], log_total[chunks], delta[chunks], gradient[chunks])
+        pieces = (first + chunks * q.shape[4], q[chunks], log_total[chunks], delta[chunks], gradient[chunks])
         sums, query_gradient = jax.lax.scan(differentiate, sums, pieces)
         query_gradients.append(query_gradient)
-    return jnp.concatenate(query_gradients), sums[0].astype(k.dtype), sums[1].astype(v.dtype), None, None
+    return jnp.concatenate(query_gradients), sums[0].astype(k.dtype), sums[1].astype(v.dtype), None, None, None
 
 
 def _differentiate_chunk(
@@ -122,8 +153,10 @@ def _differentiate_chunk(
 _attend.defvjp(_forward, _backward)
 
 
-def _spans(q: jax.Array) -> list[tuple[np.ndarray, int]]:
+def _spans(q: jax.Array, k: jax.Array, split: bool) -> list[tuple[np.ndarray, int]]:
     """Indices of the chunks of each span, and how many keys they reach over."""
+    if split:
+        return [(np.arange(q.shape[0], dtype=np.int32), k.shape[2])]
     groups = np.array_split(np.arange(q.shape[0], dtype=np.int32), min(SPANS, q.shape[0]))
     return [(group, (int(group[-1]) + 1) * q.shape[4]) for group in groups]
 

@@ -1,0 +1,57 @@
+"""Replicas behind the interface of one engine. What needs several devices is in tests/test_mesh.py."""
+
+import asyncio
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl.config import MeshConfig
+from jaxrl.mesh import make_mesh, make_rollout_mesh
+from jaxrl.rollout.counters import Counters, figures, total
+from jaxrl.rollout.fleet import Fleet
+from tests.rollout.conftest import CONFIG, MODEL, STOPS, make_engine, play, play_all
+
+NAMES = [(draw, sample) for draw in range(2) for sample in range(3)]
+
+
+@pytest.fixture
+def fleet(params) -> Fleet:
+    mesh = make_rollout_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
+    return Fleet(CONFIG, MODEL, (params,), mesh, stop_ids=STOPS, seed=11)
+
+
+def test_a_fleet_of_one_is_the_engine(params, fleet):
+    wanted, got = play_all(make_engine(params), NAMES), play_all(fleet, NAMES)
+    for name, played in wanted.items():
+        np.testing.assert_array_equal(played.ids, got[name].ids)
+        np.testing.assert_array_equal(played.logprobs, got[name].logprobs)
+    assert fleet.stats()["opened"] == len(NAMES)
+
+
+def test_an_engine_knows_whose_sequences_are_open(params):
+    engine = make_engine(params, pages=46)  # not all fit at once: some are queued, some are admitted
+
+    async def run() -> None:
+        async with engine.serving():
+            tasks = [asyncio.create_task(play(engine, draw, sample)) for draw, sample in NAMES]
+            while not engine.stats()["rounds"]:
+                await asyncio.sleep(0)
+            assert engine.load == len(NAMES) and engine.plays(0) and engine.plays(1) and not engine.plays(2)
+            tasks[0].cancel()
+            await asyncio.wait(tasks[:1])
+            assert engine.load <= len(NAMES) - 1
+            await asyncio.gather(*tasks[1:])
+            assert engine.load == 0 and not engine.plays(0)
+
+    asyncio.run(run())
+
+
+def test_counters_of_replicas_add_up():
+    one = Counters(opened=2, decode_tokens=30, slot_steps=40, decode_seconds=1.0, serving_seconds=4.0)
+    two = Counters(opened=6, decode_tokens=10, slot_steps=40, decode_seconds=3.0, serving_seconds=4.0)
+    one.longest_queue_seconds, two.longest_queue_seconds, two.queue_seconds = 3.0, 2.0, 4.0
+    both = figures(total([one, two]))
+    assert both["opened"] == 8 and both["occupancy"] == 0.5 and both["idle_share"] == 0.5
+    assert both["longest_queue_seconds"] == 3.0 and math.isclose(both["mean_queue_seconds"], 0.5)

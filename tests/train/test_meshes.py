@@ -1,0 +1,64 @@
+"""A whole run on a mesh of eight devices is the run on one device."""
+
+import pathlib
+import subprocess
+from collections.abc import Callable
+
+import jax
+import pytest
+
+from jaxrl.config import Config, ConfigError, SftConfig, TrainConfig
+from jaxrl.mesh import AXES
+from jaxrl.observe.traces import read_episodes
+from jaxrl.observe.writers import read_metrics
+from jaxrl.train import session
+
+SHORT = (
+    *("ModelConfig.kv_heads=2", "SftConfig.steps=20", "TrainConfig.steps=2", "TrainConfig.problems=2"),
+    *("TrainConfig.samples=4", "AlgorithmConfig.reject_equal=False", "AlgorithmConfig.keep=4"),
+)
+EIGHT = (
+    *("MeshConfig.slice=2", "MeshConfig.fsdp=1", "MeshConfig.context=2", "MeshConfig.tensor=2"),
+    "OptimizerConfig.offload=True",
+)
+RunTiny = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def settings(overrides: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(argument for override in overrides for argument in ("--set", override))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ((2, 1, 2, 1, 1), r"SftConfig.rows=6 cannot be split over 4 devices \(.*slice x data x fsdp\); make it 8, or"),
+        ((1, 2, 1, 1, 1), r"TrainConfig.rows=7 cannot be split over 2 devices \(.*fsdp\); make it 8, or another mult"),
+        ((1, 1, 1, 4, 2), r"SftConfig.row_tokens=100 cannot be split over 8 devices .*context x tensor\); make it 104"),
+    ],
+)
+def test_rows_that_a_mesh_cannot_split_are_refused_with_what_it_could(lengths: tuple[int, ...], message: str) -> None:
+    config = Config(sft=SftConfig(rows=6, row_tokens=100), train=TrainConfig(rows=7, row_tokens=512))
+    with pytest.raises(ConfigError, match=message):
+        session._check_rows(config, jax.sharding.AbstractMesh(lengths, AXES))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_on_eight_devices_has_the_curve_of_one(
+    tmp_path: pathlib.Path, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cold start, episodes of the next step played during the update, four replicas, offloaded moments, a resume."""
+    folders = [tmp_path / "one", tmp_path / "eight"]
+    one = run_tiny(folders[0], more=settings(SHORT))
+    assert one.returncode == 0, one.stdout + one.stderr
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    half = run_tiny(folders[1], more=settings((*SHORT, *EIGHT, "TrainConfig.steps=1")))
+    assert half.returncode == 0, half.stdout + half.stderr
+    rest = run_tiny(folders[1], more=settings((*SHORT, *EIGHT)))
+    assert rest.returncode == 0, rest.stdout + rest.stderr
+    assert "reinforcement: 2 steps, from step" in rest.stdout
+    played = [[t for file in sorted((f / "episodes").glob("rl_*.jsonl")) for t in read_episodes(file)] for f in folders]
+    assert [t.ids.tolist() for t in played[0]] == [t.ids.tolist() for t in played[1]]
+    for one_row, row in zip(*(read_metrics(folder, "rl") for folder in folders), strict=True):
+        for name in ("loss", "grad_norm", "entropy", "ratio", "pass_rate"):
+            assert row[name] == pytest.approx(one_row[name], rel=1e-3, abs=1e-5), name
