@@ -30,14 +30,14 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Algorithm.kl_coefficient Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed "
         "Sandbox.slow_slots Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature "
         "Model.experts Model.balance_coefficient Model.local_rope_theta Model.score_width Model.attention_soft_cap "
-        "Model.logit_soft_cap Stages.drop_solved Stages.drop_unsolved",
+        "Model.logit_soft_cap Stages.drop_solved Stages.drop_unsolved Lora.rank",
         lambda value: value >= 0,
         "not be negative",
     ),
     (
         "Reward.seconds Env.wall_seconds Env.queue_seconds Sandbox.cpu_seconds Sandbox.wall_seconds Model.rope_theta "
         "Model.rope_factor Model.rope_low_frequency Model.rope_trained_positions Model.norm_eps Model.init_scale "
-        "Optimizer.eps Optimizer.clip_norm",
+        "Optimizer.eps Optimizer.clip_norm Lora.alpha",
         lambda value: value > 0,
         "be above 0",
     ),
@@ -98,6 +98,7 @@ def check(config: Any) -> None:
             f"ModelConfig.query_heads={config.model.query_heads} is no multiple of kv_heads={config.model.kv_heads}"
         )
     _check_stages(config)
+    _check_lora(config.lora)
     if config.eval.temperature > 0 and max(config.eval.k, default=1) > config.eval.samples:
         raise ConfigError(
             f"EvalConfig.k={config.eval.k} asks for more than EvalConfig.samples={config.eval.samples}; "
@@ -142,6 +143,15 @@ def _check_ranges(sections: Mapping[str, Any]) -> None:
             value = getattr(sections[section], field)
             if not all(map(holds, value if isinstance(value, tuple) else (value,))):
                 raise ConfigError(f"{section}Config.{field}={value} must {words}")
+
+
+def _check_lora(lora: Any) -> None:
+    if lora.path and not lora.rank:
+        raise ConfigError(
+            f"LoraConfig.path={lora.path!r} but LoraConfig.rank=0 has no adapters; set the adapter's rank"
+        )
+    if lora.rank and not lora.targets:
+        raise ConfigError(f"LoraConfig.rank={lora.rank} but LoraConfig.targets is empty; name matrices or 'all-linear'")
 
 
 def _check_stages(config: Any) -> None:

@@ -99,7 +99,15 @@ def _rollout(commands, options: argparse.Namespace) -> None:
 
 
 def _export(commands, options: argparse.Namespace) -> None:
-    commands.export(_config(options), options.run, options.step, options.to, options.dtype, options.max_shard_size)
+    commands.export(
+        _config(options),
+        options.run,
+        options.step,
+        options.to,
+        options.dtype,
+        options.max_shard_size,
+        adapter=options.adapter,
+    )
 
 
 def _import(commands, options: argparse.Namespace) -> None:
@@ -210,7 +218,8 @@ def _parser() -> argparse.ArgumentParser:
         _export,
         "write a checkpoint as a Hugging Face folder, and read it back before it takes its name",
         "  jaxrl export runs/quickstart --step best --to model\n"
-        "  jaxrl export runs/quickstart --to model --dtype bfloat16 --max-shard-size 2GB",
+        "  jaxrl export runs/quickstart --to model --dtype bfloat16 --max-shard-size 2GB\n"
+        "  jaxrl export runs/lora --to adapter --adapter",
     )
     new.add_argument("--to", type=pathlib.Path, required=True, help="folder to write")
     new.add_argument(
@@ -224,6 +233,9 @@ def _parser() -> argparse.ArgumentParser:
         default="5GB",
         metavar="SIZE",
         help="largest file of tensors, as 500MB or 5GB (default: 5GB)",
+    )
+    new.add_argument(
+        "--adapter", action="store_true", help="only the adapter, as PEFT has it (default: merged into the weights)"
     )
     new = verb(
         "import",

@@ -7,15 +7,14 @@ import json
 import math
 import pathlib
 
-import jax
 from rich.console import Console
 
-from jaxrl.config import Config
+from jaxrl.config import Config, ConfigError
 from jaxrl.data.problems import DataError, load_held_out
 from jaxrl.episodes import play_groups
 from jaxrl.evaluate.run import FIRST_EVALUATION_DRAW
 from jaxrl.evaluate.run import evaluate as run_evaluation
-from jaxrl.model import tensor_files
+from jaxrl.model import spec, tensor_files
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.report import final_table
 from jaxrl.observe.traces import EPISODE_LEGEND, format_trajectory
@@ -27,7 +26,6 @@ from jaxrl.train.checkpoint import CheckpointError, Checkpoints
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunError, RunFolder, open_run
 from jaxrl.train.session import Session, open_player, open_session, reopen_session
-from jaxrl.train.sync import rollout_params
 
 EXPECTED_ERRORS = (
     RunError,
@@ -94,20 +92,35 @@ def rollout(config: Config, folder: pathlib.Path, which: str, count: int) -> Non
 
 
 def export(
-    config: Config, folder: pathlib.Path, which: str, to: pathlib.Path, dtype: str | None, max_shard_bytes: int
+    config: Config,
+    folder: pathlib.Path,
+    which: str,
+    to: pathlib.Path,
+    dtype: str | None,
+    max_shard_bytes: int,
+    *,
+    adapter: bool = False,
 ) -> None:
-    """``jaxrl export``: writes a checkpoint as a Hugging Face folder and reads it back."""
+    """``jaxrl export``: writes a checkpoint as a Hugging Face folder and reads it back, or its adapter as PEFT's."""
+    if adapter and not config.lora.rank:
+        raise ConfigError(f"{folder} trains all weights and has no adapter; leave out --adapter")
     run = _existing(folder)
     session = reopen_session(config, run)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpoints.find(which)
     with Progress(str(to)) as view:
         view.phase("export")
-        params = experiment.restore_params(session, checkpoints, step)
+        trained = experiment.restore_params(session, checkpoints, step)
         checkpoints.close()
-        done = experiment.export(
-            session, params, to, dtype=dtype, max_shard_bytes=max_shard_bytes, on_bytes=experiment.shown_in(view)
-        )
+        if not adapter:
+            session = session.on_base(kept=True, on_bytes=experiment.shown_in(view))
+            done = experiment.export(
+                session, trained, to, dtype=dtype, max_shard_bytes=max_shard_bytes, on_bytes=experiment.shown_in(view)
+            )
+    if adapter:
+        experiment.export_adapter(session, trained, to)
+        print(f"adapter of checkpoint {step} of {folder} written to {to}; load it with peft.PeftModel.from_pretrained")
+        return
     print(
         f"checkpoint {step} of {folder} written to {to}: {_amount(done.tensors, done.bytes, done.files)}, "
         f"read back with equal values and logits that differ by at most {done.logit_difference:.1e}; "
@@ -128,13 +141,15 @@ def import_folder(config: Config, source: pathlib.Path, folder: pathlib.Path) ->
         session = open_session(config, run)
         with Progress(folder.name) as view:
             view.phase("import")
+            session = session.on_base(kept=False, on_bytes=experiment.shown_in(view))
             progress, state, reference = experiment.beginning(session, experiment.shown_in(view))
         session.keep_tokenizer()
+        session.keep_base()
         checkpoints.save(0, state, reference, progress.to_json(), None)
         checkpoints.close()
         # Written last: from here on the run folder holds all there is, and the source may go.
         run.write_config(dataclasses.replace(config, model=dataclasses.replace(session.model, path="")))
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    count = spec.count(session.specs)
     headers = tensor_files.read_headers(source).values()
     amount = _amount(len(headers), sum(header.bytes for header in headers), len({header.file for header in headers}))
     print(
@@ -150,14 +165,14 @@ def _amount(tensors: int, size: int, files: int) -> str:
 def _checkpoint(config: Config, folder: pathlib.Path, which: str) -> tuple[Session, object, int]:
     """Session, rollout weights and weight version of a checkpoint."""
     run = _existing(folder)
-    session = reopen_session(config, run, load_held_out(config.data))
+    session = reopen_session(config, run, load_held_out(config.data)).on_base(kept=True)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpoints.find(which)
     progress = RunProgress.from_json(checkpoints.host(step))
     version = progress.step if progress.stage == "rl" else 0
     params = experiment.restore_params(session, checkpoints, step)
     checkpoints.close()
-    return session, rollout_params(params, session.model, session.rollout_mesh), version
+    return session, session.rollout_weights(params), version
 
 
 def _console() -> Console:

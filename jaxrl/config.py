@@ -90,6 +90,23 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters. With a rank, they alone are trained, beside weights that stay as they are."""
+
+    rank: int = 0
+    """Of every adapter; 0 has none and trains all weights."""
+    alpha: float = 16.0
+    """What the adapters add is scaled by alpha / rank."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (PEFT's use_rslora)."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Matrices with an adapter: names of their modules ("q_proj", "mlp.up_proj") or names here ("query", "up");
+    "all-linear" is all of attention and of a feed-forward without experts."""
+    path: str = ""
+    """Adapter in PEFT's format to start from; empty starts from the weights as they are."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """Where the tokenizer comes from."""
 
@@ -387,6 +404,7 @@ class Config:
     """All sections of one run."""
 
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     chat: ChatConfig = ChatConfig()
     data: DataConfig = DataConfig()

@@ -37,6 +37,7 @@ PARAM_RULES: Rules = {
     "ffn": "tensor",
     "experts": None,
     "expert_ffn": "tensor",
+    "rank": None,
 }
 """Where the weights, their gradients and the optimizer state rest during training."""
 
@@ -50,6 +51,7 @@ _TENSOR_PARALLEL: Rules = {
     "ffn": "tensor",
     "experts": None,
     "expert_ffn": "tensor",
+    "rank": None,
 }
 
 COMPUTE_RULES: Rules = {

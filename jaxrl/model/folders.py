@@ -19,7 +19,9 @@ CONFIG = "config.json"
 
 
 @contextlib.contextmanager
-def replaced_folder(path: str | os.PathLike[str], needed_bytes: int = 0) -> Iterator[pathlib.Path]:
+def replaced_folder(
+    path: str | os.PathLike[str], needed_bytes: int = 0, known_by: str = CONFIG
+) -> Iterator[pathlib.Path]:
     """A temporary sibling folder that takes the place of ``path`` when the block ends without an exception.
 
     On an exception it is removed and ``path`` stays as it was. A process killed in the block leaves the sibling, called
@@ -32,6 +34,7 @@ def replaced_folder(path: str | os.PathLike[str], needed_bytes: int = 0) -> Iter
     Args:
         path: an absent or empty folder, or an earlier export.
         needed_bytes: disk space without which the block is not even entered.
+        known_by: the file that every earlier export of this kind has.
 
     Raises:
         ConfigError: something else stands at ``path``.
@@ -43,7 +46,7 @@ def replaced_folder(path: str | os.PathLike[str], needed_bytes: int = 0) -> Iter
     try:
         with together("prepare"):
             if first:
-                _prepare(target, staging, previous, needed_bytes)
+                _prepare(target, staging, previous, needed_bytes, known_by)
         with together("write"):
             yield staging
         with together("finish"):
@@ -77,11 +80,13 @@ def together(what: str) -> Iterator[None]:
         raise failure
 
 
-def _prepare(target: pathlib.Path, staging: pathlib.Path, previous: pathlib.Path, needed_bytes: int) -> None:
+def _prepare(
+    target: pathlib.Path, staging: pathlib.Path, previous: pathlib.Path, needed_bytes: int, known_by: str
+) -> None:
     _writable(target, lambda: target.parent.mkdir(parents=True, exist_ok=True))
     if previous.exists() and not target.exists():
         previous.rename(target)
-    if target.exists() and not (target.is_dir() and ((target / CONFIG).is_file() or not any(target.iterdir()))):
+    if target.exists() and not (target.is_dir() and ((target / known_by).is_file() or not any(target.iterdir()))):
         raise ConfigError(f"{target} exists and is no exported model; choose another path or remove it")
     for leftover in (staging, previous):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model.families import FAMILIES
+from jaxrl.model.lora import ADAPTERS, low_rank_product
 from jaxrl.model.moe import Choice, Load, experts_feed_forward, load_of, route
 from jaxrl.model.rotary import frequencies, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
@@ -285,12 +286,16 @@ def _layer(
 
     dtype = jnp.dtype(config.compute_dtype)
     axes = {name: spec.axes[1:] for name, spec in param_specs(config)["layers"].items()}
+    adapters = weights.get(ADAPTERS, {})
 
     def multiply(equation: str, x: jax.Array, name: str, out_axes: tuple[str | None, ...]) -> jax.Array:
-        """A matrix product of operands in the compute type, with a float32 result."""
+        """A matrix product of operands in the compute type, with a float32 result and what an adapter adds to it."""
         weight = to_compute(weights[name].astype(dtype), axes[name])
         spec = compute_spec((*rows, *out_axes))
-        return product(equation, x.astype(dtype), weight, out_sharding=spec)
+        y = product(equation, x.astype(dtype), weight, out_sharding=spec)
+        if name not in adapters:
+            return y
+        return y + low_rank_product(equation, x.astype(dtype), adapters[name], axes[name], rows, out_axes)
 
     normed = _rms_norm(x, weights["attention_norm"], config)
     q = multiply("btd,dnh->btnh", normed, "query", ("query_heads", None))

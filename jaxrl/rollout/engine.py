@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl import mesh as meshes
 from jaxrl.config import EngineConfig, MeshConfig, ModelConfig
-from jaxrl.model import spec
+from jaxrl.model import lora, spec
 from jaxrl.model.transformer import KV_AXES, init_pages, param_specs
 from jaxrl.rollout import rounds
 from jaxrl.rollout.counters import Counters, figures
@@ -175,7 +175,9 @@ class Engine:
         self._stop_ids = frozenset(int(stop) for stop in stop_ids)
         self._mesh = mesh or meshes.make_mesh(MeshConfig(), jax.devices()[:1])
         self._launches = launches or contextlib.nullcontext()
-        self._shardings = spec.shardings(param_specs(model), self._mesh, meshes.ROLLOUT_RULES)
+        self._shardings = spec.shardings(
+            lora.specs_with_adapters(param_specs(model), params), self._mesh, meshes.ROLLOUT_RULES
+        )
         self._params: Any | None = jax.device_put(params, self._shardings)
         self._layout = _layout(self._params)
         self._version = version

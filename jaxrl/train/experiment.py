@@ -5,8 +5,10 @@ import contextlib
 import pathlib
 from typing import Any
 
+import jax
+
 from jaxrl.config import Config
-from jaxrl.model import companions, hf
+from jaxrl.model import adapter_folder, companions, hf, spec
 from jaxrl.observe import alarms
 from jaxrl.observe.metrics import PhaseTimer
 from jaxrl.observe.progress import Progress
@@ -46,6 +48,7 @@ def train(
         with timer.phase("prepare"):
             session = open_session(config, run)
             step = checkpoints.latest() if which == "latest" else checkpoints.find(which)
+            session = session.on_base(kept=step is not None, on_bytes=shown_in(view))
             progress, state, reference = (
                 beginning(session, shown_in(view)) if step is None else restore(session, checkpoints, step)
             )
@@ -54,6 +57,11 @@ def train(
             if not cold_start_only:
                 asyncio.run(session.check_sandbox())
             session.keep_tokenizer()
+            if step is None:
+                session.keep_base()
+            if session.base is not None:
+                trained, frozen = spec.count(session.trained_specs), spec.count(session.specs)
+                view.note(f"adapters: {trained:,} trained parameters on {frozen:,} frozen ones")
             for line in run.write_config(config):
                 view.note(f"changed since the last start: {line}")
             run.go_back(step, progress.global_step)
@@ -92,8 +100,11 @@ def export(
     max_shard_bytes: int = hf.MAX_FILE_BYTES,
     on_bytes: hf.OnBytes = hf.ignore,
 ) -> hf.Exported:
-    """Write model and tokenizer as a folder that ``transformers`` loads; see ``hf.save_folder``."""
+    """Write model and tokenizer as a folder that ``transformers`` loads, with adapters merged into the weights; see
+    ``hf.save_folder``."""
     tokenizer, source = session.tokenizer, session.run.source
+    if session.base is not None:
+        params = _merged(session, params)
 
     def companion_files(staging: pathlib.Path) -> None:
         companions.restore(source, staging)
@@ -118,14 +129,20 @@ def shown_in(view: Progress) -> hf.OnBytes:
     return lambda what, done, total: view.detail(f"{done / 1e9:,.2f} of {total / 1e9:,.2f} GB {what}")
 
 
+def export_adapter(session: Session, adapters: Any, folder: pathlib.Path) -> None:
+    """Write adapters and tokenizer as a folder that ``peft`` loads."""
+    lora, base = session.config.lora, session.config.model.path
+    adapter_folder.save_adapter(folder, lora, session.trained_specs, adapters, base, also=session.chat.save)
+
+
 def restore(session: Session, checkpoints: Checkpoints, step: int) -> tuple[RunProgress, TrainState, Any | None]:
     """What a checkpoint holds, placed on this session's mesh, whatever mesh it was saved from."""
     config = session.config
     progress = RunProgress.from_json(checkpoints.host(step))
     optimizer = session.rl_optimizer
     if progress.stage == "sft":
-        optimizer = sft_optimizer(config.sft, config.optimizer, session.specs)
-    target = abstract_state(session.specs, optimizer, session.mesh)
+        optimizer = sft_optimizer(config.sft, config.optimizer, session.trained_specs)
+    target = abstract_state(session.trained_specs, optimizer, session.mesh)
     wants_reference = progress.stage == "rl" and config.algorithm.kl_coefficient
     state, reference = checkpoints.restore(step, target, target.params if wants_reference else None)
     if config.optimizer.offload:
@@ -134,20 +151,26 @@ def restore(session: Session, checkpoints: Checkpoints, step: int) -> tuple[RunP
 
 
 def restore_params(session: Session, checkpoints: Checkpoints, step: int) -> Any:
-    """The parameters alone of a checkpoint, placed on this session's mesh."""
-    return checkpoints.params(step, abstract_params(session.specs, session.mesh))
+    """The trained parameters alone of a checkpoint, placed on this session's mesh."""
+    return checkpoints.params(step, abstract_params(session.trained_specs, session.mesh))
 
 
 def beginning(session: Session, on_bytes: hf.OnBytes = hf.ignore) -> tuple[RunProgress, TrainState, Any | None]:
     """Where a new run starts."""
-    config, params = session.config, session.first_params(on_bytes)
+    config = session.config
+    params = session.first_params(on_bytes) if session.base is None else session.first_adapters()
     offload = config.optimizer.offload
     if config.sft.demonstrations:
-        optimizer = sft_optimizer(config.sft, config.optimizer, session.specs)
+        optimizer = sft_optimizer(config.sft, config.optimizer, session.trained_specs)
         return RunProgress(), new_state(params, optimizer, session.mesh, offload=offload), None
     reference = copied(params) if config.algorithm.kl_coefficient else None
     state = new_state(params, session.rl_optimizer, session.mesh, offload=offload)
     return RunProgress(stage="rl"), state, reference
+
+
+def _merged(session: Session, adapters: Any) -> Any:
+    with jax.set_mesh(session.mesh):
+        return session.base.merged(adapters)
 
 
 def _report(session: Session, progress: RunProgress) -> Report:

@@ -19,7 +19,6 @@ from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session, open_player
 from jaxrl.train.state import TrainState
-from jaxrl.train.sync import hand_over, rollout_params
 from jaxrl.train.update import Updater, over_updates, policy_gradient_loss
 
 
@@ -46,11 +45,11 @@ async def reinforce(
     recorder.view.stage("reinforcement", config.train.steps, first=progress.step)
     loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature)
     offload = config.optimizer.offload
-    updater = Updater(loss, session.rl_optimizer, session.mesh, session.launches, offload=offload)
+    updater = Updater(loss, session.rl_optimizer, session.mesh, session.launches, offload=offload, base=session.base)
     async with contextlib.AsyncExitStack() as stack:
         with timer.phase("compile"):
             updater.compile(state, config.train.rows, config.train.row_tokens, reference)
-            weights = rollout_params(state.params, session.model, session.rollout_mesh)
+            weights = session.rollout_weights(state.params)
             player = await stack.enter_async_context(open_player(session, weights, progress.step))
         if progress.before is None:
             progress.before = progress.after = await measure(session, recorder, player, progress)
@@ -71,7 +70,7 @@ async def reinforce(
             progress.step += 1
             progress.skipped_steps += not collected.kept
             with timer.phase("sync"):
-                hand_over(state.params, session.model, player.engine, progress.step, session.launches)
+                session.hand_over(state.params, player.engine, progress.step)
             metrics, engine = over_updates(updates), player.engine.stats()
             recorder.rl_step(progress, collected.played, collected.selections, metrics, engine)
             evaluated = _is_due(progress.step, config.train.eval_every, config.train.steps)

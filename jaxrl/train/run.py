@@ -38,6 +38,11 @@ class RunFolder:
         return self.path / "source"
 
     @property
+    def base(self) -> pathlib.Path:
+        """The frozen weights beneath the adapters of the checkpoints, as a Hugging Face folder."""
+        return self.path / "base"
+
+    @property
     def checkpoints(self) -> pathlib.Path:
         return self.path / "checkpoints"
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import pathlib
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,7 +17,7 @@ from jaxrl.data import demonstrations, problems
 from jaxrl.envs.python_tool import PythonTool
 from jaxrl.envs.rendering import check_limit
 from jaxrl.episodes import Player
-from jaxrl.model import companions, folders, hf, spec, transformer
+from jaxrl.model import adapter_folder, companions, folders, hf, lora, spec, transformer
 from jaxrl.model.config_json import check_exportable
 from jaxrl.records import Demonstration, Problem
 from jaxrl.rewards.verifier import MathVerifier
@@ -26,13 +27,15 @@ from jaxrl.sandbox import pool_from_config
 from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from jaxrl.train.progress import RunProgress
-from jaxrl.train.run import RunFolder
+from jaxrl.train.run import RunError, RunFolder
 from jaxrl.train.state import check_offload, initial_params, rl_optimizer
+from jaxrl.train.sync import hand_over, rollout_base, rollout_params, with_adapters
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """Everything a run uses and never changes. Problems and demonstrations are only those it was opened with."""
+    """Everything a run uses and never changes. Problems and demonstrations are only those it was opened with; ``base``
+    is there in a run that trains adapters, once its weights were needed."""
 
     config: Config
     run: RunFolder
@@ -43,6 +46,7 @@ class Session:
     train_problems: tuple[Problem, ...] = ()
     eval_problems: tuple[Problem, ...] = ()
     demonstrations: tuple[Demonstration, ...] = ()
+    base: lora.Base | None = None
 
     @functools.cached_property
     def rollout_mesh(self) -> jax.sharding.Mesh:
@@ -55,11 +59,17 @@ class Session:
 
     @functools.cached_property
     def specs(self) -> spec.Specs:
+        """The decoder's table."""
         return transformer.param_specs(self.model)
 
     @functools.cached_property
+    def trained_specs(self) -> spec.Specs:
+        """The table of what the optimizer changes: adapters if there are any, else all of the decoder's parameters."""
+        return lora.adapter_specs(self.specs, self.config.lora) if self.config.lora.rank else self.specs
+
+    @functools.cached_property
     def rl_optimizer(self) -> optax.GradientTransformation:
-        return rl_optimizer(self.config.optimizer, self.specs)
+        return rl_optimizer(self.config.optimizer, self.trained_specs)
 
     def keep_tokenizer(self) -> None:
         """Write the tokenizer and its chat template into the run folder, and what came with the model it begins from;
@@ -71,6 +81,12 @@ class Session:
         if not self.run.tokenizer.is_dir():
             with folders.replaced_folder(self.run.tokenizer) as staging:
                 self.chat.save(staging)
+
+    def keep_base(self) -> None:
+        """Write the frozen weights into the run folder, once, whole or not at all: checkpoints hold adapters alone, and
+        a run must go on from the same bits even when the model it began from has been moved or changed."""
+        if self.base is not None:
+            hf.save_folder(self.run.base, self.model, self.base.params, also=self.chat.save)
 
     async def check_sandbox(self) -> None:
         """Start the sandbox and stop it, so that a machine that refuses it is known before anything is trained.
@@ -96,8 +112,54 @@ class Session:
         """Parameters the run starts from: those of ``ModelConfig.path``, or random ones."""
         if not self.config.model.path:
             return initial_params(self.specs, self.mesh, self.config.train.seed)
-        model = self.config.model
-        return hf.load_folder(model.path, model.param_dtype, mesh=self.mesh, on_bytes=on_bytes)[1]
+        return self._weights_in(self.config.model.path, on_bytes)
+
+    def first_adapters(self) -> lora.Adapters:
+        """Adapters the run starts from: those of ``LoraConfig.path``, or new ones, which add nothing."""
+        if not self.config.lora.path:
+            return initial_params(self.trained_specs, self.mesh, self.config.train.seed)
+        adapters = adapter_folder.load_adapter(self.config.lora.path, self.config.lora, self.trained_specs)
+        return jax.device_put(adapters, spec.shardings(self.trained_specs, self.mesh, meshes.PARAM_RULES))
+
+    def on_base(self, *, kept: bool, on_bytes: hf.OnBytes = hf.ignore) -> "Session":
+        """The session with the frozen weights beneath its adapters; unchanged if all weights are trained.
+
+        Args:
+            kept: those that ``keep_base`` wrote, for a run that goes on; otherwise those a run starts from.
+
+        Raises:
+            RunError: nothing was kept, since the run trains all weights.
+        """
+        if not self.config.lora.rank:
+            return self
+        if kept and not self.run.base.is_dir():
+            raise RunError(
+                f"{self.run.path} trained all weights, but LoraConfig.rank={self.config.lora.rank} asks for adapters; "
+                "export it, and start a new run with ModelConfig.path set to the export"
+            )
+        params = self._weights_in(self.run.base, on_bytes) if kept else self.first_params(on_bytes)
+        return dataclasses.replace(self, base=lora.Base(params, lora.scale_of(self.config.lora)))
+
+    def rollout_weights(self, trained: Any) -> tuple[Any, ...]:
+        """What the engines compute with, see ``sync``. Of weights with adapters only the adapters are copied."""
+        if self.base is None:
+            return rollout_params(trained, self.model, self.rollout_mesh)
+        return with_adapters(self._rollout_base, trained, self.trained_specs, self.model, self.rollout_mesh)
+
+    def hand_over(self, trained: Any, fleet: Fleet, version: int) -> None:
+        """Give every replica the trainer's weights; frozen ones stay where they are and are never freed."""
+        if self.base is None:
+            hand_over(trained, self.model, fleet, version, self.launches)
+            return
+        with self.launches:
+            fleet.set_weights(self.rollout_weights(trained), version)
+
+    @functools.cached_property
+    def _rollout_base(self) -> tuple[lora.Base, ...]:
+        return rollout_base(self.base, self.model, self.rollout_mesh)
+
+    def _weights_in(self, folder: str | pathlib.Path, on_bytes: hf.OnBytes) -> Any:
+        return hf.load_folder(folder, self.config.model.param_dtype, mesh=self.mesh, on_bytes=on_bytes)[1]
 
 
 def open_session(config: Config, run: RunFolder) -> Session:
@@ -169,6 +231,8 @@ def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:
     session = Session(config, run, tokenizer, chat, _model(config.model, tokenizer), meshes.make_mesh(config.mesh))
     spec.shardings(session.specs, session.mesh, meshes.PARAM_RULES)  # refuses meshes that cannot split the model
     spec.shardings(session.specs, session.rollout_mesh, meshes.ROLLOUT_RULES)
+    if config.lora.rank:
+        lora.adapter_specs(session.specs, config.lora)  # refuses targets that name nothing
     return session
 
 

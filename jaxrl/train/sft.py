@@ -29,9 +29,10 @@ def cold_start(session: Session, recorder: Recorder, progress: RunProgress, stat
         )
     updater = Updater(
         cross_entropy_loss(session.model),
-        sft_optimizer(config.sft, config.optimizer, session.specs),
+        sft_optimizer(config.sft, config.optimizer, session.trained_specs),
         session.mesh,
         offload=config.optimizer.offload,
+        base=session.base,
     )
     with recorder.timer.phase("compile"):
         updater.compile(state, config.sft.rows, config.sft.row_tokens)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxrl import mesh as meshes
 from jaxrl.config import ModelConfig
-from jaxrl.model import spec, transformer
+from jaxrl.model import lora, spec, transformer
 from jaxrl.rollout.fleet import Fleet
 
 
@@ -30,7 +30,7 @@ def hand_over(
     Raises:
         ValueError: as for ``rollout_params``; the fleet keeps what it has.
     """
-    _check(params, model)
+    _check(params, transformer.param_specs(model))
     fleet.release_weights()
     with launches or contextlib.nullcontext():
         fleet.set_weights(rollout_params(params, model, fleet.mesh), version)
@@ -51,13 +51,43 @@ def rollout_params(params: Any, model: ModelConfig, mesh: Mesh) -> tuple[Any, ..
         ValueError: a weight is missing, extra, or of another shape than the model's specification says.
         ConfigError: the rollout mesh cannot split a weight.
     """
-    _check(params, model)
     specs = transformer.param_specs(model)
+    _check(params, specs)
+    return _moved(params, specs, model, mesh, may_alias=False)
 
-    def copy(leaf: jax.Array, one: spec.ParamSpec, sharding: NamedSharding) -> jax.Array:
-        return jax.device_put(leaf.astype(one.compute_dtype(model.compute_dtype)), sharding, may_alias=False)
 
-    moved = jax.tree.map(copy, params, specs, spec.shardings(specs, mesh, meshes.ROLLOUT_RULES))
+def rollout_base(base: lora.Base, model: ModelConfig, mesh: Mesh) -> tuple[lora.Base, ...]:
+    """Frozen weights for each replica, once for all steps; otherwise as ``rollout_params``.
+
+    Nothing consumes them, so weights that are there in the right type already are the trainer's own and no copy. They
+    must not be released (``Fleet.release_weights``).
+    """
+    specs = transformer.param_specs(model)
+    _check(base.params, specs)
+    return tuple(base.replace(params=params) for params in _moved(base.params, specs, model, mesh, may_alias=True))
+
+
+def with_adapters(
+    bases: tuple[lora.Base, ...], adapters: lora.Adapters, specs: spec.Specs, model: ModelConfig, mesh: Mesh
+) -> tuple[Any, ...]:
+    """The weights of ``rollout_base`` themselves, with copies of the trainer's adapters.
+
+    Args:
+        specs: the adapters' table.
+
+    Raises:
+        ValueError: an adapter is missing, extra, or of another shape than its specification says.
+    """
+    _check(adapters, specs)
+    moved = _moved(lora.scaled(adapters, bases[0].scale), specs, model, mesh, may_alias=False)
+    return tuple(lora.attached(base.params, own) for base, own in zip(bases, moved, strict=True))
+
+
+def _moved(params: Any, specs: spec.Specs, model: ModelConfig, mesh: Mesh, *, may_alias: bool) -> tuple[Any, ...]:
+    def move(leaf: jax.Array, one: spec.ParamSpec, sharding: NamedSharding) -> jax.Array:
+        return jax.device_put(leaf.astype(one.compute_dtype(model.compute_dtype)), sharding, may_alias=may_alias)
+
+    moved = jax.tree.map(move, params, specs, spec.shardings(specs, mesh, meshes.ROLLOUT_RULES))
     return tuple(
         jax.tree.map(functools.partial(_piece, replica=replica), moved) for replica in meshes.replica_meshes(mesh)
     )
@@ -71,8 +101,8 @@ def _piece(array: jax.Array, replica: Mesh) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
 
 
-def _check(params: Any, model: ModelConfig) -> None:
-    expected = spec.abstract(transformer.param_specs(model))
+def _check(params: Any, specs: spec.Specs) -> None:
+    expected = spec.abstract(specs)
     if jax.tree.structure(expected) != jax.tree.structure(params):
         raise ValueError("the trainer's weights are not the model's: the trees differ")
     for (path, want), have in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(params), strict=True):

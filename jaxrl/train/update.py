@@ -17,6 +17,7 @@ import optax
 from jaxrl import mesh as meshes
 from jaxrl.config import AlgorithmConfig, ModelConfig
 from jaxrl.model import logprob, moe
+from jaxrl.model.lora import Base
 from jaxrl.records import Batch
 from jaxrl.rl import losses, mismatch
 from jaxrl.train.state import DEVICE, HOST, TrainState, in_memory
@@ -149,7 +150,14 @@ def _on_device(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 class Updater:
-    """``step`` takes any number of micro-batches of the one shape that ``compile`` was given."""
+    """``step`` takes any number of micro-batches of the one shape that ``compile`` was given.
+
+    Args:
+        loss: of the decoder's parameters.
+        launches: held while work is handed to the devices, where a rollout engine does so as well; see ``Engine``.
+        offload: the optimizer state comes and goes in the host's memory.
+        base: frozen weights; the state and the reference then hold adapters on them, and only those are differentiated.
+    """
 
     def __init__(
         self,
@@ -159,20 +167,20 @@ class Updater:
         launches: contextlib.AbstractContextManager[Any] | None = None,
         *,
         offload: bool = False,
+        base: Base | None = None,
     ) -> None:
-        """Nothing is compiled yet.
+        def loss_of_trained(trained: Any, base: Base | None, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
+            if base is None:
+                return loss(trained, batch, reference)
+            return loss(base.adapted(trained), batch, None if reference is None else base.adapted(reference))
 
-        Args:
-            launches: held while work is handed to the devices, where a rollout engine does so as well; see ``Engine``.
-            offload: the optimizer state comes and goes in the host's memory.
-        """
-        gradient = jax.grad(loss, has_aux=True)
+        gradient = jax.grad(loss_of_trained, has_aux=True)
 
-        def first(params: Any, batch: Batch, reference: Any) -> Any:
-            return gradient(params, batch, reference)
+        def first(params: Any, base: Base | None, batch: Batch, reference: Any) -> Any:
+            return gradient(params, base, batch, reference)
 
-        def more(total: Any, params: Any, batch: Batch, reference: Any) -> Any:
-            gradients, metrics = gradient(params, batch, reference)
+        def more(total: Any, params: Any, base: Base | None, batch: Batch, reference: Any) -> Any:
+            gradients, metrics = gradient(params, base, batch, reference)
             merged = {name: _merge(name, total[1][name], pair) for name, pair in metrics.items()}
             return jax.tree.map(jnp.add, total[0], gradients), merged
 
@@ -185,7 +193,7 @@ class Updater:
         def reset(state: TrainState) -> TrainState:
             return TrainState(state.params, optimizer.init(state.params), jnp.zeros_like(state.step))
 
-        self._mesh = mesh
+        self._mesh, self._base = mesh, base
         self._launches = launches or contextlib.nullcontext()
         self._offload = offload
         rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)
@@ -204,7 +212,9 @@ class Updater:
         integers, floats = (np.zeros((rows, row_tokens), dtype) for dtype in (np.int32, np.float32))
         empty = Batch(integers, integers, integers, floats, floats, floats, floats)
         with jax.set_mesh(self._mesh):
-            total = jax.eval_shape(self._first, state.params, jax.device_put(empty, self._placement), reference)
+            total = jax.eval_shape(
+                self._first, state.params, self._base, jax.device_put(empty, self._placement), reference
+            )
             check_layout("the gradient of", shardings_of(total[0], self._mesh), state.params)
             gradients, _ = self._accumulate(state, [empty, empty], reference)
             check_layout("the sum of gradients of", jax.tree.map(lambda leaf: leaf.sharding, gradients), state.params)
@@ -253,7 +263,7 @@ class Updater:
             placed = jax.device_put(batch, self._placement)
             with self._launches:
                 if total is None:
-                    total = self._first(state.params, placed, reference)
+                    total = self._first(state.params, self._base, placed, reference)
                 else:
-                    total = self._more(total, state.params, placed, reference)
+                    total = self._more(total, state.params, self._base, placed, reference)
         return total

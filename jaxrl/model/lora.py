@@ -1,0 +1,193 @@
+"""Low-rank adapters: a frozen matrix W [in, out] is used as W + scale * A B, with A [in, rank] and B [rank, out].
+
+Hu et al. 2021, "LoRA", section 4.1; the scale is alpha / rank, or alpha / sqrt(rank) as in Kalajdzievski 2023. The two
+factors are multiplied one after the other and never added to W while a policy is trained or sampled: an update is often
+smaller than the rounding of a bfloat16 weight.
+
+Which matrices can have adapters, and how these lie, follows from the table of parameters: adapters are a table of the
+same kind, from which their initial values, shardings, weight decay and names in PEFT's files are derived.
+"""
+
+import difflib
+import functools
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxrl.config import ConfigError, LoraConfig
+from jaxrl.mesh import compute_spec, to_compute
+from jaxrl.model.spec import LAYERS, ParamSpec, Specs
+from jaxrl_kernels.products import product
+
+ADAPTERS = "adapters"
+"""Where the decoder's layer parameters hold adapters, by the name of the matrix."""
+
+A, B = "lora_a", "lora_b"
+"""The two factors, [L, inputs..., rank] and [L, rank, outputs...]."""
+
+RANK = "rank"
+"""Logical name of the axis between the two factors."""
+
+ALL = "all-linear"
+"""Target that stands for every matrix that can have an adapter, as in PEFT."""
+
+Adapters = dict[str, dict[str, Any]]
+"""Matrix of a layer -> factor -> array."""
+
+
+def adaptable(specs: Specs) -> dict[str, ParamSpec]:
+    """The layers' linear maps that see every token: not experts, and not the router, which is no plain product.
+
+    Args:
+        specs: the decoder's table.
+    """
+    return {
+        name: spec
+        for name, spec in specs["layers"].items()
+        if len(spec.hf_layout) == 2 and spec.axes[: -sum(map(len, spec.hf_layout))] == (LAYERS,) and name != "router"
+    }
+
+
+def adapter_specs(specs: Specs, config: LoraConfig) -> Specs:
+    """The table of the adapters that ``config`` asks for.
+
+    They are float32 whatever the type of the frozen weights, so that small updates are not lost.
+
+    Args:
+        specs: the decoder's table.
+
+    Raises:
+        ConfigError: a target that names no matrix; the message has the nearest names.
+    """
+    matrices = adaptable(specs)
+    wanted: set[str] = set()
+    for target in config.targets:
+        matching = {name for name, spec in matrices.items() if target == ALL or _names(target, name, spec)}
+        if not matching:
+            raise ConfigError(_unknown(target, specs))
+        wanted |= matching
+    return {name: _pair(spec, config.rank) for name, spec in matrices.items() if name in wanted}
+
+
+def module(spec: ParamSpec) -> str:
+    """Path of the matrix's module in a layer of the Hugging Face model, such as ``self_attn.q_proj``."""
+    return spec.hf_name.partition("{layer}.")[2].removesuffix(".weight")
+
+
+def scale_of(config: LoraConfig) -> float:
+    """The factor of A B."""
+    return config.alpha / (math.sqrt(config.rank) if config.rank_stabilized else config.rank)
+
+
+@flax.struct.dataclass
+class Base:
+    """Frozen weights, and the factor of what adapters add to them."""
+
+    params: Any
+    scale: float = flax.struct.field(pytree_node=False)
+
+    def adapted(self, adapters: Adapters) -> dict[str, Any]:
+        """Parameters of the decoder that computes with these weights and adapters. Copies no weight."""
+        return attached(self.params, scaled(adapters, self.scale))
+
+    def merged(self, adapters: Adapters) -> dict[str, Any]:
+        """Parameters without adapters: W + scale * A B, added in float32 and rounded once to the type of W.
+
+        Parameters that have no adapter are those of the base, not copies.
+        """
+        layers = {name: _sum(self.params["layers"][name], self.scale, **pair) for name, pair in adapters.items()}
+        return {**self.params, "layers": {**self.params["layers"], **layers}}
+
+
+def scaled(adapters: Adapters, scale: float) -> Adapters:
+    """The adapters with ``scale`` in their second factor, as the decoder takes them."""
+    return {name: {A: pair[A], B: scale * pair[B]} for name, pair in adapters.items()}
+
+
+def attached(params: dict[str, Any], adapters: Adapters) -> dict[str, Any]:
+    """``params`` with ``scaled`` adapters at the place where the decoder looks for them."""
+    return {**params, "layers": {**params["layers"], ADAPTERS: adapters}}
+
+
+def specs_with_adapters(specs: Specs, params: dict[str, Any]) -> Specs:
+    """The decoder's table with that of the adapters which are attached to ``params``, if any."""
+    pairs = params["layers"].get(ADAPTERS)
+    if pairs is None:
+        return specs
+    return attached(specs, {name: _pair(specs["layers"][name], pair[A].shape[-1]) for name, pair in pairs.items()})
+
+
+def low_rank_product(
+    equation: str,
+    x: jax.Array,
+    adapter: dict[str, jax.Array],
+    axes: tuple[str, ...],
+    rows: tuple[str | None, str | None],
+    out_axes: tuple[str | None, ...],
+) -> jax.Array:
+    """What a layer's adapter adds to the product of ``x`` with its matrix, float32.
+
+    Args:
+        equation: of that product, such as ``btd,dnh->btnh``.
+        x: [B, T, inputs...] in the compute type.
+        adapter: ``scaled``, without the axis of the layers.
+        axes: logical axes of the matrix.
+        rows: logical axes of B and T.
+        out_axes: logical axes of the result after [B, T].
+    """
+    operands, result = equation.split("->")
+    left, matrix = operands.split(",")
+    inputs = "".join(letter for letter in matrix if letter in left)
+    first = to_compute(adapter[A].astype(x.dtype), (*axes[: len(inputs)], RANK))
+    second = to_compute(adapter[B].astype(x.dtype), (RANK, *axes[len(inputs) :]))
+    narrow = product(f"{left},{inputs}r->btr", x, first, out_sharding=compute_spec((*rows, RANK)))
+    spec = compute_spec((*rows, *out_axes))
+    return product(f"btr,r{matrix[len(inputs) :]}->{result}", narrow.astype(x.dtype), second, out_sharding=spec)
+
+
+def _pair(spec: ParamSpec, rank: int) -> Specs:
+    """A is drawn as in PEFT, uniform within 1 / sqrt(inputs); B is 0: training starts from the frozen weights."""
+    outputs, inputs = spec.hf_layout
+    length = dict(zip(spec.axes, spec.shape, strict=True)) | {RANK: rank}
+    bound = 1 / math.sqrt(math.prod(length[axis] for axis in inputs))
+    name = "base_model.model." + spec.hf_name.removesuffix(".weight")
+
+    def factor(axes: tuple[str, ...], init: Any, letter: str, layout: tuple[tuple[str, ...], ...]) -> ParamSpec:
+        shape, hf_name = tuple(length[axis] for axis in axes), f"{name}.lora_{letter}.weight"
+        return ParamSpec(shape, jnp.dtype(jnp.float32), axes, init, hf_name, layout)
+
+    return {
+        A: factor((LAYERS, *inputs, RANK), functools.partial(_uniform, bound=bound), "A", ((RANK,), inputs)),
+        B: factor((LAYERS, RANK, *outputs), jax.nn.initializers.zeros, "B", (outputs, (RANK,))),
+    }
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, *, bound: float) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+@jax.jit
+def _sum(weight: jax.Array, scale: float, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+    inputs, outputs = "abc"[: lora_a.ndim - 2], "xyz"[: lora_b.ndim - 2]
+    added = product(f"l{inputs}r,lr{outputs}->l{inputs}{outputs}", lora_a, lora_b)
+    return (weight.astype(jnp.float32) + scale * added).astype(weight.dtype)
+
+
+def _names(target: str, name: str, spec: ParamSpec) -> bool:
+    """Whether a target is a matrix's name here, or the end of its module's path as PEFT matches it."""
+    return target == name or f".{module(spec)}".endswith(f".{target}")
+
+
+def _unknown(target: str, specs: Specs) -> str:
+    matrices = adaptable(specs)
+    valid = [ALL, *matrices, *(module(spec).rpartition(".")[2] for spec in matrices.values())]
+    close = difflib.get_close_matches(target, valid, n=2, cutoff=0.4)
+    nearest = f"did you mean {' or '.join(close)}? " if close else ""
+    known = ", ".join(f"{name} ({module(spec)})" for name, spec in matrices.items())
+    return (
+        f"LoraConfig.targets has {target!r}, which names no matrix that can have an adapter; {nearest}"
+        f"choose from {ALL} and: {known}"
+    )

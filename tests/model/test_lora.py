@@ -1,0 +1,191 @@
+"""Adapters: what they add, that decoding and training agree with them (promises 1 and 2), and what they cannot be."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.config import ConfigError, LoraConfig, ModelConfig
+from jaxrl.model import lora
+from jaxrl.model.families import FAMILIES
+from jaxrl.model.logprob import logits, sequence_logprobs
+from jaxrl.model.spec import count, decay_mask, initialize
+from jaxrl.model.transformer import hidden_states, init_pages, paged_hidden_states, param_specs
+
+MODEL = ModelConfig(
+    family="qwen2", vocab_size=40, layers=3, width=32, query_heads=4, kv_heads=2, head_width=6, ffn_width=48,
+    init_scale=0.2, sliding_window=7, sliding_layers=(1,),
+)  # fmt: skip
+CONFIG = LoraConfig(rank=4, alpha=6.0)
+TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (5, 20)).astype(np.int32)
+POSITIONS, SEGMENTS = np.broadcast_to(np.arange(20, dtype=np.int32), TOKENS.shape), np.ones_like(TOKENS)
+PAGE = 4
+
+
+def random_adapters(model: ModelConfig, config: LoraConfig, seed: int = 3) -> lora.Adapters:
+    generator = np.random.default_rng(seed)
+    specs = lora.adapter_specs(param_specs(model), config)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * generator.normal(size=leaf.shape), leaf.dtype), specs)
+
+
+def base_of(model: ModelConfig, config: LoraConfig) -> lora.Base:
+    return lora.Base(initialize(param_specs(model), jax.random.key(0)), lora.scale_of(config))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def all_logits(params: dict, model: ModelConfig) -> jax.Array:
+    return logits(params, model, hidden_states(params, model, TOKENS, POSITIONS, SEGMENTS))
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=4)
+def paged_step(params, model, tokens, positions, pages, table):
+    hidden, pages = paged_hidden_states(params, model, tokens, positions, pages, table)
+    return logits(params, model, hidden), pages
+
+
+def decoded_logprobs(params: dict, model: ModelConfig, prefilled: int) -> np.ndarray:
+    """Log-probabilities of TOKENS[:, 1:]: one prefill, then token by token."""
+    rows, length = TOKENS.shape
+    table = np.random.default_rng(2).permutation(rows * 5).reshape(rows, 5).astype(np.int32)
+    pages, outputs = init_pages(model, rows * 5, PAGE), []
+    for left, right in [(0, prefilled), *((at, at + 1) for at in range(prefilled, length))]:
+        step, pages = paged_step(params, model, TOKENS[:, left:right], POSITIONS[:, left:right], pages, table)
+        outputs.append(step)
+    scores = jax.nn.log_softmax(jnp.concatenate(outputs, axis=1)[:, :-1])
+    return np.asarray(jnp.take_along_axis(scores, TOKENS[:, 1:, None], axis=-1))[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("qwen2", "float32"), ("qwen2", "bfloat16"), ("gemma2", "float32"), ("qwen3_moe", "float32")]
+)
+def test_promise_1_decoding_and_training_agree_with_adapters(family: str, dtype: str) -> None:
+    experts = 6 if FAMILIES[family].experts else 0
+    model = dataclasses.replace(
+        MODEL, family=family, compute_dtype=dtype, param_dtype=dtype, experts=experts, expert_width=20
+    )
+    params = base_of(model, CONFIG).adapted(random_adapters(model, CONFIG))
+    trained = jax.jit(sequence_logprobs, static_argnums=1)(params, model, TOKENS, POSITIONS, SEGMENTS).logprobs
+    tolerance = 1e-5 if dtype == "float32" else 2e-3
+    np.testing.assert_allclose(decoded_logprobs(params, model, 9), trained[:, 1:], atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_promise_2_a_row_is_bit_identical_in_every_slot_and_company(dtype: str) -> None:
+    model, generator = dataclasses.replace(MODEL, compute_dtype=dtype), np.random.default_rng(5)
+    params = base_of(model, CONFIG).adapted(random_adapters(model, CONFIG))
+    results = []
+    for slot in (0, 3, 7):
+        tokens = generator.integers(0, model.vocab_size, (8, 4)).astype(np.int32)
+        tokens[slot] = [1, 2, 3, 4]
+        positions = np.broadcast_to(np.arange(4, dtype=np.int32), (8, 4))
+        table = generator.permutation(8).reshape(8, 1).astype(np.int32)
+        step, _ = paged_step(params, model, tokens, positions, init_pages(model, 8, PAGE), table)
+        results.append(np.asarray(step)[slot])
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank_stabilized"), [(("all-linear",), True), (("o_proj",), False), (("query", "mlp.down_proj"), False)]
+)
+def test_factored_and_merged_adapters_are_the_same_function(targets: tuple[str, ...], rank_stabilized: bool) -> None:
+    config = dataclasses.replace(CONFIG, targets=targets, rank_stabilized=rank_stabilized)
+    base, adapters = base_of(MODEL, config), random_adapters(MODEL, config)
+    factored = all_logits(base.adapted(adapters), MODEL)
+    np.testing.assert_allclose(all_logits(base.merged(adapters), MODEL), factored, atol=2e-4)
+    assert np.abs(all_logits(base.params, MODEL) - factored).max() > 0.05
+
+
+def test_merging_is_float32_and_rounds_once() -> None:
+    model = dataclasses.replace(MODEL, param_dtype="bfloat16")
+    base, adapters = base_of(model, CONFIG), random_adapters(model, CONFIG)
+    merged = base.merged(adapters)
+    for name, pair in adapters.items():
+        weight = np.asarray(base.params["layers"][name], np.float64)
+        first, second = (np.asarray(pair[part], np.float64) for part in (lora.A, lora.B))
+        layers, rank = first.shape[0], first.shape[-1]
+        added = np.einsum("lir,lro->lio", first.reshape(layers, -1, rank), second.reshape(layers, rank, -1))
+        exact = weight + 6.0 / 4 * added.reshape(weight.shape)
+        assert merged["layers"][name].dtype == jnp.bfloat16
+        off = np.asarray(merged["layers"][name], np.float64) - exact
+        assert (np.abs(off) <= np.abs(exact) * 2.0**-8 * 1.001 + 1e-6).all(), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_new_adapters_change_no_bit(dtype: str) -> None:
+    model = dataclasses.replace(MODEL, param_dtype=dtype, compute_dtype=dtype)
+    base = base_of(model, CONFIG)
+    fresh = initialize(lora.adapter_specs(param_specs(model), CONFIG), jax.random.key(1))
+    np.testing.assert_array_equal(all_logits(base.adapted(fresh), model), all_logits(base.params, model))
+
+
+def test_an_update_below_the_rounding_of_a_weight_counts_in_full() -> None:
+    model = dataclasses.replace(MODEL, param_dtype="bfloat16")
+    base, specs = base_of(model, CONFIG), lora.adapter_specs(param_specs(model), CONFIG)
+    fresh = initialize(specs, jax.random.key(1))
+    moved = jax.tree.map(lambda leaf, spec: leaf + 1e-4 * ("lora_B" in spec.hf_name), fresh, specs)
+    exact = base.replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base.params))
+    before = all_logits(base.params, model)
+    wanted = all_logits(exact.merged(moved), model) - before
+    assert np.abs(wanted).max() > 1e-4
+    np.testing.assert_allclose(
+        all_logits(base.adapted(moved), model) - before, wanted, atol=0.05 * np.abs(wanted).max()
+    )
+    unchanged = base.params["layers"]["gate"] == base.merged(moved)["layers"]["gate"]
+    assert np.mean(np.asarray(unchanged)) > 0.9
+
+
+def test_the_table_has_the_usual_initial_values_and_few_parameters() -> None:
+    specs = lora.adapter_specs(param_specs(MODEL), CONFIG)
+    fresh = initialize(specs, jax.random.key(0))
+    inputs = {"query": 32, "key": 32, "value": 32, "output": 24, "gate": 32, "up": 32, "down": 48}
+    assert set(specs) == set(inputs)
+    for name, length in inputs.items():
+        first, second = fresh[name][lora.A], fresh[name][lora.B]
+        assert first.dtype == second.dtype == jnp.float32
+        assert not second.any()
+        assert 0.9 * length**-0.5 < np.abs(first).max() <= length**-0.5
+        assert np.std(first) == pytest.approx((3 * length) ** -0.5, rel=0.1)
+    assert count(specs) < 0.5 * count(param_specs(MODEL))
+    assert all(jax.tree.leaves(decay_mask(specs)))
+    bfloat16 = lora.adapter_specs(param_specs(dataclasses.replace(MODEL, param_dtype="bfloat16")), CONFIG)
+    assert {leaf.dtype for leaf in jax.tree.leaves(bfloat16)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("targets", "matrices"),
+    [
+        (("q_proj", "v_proj"), {"query", "value"}),
+        (("self_attn.o_proj",), {"output"}),
+        (("gate", "up_proj"), {"gate", "up"}),
+        (("key", "k_proj", "all-linear"), {"query", "key", "value", "output", "gate", "up", "down"}),
+    ],
+)
+def test_targets_are_names_here_or_ends_of_module_paths(targets: tuple[str, ...], matrices: set[str]) -> None:
+    assert set(lora.adapter_specs(param_specs(MODEL), dataclasses.replace(CONFIG, targets=targets))) == matrices
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("qproj", r"LoraConfig.targets has 'qproj', which names no matrix .* did you mean q_proj"),
+        ("quary", r"did you mean query"),
+        ("proj", r"'proj', which names no matrix"),
+        ("embedding", r"'embedding', which names no matrix .* choose from all-linear and: query \(self_attn.q_proj\)"),
+        ("query_bias", r"did you mean query"),
+    ],
+)
+def test_a_target_that_names_nothing_is_refused_with_the_nearest(target: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        lora.adapter_specs(param_specs(MODEL), dataclasses.replace(CONFIG, targets=("query", target)))
+
+
+def test_experts_and_their_router_have_no_adapters() -> None:
+    specs = param_specs(dataclasses.replace(MODEL, family="qwen3_moe", experts=4, expert_width=8))
+    assert set(lora.adapter_specs(specs, CONFIG)) == {"query", "key", "value", "output"}
+    for target in ("router", "gate", "expert_up", "mlp.experts.0.up_proj"):
+        with pytest.raises(ConfigError, match=f"{target}', which names no matrix that can have an adapter"):
+            lora.adapter_specs(specs, dataclasses.replace(CONFIG, targets=(target,)))

@@ -1,0 +1,65 @@
+"""Updates, merges and hands over adapters on 2x2x2 devices and on one, and says whether they agree."""
+
+import jax
+import numpy as np
+
+from jaxrl import mesh as meshes
+from jaxrl.config import AlgorithmConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
+from jaxrl.model import lora, transformer
+from jaxrl.records import Batch
+from jaxrl.train.state import initial_params, new_state, rl_optimizer
+from jaxrl.train.sync import rollout_base, with_adapters
+from jaxrl.train.update import Updater, policy_gradient_loss
+
+MODEL = ModelConfig(
+    vocab_size=48, layers=2, width=16, query_heads=8, kv_heads=4, head_width=8, ffn_width=32, init_scale=0.2
+)
+CONFIG = LoraConfig(rank=3)
+
+
+def main() -> None:
+    specs = transformer.param_specs(MODEL)
+    adapter_specs = lora.adapter_specs(specs, CONFIG)
+    generator, shape = np.random.default_rng(0), (8, 12)
+    mask = np.ones(shape, np.float32)
+    mask[:, 0] = 0
+    batch = Batch(
+        tokens=generator.integers(0, MODEL.vocab_size, shape).astype(np.int32),
+        positions=np.broadcast_to(np.arange(12, dtype=np.int32), shape),
+        segment_ids=np.ones(shape, np.int32),
+        mask=mask,
+        weights=mask / 80,
+        advantages=generator.normal(size=shape).astype(np.float32) * mask,
+        behaviour_logprobs=-3 * mask,
+    )
+    results = []
+    for mesh in (
+        meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)),
+        meshes.make_mesh(MeshConfig(), jax.devices()[:1]),
+    ):
+        optimizer = rl_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), adapter_specs)
+        base = lora.Base(initial_params(specs, mesh, 0), lora.scale_of(CONFIG))
+        state = new_state(initial_params(adapter_specs, mesh, 1), optimizer, mesh)
+        split = [
+            sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(tree))
+            for tree in ({name: base.params["layers"][name] for name in adapter_specs}, state.params)
+        ]
+        updater = Updater(policy_gradient_loss(MODEL, AlgorithmConfig(), 1.0), optimizer, mesh, base=base)
+        for _ in range(2):
+            state, _ = updater.step(state, [batch])
+        with jax.set_mesh(mesh):
+            merged = base.merged(state.params)
+        replicas = meshes.make_rollout_mesh(mesh)
+        handed = with_adapters(rollout_base(base, MODEL, replicas), state.params, adapter_specs, MODEL, replicas)[0]
+        results.append(jax.device_get((state.params, merged, handed)))
+        if mesh.size > 1:
+            print(f"split weights: {split[0]}, split adapters: {split[1]}")
+    near = [
+        all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.allclose(a, b, atol=2e-4)), one, other)))
+        for one, other in zip(*results, strict=True)
+    ]
+    print(f"adapters near: {near[0]}, merged near: {near[1]}, handed over near: {near[2]}")
+
+
+if __name__ == "__main__":
+    main()
