@@ -143,13 +143,13 @@ def test_the_engine_gets_the_frozen_weights_once(mesh: jax.sharding.Mesh, base: 
         for tree in (shared.params, *[{**tree, "layers": without(tree["layers"])} for tree in (first, second)])
     ]
     assert pointers[0] == pointers[1] == pointers[2]
-    same = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(base.params)} & set(pointers[0])
-    assert bool(same) == (dtype == "float32")  # nothing to cast: the trainer's own
+    own, engines = (tree["layers"]["gate"].unsafe_buffer_pointer() for tree in (base.params, shared.params))
+    assert (own == engines) == (dtype == "float32")  # nothing to cast: the trainer's own
     handed = first["layers"][lora.ADAPTERS]
     assert not {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(adapters)} & {
         leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(handed)
     }  # the next update consumes the trainer's adapters
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(first)} == {dtype}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(handed)} == {dtype}
     np.testing.assert_array_equal(handed["up"][lora.A], adapters["up"][lora.A].astype(dtype))
     assert jax.tree.structure(without(first["layers"])) == jax.tree.structure(
         rollout_params(base.params, model, replicas)[0]["layers"]
