@@ -166,9 +166,7 @@ def save_folder(
     ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     document = hf_config(config, dtype=dtype, **ids)
     item_bytes = jnp.dtype(dtype).itemsize
-    sizes = {
-        name: math.prod(spec.hf_shape) * item_bytes for spec in specs.values() for name in spec.hf_names.values()
-    }
+    sizes = {name: math.prod(spec.hf_shape) * item_bytes for spec in specs.values() for name in spec.hf_names.values()}
     files, total = plan_files(sizes, max_shard_bytes), sum(sizes.values())
     with replaced_folder(path, needed_bytes=total) as staging:
         with together("write"):
