@@ -45,9 +45,10 @@ class Loop:
             wait = -1.0
             if self._timers:
                 wait = max(self._timers[0][0] - time.monotonic(), 0.0)
-            for fd, events in self._epoll.poll(wait):
-                callback = self._callbacks.get(fd)  # an earlier callback of this round may have closed it
-                if callback is not None:
+            # A callback may close a descriptor of which this round has news still to come, and the next one opened gets
+            # its number: news is for who was watching when it came. A new watcher's own comes with the next round.
+            for fd, events, callback in [(fd, events, self._callbacks[fd]) for fd, events in self._epoll.poll(wait)]:
+                if self._callbacks.get(fd) is callback:
                     callback(events)
             now = time.monotonic()
             while self._timers and self._timers[0][0] <= now:
