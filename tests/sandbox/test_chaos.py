@@ -193,3 +193,30 @@ def ride_out(storm: str, *, calls: int, seed: int, shortest: float, longest: flo
         assert strikes["all"] >= 1, "there was no storm"
         assert_as_on_a_calm_day(calm, stormy)
         assert driver.run("print(6 * 7)", limits=LONG).stdout == "42\n"
+
+
+def test_a_template_that_dies_unheard_while_fresh_cells_wait() -> None:
+    """Its sessions' sockets are closed and the waiting cells' opened while the same round's news is being heard."""
+    patient = dataclasses.replace(LIMITS, cpu_seconds=9.0, wall_seconds=60.0)
+    with Driver(workers=2, slots=2, slow_slots=0, preload=()) as driver:
+        resting, running, fresh = ([driver.pool.session(limits=patient) for _ in range(count)] for count in (8, 2, 6))
+
+        async def lose_a_template() -> list[Result]:
+            await asyncio.gather(*(session.run("x = 1") for session in resting))
+            cells = [session.run("import time; time.sleep(1.5)\n6 * 7") for session in running]
+            cells += [session.run("6 * 7") for session in fresh]
+            answers = asyncio.gather(*cells)
+            await asyncio.sleep(0.5)
+            os.kill(warden, signal.SIGSTOP)
+            os.kill(template, signal.SIGKILL)
+            await asyncio.sleep(0.3)
+            os.kill(warden, signal.SIGCONT)
+            found = await answers
+            return found + await asyncio.gather(*(session.run("x + 41") for session in resting))
+
+        warden, (template, _) = driver.pool.warden_pid, driver.family()[1]
+        results = driver.wait(lose_a_template())
+        assert driver.pool.warden_pid == warden, "it came through"
+        for session in (*resting, *running, *fresh):
+            driver.wait(session.close())
+    assert [(result.status, result.stdout) for result in results] == [(ToolStatus.OK, "42\n")] * 16
