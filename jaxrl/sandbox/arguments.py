@@ -6,7 +6,6 @@ All raise TypeError where the value is of a wrong kind, and ValueError where it 
 import types
 from collections.abc import Mapping, Sequence
 
-_BYTES = (bytes, bytearray, memoryview)
 _SHOWN = 80  # characters of a bad value in a message
 
 
@@ -68,7 +67,7 @@ def files(value: object) -> None:
     kind("files", value, Mapping, "a mapping from relative path to bytes")
     for path, content in value.items():
         kind("a path in files", path, str, "str")
-        kind(f"files[{path!r}]", content, _BYTES, "bytes; for text give text.encode()")
+        kind(f"files[{path!r}]", content, bytes, "bytes; for text give text.encode()")
 
 
 def _wrong_kind(name: str, value: object, words: str) -> TypeError:

@@ -211,7 +211,7 @@ class ClusterPool:
         limits = limits or self.limits
         if files:
             file_bytes.check(files, limits.disk_mib << 20)
-        given = {path: bytes(content) for path, content in files.items()} if files else None
+        given = dict(files) if files else None  # as it is now, and whatever mapping it is
         order = CallOrder(next(self._ids), code, stdin, echo, limits, tenant, given, tuple(wanted), language, processes)
         turn = zlib.crc32(tenant.encode())
         submitted = time.monotonic()
