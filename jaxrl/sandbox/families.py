@@ -9,7 +9,7 @@ from collections.abc import Callable
 from jaxrl.sandbox import inspection, orders
 from jaxrl.sandbox.branching import Copying
 from jaxrl.sandbox.cell_job import CellJob
-from jaxrl.sandbox.fleet import Template, process_of
+from jaxrl.sandbox.fleet import Template
 from jaxrl.sandbox.job import pid_of, sealed_memory
 from jaxrl.sandbox.leaves import Family, Leaf
 from jaxrl.sandbox.loop import Loop
@@ -256,7 +256,7 @@ class Families:
 
     def weigh(self, template: Template, request: Request) -> None:
         """A process asks the kernel for a copy of itself, which only one that was told to may have."""
-        process = process_of(request.thread)
+        process = inspection.process_of(request.thread)
         for leaf, copying in self._copying.items():
             if leaf.pid == process and copying.grant():
                 release_request(template.listener, request)

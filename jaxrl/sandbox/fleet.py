@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from jaxrl.sandbox import orders
-from jaxrl.sandbox.inspection import Residence
+from jaxrl.sandbox.inspection import held, own_memory_kib, process_of
 from jaxrl.sandbox.job import WATCH_BYTES, Job, pid_of, send_signal
 from jaxrl.sandbox.loop import Loop
 from jaxrl.sandbox.seccomp import Request, receive_request, release_request
@@ -237,7 +237,7 @@ class Fleet:
             self._identify(template, fds[0])
             self._loop.watch(template.pidfd, lambda _: self.lose(template, "died"))
             template.address_space, template.rss_kib = memory(template.pid)
-            template.own_kib = _own_memory(template.pid)
+            template.own_kib = own_memory_kib(template.pid)
             template.asked = 0.0
             if len(fds) > 1:
                 template.listener = fds[1]
@@ -354,7 +354,7 @@ class Fleet:
                 except OSError:
                     self.lose(template, "died")
                     continue
-                grown = _own_memory(template.pid) - template.own_kib
+                grown = own_memory_kib(template.pid) - template.own_kib
                 if grown > self._settings.recycle_growth_mib << 10:
                     self._retire(template, "growth")
         self._end_retired()
@@ -381,9 +381,7 @@ class Fleet:
         for job in template.jobs.values():
             if job.pid == process:
                 if request.ends:
-                    held = Residence(process)
-                    held.look()
-                    job.note_space(held.space)
+                    job.note_space(held(process).space)
                 elif memory(process)[0] + request.size > job.address_space:
                     job.memory_refused = True
                 return True
@@ -411,25 +409,6 @@ def reap(wait_seconds: float = 0.0) -> None:
             if time.monotonic() >= deadline:
                 return
             time.sleep(0.005)
-
-
-def process_of(thread: int) -> int:
-    """The process a thread belongs to; 0 if it is dead."""
-    return _status(thread, "Tgid:")
-
-
-def _own_memory(pid: int) -> int:
-    """Resident KiB of a process that no file backs; 0 if it is dead."""
-    return _status(pid, "RssAnon:")
-
-
-def _status(pid: int, field: str) -> int:
-    """A number from /proc/PID/status; 0 if the process is dead."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as lines:
-        for line in lines:
-            if line.startswith(field):
-                return int(line.split()[1])
-    return 0
 
 
 def resident_kib(pid: int) -> int:

@@ -10,8 +10,11 @@ import re
 from typing import NamedTuple
 
 _KIN = re.compile(rb"^PPid:\s+(\d+).*?^NSpid:.*?(\d+)$.*?^Threads:\s+(\d+)$", re.MULTILINE | re.DOTALL)
-_HELD = re.compile(rb"VmPeak:\s+(\d+) kB\n.*VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB", re.DOTALL)
-_STATUS_BYTES = 8192  # of /proc/PID/status, in the first half of which memory stands
+_PROCESS = re.compile(rb"^Tgid:\s+(\d+)$", re.MULTILINE)
+_OWN = re.compile(rb"^RssAnon:\s+(\d+) kB$", re.MULTILINE)
+# Each from the beginning of a line: a process may take "VmPeak:\t1 kB" for its name, which stands in the first one.
+_HELD = re.compile(rb"^VmPeak:\s+(\d+) kB$.*?^VmHWM:\s+(\d+) kB$.*?^VmRSS:\s+(\d+) kB$", re.MULTILINE | re.DOTALL)
+_STATUS_BYTES = 1 << 16  # more than /proc/PID/status has, of a user in thousands of groups too
 _SLACK_KIB = 128  # by which a peak may stand above what is held before it is looked for anew
 _SHARED = re.compile(rb" [r-]([w-])[x-]s ([^\n]*)")  # a line of /proc/PID/maps, from its permissions on
 
@@ -26,14 +29,51 @@ class Kin(NamedTuple):
     threads: int
 
 
+class Held(NamedTuple):
+    """What a process has of memory, in KiB."""
+
+    space: int = 0  # the largest address space that it ever had
+    peak: int = 0  # the most that was resident since that was last reset
+    now: int = 0  # what is
+
+
 def kin(pid: int) -> Kin | None:
     """None if the process is gone."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            found = _KIN.search(file.read())
-    except OSError:
-        return None
+    found = _KIN.search(_status(pid))
     return Kin(*map(int, found.groups())) if found else None
+
+
+def held(pid: int) -> Held:
+    """Zeros if the process is gone."""
+    found = _HELD.search(_status(pid))
+    return Held(*map(int, found.groups())) if found else Held()
+
+
+def process_of(thread: int) -> int:
+    """The process a thread belongs to; 0 if it is dead."""
+    found = _PROCESS.search(_status(thread))
+    return int(found[1]) if found else 0
+
+
+def own_memory_kib(pid: int) -> int:
+    """Resident memory of a process that no file backs; 0 if it is dead."""
+    found = _OWN.search(_status(pid))
+    return int(found[1]) if found else 0
+
+
+def _status(pid: int) -> bytes:
+    """The kernel's lines about a process; none if it is dead."""
+    try:
+        # Not by ``open``, whose own questions to the kernel are five more.
+        descriptor = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        return os.read(descriptor, _STATUS_BYTES)
+    except ProcessLookupError:  # it was there when the file was opened
+        return b""
+    finally:
+        os.close(descriptor)
 
 
 def children(pid: int) -> set[int] | None:
@@ -129,13 +169,4 @@ class Residence:
                 file.write(b"5")
 
     def look(self) -> None:
-        self.peak = self.now = self.space = 0
-        with contextlib.suppress(OSError):
-            # Not by ``open``, whose own questions to the kernel are five more.
-            descriptor = os.open(f"/proc/{self._pid}/status", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                found = _HELD.search(os.read(descriptor, _STATUS_BYTES))
-            finally:
-                os.close(descriptor)
-            if found is not None:
-                self.space, self.peak, self.now = map(int, found.groups())
+        self.space, self.peak, self.now = held(self._pid)

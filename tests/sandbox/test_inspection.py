@@ -2,8 +2,11 @@
 
 import os
 import subprocess
+import sys
 
-from jaxrl.sandbox.inspection import Residence
+import pytest
+
+from jaxrl.sandbox.inspection import Residence, held, kin, own_memory_kib, process_of
 
 _HOLDS_KIB = 32 << 10
 
@@ -35,3 +38,19 @@ def test_nothing_is_resident_of_a_process_that_is_gone() -> None:
     gone.begin()
     gone.look()
     assert (gone.now, gone.peak) == (0, 0)
+    assert (held(process.pid), kin(process.pid)) == ((0, 0, 0), None)
+    assert (process_of(process.pid), own_memory_kib(process.pid)) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["VmPeak:\t1 kB", "VmHWM:\t1 kB", "RssAnon:\t1 kB", "Tgid:\t1", "PPid:\t1"])
+def test_a_process_says_nothing_of_itself_by_its_name(name: str) -> None:
+    code = f"import ctypes\nctypes.CDLL(None).prctl(15, {name.encode()!r})\nprint(flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"\n"
+            found, who, own = held(process.pid), kin(process.pid), own_memory_kib(process.pid)
+            thread = process_of(process.pid)
+        finally:
+            process.kill()
+    assert found.space > found.peak >= found.now > own > 1024
+    assert who is not None and (who.parent, who.threads, thread) == (os.getpid(), 1, process.pid)
