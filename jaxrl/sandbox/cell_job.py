@@ -89,8 +89,7 @@ class CellJob(Job):
         self._residence.look()
         peak, cpu = self._residence.peak, self.cpu_seconds()
         base = self._base_kib(peak)
-        if self._residence.space > self._space_before_kib:  # else an earlier cell's
-            self.note_space(self._residence.space)
+        self.note_space(self._residence.space)
         report = self.judge(exit_code << 8, cpu, peak, base, self.born, time.monotonic(), survived=True)
         return self._with_files(report)
 
@@ -108,6 +107,10 @@ class CellJob(Job):
         base = self._base_kib(peak_rss_kib)
         report = self.judge(wait_status, cpu, peak_rss_kib, base, self.born, time.monotonic())
         return self._with_files(report)
+
+    def note_space(self, peak_kib: int) -> None:
+        if peak_kib > self._space_before_kib:  # the kernel's peak is of a whole life: else it is an earlier cell's
+            super().note_space(peak_kib)
 
     def _with_files(self, report: Report) -> Report:
         return report if self._directory < 0 else report._replace(**self.gather(self._directory))

@@ -73,6 +73,12 @@ STATUSES = {
     "asleep": ("import time; time.sleep(1e6)", TIMEOUT, False),
     "huge list": ("y = [0] * 10**10", MEMORY, True),
     "small untouched maps": ("import mmap\nz = [mmap.mmap(-1, 1 << 20) for _ in range(999)]", MEMORY, True),
+    "small untouched maps under a name": (
+        "import ctypes, mmap\nassert ctypes.CDLL(None).prctl(15, b'VmPeak:\\t1 kB') == 0\n"
+        "z = [mmap.mmap(-1, 1 << 20) for _ in range(999)]",
+        MEMORY,
+        True,
+    ),
     "growing list": ("y = []\nwhile True: y.append(' ' * 10**6)", MEMORY, True),
     "exception": ("1 / 0", ERROR, True),
     "text about memory": ("raise MemoryError", ERROR, True),
@@ -106,6 +112,18 @@ def test_a_small_failing_cell_in_a_session_full_of_data_did_not_run_out_of_memor
         assert cells.run("1 / 0").status is ERROR
         assert cells.run("more = bytearray(60 << 20)").status is MEMORY
         assert cells.out("len(data) >> 20") == "230\n"
+
+
+def test_a_cell_that_fails_after_one_that_came_to_the_limit_did_not_run_out_of_memory(sandbox: Driver) -> None:
+    """The kernel's largest address space is of the process's whole life."""
+    fill = "z = []\nwhile True: z.append(mmap.mmap(-1, 1 << 20))"
+    with session(sandbox) as cells:
+        cells.out("import mmap, os")
+        assert cells.run(fill).status is MEMORY
+        assert cells.run(fill).status in (MEMORY, ERROR), "it did not go beyond the first"
+        assert cells.run("1 / 0").status is ERROR
+        left = cells.run("os._exit(257)")
+        assert (left.status, left.exit_code, left.rebuilt) == (ERROR, 1, False)
 
 
 def test_the_peak_of_a_cell_is_not_that_of_an_earlier_one(sandbox: Driver) -> None:
