@@ -336,7 +336,7 @@ class Groups:
 
 def sweep(place: Place) -> None:
     """Remove the groups of wardens that died without doing so."""
-    for name, lock in _unlocked(place):
+    for name, lock in _unlocked(place, fcntl.LOCK_EX):
         _remove(place, name)
         os.close(lock)
 
@@ -348,25 +348,20 @@ def abandoned() -> list[str]:
     except CgroupsUnavailable:
         return []
     found = []
-    for name, lock in _unlocked(place):
+    for name, lock in _unlocked(place, fcntl.LOCK_SH):  # others may look at the same time
         found.append(os.path.join(place.folders["memory"], name))
         os.close(lock)
     return found
 
 
-def _unlocked(place: Place) -> Iterator[tuple[str, int]]:
-    """Names of wardens' folders that nobody uses, and descriptors that lock them."""
+def _unlocked(place: Place, operation: int) -> Iterator[tuple[str, int]]:
+    """Names of wardens' folders that nobody uses, and descriptors that lock them, as ``flock``'s operation says."""
     home = place.folders["memory"]
     for name in filter(lambda name: name.startswith(_PREFIX), os.listdir(home)):
-        try:
-            lock = os.open(os.path.join(home, name), os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:  # gone meanwhile
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-        else:
+        lock = None
+        with contextlib.suppress(OSError):  # gone meanwhile
+            lock = _lock(os.path.join(home, name), operation)
+        if lock is not None:
             yield name, lock
 
 
@@ -374,12 +369,31 @@ def _claim(place: Place) -> tuple[str, int]:
     """Make a folder of a new name and lock it; the kernel lets go of the lock when this process ends."""
     while True:
         path = tempfile.mkdtemp(prefix=_PREFIX, dir=place.folders["memory"])
-        os.chmod(path, 0o755)
-        with contextlib.suppress(FileNotFoundError, BlockingIOError):  # another's sweep came between
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.isdir(path):
+        with contextlib.suppress(FileNotFoundError):  # another's sweep came between
+            os.chmod(path, 0o755)
+            lock = _lock(path, fcntl.LOCK_EX)
+            if lock is not None and os.path.isdir(path):
                 return os.path.basename(path), lock
+            if lock is not None:
+                os.close(lock)
+            os.rmdir(path)
+
+
+def _lock(folder: str, operation: int) -> int | None:
+    """A descriptor that locks a folder; None where another's does.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, operation | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if not isinstance(error, BlockingIOError):
+            raise
+        return None
+    return lock
 
 
 def _remove(place: Place, name: str) -> None:

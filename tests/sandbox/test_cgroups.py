@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import dataclasses
+import fcntl
 import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -214,6 +216,53 @@ def test_groups_are_abandoned_when_their_warden_is_dead_and_until_a_sweep(place:
     assert home in cgroups.abandoned()
     cgroups.sweep(place)
     assert homes(place) == before and home not in cgroups.abandoned()
+
+
+def test_two_may_look_for_abandoned_groups_at_the_same_time(place: Place) -> None:
+    before = homes(place)
+    pid = os.fork()
+    if not pid:
+        Groups(place)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    (home,) = (path for path in homes(place) - before if path.startswith(place.folders["memory"]))
+    looking = os.open(home, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    try:
+        assert home in cgroups.abandoned()
+    finally:
+        os.close(looking)
+        cgroups.sweep(place)
+    assert homes(place) == before
+
+
+@pytest.mark.parametrize("removes", [False, True])
+def test_a_new_folder_that_another_locks_first_is_left_to_nobody(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, removes: bool
+) -> None:
+    """One that looks, or one that sweeps, comes between the folder's making and its locking."""
+    made: list[str] = []
+    held: list[int] = []
+    make = tempfile.mkdtemp
+
+    def make_and_be_overtaken(prefix: str, dir: str) -> str:
+        made.append(make(prefix=prefix, dir=dir))
+        if len(made) == 1 and removes:
+            os.rmdir(made[0])
+        elif len(made) == 1:
+            held.append(os.open(made[0], os.O_RDONLY))
+            fcntl.flock(held[0], fcntl.LOCK_SH)
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_be_overtaken)
+    before = len(os.listdir("/proc/self/fd"))
+    groups = Groups(Place(1, {"memory": str(tmp_path)}))
+    assert [path.name for path in tmp_path.iterdir()] == [os.path.basename(made[1])]
+    assert len(os.listdir("/proc/self/fd")) == before + len(held) + 1, "the lock"
+    groups.close()
+    assert list(tmp_path.iterdir()) == []
+    for descriptor in held:
+        os.close(descriptor)
 
 
 def test_what_a_process_does_in_a_group_is_counted(place: Place) -> None:
