@@ -113,8 +113,10 @@ def test_others_on_a_core_are_seen_and_its_own_pool_is_not_among_them() -> None:
     hog = "import os; os.sched_setaffinity(0, {" + str(allowed[0]) + "})\nwhile True: pass"
     try:
         with subprocess.Popen([sys.executable, "-c", hog]) as other:
-            _, share = asyncio.run(load.stretch(allowed[:1], 30))
-            other.kill()
+            try:
+                _, share = asyncio.run(load.stretch(allowed[:1], 30))
+            finally:
+                other.kill()  # it does not end by itself, and the block would wait for it
         os.sched_setaffinity(0, allowed[:1])
         before, began = busy_seconds(allowed[:1]), time.process_time()
         while time.process_time() < began + 0.3:

@@ -11,7 +11,7 @@ import pytest
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox.bench.processes import parent
 from tests.sandbox.cells import PATIENT, session
-from tests.sandbox.driver import LIMITS, Driver
+from tests.sandbox.driver import LIMITS, Driver, wait_until
 from tests.sandbox.test_attacks import ATTACKS
 
 OK, ERROR, TIMEOUT, OUTPUT = ToolStatus.OK, ToolStatus.ERROR, ToolStatus.TIMEOUT, ToolStatus.OUTPUT_LIMIT
@@ -305,20 +305,23 @@ def test_a_process_that_speaks_and_dies_takes_no_warden_along(sandbox: Driver) -
         (leaf,) = (pid for pid in set(sandbox.resting()) - before if parent(pid) not in before)
         niceness = os.getpriority(os.PRIO_PROCESS, leaf)
         cell = asyncio.run_coroutine_threadsafe(attacker.session.run(code, wanted=("*",)), sandbox.loop)
-        while os.getpriority(os.PRIO_PROCESS, leaf) == niceness:
-            time.sleep(0.01)
+        wait_until(lambda: os.getpriority(os.PRIO_PROCESS, leaf) != niceness, seconds=30.0)
         os.kill(warden, signal.SIGSTOP)
         try:
-            while parent(leaf):  # its keeper collects it
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(leaf, signal.SIGCONT)
-                time.sleep(0.01)
+            wait_until(lambda: woken_and_gone(leaf))
         finally:
             os.kill(warden, signal.SIGCONT)
         result = cell.result(60)
         assert (result.status, result.files) == (OK, {"f": b"text"})
     assert sandbox.run("6 * 7").stdout == "42\n"
     assert sandbox.pool.warden_pid == warden
+
+
+def woken_and_gone(process: int) -> bool:
+    """Let a halted process go on; whether its keeper has collected it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGCONT)
+    return not parent(process)
 
 
 @pytest.mark.slow
