@@ -1,4 +1,4 @@
-"""Who may submit next: a semaphore whose waiters take turns by tenant. What is under way, for who waits for its end."""
+"""Who may submit, and who next: a semaphore whose waiters take turns by tenant. What is under way, until its end."""
 
 import asyncio
 import time
@@ -89,3 +89,15 @@ class UnderWay:
             over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(over)
             await over
+
+
+def check_loop(started_in: asyncio.AbstractEventLoop | None) -> None:
+    """Refuse to use a pool in another event loop than it was started in, if it was.
+
+    Raises:
+        RuntimeError: this is another one.
+    """
+    if started_in not in (None, asyncio.get_running_loop()):
+        raise RuntimeError(
+            "the sandbox pool was started in another event loop: use and close it there, or start a pool in each"
+        )

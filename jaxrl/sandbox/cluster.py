@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from jaxrl.config import ConfigError
 from jaxrl.sandbox import arguments, jail, pool_arguments
 from jaxrl.sandbox import files as file_bytes
-from jaxrl.sandbox.admission import Admission
+from jaxrl.sandbox.admission import Admission, check_loop
 from jaxrl.sandbox.cluster_sessions import ClusterSessions, Preference
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.node_orders import Answer, CallOrder, ReplayOrder
@@ -162,7 +162,7 @@ class ClusterPool:
         """Connect, and start a pool on every node. Needed once, unless used as a context manager."""
         from jaxrl.sandbox.members import Members  # loads Ray, which a process without a cluster never does
 
-        self._check_loop()
+        check_loop(self._loop)
         self._loop = asyncio.get_running_loop()
         self._members = Members(self._address, self._make_link, self._patience_seconds, self._give_up)
         try:
@@ -178,7 +178,7 @@ class ClusterPool:
 
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process on any node."""
-        self._check_loop()
+        check_loop(self._loop)
         members, self._members = self._members, None
         self._admission.dismiss(_was_closed)
         if members is not None:
@@ -292,13 +292,7 @@ class ClusterPool:
         """Raise RuntimeError where no calls are taken now, or not here."""
         if self._members is None:
             raise RuntimeError("the sandbox pool is not open: use it inside `async with ClusterPool(...)`")
-        self._check_loop()
-
-    def _check_loop(self) -> None:
-        if self._loop not in (None, asyncio.get_running_loop()):
-            raise RuntimeError(
-                "the sandbox pool was started in another event loop: use and close it there, or start a pool in each"
-            )
+        check_loop(self._loop)
 
     def _make_link(self, node: str, name: str) -> "NodeLink":
         from jaxrl.sandbox.node_link import NodeLink

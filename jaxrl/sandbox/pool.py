@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from jaxrl.sandbox import cgroups, jail, languages, pool_arguments
 from jaxrl.sandbox import files as file_bytes
-from jaxrl.sandbox.admission import Admission, UnderWay
+from jaxrl.sandbox.admission import Admission, UnderWay, check_loop
 from jaxrl.sandbox.builds import Builds
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.link import WardenLink, WardenLost
@@ -135,7 +135,7 @@ class Pool:
 
     async def start(self) -> None:
         """Build the jail and warm the templates (a second or two). Needed once, unless used as a context manager."""
-        self._check_loop()
+        check_loop(self._loop)
         if not self._open:
             self._loop, self._starting = asyncio.get_running_loop(), asyncio.Lock()
             if self._unsafe:
@@ -159,7 +159,7 @@ class Pool:
     async def metrics(self) -> Metrics:
         """What the pool has done and is doing. What only the warden knows is zero while there is none."""
         warden = WardenMetrics()
-        self._check_loop()
+        check_loop(self._loop)
         if self._link is not None:
             with contextlib.suppress(WardenLost):
                 warden = await self._link.metrics()
@@ -167,13 +167,13 @@ class Pool:
 
     async def drain(self) -> None:
         """Take no more calls, and wait until those under way are over. The next ``start`` opens the pool again."""
-        self._check_loop()
+        check_loop(self._loop)
         self._draining = True
         await self._under_way.over()
 
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process, mount, descriptor or file."""
-        self._check_loop()
+        check_loop(self._loop)
         self._open = False
         async with self._starting:
             link, self._link = self._link, None
@@ -220,8 +220,8 @@ class Pool:
             SandboxUnavailable: the jail was lost and could not be built again; the language is not installed; or
                 processes are to be started and there is no memory cgroup to bound them.
         """
-        self._check_taking()
         pool_arguments.check_call(code, stdin, echo, limits, tenant, files, wanted, language, processes)
+        self._check_taking()
         limits = limits or self.limits
         given = files or {}
         self.check(limits, given, language, processes)
@@ -336,15 +336,9 @@ class Pool:
         """Raise RuntimeError where no calls are taken now, or not here."""
         if not self._open:
             raise RuntimeError("the sandbox pool is not open: use it inside `async with Pool(...)`")
-        self._check_loop()
+        check_loop(self._loop)
         if self._draining:
             raise RuntimeError("the sandbox pool is being drained and takes no more calls: start it again, or another")
-
-    def _check_loop(self) -> None:
-        if self._loop not in (None, asyncio.get_running_loop()):
-            raise RuntimeError(
-                "the sandbox pool was started in another event loop: use and close it there, or start a pool in each"
-            )
 
     def session(
         self, *, limits: Limits | None = None, tenant: str = "", checkpoint: bool = False, live: bool = True

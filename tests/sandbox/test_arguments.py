@@ -64,8 +64,9 @@ def test_pools(kind: Callable[..., Any], given: dict, error: type[Exception], wo
 
 @pytest.mark.parametrize(("given", "words"), WRONG_CALLS)
 def test_calls(sandbox: Driver, given: dict, words: str) -> None:
-    cluster, client = ClusterPool("auto", preload=()), SandboxClient("http://127.0.0.1:1")
-    for run in (sandbox.pool.run, cluster.run, client.run):
+    """Whether the pool is open or not."""
+    closed, cluster, client = Pool(preload=()), ClusterPool("auto", preload=()), SandboxClient("http://127.0.0.1:1")
+    for run in (sandbox.pool.run, closed.run, cluster.run, client.run):
         with pytest.raises(TypeError, match=words):
             sandbox.wait(run(**given))
 
