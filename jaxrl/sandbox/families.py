@@ -275,7 +275,10 @@ class Families:
             leaf.kill()
 
     def _hear_keeper(self, family: Family) -> None:
-        answer, _ = orders.receive_packet(family.control)
+        try:
+            answer, _ = orders.receive_packet(family.control, wait=False)
+        except BlockingIOError:  # no news after all
+            return
         if answer[:1] == orders.ORDER_DIRECTORY:
             family.heard_furnished(answer[1:].decode())
         elif answer[:1] == orders.ANSWER_DIED:

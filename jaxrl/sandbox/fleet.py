@@ -197,7 +197,10 @@ class Fleet:
         self._loop.watch(control.fileno(), lambda _: self._hear_stem(stem, full))
 
     def _hear_stem(self, stem: Member, full: bool) -> None:
-        answer, fds = orders.receive_packet(stem.control)
+        try:
+            answer, fds = orders.receive_packet(stem.control, wait=False)
+        except BlockingIOError:  # no news after all
+            return
         if answer[:1] == orders.ANSWER_READY:
             self._identify(stem, fds[0])
             self._loop.watch(stem.pidfd, lambda _: self._lose_stem(stem, full))
@@ -232,7 +235,10 @@ class Fleet:
 
     def hear(self, template: Template) -> None:
         """Take one message of a template."""
-        answer, fds = orders.receive_packet(template.control)
+        try:
+            answer, fds = orders.receive_packet(template.control, wait=False)
+        except BlockingIOError:  # no news after all
+            return
         if answer[:1] == orders.ANSWER_READY:
             self._identify(template, fds[0])
             self._loop.watch(template.pidfd, lambda _: self.lose(template, "died"))

@@ -48,15 +48,17 @@ def send_packet(channel: socket.socket, data: bytes, fds: tuple[int, ...] = ()) 
         channel.send(data)
 
 
-def receive_packet(channel: socket.socket) -> tuple[bytes, list[int]]:
+def receive_packet(channel: socket.socket, wait: bool = True) -> tuple[bytes, list[int]]:
     """One packet and its descriptors; ``(b"", [])`` when the other side is gone.
 
     Raises:
+        BlockingIOError: there is none, and none is to be waited for.
         OSError: descriptors were lost on the way.
     """
+    how = socket.MSG_CMSG_CLOEXEC if wait else socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
     space = socket.CMSG_SPACE(_MOST_DESCRIPTORS * _FDS.size)
     try:
-        data, ancillary, flags, _ = channel.recvmsg(PACKET_LIMIT + 4096, space, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = channel.recvmsg(PACKET_LIMIT + 4096, space, how)
     except ConnectionResetError:
         return b"", []
     fds: list[int] = []
