@@ -18,6 +18,7 @@ class _Kept:
         self.session = session
         self.owner = owner
         self.users = 0
+        self.expected_bytes = 0  # of cells under way, which the history may grow by
         self.end: asyncio.TimerHandle | None = None
 
 
@@ -87,13 +88,27 @@ class ServedSessions:
             if not kept.users and id in self._kept:
                 self._leave_alone(id, kept)
 
-    def check_history(self, session: Session, more: int) -> None:
-        """Refuse a cell of so many bytes that the history would be too long with it."""
-        if session.history_bytes + more > self._history_bytes:
-            words = f"{session.history_bytes} bytes, and {more} more"
+    @contextlib.contextmanager
+    def history_room(self, id: str, owner: int, more: int) -> Iterator[int]:
+        """Hold room in a session's history for a cell of so many bytes, until it is in there or will not be.
+
+        Gives the most bytes that the history may have when it is the cell's turn.
+
+        Raises:
+            Refused: there is no such session of the owner's, or its cells would be too large together.
+        """
+        kept = self._find(id, owner)
+        before = kept.session.history_bytes + kept.expected_bytes
+        if before + more > self._history_bytes:
+            words = f"{before} bytes, those of cells under way included, and {more} more"
             remedy = "begin another session, or start the server with a larger --session-mib"
             limit = f"{self._history_bytes} bytes"
             raise Refused(413, "the session's cells are too large together", value=words, limit=limit, remedy=remedy)
+        kept.expected_bytes += more
+        try:
+            yield before
+        finally:
+            kept.expected_bytes -= more
 
     async def close(self, id: str, owner: int) -> None:
         """End a session; nothing is left of it when this returns.

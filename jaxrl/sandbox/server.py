@@ -305,11 +305,10 @@ class SandboxServer:
                 return _json(self._keep(session, request))
 
     async def _run_cell(self, request: web.Request) -> web.Response:
-        with self._sessions.use(request.match_info["id"], self._owner(request)) as session:
+        id, owner = request.match_info["id"], self._owner(request)
+        with self._sessions.use(id, owner) as session:
             async with self._body(request, CellRequest) as asked:
-                size = len(asked.code) + sum(map(len, asked.files.values()))
-                self._sessions.check_history(session, size)
-                with self._calls.hold(1):
+                with self._sessions.history_room(id, owner, _cell_bytes(asked)), self._calls.hold(1):
                     cell = session.run(asked.code, echo=asked.echo, files=asked.files, wanted=asked.wanted)
                     try:
                         return _json(await self._outcome(cell))
@@ -363,6 +362,11 @@ class SandboxServer:
 
 def _json(record: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     return web.json_response(codec.write(record), status=status, headers=headers)
+
+
+def _cell_bytes(asked: CellRequest) -> int:
+    texts = sum(len(text.encode("utf-8", "surrogatepass")) for text in (asked.code, *asked.files))
+    return texts + sum(map(len, asked.files.values()))
 
 
 def _bad_call(error: ValueError, where: str) -> Refused:

@@ -1,6 +1,8 @@
 """Sessions over HTTP: a real server process, clients that use it, and clients that leave or pry."""
 
 import asyncio
+import base64
+import concurrent.futures
 import dataclasses
 import http.client
 import json
@@ -8,6 +10,7 @@ import pathlib
 import signal
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -34,6 +37,7 @@ from tests.sandbox.served import Served
 from tests.sandbox.test_serve import JSON, SLEEP, ask, metrics
 
 OK, ERROR, TIMEOUT, INFRA = ToolStatus.OK, ToolStatus.ERROR, ToolStatus.TIMEOUT, ToolStatus.INFRA_ERROR
+LARGE = base64.b64encode(bytes(600_000)).decode()
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +252,30 @@ def test_what_one_session_is_given_is_bounded() -> None:
                 assert (await session.run("x")).stdout == "1\n"
 
         served.use(work)
+
+
+@pytest.mark.parametrize("text", ["x" * 400_000, "é" * 200_000], ids=["ascii", "two bytes each"])
+def test_cells_that_come_together_share_what_one_session_may_be_given(text: str) -> None:
+    """Each would fit by itself; those that run are remembered, so what they may be given is one bound for all."""
+    with Served("--session-mib", "1", "--wall-seconds", "30") as served:
+        id = begin(served, "n = 0")
+
+        def add(_: int) -> int:
+            return post(served, f"/{id}/cells", {"code": f"{SLEEP.format(0.3)}; n += 1; '{text}';"})[0]
+
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            statuses = Counter(threads.map(add, range(8)))
+        assert statuses == {200: 2, 413: 6}
+        assert post(served, f"/{id}/cells", {"code": "n"})[1]["stdout"] == "2\n"
+
+
+def test_what_a_cell_under_way_may_add_is_free_again_when_it_does_not() -> None:
+    with Served("--session-mib", "1") as served:
+        id = begin(served)
+        for _ in range(3):
+            status, result = post(served, f"/{id}/cells", {"code": "import os; os._exit(3)", "files": {"f": LARGE}})
+            assert (status, result["status"]) == (200, "error")
+        assert post(served, f"/{id}/cells", {"code": "x", "files": {"f": LARGE}})[1]["stdout"] == "41\n"
 
 
 def test_a_session_that_would_be_put_out_by_itself_is_refused() -> None:
