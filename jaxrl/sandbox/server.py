@@ -52,7 +52,7 @@ class ServerSettings:
         tokens: any of them opens it; none: everybody may.
         calls: calls that may run or wait at once; further requests are refused with 429.
         body_bytes: of one request.
-        waiting_bytes: of all requests that are under way.
+        waiting_bytes: of all requests that are under way, and of the histories that run with them.
         width: calls of one batch that are in the pool at once.
         peer_seconds: a client that neither sends its request nor takes its results for so long is cut off.
         sessions: open at once; further ones are refused with 429.
@@ -308,12 +308,13 @@ class SandboxServer:
         id, owner = request.match_info["id"], self._owner(request)
         with self._sessions.use(id, owner) as session:
             async with self._body(request, CellRequest) as asked:
-                with self._sessions.history_room(id, owner, _cell_bytes(asked)), self._calls.hold(1):
-                    cell = session.run(asked.code, echo=asked.echo, files=asked.files, wanted=asked.wanted)
-                    try:
-                        return _json(await self._outcome(cell))
-                    except ValueError as error:
-                        raise _bad_call(error, "the cell") from error
+                with self._calls.hold(1), self._sessions.history_room(id, owner, _cell_bytes(asked)) as history:
+                    with self._bytes.hold(history if session.replays else 0):
+                        cell = session.run(asked.code, echo=asked.echo, files=asked.files, wanted=asked.wanted)
+                        try:
+                            return _json(await self._outcome(cell))
+                        except ValueError as error:
+                            raise _bad_call(error, "the cell") from error
 
     async def _fork_session(self, request: web.Request) -> web.Response:
         with self._sessions.use(request.match_info["id"], self._owner(request)) as session:

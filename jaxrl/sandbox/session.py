@@ -133,6 +133,11 @@ class Session:
         await self.close()
 
     @property
+    def replays(self) -> bool:
+        """Whether no process is kept, so that the whole history goes with each cell."""
+        return not self._terms.live
+
+    @property
     def history_bytes(self) -> int:
         """About what is kept to rebuild it: code and files of its cells."""
         return sum(len(cell.code) + len(cell.files) + _CELL_BYTES for cell in self._history)

@@ -278,6 +278,26 @@ def test_what_a_cell_under_way_may_add_is_free_again_when_it_does_not() -> None:
         assert post(served, f"/{id}/cells", {"code": "x", "files": {"f": LARGE}})[1]["stdout"] == "41\n"
 
 
+def test_histories_that_are_run_again_count_towards_what_is_under_way() -> None:
+    """Copies share one for nothing, but each cell of a copy without a process carries it whole."""
+    with Served("--queue-mib", "3", "--wall-seconds", "50") as served:
+        file = base64.b64encode(bytes(900_000)).decode()
+        id = post(served, "", {"live": False})[1]["id"]
+        assert post(served, f"/{id}/cells", {"code": "x = 41", "files": {"f": file}})[1]["status"] == "ok"
+        copies = [copy["id"] for copy in post(served, f"/{id}/fork", {"copies": 4})[1]["sessions"]]
+        live = begin(served)
+        with concurrent.futures.ThreadPoolExecutor(3) as threads:
+            for copy in copies[:3]:
+                threads.submit(post, served, f"/{copy}/cells", {"code": SLEEP.format(40)})
+            wait_until(lambda: metrics(served)["jaxrl_sandbox_running_calls"] == 3)
+            status, problem = post(served, f"/{copies[3]}/cells", {"code": "x"})
+            assert (status, problem["error"]) == (429, "the server is full") and "--queue-mib" in problem["remedy"]
+            assert post(served, f"/{live}/cells", {"code": "x"})[1]["stdout"] == "41\n"
+            for copy in copies[:3]:
+                ask(served, "DELETE", f"/v1/sessions/{copy}")
+        assert post(served, f"/{copies[3]}/cells", {"code": "x"})[1]["stdout"] == "41\n"
+
+
 def test_a_session_that_would_be_put_out_by_itself_is_refused() -> None:
     with Served("--session-memory-mib", "88", "--memory-mib", "88") as served:
 
