@@ -26,7 +26,7 @@ from jaxrl.sandbox import arguments, codec, pool_arguments, wire
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.protocol import Limits
-from jaxrl.sandbox.remote_session import NotAnswered, Patience, RemoteSession, SessionChannel
+from jaxrl.sandbox.remote_session import AnswerLost, NotAnswered, Patience, RemoteSession, SessionChannel
 from jaxrl.sandbox.result import Result, fault
 from jaxrl.sandbox.wire import BatchLine, Health, RunRequest
 
@@ -190,8 +190,8 @@ class SandboxClient:
         try:
             async with self._accepted(method, path, _bytes_of(asked), tenant, patience) as response:
                 return _read(answer, await response.read())
-        except _LOST as error:
-            raise NotAnswered(self._words(error)) from error
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise AnswerLost(self._words(error)) from error
 
     async def _end_session(self, id: str) -> None:
         await self._ask("DELETE", f"/v1/sessions/{id}", None, wire.ClosedSession, "", Patience(0.0, 0.0))
@@ -265,7 +265,7 @@ class SandboxClient:
         """The answer of a server that took the request, after as many tries as that needs.
 
         Raises:
-            NotAnswered: patience ran out, or the server failed.
+            NotAnswered: patience ran out, or the server refused; AnswerLost where it failed.
             ValueError, PermissionError: the request is at fault.
             SandboxUnavailable: the server lacks what a call asks for.
         """
@@ -294,7 +294,8 @@ class SandboxClient:
             if status in _BLAMED_ON_TOKEN:
                 raise PermissionError(f"{self._url} refuses the token: {problem}")
             if status not in (0, _FULL, _SHUTTING_DOWN):
-                raise NotAnswered(f"{self._url}{path} answered {status}: {problem}")
+                kind = NotAnswered if 300 <= status < 500 else AnswerLost
+                raise kind(f"{self._url}{path} answered {status}: {problem}")
             full = status == _FULL
             if failing_since is None or full != was_full:
                 was_full, failing_since = full, time.monotonic()
@@ -326,7 +327,7 @@ def _read(record: type, body: bytes) -> Any:
     try:
         return codec.read(record, json.loads(body), closed=False)
     except ValueError as error:
-        raise NotAnswered(f"an answer that cannot be read: {error}") from error
+        raise AnswerLost(f"an answer that cannot be read: {error}") from error
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

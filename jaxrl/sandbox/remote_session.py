@@ -12,9 +12,15 @@ from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.result import Result, fault
 from jaxrl.statuses import ToolStatus
 
+_END_SECONDS = 5.0  # for ending a session on a server that may have gone silent
+
 
 class NotAnswered(Exception):
     """A request was not carried out, or its answer did not arrive; the text says why."""
+
+
+class AnswerLost(NotAnswered):
+    """Whether the request was carried out is not known."""
 
 
 class Patience(NamedTuple):
@@ -42,6 +48,7 @@ class RemoteSession:
         self._tenant = tenant
         self._id = id  # "" until the server has been asked for a session
         self._turn = asyncio.Lock()
+        self._lost = ""  # why it can go on no more
         self._open = True
 
     async def __aenter__(self) -> Self:
@@ -61,6 +68,9 @@ class RemoteSession:
     ) -> Result:
         """Run a cell, as ``Session.run``. Where the server has no such session any more it is an ``infra_error``.
 
+        So it is where the answer is lost. Since the cell may have run, and would do what it does twice if it were run
+        again, that ends the session: all later cells are an ``infra_error`` too, which says so.
+
         Raises:
             ValueError: the server refuses the files, or the cells of this session are too large together.
             TypeError: code or wanted of a wrong type.
@@ -75,6 +85,9 @@ class RemoteSession:
             try:
                 await self._begin()
                 result = await self._ask("POST", f"/{self._id}/cells", cell, Result, patience)
+            except AnswerLost as error:
+                await self._give_up(error)
+                result = fault(self._lost or str(error))
             except NotAnswered as error:
                 result = fault(str(error))
             if result.status is ToolStatus.INFRA_ERROR:
@@ -115,9 +128,24 @@ class RemoteSession:
         if self._id in self._shared.open:
             self._shared.open.discard(self._id)
             with contextlib.suppress(NotAnswered, RuntimeError):
-                await self._ask("DELETE", f"/{self._id}", None, wire.ClosedSession, Patience(0.0, 0.0))
+                await self._end()
+
+    async def _give_up(self, error: AnswerLost) -> None:
+        """End the session, if there is one already."""
+        if not self._id:
+            return
+        self._lost = f"{error}; the cell may have run, so that its session was ended: begin another"
+        with contextlib.suppress(NotAnswered, RuntimeError, TimeoutError):
+            async with asyncio.timeout(_END_SECONDS):
+                await self._end()
+                self._shared.open.discard(self._id)
+
+    async def _end(self) -> None:
+        await self._ask("DELETE", f"/{self._id}", None, wire.ClosedSession, Patience(0.0, 0.0))
 
     async def _begin(self) -> None:
+        if self._lost:
+            raise NotAnswered(self._lost)
         if self._id:
             return
         patience = Patience(self._shared.patience, self._shared.patience)

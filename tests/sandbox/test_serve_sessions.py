@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import concurrent.futures
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -430,18 +431,21 @@ def test_a_killed_server_is_a_fault_of_ours_and_leaves_nothing() -> None:
         port = urllib.parse.urlsplit(served.url).port
 
         async def work(client: SandboxClient) -> list[int]:
-            session = client.session()
+            session, idle = client.session(), client.session()
             await session.run("x = 1")
+            await idle.run("x = 1")
             below = descendants(served.process.pid)
             running = asyncio.create_task(session.run(SLEEP.format(25)))
             await asyncio.sleep(0.3)
             served.process.kill()
             assert (await running).status is INFRA
             await asyncio.to_thread(served.process.wait)
-            with pytest.raises(SandboxUnavailable, match="takes no calls"):
+            with pytest.raises(SandboxUnavailable, match="the cell may have run"):
                 await session.fork(1)
+            with pytest.raises(SandboxUnavailable, match="takes no calls"):
+                await idle.fork(1)
             with Served(port=port):
-                result = await session.run("x")
+                result = await idle.run("x")
                 assert result.status is INFRA and "no such session" in result.stderr
                 async with client.session() as fresh:
                     assert (await fresh.run("7")).stdout == "7\n"
@@ -449,6 +453,44 @@ def test_a_killed_server_is_a_fault_of_ours_and_leaves_nothing() -> None:
 
         below = served.use(work, patience_seconds=0.5)
         wait_until(lambda: not any(map(is_alive, below)))
+
+
+def test_a_cell_whose_answer_is_lost_ends_its_session_and_is_not_run_twice() -> None:
+    """The connection is cut when the cell has run, before a byte of its answer has passed; a caller tries again."""
+
+    async def work(pool: Pool, served: TestServer) -> None:
+        cut = False
+
+        async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answers: bool) -> None:
+            with contextlib.closing(writer):
+                while data := await reader.read(1 << 16):
+                    if answers and cut:
+                        return
+                    writer.write(data)
+
+        async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there, to_server = await asyncio.open_connection("127.0.0.1", served.port)
+            with contextlib.suppress(ConnectionError):
+                await asyncio.gather(pass_on(reader, to_server, False), pass_on(there, writer, True))
+
+        async with await asyncio.start_server(between, "127.0.0.1", 0) as proxy:
+            port = proxy.sockets[0].getsockname()[1]
+            async with SandboxClient(f"http://127.0.0.1:{port}") as client:
+                session = client.session()
+                await session.run("n = 0")
+                (copy,) = await session.fork(1)
+                cut = True
+                first = await session.run("n += 1; n")
+                cut = False
+                again = await session.run("n += 1; n")
+                for result in (first, again):
+                    assert result.status is INFRA and "the cell may have run" in result.stderr, result
+                with pytest.raises(SandboxUnavailable, match="begin another"):
+                    await session.fork(1)
+                assert (await copy.run("n += 1; n")).stdout == "1\n"
+                await asyncio.gather(session.close(), copy.close())
+
+    serving(work)
 
 
 def test_a_session_outside_of_its_client() -> None:
