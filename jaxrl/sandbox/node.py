@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from jaxrl import __version__
+from jaxrl.sandbox import pool_arguments
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.node_orders import (
     Answer,
@@ -134,7 +135,12 @@ async def _carry_out(order: Order, pool: Pool) -> Outcomes:
 
 
 def _of_here(call: Call, pool: Pool) -> Call:
-    """The call under a number of this pool, in the time of this machine's clock."""
+    """The call under a number of this pool, in the time of this machine's clock.
+
+    Raises:
+        ValueError: its limits are beyond this machine's own.
+    """
+    pool_arguments.check_host(call.limits)
     return call._replace(id=pool.backend().next_id(), submitted=time.monotonic())
 
 

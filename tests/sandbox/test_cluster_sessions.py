@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import os
+import resource
 import signal
 from collections import Counter
 
@@ -147,6 +148,20 @@ async def test_closing_a_session_ends_the_cell_that_it_runs(nodes: RayNodes, poo
     with pytest.raises(RuntimeError, match="session was closed"):
         await cell
     assert below(nodes) == before
+
+
+@on_common_pool
+async def test_limits_beyond_a_nodes_own_are_the_callers_mistake(nodes: RayNodes, pool: ClusterPool) -> None:
+    """And no reason to distrust the node."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for live in (True, False):
+        async with pool.session(limits=Limits(open_files=most + 1), live=live) as session:
+            for _ in range(2):
+                with pytest.raises(ValueError, match=f"open_files={most + 1} must be at most {most}"):
+                    await session.run("1")
+    assert pool._sessions._distrusted == {} and len(pool.nodes) == 2
+    async with pool.session(limits=PATIENT) as session:
+        assert (await session.run("1")).attempts == 1
 
 
 # What is lost
