@@ -159,10 +159,12 @@ class ClusterPool:
         await self.close()
 
     async def start(self) -> None:
-        """Connect, and start a pool on every node. Needed once, unless used as a context manager."""
+        """Connect, and start a pool on every node. Unless used as a context manager, call it; again does nothing."""
         from jaxrl.sandbox.members import Members  # loads Ray, which a process without a cluster never does
 
         check_loop(self._loop)
+        if self._members is not None:
+            return
         self._loop = asyncio.get_running_loop()
         self._members = Members(self._address, self._make_link, self._patience_seconds, self._give_up)
         try:
