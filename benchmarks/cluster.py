@@ -83,7 +83,7 @@ async def carrier(nodes: RayNodes, rounds: int) -> list[dict]:
     ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
     node = next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
     echo = ray.remote(Echo).options(num_cpus=0).remote()
-    link = NodeLink(node, "node", NullPool, 1 << 20, 60.0, lambda places: None)
+    link = NodeLink(node, "node", NullPool, 1 << 20, 60.0, on_room=lambda places: None, on_lost=lambda lost_link: None)
     await link.start()
     samples: dict[str, list[float]] = {"batched": [], "single": [], "path": []}
     for _ in range(rounds):

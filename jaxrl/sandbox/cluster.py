@@ -299,7 +299,15 @@ class ClusterPool:
     def _make_link(self, node: str, name: str) -> "NodeLink":
         from jaxrl.sandbox.node_link import NodeLink
 
-        return NodeLink(node, name, self._make_pool, self._window, self._silence_seconds, self._admission.leave)
+        return NodeLink(
+            node,
+            name,
+            self._make_pool,
+            self._window,
+            self._silence_seconds,
+            on_room=self._admission.leave,
+            on_lost=self._sessions.forget,
+        )
 
     def _give_up(self) -> None:
         self._admission.dismiss(_Deserted)

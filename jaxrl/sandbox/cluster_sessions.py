@@ -52,9 +52,16 @@ class ClusterSessions:
         self._place = place
         self._run = run
         self._nowhere = nowhere
+        # Of living nodes alone:
         self._homes: dict[int, NodeLink] = {}  # by process
         self._processes: Counter[NodeLink] = Counter()
         self._distrusted: dict[NodeLink, float] = {}  # until which time.monotonic(), for having lost a new process
+
+    def forget(self, link: "NodeLink") -> None:
+        """A node is lost, and with it the processes that it had."""
+        self._homes = {process: home for process, home in self._homes.items() if home is not link}
+        self._processes.pop(link, None)
+        self._distrusted.pop(link, None)
 
     def backend(self) -> Backend:
         """What sessions are made of."""
@@ -99,7 +106,7 @@ class ClusterSessions:
     def _learn(self, head: CellHead, link: "NodeLink", report: Report) -> None:
         if report.outcome is not Outcome.LOST:
             self._distrusted.pop(link, None)
-        elif head.fresh:
+        elif head.fresh and link.alive:
             self._distrusted[link] = time.monotonic() + _DISTRUST_SECONDS
         if report.outcome is Outcome.LOST or not (report.survived or head.checkpoint):
             self._leave(head.session)
@@ -110,6 +117,8 @@ class ClusterSessions:
             return []
         answer = await link.run(ForkOrder(self._next_id(), process, tuple(copies)), bound=True)
         living = answer.outcome if isinstance(answer.outcome, tuple) else ()
+        if not link.alive:
+            return []
         for copy in living:
             self._settle(copy, link)
         return list(living)

@@ -37,6 +37,7 @@ class NodeLink:
         window: orders that may be there at once, running or waiting, besides those that could be nowhere else.
         silence_seconds: a node that says nothing for so long counts as lost.
         on_room: told by how many orders the room on this node grows, or shrinks.
+        on_lost: told of this link when the node is given up or closed.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class NodeLink:
         window: int,
         silence_seconds: float,
         on_room: Callable[[int], None],
+        on_lost: Callable[["NodeLink"], None],
     ) -> None:
         self.name = name
         self.alive = False
@@ -56,6 +58,7 @@ class NodeLink:
         self._window = window
         self._silence_seconds = silence_seconds
         self._on_room = on_room
+        self._on_lost = on_lost
         self._actor: Any = None
         self._pending: dict[int, asyncio.Future[Answer]] = {}  # by order
         self._bound: set[int] = set()  # of these, the ones that take no room
@@ -150,6 +153,7 @@ class NodeLink:
         free = self.free
         self.alive = False
         self._on_room(-free)
+        self._on_lost(self)
         for id, future in self._pending.items():
             if not future.done():
                 future.set_result(Answer(id, None, reason))

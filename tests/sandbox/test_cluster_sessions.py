@@ -254,6 +254,24 @@ async def test_many_sessions_with_a_node_killed_half_way_count_on(nodes: RayNode
 
 
 @in_cluster
+async def test_node_that_dies_while_its_sessions_are_idle_costs_them_no_try(nodes: RayNodes) -> None:
+    """Nor is anything remembered of it."""
+    nodes.have(2)
+    async with pool_on(nodes, limits=PATIENT) as pool:
+        sessions = [pool.session() for _ in range(4)]
+        for session in sessions:
+            await session.run("x = 41")
+        links, kept = pool._members.living, pool._sessions
+        os.kill(nodes.all_actors()[0], signal.SIGKILL)
+        await until(lambda: not all(link.alive for link in links))
+        assert all(link.alive for link in (*kept._homes.values(), *kept._processes, *kept._distrusted))
+        results = await asyncio.gather(*(session.run("x + 1") for session in sessions))
+        assert [(result.status, result.stdout, result.attempts) for result in results] == [(OK, "42\n", 1)] * 4
+        assert Counter(result.rebuilt for result in results) == {True: 2, False: 2}
+        await asyncio.gather(*(session.close() for session in sessions))
+
+
+@in_cluster
 async def test_killed_pool_costs_sessions_nothing_but_time(nodes: RayNodes) -> None:
     """Its node has another soon, where a session that has lost its process is no worse off than on others."""
     nodes.have(1)
