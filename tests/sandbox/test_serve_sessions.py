@@ -130,10 +130,12 @@ def test_cells_of_one_session_run_in_their_order_and_those_of_others_meanwhile(s
         async with client.session() as session, client.session() as other:
             await session.run("import time; seen = []")
             cells = [asyncio.create_task(session.run(f"time.sleep(0.1); seen.append({n}); seen")) for n in range(5)]
-            await asyncio.sleep(0.05)
-            assert (await other.run("7")).stdout == "7\n"
-            assert not cells[-1].done()
             assert (await cells[-1]).stdout == "[0, 1, 2, 3, 4]\n"
+            long = asyncio.create_task(session.run("time.sleep(25)"))
+            await asyncio.to_thread(wait_until, lambda: metrics(served)["jaxrl_sandbox_running_calls"] == 1)
+            assert (await other.run("7")).stdout == "7\n"
+            assert not long.done()
+            long.cancel()
 
     served.use(work)
 
@@ -326,21 +328,21 @@ def test_cells_wait_while_the_server_is_full() -> None:
 
 
 def test_a_session_that_nobody_uses_is_ended_and_one_in_use_is_not() -> None:
-    with Served("--session-idle-seconds", "1", "--wall-seconds", "30", "--cpu-seconds", "9") as served:
+    with Served("--session-idle-seconds", "3", "--wall-seconds", "30", "--cpu-seconds", "9") as served:
         before = idle_processes(served)
         begin(served)  # by a client that vanishes
         assert metrics(served)["jaxrl_sandbox_open_sessions"] == 1
 
         async def work(client: SandboxClient) -> None:
             session = client.session()
-            assert (await session.run(f"x = 1; {SLEEP.format(2.5)}")).status is OK
-            for _ in range(4):
-                await asyncio.sleep(0.4)
+            assert (await session.run(f"x = 1; {SLEEP.format(4)}")).status is OK
+            for _ in range(5):
+                await asyncio.sleep(0.8)
                 result = await session.run("x")
                 assert (result.stdout, result.rebuilt) == ("1\n", False)
-            await asyncio.sleep(2.5)
+            await asyncio.to_thread(wait_until, lambda: metrics(served)["jaxrl_sandbox_open_sessions"] == 0)
             result = await session.run("x")
-            assert result.status is INFRA and "no such session" in result.stderr and "used for 1 s" in result.stderr
+            assert result.status is INFRA and "no such session" in result.stderr and "used for 3 s" in result.stderr
             with pytest.raises(SandboxUnavailable, match="no such session"):
                 await session.fork(1)
             await session.close()
