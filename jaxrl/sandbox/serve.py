@@ -42,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "body-mib": (32, "one request"),
         "drain-seconds": (30, "how long SIGTERM lets calls under way go on"),
         "sessions": (256, "sessions open at once; then 429"),
+        "token-sessions": (0, "and those of one token; 0 is as many as there may be"),
         "session-idle-seconds": (600, "a session that is not used for so long is ended"),
         "session-mib": (64, "code and files that the cells of one session may be given"),
         "session-memory-mib": (4096, "live sessions together; beyond, those unused for longest lose their processes"),
@@ -101,6 +102,8 @@ def _settings(options: argparse.Namespace, kind: "type[ServerSettings]") -> "Ser
     for name in ("queue", "queue_mib", "body_mib", "sessions", "session_idle_seconds", "session_mib"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    if options.token_sessions < 0:
+        raise ValueError(f"--token-sessions {options.token_sessions} must not be negative; 0 is as many as --sessions")
     if options.drain_seconds < 0:
         raise ValueError(f"--drain-seconds {options.drain_seconds} must not be negative; 0 ends calls at once")
     return kind(
@@ -110,6 +113,7 @@ def _settings(options: argparse.Namespace, kind: "type[ServerSettings]") -> "Ser
         waiting_bytes=options.queue_mib << 20,
         width=2 * (options.slots + options.slow_slots),
         sessions=options.sessions,
+        token_sessions=options.token_sessions or options.sessions,
         idle_seconds=options.session_idle_seconds,
         history_bytes=options.session_mib << 20,
     )

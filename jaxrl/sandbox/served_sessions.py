@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import secrets
+from collections import Counter
 from collections.abc import Iterator
 
 from jaxrl.sandbox.room import RETRY_SECONDS, Refused
@@ -27,16 +28,18 @@ class ServedSessions:
 
     Args:
         most: open at once.
+        most_of_one: of these, one owner's.
         idle_seconds: one that is not used for so long is ended, since its client may have vanished.
         history_bytes: code and files that one session may be given, which are kept for its rebuilding.
     """
 
-    def __init__(self, most: int, idle_seconds: float, history_bytes: int) -> None:
+    def __init__(self, most: int, most_of_one: int, idle_seconds: float, history_bytes: int) -> None:
         self.idle_seconds = idle_seconds
         self._most = most
+        self._most_of_one = most_of_one
         self._history_bytes = history_bytes
         self._kept: dict[str, _Kept] = {}
-        self._expected = 0  # places that are held for copies under way
+        self._expected: Counter[int] = Counter()  # by owner: places that are held for sessions on their way
         self._endings: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -54,21 +57,21 @@ class ServedSessions:
         return id
 
     @contextlib.contextmanager
-    def room(self, amount: int) -> Iterator[None]:
-        """Hold room for new sessions, which are added at the end of the block.
+    def room(self, owner: int, amount: int) -> Iterator[None]:
+        """Hold room for new sessions of an owner, which are added at the end of the block.
 
         Raises:
-            Refused: there are too many.
+            Refused: there are too many, or too many of the owner's.
         """
-        if len(self._kept) + self._expected + amount > self._most:
-            words = f"{len(self._kept) + self._expected} are open, and {amount} more"
-            remedy = f"close some and try again after {RETRY_SECONDS} s, or start the server with a larger --sessions"
-            raise Refused(429, "too many sessions", value=words, limit=str(self._most), remedy=remedy)
-        self._expected += amount
+        every = len(self._kept) + self._expected.total()
+        own = sum(kept.owner == owner for kept in self._kept.values()) + self._expected[owner]
+        _check_room("too many sessions", every, amount, self._most, "--sessions")
+        _check_room("too many sessions of this token", own, amount, self._most_of_one, "--token-sessions")
+        self._expected[owner] += amount
         try:
             yield
         finally:
-            self._expected -= amount
+            self._expected[owner] -= amount
 
     @contextlib.contextmanager
     def use(self, id: str, owner: int) -> Iterator[Session]:
@@ -143,3 +146,10 @@ class ServedSessions:
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
         return ending
+
+
+def _check_room(error: str, taken: int, more: int, most: int, option: str) -> None:
+    if taken + more > most:
+        words = f"{taken} are open, and {more} more"
+        remedy = f"close some and try again after {RETRY_SECONDS} s, or start the server with a larger {option}"
+        raise Refused(429, error, value=words, limit=str(most), remedy=remedy)

@@ -56,6 +56,7 @@ class ServerSettings:
         width: calls of one batch that are in the pool at once.
         peer_seconds: a client that neither sends its request nor takes its results for so long is cut off.
         sessions: open at once; further ones are refused with 429.
+        token_sessions: of these, those of one token.
         idle_seconds: a session that is not used for so long is ended.
         history_bytes: code and files that the cells of one session may be given.
     """
@@ -67,6 +68,7 @@ class ServerSettings:
     width: int = 24
     peer_seconds: float = 60.0
     sessions: int = 256
+    token_sessions: int = 256
     idle_seconds: float = 600.0
     history_bytes: int = 64 << 20
 
@@ -79,7 +81,9 @@ class SandboxServer:
         self._settings = settings
         self._calls = Room(settings.calls, "calls", "--queue")
         self._bytes = Room(settings.waiting_bytes, "bytes", "--queue-mib")
-        self._sessions = ServedSessions(settings.sessions, settings.idle_seconds, settings.history_bytes)
+        self._sessions = ServedSessions(
+            settings.sessions, settings.token_sessions, settings.idle_seconds, settings.history_bytes
+        )
         self._refused: Counter[int] = Counter()
         self._draining = False
         self._unavailable = False  # the last call found no jail
@@ -293,7 +297,7 @@ class SandboxServer:
     async def _open_session(self, request: web.Request) -> web.Response:
         tenant = self._tenant(request)
         async with self._body(request, SessionRequest) as asked:
-            with self._sessions.room(1):
+            with self._sessions.room(self._owner(request), 1):
                 limits = capped(asked.limits, self._pool.limits)
                 try:
                     session = self._pool.session(
@@ -317,9 +321,10 @@ class SandboxServer:
                             raise _bad_call(error, "the cell") from error
 
     async def _fork_session(self, request: web.Request) -> web.Response:
-        with self._sessions.use(request.match_info["id"], self._owner(request)) as session:
+        id, owner = request.match_info["id"], self._owner(request)
+        with self._sessions.use(id, owner) as session:
             async with self._body(request, ForkRequest) as asked:
-                with self._calls.hold(1), self._sessions.room(asked.copies):
+                with self._calls.hold(1), self._sessions.room(owner, asked.copies):
                     try:
                         copies = await session.fork(asked.copies)
                     except RuntimeError as error:

@@ -243,6 +243,21 @@ def test_sessions_are_bounded_and_clients_wait_for_room() -> None:
         served.use(work, patience_seconds=1.5)
 
 
+def test_one_token_cannot_take_all_sessions(tmp_path: pathlib.Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("first\nsecond\n")
+    first, second = ({"Authorization": f"Bearer {token}"} for token in ("first", "second"))
+    with Served("--token-file", str(tokens), "--sessions", "4", "--token-sessions", "2") as served:
+        ids = [post(served, "", {}, first)[1]["id"] for _ in range(2)]
+        for path, body in (("", {}), (f"/{ids[0]}/fork", {"copies": 1})):
+            status, problem = post(served, path, body, first)
+            assert (status, problem["error"], problem["limit"]) == (429, "too many sessions of this token", "2")
+            assert "--token-sessions" in problem["remedy"]
+        assert [post(served, "", {}, second)[0] for _ in range(3)] == [200, 200, 429]
+        assert ask(served, "DELETE", f"/v1/sessions/{ids[0]}", headers=first)[0] == 200
+        assert post(served, f"/{ids[1]}/fork", {"copies": 1}, first)[0] == 200
+
+
 def test_what_one_session_is_given_is_bounded() -> None:
     """It is kept for as long as the session lives, to rebuild that."""
     with Served("--session-mib", "1") as served:
