@@ -191,6 +191,20 @@ def test_batches_of_clients(sandbox: Driver) -> None:
         (lambda: CallTest("f", "ab", 1), TypeError, "CallTest.arguments='ab' is of type str"),
         (lambda: CallTest("f", [1], 1, keywords=[]), TypeError, "CallTest.keywords"),
         (lambda: CallTest("f", [1], 1, tolerance="x"), TypeError, "CallTest.tolerance='x' is of type str"),
+        (
+            lambda: StdioTest("5", "5", language="java"),
+            ValueError,
+            "language='java' is not known; choose",
+        ),
+        (lambda: CallTest("", [1], 1), ValueError, "CallTest.function='' is no name of a function"),
+        (lambda: CallTest("a;b", [1], 1), ValueError, "CallTest.function='a;b' is no name of a function"),
+        (lambda: CallTest("no such", [1], 1), ValueError, "CallTest.function='no such' is no name"),
+        (lambda: CallTest("f # x", [1], 1), ValueError, "CallTest.function='f # x' is no name"),
+        (lambda: CallTest("None", [1], 1), ValueError, "CallTest.function='None' is no name"),
+        (lambda: CallTest("lambda: f", [1], 1), ValueError, "CallTest.function='lambda: f' is no name"),
+        (lambda: CallTest("f", [1], 1, {"a b": 1}), ValueError, "CallTest.keywords names 'a b'"),
+        (lambda: CodeTest(""), ValueError, "CodeTest.code='' tests nothing"),
+        (lambda: CodeTest("\n # later\n"), ValueError, "CodeTest.code=.* tests nothing"),
         (lambda: CodeTest(b"assert f(1)"), TypeError, "CodeTest.code=b'assert.*it must be str"),
     ],
 )
@@ -203,6 +217,8 @@ def test_graders(sandbox: Driver, tmp_path: pathlib.Path) -> None:
     for given in ({"limits": 2}, {"hidden_only": 1}, {"tenant": None}, {"cache_entries": 1.5}, {"cache_folder": 7}):
         with pytest.raises(TypeError, match=f"{next(iter(given))}={next(iter(given.values()))} is of type"):
             Grader(sandbox.pool, **given)
+    with pytest.raises(TypeError, match="pool=None runs nothing; give an open Pool"):
+        Grader(None)
     grader = Grader(sandbox.pool, cache_folder=str(tmp_path / "kept"))
     test = CallTest("f", [1], 1)
     assert sandbox.wait(grader.grade("def f(x): return x", test)).passed

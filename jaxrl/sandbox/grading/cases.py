@@ -1,10 +1,12 @@
 """What a program can be tested with."""
 
+import ast
 import dataclasses
 import inspect
+import keyword
 from collections.abc import Mapping, Sequence
 
-from jaxrl.sandbox import arguments
+from jaxrl.sandbox import arguments, languages
 from jaxrl.sandbox.grading import closeness
 from jaxrl.sandbox.grading.codec import pack
 
@@ -26,6 +28,9 @@ class StdioTest:
         arguments.kind("StdioTest.expected", self.expected, str, "str")
         _check_tolerance("StdioTest.tolerance", self.tolerance)
         arguments.kind("StdioTest.language", self.language, str, "the name of a language")
+        if self.language != "python" and self.language not in languages.LANGUAGES:
+            known = ", ".join(["python", *languages.LANGUAGES])
+            raise ValueError(f"StdioTest.language={self.language!r} is not known; choose one of {known}")
 
     def accepts(self, printed: str) -> bool:
         """Whether this output is the expected one."""
@@ -58,6 +63,8 @@ class CodeTest:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             arguments.kind(f"CodeTest.{name}", value, str, "str")
+        if all(not line or line.startswith("#") for line in map(str.strip, self.code.splitlines())):
+            raise ValueError(f"CodeTest.code={self.code!r} tests nothing; give an assert, or what else raises")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +89,14 @@ class CallTest:
         arguments.kind("CallTest.keywords", self.keywords, Mapping, "a mapping from name to value")
         _check_tolerance("CallTest.tolerance", self.tolerance)
         pack([list(self.arguments), dict(self.keywords), self.expected])
+        if not _can_be_called(self.function):
+            raise ValueError(
+                f"CallTest.function={self.function!r} is no name of a function; give 'solve', or what leads to it as"
+                " 'Solution().solve'"
+            )
+        for name in self.keywords:
+            if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+                raise ValueError(f"CallTest.keywords names {name!r}, which is no name of an argument; rename it")
 
     def as_code(self) -> CodeTest:
         """The same test as an assert; ``repr`` of plain data is Python."""
@@ -93,14 +108,26 @@ class CallTest:
             beside = f"def {function}(*arguments, **keywords):\n    return {self.function}(*arguments, **keywords)"
         call = f"{function}({', '.join(arguments)})"
         if self.tolerance is None:
-            return CodeTest(f"assert {call} == {self.expected!r}", function, _NAMES, beside)
+            return CodeTest(f"assert {call} == {self.expected!r}", function, PRELUDES[0], beside)
         compared = f"assert _close({call}, {self.expected!r}, {self.tolerance!r})"
-        return CodeTest(compared, function, f"{_NAMES}\n{inspect.getsource(closeness)}\n_close = close", beside)
+        return CodeTest(compared, function, PRELUDES[1], beside)
 
 
 _NAMES = "from decimal import Decimal\nfrom fractions import Fraction\nfrom math import inf, nan"
+PRELUDES = (_NAMES, f"{_NAMES}\n{inspect.getsource(closeness)}\n_close = close")  # of calls; known to run
 
 Test = StdioTest | CallTest | CodeTest
+
+
+def _can_be_called(function: str) -> bool:
+    """Whether this is a name, or a path of attributes, calls and items that begins with one."""
+    try:
+        call = ast.parse(f"{function}()", mode="eval").body
+    except (SyntaxError, ValueError):
+        return False
+    if not isinstance(call, ast.Call) or call.args or call.keywords or not function:
+        return False
+    return isinstance(call.func, ast.Name | ast.Attribute | ast.Call | ast.Subscript)
 
 
 def _check_tolerance(name: str, tolerance: object) -> None:

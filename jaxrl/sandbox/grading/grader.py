@@ -48,13 +48,15 @@ class _Interview:
     plan: Plan
     questions: bytes  # what it asks first
     obstacle: str  # why it asks nothing
+    runs: bool  # as far as it needs no program
+    broken: str = ""  # why it can never run, whatever the program is
     tries: int = 0  # to find out
     fault: str = ""  # why the last try failed
     turn: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)  # one finds out, the others wait
 
     @property
     def known(self) -> bool:
-        return bool(self.questions or self.obstacle)
+        return bool(self.broken) or (self.runs and bool(self.questions or self.obstacle))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Grader:
         cache_entries: int = 65536,
         cache_folder: str | os.PathLike[str] | None = None,
     ) -> None:
+        if pool is None:
+            raise TypeError("pool=None runs nothing; give an open Pool, or what runs snippets as it does")
         pool_arguments.check_limits(limits)
         arguments.flag("hidden_only", hidden_only)
         arguments.kind("tenant", tenant, str, "str")
@@ -227,7 +231,9 @@ class Grader:
         interview = self._interviews.get(test)
         if interview is None:
             plan = divide(test)
-            interview = self._interviews[test] = _Interview(plan, plan.questions, plan.obstacle)
+            interview = self._interviews[test] = _Interview(
+                plan, plan.questions, plan.obstacle, runs=plan.alone is None
+            )
         self._interviews.move_to_end(test)
         while len(self._interviews) > _INTERVIEWS:
             self._interviews.popitem(last=False)
@@ -242,10 +248,12 @@ class Grader:
                 interview.tries += 1
             if not interview.known:
                 raise _OurFault(interview.fault)
+        if interview.broken:
+            raise _OurFault(interview.broken)
         return interview
 
     async def _find_out(self, interview: _Interview) -> None:
-        """Fill in what the test asks, or why it asks nothing.
+        """Fill in whether the test can run, and what it asks, or why it asks nothing.
 
         Only a run that came to its end tells that a test asks nothing: anything else may come of a busy machine, and
         an obstacle puts the expected answers within the program's reach.
@@ -253,9 +261,14 @@ class Grader:
         Raises:
             _OurFault: no run came to its end.
         """
+        patient = dataclasses.replace(self._limits, wall_seconds=self._limits.wall_seconds * _PATIENCE)
+        if not interview.runs:
+            interview.broken = await self._try_alone(interview.plan, patient)
+            interview.runs = not interview.broken
+        if interview.known:
+            return
         verdict = await self._examine(interview.plan, b"", b"")
         if not verdict.ended:
-            patient = dataclasses.replace(self._limits, wall_seconds=self._limits.wall_seconds * _PATIENCE)
             verdict = await self._examine(interview.plan, b"", b"", patient)
         if not verdict.ended:
             raise _OurFault(f"the test ran into {verdict.status} before it asked anything: {verdict.text}")
@@ -265,6 +278,23 @@ class Grader:
             interview.obstacle = f"a question of the test cannot leave its process: {verdict.text}"
         else:
             interview.obstacle = f"the test {verdict.word} before it asked anything: {verdict.text}"
+
+    async def _try_alone(self, plan: Plan, patient: Limits) -> str:
+        """Why the beginning of a test, run without any program, fails; empty if it does not.
+
+        Raises:
+            _OurFault: it did not come to its end.
+        """
+        prelude, code = plan.alone or ("", "")
+        token = secrets.token_hex(16)
+        for limits in (self._limits, patient):
+            ran = await self._run(scripts.stand_beside("", prelude, code, token), limits=limits, wanted=[ANSWERS])
+            if ran.status == ToolStatus.OK and ran.files.get(ANSWERS) == token.encode():
+                return ""
+            if ran.status in (ToolStatus.OK, ToolStatus.ERROR):
+                reason = _last_line(ran.stderr) or "it ends the process"
+                return f"the test cannot be run, whatever the program is: {reason}"
+        raise _OurFault(f"the test ran into {ran.status} before it asked anything: {_last_line(ran.stderr)}")
 
     async def _grade_beside(self, program: str, test: CodeTest, obstacle: str) -> Grade:
         # The token only tells an end of the test from an early end of the program; here the program may know all.

@@ -6,15 +6,17 @@ If a program could bring it about that its test is run beside it, it could read 
 import ast
 import builtins
 import dataclasses
+import itertools
 import json
 import symtable
 import sys
 from collections.abc import Iterator
 
-from jaxrl.sandbox.grading.cases import CodeTest
+from jaxrl.sandbox.grading.cases import PRELUDES, CodeTest
 from jaxrl.sandbox.grading.codec import line, pack
 
 _ASKED = "_jaxrl_asked"
+_PROGRAM = "program"  # the module as which ``answering`` loads a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Plan:
     obstacle: str = ""  # why the test has to run beside the program; empty if it does not
     questions: bytes = b""  # what the test asks first, where it can be read off it
     right_answers: bytes | None = None  # answers, to the byte, that need no examination
+    alone: tuple[str, str] | None = None  # prelude and first statements, which run without any program or never
 
 
 def divide(test: CodeTest) -> Plan:
@@ -36,6 +39,10 @@ def divide(test: CodeTest) -> Plan:
         SyntaxError: the test or its prelude is no Python.
     """
     strangers = _strangers(f"{test.prelude}\n{test.code}")
+    return dataclasses.replace(_divide(test, strangers), alone=_alone(test, strangers))
+
+
+def _divide(test: CodeTest, strangers: set[str]) -> Plan:
     if (divided := _divide_assert(test, strangers, ast.Attribute)) is not None:
         return divided
     called = _called(test.code) & strangers
@@ -54,6 +61,28 @@ def divide(test: CodeTest) -> Plan:
     if function:
         return Plan(obstacle=f"the test needs {sorted(rest - modules)} of the program besides {function!r}")
     return Plan(obstacle=f"it is not said which of {sorted(called)} the test is of")
+
+
+def _alone(test: CodeTest, strangers: set[str]) -> tuple[str, str] | None:
+    """What runs before the test needs anything of the program; None where that is nothing that could fail."""
+    # The program's function may have the name of a built-in one.
+    called = {test.function} if test.function else _called(test.code) & strangers
+    needed = {name for name in strangers if name not in builtins.__dict__} | called
+    head = list(itertools.takewhile(lambda statement: not _rests_on(statement, needed), ast.parse(test.code).body))
+    if not head and (not test.prelude or test.prelude in PRELUDES):
+        return None
+    return test.prelude, ast.unparse(ast.Module(head, []))
+
+
+def _rests_on(statement: ast.stmt, names: set[str]) -> bool:
+    """Whether names, or the module that a program is, come up in a statement."""
+    for node in ast.walk(statement):
+        match node:
+            case ast.Name(name) | ast.ImportFrom(name) if name in names or name == _PROGRAM:
+                return True
+            case ast.Import(modules) if any(module.name == _PROGRAM for module in modules):
+                return True
+    return False
 
 
 def _foreseen(code: str, function: str) -> tuple[bytes, bytes | None]:

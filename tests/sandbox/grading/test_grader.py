@@ -196,7 +196,7 @@ def test_modules_that_a_program_mentions_are_there_loaded(sandbox: Driver) -> No
     ("code", "said"),
     [
         ("assert f(lambda: 1) == 1", "a question of the test cannot leave its process: .* builtins.function"),
-        ("assert 1 == 2\nassert f(1)", "the test failed before it asked anything: AssertionError:  at: assert 1 == 2"),
+        ("assert f.__name__ == 'f'\nf(1)", "the test failed before it asked anything: AssertionError:  at: assert f._"),
         ("def check(f): assert f(1) == 1", "the test passed before it asked anything: "),
         ("c = Box()\nassert f(c).x == 1", "the test needs \\['Box'\\] of the program besides 'f'"),
     ],
@@ -208,7 +208,37 @@ def test_what_cannot_be_hidden_is_refused_or_said(sandbox: Driver, code: str, sa
         grade(sandbox, program, test)
     found = grade(sandbox, program, test, hidden_only=False)
     assert not found.hidden
-    assert found.passed == (code[0] in "dc" or "lambda" in code), found
+    assert found.passed, found
+
+
+@pytest.mark.parametrize(
+    ("code", "prelude", "reason"),
+    [
+        ("import nothere\nassert f(1) == 2", "", "No module named 'nothere'"),
+        ("assert f(1) == 2", "import nothere", "No module named 'nothere'"),
+        ("from math import nothere\nassert f(1) == 2", "", "cannot import name 'nothere'"),
+        ("import nothere\nassert C().f(1) == 2", "", "No module named 'nothere'"),
+        ("import nothere\nc = C()\nassert f(c).x == 1", "", "No module named 'nothere'"),
+        ("x = 1 / 0\nassert f(x) == 2\nassert f(1) == 2", "", "division by zero"),
+        ("assert 1 == 2\nassert f(1)", "", "AssertionError"),
+        ("raise SystemExit\nassert f(1) == 2", "", "it ends the process"),
+    ],
+)
+def test_what_no_program_can_pass_is_no_failure_of_the_programs(
+    sandbox: Driver, code: str, prelude: str, reason: str
+) -> None:
+    program = "class C:\n    x = 1\n    def f(self, n): return n + 1\ndef f(x): return x if isinstance(x, C) else x + 1"
+    for hidden_only in (True, False):
+        found = grade(sandbox, program, CodeTest(code, "f", prelude), hidden_only)
+        assert found.is_infra and not found.passed, found
+        assert found.detail.startswith("the test cannot be run, whatever the program is: ") and reason in found.detail
+
+
+@pytest.mark.parametrize(
+    "code", ["from program import f\nassert f(1) == 2", "import program\nassert program.f(1) == 2"]
+)
+def test_a_test_that_imports_its_program_is_not_broken(sandbox: Driver, code: str) -> None:
+    assert grade(sandbox, "def f(x): return x + 1", CodeTest(code), hidden_only=False).passed
 
 
 def test_objects_of_the_program_in_arguments_need_not_show_the_answer(sandbox: Driver) -> None:

@@ -46,6 +46,23 @@ def test_a_test_that_needs_more_of_the_program_says_what() -> None:
     assert plan.obstacle == "the test needs ['Pair'] of the program besides 'first'"
 
 
+@pytest.mark.parametrize(
+    ("code", "alone"),
+    [
+        ("assert double(3) == 6", None),
+        ("import re\nx = [1]\nassert double(x) == 6\ny = 1", ("", "import re\nx = [1]")),
+        ("assert sum(1, 2) == 3", None),
+        ("x = math.pi\nassert double(x) == 6", None),
+        ("def check(f):\n    assert f(1) == 2\ncheck(double)", ("", "def check(f):\n    assert f(1) == 2")),
+        ("from program import double\nassert double(1) == 2", None),
+    ],
+)
+def test_what_runs_before_a_test_needs_its_program(code: str, alone: tuple[str, str] | None) -> None:
+    assert divide(CodeTest(code)).alone == alone
+    assert divide(CallTest("double", [1], 2).as_code()).alone is None
+    assert divide(CallTest("a.double", [1], 2, tolerance=0.1).as_code()).alone is None
+
+
 def test_helpers_in_the_prelude_are_no_strangers() -> None:
     test = CodeTest("assert decode(encode('x')) == 'x'", "", "def encode(text):\n    return text[::-1]")
     assert divide(test).function == "decode"
