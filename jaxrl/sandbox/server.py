@@ -37,7 +37,7 @@ from jaxrl.sandbox.wire import (
 )
 
 _METRICS_SECONDS = 5.0
-_LAST_ANSWERS_SECONDS = 2.0  # for what is being written when the drain is over
+_LAST_ANSWERS_SECONDS = 0.5  # for what is being written when the drain is over; aiohttp waits twice as long
 _OPEN_PATHS = ("/v1/health", "/openapi.json")  # no token needed
 _LONGEST_TENANT = 256
 
@@ -428,5 +428,6 @@ async def serve(
             await asyncio.wait(ends, timeout=drain_seconds, return_when=asyncio.FIRST_COMPLETED)
             for end in ends:
                 end.cancel()
+            await pool.close()  # what still runs is answered, as a fault of ours, before its connection is closed
         finally:
             await runner.cleanup()

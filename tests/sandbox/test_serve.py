@@ -462,8 +462,9 @@ def test_calls_that_outlast_the_drain_are_faults_of_ours(how: str) -> None:
     with Served("--drain-seconds", patience, "--wall-seconds", "60") as served:
         below = descendants(served.process.pid)
 
-        async def end(client: SandboxClient) -> tuple[Result, list[tuple[int, Result]]]:
-            running = asyncio.create_task(client.run(SLEEP.format(50)))
+        async def end(client: SandboxClient) -> tuple[tuple[int, Any, bytes], list[tuple[int, Result]]]:
+            call = {"code": SLEEP.format(50)}
+            running = asyncio.create_task(asyncio.to_thread(ask, served, "POST", "/v1/run", call))
             calls = [RunRequest("print(1)"), RunRequest(SLEEP.format(50))]
             batch = client.run_batch(calls)
             first = await anext(batch)
@@ -473,9 +474,9 @@ def test_calls_that_outlast_the_drain_are_faults_of_ours(how: str) -> None:
                 served.process.send_signal(signal.SIGTERM)
             return await running, [first, *[item async for item in batch]]
 
-        result, batch = served.use(end)
+        (status, _, body), batch = served.use(end)
         assert served.process.wait(20) == 0
-    assert result.status is INFRA and result.stderr
+    assert status == 200 and json.loads(body)["status"] == INFRA and "closed" in json.loads(body)["stderr"]
     assert [(index, item.status) for index, item in batch] == [(0, OK), (1, INFRA)]
     assert not any(is_alive(pid) for pid in below)
 
