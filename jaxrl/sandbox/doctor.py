@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 
 from jaxrl.sandbox import cgroups, jail, landlock, languages, remedies, seccomp, syscalls
 from jaxrl.sandbox.languages import Language
@@ -41,7 +42,10 @@ def examine() -> list[Finding]:
     """Try every layer, the needed ones first; ends with a call in a whole jail."""
     machine = f"Linux {platform.release()} on {platform.machine()}"
     in_the_way = "\n".join(remedies.find())
-    user_namespace = _try("user namespace", lambda: None, in_the_way)
+    ordinary = _try("ordinary user", jail.become_ordinary, in_the_way)
+    # The right of an ordinary user to one is what counts; root's tells at least whether the kernel has any.
+    make = jail.become_isolated_user if ordinary.works else partial(syscalls.unshare, syscalls.CLONE_NEWUSER)
+    user_namespace = _try("user namespace", make, in_the_way)
     layers: list[tuple[str, Callable[[], object], str]] = [
         (f"{name} namespace", lambda flag=flag: syscalls.unshare(flag), in_the_way)
         for name, flag in jail.NAMESPACES.items()
@@ -51,13 +55,15 @@ def examine() -> list[Finding]:
         ("system-call filter", _filter, "the kernel needs CONFIG_SECCOMP_FILTER"),
         ("watch over memory requests", _watch_memory, "needs Linux 5.5 or newer, and no such watch around us"),
     ]
-    if user_namespace.works:
-        inner = [_try(*layer) for layer in layers]
+    if ordinary.works and user_namespace.works:
+        inner = [_try(name, partial(_try_inside, action), remedy) for name, action, remedy in layers]
     else:
-        inner = [Finding(name, False, True, "not tried: needs a user namespace") for name, _, _ in layers]
+        needed = "a user namespace" if ordinary.works else "an ordinary user"
+        inner = [Finding(name, False, True, f"not tried: needs {needed}") for name, _, _ in layers]
     known = landlock.version()
     return [
         Finding("system-call tables", seccomp.supported(), True, machine, "run on x86-64 or aarch64"),
+        ordinary,
         user_namespace,
         *inner,
         Finding("Landlock", known > 0, False, f"version {known}" if known else "absent", _LANDLOCK),
@@ -90,12 +96,11 @@ def healthy(findings: list[Finding]) -> bool:
 
 
 def _try(layer: str, action: Callable[[], object], remedy: str) -> Finding:
-    """Run ``action`` in a fork that has become an ordinary user in a user namespace of its own."""
+    """Run ``action`` in a fork of this process."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         try:
-            jail.become_isolated_user()
             action()
             text = ""
         except Exception as error:  # of any kind: a layer that breaks is no layer, and nothing may leave this fork
@@ -107,6 +112,12 @@ def _try(layer: str, action: Callable[[], object], remedy: str) -> Finding:
         refusal = file.read().decode()
     os.waitpid(pid, 0)
     return Finding(layer, not refusal, True, refusal, remedy)
+
+
+def _try_inside(action: Callable[[], object]) -> None:
+    """As an ordinary user in a user namespace of its own."""
+    jail.become_isolated_user()
+    action()
 
 
 def _copy_a_mount() -> None:

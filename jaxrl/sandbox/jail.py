@@ -22,7 +22,6 @@ UNSAFE = "unsafe: none"
 JAILED = "jail: namespaces, seccomp, rlimits, ordinary user" + (", landlock" if landlock.version() else "")
 
 _BASE = "/tmp"  # where the new root is put together, out of everybody else's sight
-_ORDINARY_USER = 65534
 SHARED_MEMORY = "/dev/shm"
 _DEVICES = ("null", "zero", "random", "urandom")
 _LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
@@ -130,8 +129,7 @@ def enter(view: View) -> None:
 
 def become_isolated_user() -> None:
     """Be an ordinary user, as limits do not hold for root, in a user namespace that allows to build the rest."""
-    if os.geteuid() == 0:
-        _become_ordinary()
+    become_ordinary()
     user, group = os.geteuid(), os.getegid()
     _layer("a user namespace", syscalls.unshare, syscalls.CLONE_NEWUSER)
     _layer("a user namespace's identity map", _map_identity, user, group)
@@ -154,11 +152,15 @@ def _build_as_root(view: View) -> bool | None:
     return True
 
 
-def _become_ordinary() -> None:
+def become_ordinary() -> None:
+    """Be no longer root, where this process is."""
+    if os.geteuid() != 0:
+        return
+    user = remedies.ORDINARY_USER
     try:
         os.setgroups([])
-        os.setresgid(_ORDINARY_USER, _ORDINARY_USER, _ORDINARY_USER)
-        os.setresuid(_ORDINARY_USER, _ORDINARY_USER, _ORDINARY_USER)
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
     except OSError as error:
         # Inside a namespace that maps a single user, "root" is already somebody ordinary to the host.
         if error.errno not in (errno.EINVAL, errno.EPERM) or _host_user() == 0:

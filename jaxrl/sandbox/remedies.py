@@ -9,6 +9,7 @@ import re
 import sys
 
 _NAMESPACES = {"user": "user", "mnt": "mount", "pid": "pid", "net": "network", "ipc": "ipc", "uts": "uts"}
+ORDINARY_USER = 65534  # in place of root
 _OLDEST = (5, 12)  # Linux that can copy a mount with attributes of its own
 _UNKNOWN = (
     "none of the usual reasons is to be seen here: ask whoever runs this machine for user namespaces "
@@ -26,6 +27,7 @@ def find(root: str = "/", release: str = "") -> list[str]:
     found = [
         *_kernel(release or os.uname().release),
         *_settings(root),
+        *_mapping(root),
         *_filter(root),
         *_profile(root),
     ]
@@ -54,6 +56,21 @@ def _settings(root: str) -> list[str]:
             "apparmor_parser -r /etc/apparmor.d/jaxrl"
         )
     return found
+
+
+def _mapping(root: str) -> list[str]:
+    """Root gives way to an ordinary user, who has to be known in the user namespace that is around this process."""
+    if not re.search(r"^Uid:\s*0\b", _read(root, "proc/self/status"), re.MULTILINE):
+        return []
+    lines = [tuple(map(int, line.split())) for line in _read(root, "proc/self/uid_map").splitlines()]
+    host_root = any(first == outside == 0 for first, outside, _ in lines)
+    if not host_root or any(first <= ORDINARY_USER < first + count for first, _, count in lines):
+        return []
+    return [
+        f"this process is root in a user namespace without user {ORDINARY_USER}, as whom the sandbox runs in place of "
+        f"root: map that user too (ids 0 to 65535), or start as another user than root, as unshare "
+        "--user --map-user=1000 does"
+    ]
 
 
 def _filter(root: str) -> list[str]:

@@ -146,6 +146,25 @@ def test_the_doctor_names_what_is_missing() -> None:
     assert done.stdout.splitlines()[-1].endswith("at your own risk: --unsafe-sandbox")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's own namespace of one user maps the root of the host")
+def test_the_doctor_and_the_pool_say_who_is_missing_in_a_namespace_of_root_alone() -> None:
+    script = """
+import contextlib, io
+from jaxrl.sandbox import doctor, syscalls
+syscalls.unshare(syscalls.CLONE_NEWUSER)
+for name, line in (("setgroups", "deny"), ("uid_map", "0 0 1"), ("gid_map", "0 0 1")):
+    with open(f"/proc/self/{name}", "w") as file:
+        file.write(line)
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    code = doctor.main()
+print(json.dumps([code, said.getvalue(), asyncio.run(use("1", preload=()))]))"""
+    code, said, pool = python(USE + script)
+    remedy = "this process is root in a user namespace without user 65534"
+    assert code == 1 and " NO  ordinary user" in said and f"→ {remedy}" in said and "none of the usual" not in said
+    assert "yes  user namespace" in said and said.count("not tried: needs an ordinary user") == 8
+    assert remedy in pool["refused"]
+
+
 def test_the_doctor_and_the_pool_name_the_setting_that_forbids_namespaces() -> None:
     """An ordinary user's namespace in which the kernel's own limit allows no other, as a host may be set up."""
     script = """

@@ -13,6 +13,7 @@ SETTINGS = "proc/sys/user/max_user_namespaces"
 DEBIAN = "proc/sys/kernel/unprivileged_userns_clone"
 UBUNTU = "proc/sys/kernel/apparmor_restrict_unprivileged_userns"
 STATUS = "proc/self/status"
+MAP = "proc/self/uid_map"
 LABEL = "proc/self/attr/current"
 FREE = {
     SETTINGS: "63000\n",
@@ -45,6 +46,19 @@ MACHINES = {
     "a profile that only complains": ({LABEL: "python (complain)\n"}, ["none of the usual reasons"]),
     "a label of SELinux outside of containers": (
         {LABEL: "unconfined_u:unconfined_r:unconfined_t:s0\0"},
+        ["none of the usual reasons"],
+    ),
+    "root in a namespace of one user": (
+        {STATUS: "Uid:\t0\t0\t0\t0\n", MAP: "         0          0          1\n"},
+        ["without user 65534.*: map that user too"],
+    ),
+    "root of the host": ({STATUS: "Uid:\t0\t0\t0\t0\n", MAP: "0 0 4294967295\n"}, ["none of the usual reasons"]),
+    "root that is an ordinary user outside": (
+        {STATUS: "Uid:\t0\t0\t0\t0\n", MAP: "0 1000 1\n"},
+        ["none of the usual reasons"],
+    ),
+    "an ordinary user in a namespace of one": (
+        {STATUS: "Uid:\t1000\t1000\t1000\t1000\n", MAP: "1000 0 1\n"},
         ["none of the usual reasons"],
     ),
     "nothing": ({}, ["none of the usual reasons.*CONFIG_USER_NS"]),
