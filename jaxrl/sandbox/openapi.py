@@ -30,6 +30,7 @@ _LINES = "A line of JSON a call, in the order in which they end. Fewer lines tha
 _REFUSALS = {
     400: "The request does not fit its schema, or gives files that cannot be laid out.",
     401: "The bearer token is missing or wrong.",
+    403: "The server has no token, and the request names another host than loopback, or comes from a web page.",
     404: "There is no such session of this token's: it was closed, or not used for too long.",
     408: "The request did not come whole in time.",
     411: "The request does not say its length.",
@@ -94,7 +95,7 @@ def document() -> dict[str, Any]:
         "summary": "End a session; its copies live on.",
         "parameters": [_ID],
         "responses": {"200": done(ClosedSession, "Nothing is left of it.")}
-        | {status: refusals[status] for status in ("401", "404", "500")},
+        | {status: refusals[status] for status in ("401", "403", "404", "500")},
     }
     return {
         "openapi": "3.1.0",
@@ -138,6 +139,6 @@ def _health(schema: dict[str, Any]) -> dict[str, Any]:
 def _plain(name: str, summary: str, kind: str, refusals: dict[str, Any]) -> dict[str, Any]:
     """What takes no arguments; open to everybody where it refuses nobody."""
     responses = {"200": {"description": summary, "content": {kind: {}}}}
-    told = {status: refusals[status] for status in ("401", "500", "503") if status in refusals}
+    told = {status: refusals[status] for status in ("401", "403", "500", "503") if status in refusals}
     described = {"operationId": name, "summary": summary, "responses": responses | told}
     return described if refusals else described | {"security": []}

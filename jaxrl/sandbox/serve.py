@@ -3,12 +3,12 @@
 import argparse
 import asyncio
 import dataclasses
-import ipaddress
 import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING
 
+from jaxrl.sandbox import loopback
 from jaxrl.sandbox.protocol import Limits
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def main(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace, kind: "type[ServerSettings]") -> "ServerSettings":
     tokens = _tokens(options.token_file)
-    if not tokens and not _is_loopback(options.host):
+    if not tokens and not loopback.is_loopback(options.host):
         raise ValueError(
             f"--host {options.host} can be reached from other machines but there is no token; "
             f"give --token-file or {TOKEN_VARIABLE}, or bind to 127.0.0.1"
@@ -146,13 +146,6 @@ def _tokens(path: pathlib.Path | None) -> tuple[str, ...]:
     if not any(lines):
         raise ValueError(f"--token-file {path} holds no token; write one a line")
     return tuple(filter(None, lines))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _announce(url: str) -> None:

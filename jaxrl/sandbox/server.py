@@ -14,7 +14,7 @@ from typing import Any
 from aiohttp import web
 
 from jaxrl import __version__
-from jaxrl.sandbox import codec, exposition, openapi
+from jaxrl.sandbox import codec, exposition, loopback, openapi
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.pool import Pool
 from jaxrl.sandbox.result import Result, fault
@@ -49,7 +49,7 @@ class ServerSettings:
     """What a server takes.
 
     Attributes:
-        tokens: any of them opens it; none: everybody may.
+        tokens: any of them opens it; none: every program of this machine may.
         calls: calls that may run or wait at once; further requests are refused with 429.
         body_bytes: of one request.
         waiting_bytes: of all requests that are under way, and of the histories that run with them.
@@ -142,6 +142,8 @@ class SandboxServer:
         return _json(problem, status, headers)
 
     def _authorize(self, request: web.Request) -> None:
+        if not self._settings.tokens:
+            loopback.check(request.headers)
         given = request.headers.get("Authorization")
         if self._settings.tokens and (given is not None or request.path not in _OPEN_PATHS):
             self._token_number(given)

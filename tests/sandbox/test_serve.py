@@ -281,6 +281,29 @@ def test_bad_requests_are_refused_in_words(
     assert served.use(lambda client: client.run("1")).status is OK
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "127.0.0.1"}, 200),
+        ({"Host": "localhost:8780"}, 200),
+        ({"Host": "[::1]:8780", "Origin": "http://[::1]:8780"}, 200),
+        ({"Host": "rebound.example"}, 403),
+        ({"Host": "rebound.example:8780"}, 403),
+        ({"Host": "127.0.0.1.rebound.example"}, 403),
+        ({"Host": "localhost@rebound.example"}, 403),
+        ({"Host": "[rebound"}, 403),
+        ({"Host": "localhost", "Origin": "http://page.example"}, 403),
+        ({"Host": "localhost", "Origin": "null"}, 403),
+        ({"Host": "localhost:8780", "Origin": "http://localhost:3000"}, 403),
+    ],
+)
+def test_without_a_token_web_pages_are_refused(served: Served, headers: dict[str, str], status: int) -> None:
+    for method, path, body in (("POST", "/v1/run", {"code": "1"}), ("GET", "/v1/health", None)):
+        answered, _, text = ask(served, method, path, body, JSON | headers)
+        assert answered == status, text
+        assert status == 200 or set(json.loads(text)) == {"error", "value", "limit", "remedy"}
+
+
 def test_what_the_server_refuses_is_the_callers_error_not_the_codes(served: Served) -> None:
     with pytest.raises(ValueError, match="plain relative path"):
         served.use(lambda client: client.run("1", files={"/etc/x": b""}))
@@ -301,6 +324,8 @@ def test_tokens(tmp_path: pathlib.Path) -> None:
             assert (status, told["www-authenticate"]) == (401, "Bearer")
         assert ask(served, "GET", "/metrics")[0] == 401
         assert [ask(served, "GET", path)[0] for path in ("/v1/health", "/openapi.json")] == [200, 200]
+        named = JSON | {"Host": "sandbox.example", "Authorization": "Bearer first-token"}
+        assert ask(served, "POST", "/v1/run", {"code": "1"}, named)[0] == 200
         for token in ("first-token", "second-token"):
             assert served.use(lambda client: client.run("1"), token=token).status is OK
         with pytest.raises(PermissionError, match="token"):

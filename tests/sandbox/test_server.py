@@ -51,7 +51,7 @@ def test_a_request_that_never_comes_whole_is_given_up() -> None:
     async def work(pool: Pool, served: TestServer) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(
-            b"POST /v1/run HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{"
+            b"POST /v1/run HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{"
         )
         answer = await reader.readuntil(b"\r\n\r\n")
         assert b" 408 " in answer
@@ -67,7 +67,7 @@ def test_a_client_that_takes_no_results_is_cut_off_and_its_calls_end() -> None:
         calls = [{"code": "open('f', 'wb').write(bytes(1 << 20))", "wanted": ["f"]}] * 200
         body = json.dumps({"calls": calls}).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=1)
-        head = "POST /v1/batch HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/batch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await writer.drain()
         most = 0
