@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator
 
 import ray
+import ray.exceptions
 
 from jaxrl.sandbox.jail import SandboxUnavailable
 
@@ -87,6 +88,9 @@ async def _connect(address: str) -> None:
     except TimeoutError as error:
         reason = f"what answers at {address!r} is no Ray cluster that lets us in within {_CONNECT_SECONDS:g} s"
         raise SandboxUnavailable(f"{reason}; {remedy}") from error
+    except ray.exceptions.AuthenticationError as error:
+        reason = " ".join(str(error).split())
+        raise SandboxUnavailable(f"the Ray cluster at {address!r} does not let us in: {reason}") from error
     except (ConnectionError, RuntimeError) as error:
         raise SandboxUnavailable(f"cannot join the Ray cluster at {address!r}: {error}; {remedy}") from error
 

@@ -445,6 +445,24 @@ def test_address_where_nothing_answers(address: str) -> None:
         asyncio.run(ClusterPool(address, preload=()).start())
 
 
+def test_absent_token_of_ray_is_named() -> None:
+    """In a process of its own: Ray reads the variable once."""
+    script = """
+import asyncio, socket
+from jaxrl.sandbox import ClusterPool, SandboxUnavailable
+with socket.create_server(("127.0.0.1", 0)) as listening:
+    try:
+        asyncio.run(ClusterPool(f"127.0.0.1:{listening.getsockname()[1]}", preload=()).start())
+    except SandboxUnavailable as error:
+        print(error)"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"RAY_AUTH_MODE": "token", "HOME": "/nowhere"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert "does not let us in: " in line and "RAY_AUTH_TOKEN" in line
+
+
 @pytest.mark.parametrize(
     ("language", "processes", "error", "lost"),
     [
