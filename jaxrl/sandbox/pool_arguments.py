@@ -26,39 +26,75 @@ def check_call(
     language: object,
     processes: object,
 ) -> None:
-    """Refuse arguments of ``Pool.run`` of a wrong kind.
+    """Refuse arguments of ``Pool.run`` of a wrong kind, and text that cannot travel.
 
     Raises:
-        TypeError: naming the argument.
+        TypeError, ValueError: naming the argument.
     """
     check_cell(code, echo, files, wanted)
     arguments.kind("stdin", stdin, (str, bytes), "str or bytes")
     check_limits(limits)
-    arguments.kind("tenant", tenant, str, "str")
+    check_tenant(tenant)
     arguments.kind("language", language, (str, Language), "a name or a sandbox.Language")
     arguments.flag("processes", processes)
 
 
 def check_cell(code: object, echo: object, files: object, wanted: object) -> None:
-    """Refuse arguments of ``Session.run`` of a wrong kind.
+    """Refuse arguments of ``Session.run`` of a wrong kind, and names and patterns that no file can have.
 
     Raises:
-        TypeError: naming the argument.
+        TypeError, ValueError: naming the argument.
     """
     arguments.kind("code", code, str, "str")
     arguments.flag("echo", echo)
     arguments.files(files)
     arguments.texts("wanted", wanted)
+    for path in files or ():
+        _check_unicode("a path in files", path)
+    check_wanted(wanted)
+
+
+def check_wanted(patterns: Sequence[str]) -> None:
+    """Refuse patterns that no file below the working directory matches.
+
+    Raises:
+        ValueError: naming the pattern.
+    """
+    for pattern in patterns:
+        _check_unicode("an entry of wanted", pattern)
+        if pattern.startswith("/") or ".." in pattern.split("/"):
+            raise ValueError(
+                f"wanted names {pattern!r}, which leads out of the working directory; give a pattern for paths in it,"
+                " such as 'out/*.txt'"
+            )
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """Refuse text that has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}={text!r} holds half a surrogate pair, which has no UTF-8; leave it out") from error
+
+
+def check_tenant(tenant: object) -> None:
+    """Refuse what cannot name a tenant.
+
+    Raises:
+        TypeError, ValueError: naming the value.
+    """
+    arguments.kind("tenant", tenant, str, "str")
+    _check_unicode("tenant", tenant)
 
 
 def check_session(limits: object, tenant: object, checkpoint: object, live: object) -> None:
     """Refuse arguments of ``Pool.session`` of a wrong kind.
 
     Raises:
-        TypeError: naming the argument.
+        TypeError, ValueError: naming the argument.
     """
     check_limits(limits)
-    arguments.kind("tenant", tenant, str, "str")
+    check_tenant(tenant)
     arguments.flag("checkpoint", checkpoint)
     arguments.flag("live", live)
 

@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from jaxrl import __version__
-from jaxrl.sandbox import codec, exposition, loopback, openapi
+from jaxrl.sandbox import codec, exposition, loopback, openapi, pool_arguments
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.pool import Pool
 from jaxrl.sandbox.result import Result, fault
@@ -40,8 +41,10 @@ _METRICS_SECONDS = 5.0
 _LAST_ANSWERS_SECONDS = 0.5  # for what is being written when the drain is over; aiohttp waits twice as long
 _OPEN_PATHS = ("/v1/health", "/openapi.json")  # no token needed
 _LONGEST_TENANT = 256
+_LONGEST_REASON = 200  # characters in the log
 
 _log = logging.getLogger(__name__)
+_http_log = logging.getLogger(f"{__name__}.http")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +291,7 @@ class SandboxServer:
         """Refuse a call that the pool would not take, while nothing of its request has run."""
         limits = capped(asked.limits, self._pool.limits)
         try:
+            pool_arguments.check_cell(asked.code, asked.echo, asked.files, asked.wanted)
             self._pool.check(limits, asked.files, asked.language, asked.processes)
         except ValueError as error:
             raise _bad_call(error, where) from error
@@ -385,6 +389,15 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
 
 
+def _without_trace(record: logging.LogRecord) -> bool:
+    """Let a line about what was no request be a line: where aiohttp noticed that is of no use to anybody."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        record.msg, record.args, record.exc_info = f"not a request: {reason}", (), None
+    return True
+
+
 async def serve(
     pool: Pool,
     settings: ServerSettings,
@@ -404,6 +417,7 @@ async def serve(
         SandboxUnavailable: the machine refuses a layer of the jail.
         OSError: the address cannot be bound.
     """
+    _http_log.addFilter(_without_trace)
     asked, pressed = asyncio.Event(), asyncio.Event()
 
     def stop() -> None:
@@ -419,6 +433,7 @@ async def serve(
             access_log=None,
             auto_decompress=False,
             shutdown_timeout=_LAST_ANSWERS_SECONDS,
+            logger=_http_log,
         )
         await runner.setup()
         try:

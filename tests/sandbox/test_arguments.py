@@ -93,6 +93,36 @@ def test_sessions(sandbox: Driver, given: dict, words: str) -> None:
         sandbox.pool.session(**given)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"files": {"a\udc80": b""}}, r"a path in files='a\\udc80' holds half a surrogate pair.*leave it out"),
+        ({"wanted": ["a\udc80*"]}, r"an entry of wanted='a\\udc80\*' holds half a surrogate pair"),
+        ({"wanted": ["*.txt", "../*"]}, r"wanted names '../\*', which leads out of the working directory; give"),
+        ({"wanted": ["a/../b"]}, "wanted names 'a/../b', which leads out"),
+        ({"wanted": ["/etc/*"]}, r"wanted names '/etc/\*', which leads out"),
+    ],
+)
+def test_paths(sandbox: Driver, given: dict, words: str) -> None:
+    cluster, client = ClusterPool("auto", preload=()), SandboxClient("http://127.0.0.1:1")
+    for run in (sandbox.pool.run, cluster.run, client.run, sandbox.pool.session().run):
+        with pytest.raises(ValueError, match=words) as caught:
+            sandbox.wait(run("1", **given))
+        assert not isinstance(caught.value, UnicodeError)
+    assert sandbox.run("open('..a', 'w').close()", wanted=["..*"]).files == {"..a": b""}
+
+
+def test_tenants(sandbox: Driver) -> None:
+    words = r"tenant='\\udc80' holds half a surrogate pair"
+    for use in (
+        lambda: sandbox.run("1", tenant="\udc80"),
+        lambda: sandbox.pool.session(tenant="\udc80"),
+        lambda: Grader(sandbox.pool, tenant="\udc80"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            use()
+
+
 @pytest.mark.parametrize("copies", [1.5, "2", True])
 def test_numbers_of_copies(sandbox: Driver, copies: Any) -> None:
     with pytest.raises(TypeError, match=f"copies={copies!r} is of type .*; it must be a whole number"):

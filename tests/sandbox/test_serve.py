@@ -261,6 +261,7 @@ def test_an_empty_batch(served: Served) -> None:
         ("POST", "/v1/batch", {"calls": [BASH | {"files": {"main.sh": ""}}]}, JSON, 400, "names of the program's own"),
         ("POST", "/v1/run", {"code": "#" * (9 << 20), "language": "bash"}, JSON, 400, "do not fit"),
         ("POST", "/v1/run", {"code": "1"}, JSON | {"X-Tenant": "x" * 300}, 400, "bad X-Tenant"),
+        ("POST", "/v1/batch", {"calls": [{"code": "1", "wanted": ["../*"]}]}, JSON, 400, "out of the working"),
         ("POST", "/v1/run", {"code": "1"}, {"Content-Type": "text/plain"}, 415, "not JSON"),
         ("POST", "/v1/run", None, JSON | {"Content-Length": str(1 << 40)}, 413, "too large"),
         ("POST", "/v1/run", None, JSON | {"Transfer-Encoding": "chunked"}, 411, "unknown length"),
@@ -364,6 +365,15 @@ def test_beyond_loopback_only_with_a_token() -> None:
 def test_bad_options_are_bad_usage(options: list[str], words: str) -> None:
     done = subprocess.run([*SERVE, *options], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_what_is_no_request_is_a_line_in_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    with Served() as served:
+        for headers in (JSON | {"X-Tenant": "x" * 10_000}, JSON):
+            status, _, _ = ask(served, "POST", "/v1/run", {"code": "1"}, headers)
+            assert status == (400 if "X-Tenant" in headers else 200)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert line.startswith("not a request: ") and len(line) < 300
 
 
 # Load

@@ -99,7 +99,7 @@ class Grader:
             raise TypeError("pool=None runs nothing; give an open Pool, or what runs snippets as it does")
         pool_arguments.check_limits(limits)
         arguments.flag("hidden_only", hidden_only)
-        arguments.kind("tenant", tenant, str, "str")
+        pool_arguments.check_tenant(tenant)
         arguments.whole("cache_entries", cache_entries, 0, "0 keeps none")
         arguments.kind("cache_folder", cache_folder, (str, os.PathLike, type(None)), "a path, or None for none")
         if hidden_only and pool.isolation == jail.UNSAFE:
