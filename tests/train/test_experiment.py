@@ -16,7 +16,7 @@ import pytest
 from jaxrl import cli, commands
 from jaxrl.config import Config, OptimizerConfig, SftConfig
 from jaxrl.data.problems import DataError
-from jaxrl.model import spec, transformer
+from jaxrl.model import hf, spec, transformer
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.writers import read_metrics
 from jaxrl.train import experiment, state
@@ -117,7 +117,7 @@ def test_a_checkpoint_is_exported_without_the_data_and_without_optimizer_state(
     jax.tree.map(np.testing.assert_array_equal, whole.params, experiment.restore_params(session, checkpoints, step))
 
     gone = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, train="gone.jsonl"))
-    commands.export(gone, tiny_run, "latest", tmp_path / "model")
+    commands.export(gone, tiny_run, "latest", tmp_path / "model", None, hf.MAX_FILE_BYTES)
     exported = tmp_path / "model" / "model.safetensors"
     assert exported.read_bytes() == (tiny_run / "export" / "model.safetensors").read_bytes()
     assert exported.stat().st_mode == (tmp_path / "model" / "config.json").stat().st_mode  # readable as the rest
