@@ -72,6 +72,7 @@ reports = st.builds(
     files=st.binary(),
     files_left_out=st.integers(0, 2**32 - 1),
     survived=st.booleans(),
+    node=st.just(""),  # not packed
 )
 
 
