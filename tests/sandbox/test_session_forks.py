@@ -105,6 +105,17 @@ def test_the_copies_that_a_cancelled_fork_has_not_made_are_never_made(sandbox: D
         assert original.out("x") == "1\n"
 
 
+def test_a_session_is_closed_in_its_own_event_loop(sandbox: Driver) -> None:
+    with session(sandbox) as cells:
+        cells.out("x = 41")
+        (copy,) = cells.fork(1)
+        for one in (cells, copy):
+            with pytest.raises(RuntimeError, match="another event loop: close it there"):
+                asyncio.run(one.session.close())
+            assert one.out("x") == "41\n"
+        copy.close()
+
+
 def test_copies_outlive_the_original_and_each_other(sandbox: Driver) -> None:
     before = sandbox.resting()
     with session(sandbox) as original:

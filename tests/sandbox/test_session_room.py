@@ -9,6 +9,7 @@ from collections import Counter
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Limits, descriptors
 from jaxrl.sandbox.link import HOME
+from tests.sandbox.cells import session
 from tests.sandbox.driver import Driver
 
 ROOMY = Limits(memory_mib=100, disk_mib=4, cpu_seconds=20.0, wall_seconds=60.0, open_files=20)
@@ -29,6 +30,14 @@ def test_sessions_that_are_all_wanted_at_once_are_rebuilt_no_faster_than_they_ar
             assert driver.wait(driver.pool.metrics()).sessions < 30
         for session in sessions:
             driver.wait(session.close())
+
+
+def test_of_files_that_do_not_fit_nothing_is_left(sandbox: Driver) -> None:
+    with session(sandbox) as cells:
+        cells.out("import os\nopen('mine', 'wb').write(bytes(5 << 20));")
+        result = cells.run("1", files={"a": b"x", "b": bytes(4 << 20)})
+        assert result.status is ToolStatus.ERROR and "No space left on device" in result.stderr
+        assert cells.out("os.listdir()") == "['mine']\n"
 
 
 USE = f"""
