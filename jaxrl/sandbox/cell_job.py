@@ -33,6 +33,8 @@ class CellJob(Job):
         self.head = head
         if not head.fresh:
             self.kind, self.has_own_place = "session", True
+        else:
+            self.kind = "opening"  # which may have to wait for room, and calls must not wait for it
         self._cpu_before = 0.0
         self._waited_before = -1.0  # not yet known
         self._residence = Residence(0)

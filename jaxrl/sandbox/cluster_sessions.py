@@ -108,7 +108,7 @@ class ClusterSessions:
             self._distrusted.pop(link, None)
         elif head.fresh and link.alive:
             self._distrusted[link] = time.monotonic() + _DISTRUST_SECONDS
-        if report.outcome is Outcome.LOST or not (report.survived or head.checkpoint):
+        if report.lost or not (report.survived or head.checkpoint):
             self._leave(head.session)
 
     async def _fork(self, process: int, copies: list[int]) -> list[int]:

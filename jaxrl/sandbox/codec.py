@@ -25,6 +25,7 @@ _CODED = "base64"  # the key of bytes where there may be text too
 _SHOWN = 80  # characters of a bad value in a complaint
 _BOUNDS = {
     "minimum": (operator.ge, "at least {}"),
+    "maximum": (operator.le, "at most {}"),
     "exclusiveMinimum": (operator.gt, "greater than {}"),
     "maxItems": (lambda value, limit: len(value) <= limit, "at most {} of them"),
 }

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import resource
 import time
 from collections.abc import Callable
 
@@ -18,7 +17,6 @@ from jaxrl.sandbox.seccomp import Request, refuse_request, release_request
 
 _SWEEP_SECONDS = 0.5
 _MEASURED_AT_ONCE = 10  # sessions; each takes a millisecond or two
-_DESCRIPTORS, _OTHER_DESCRIPTORS = 7, 256  # of the warden's: for a session, its keeper included, and for all the rest
 _UNTOUCHED_KIB = 1024  # about what a copy costs that has run no cell yet: page tables
 _SPARE = 0  # id of a copy that stands by
 
@@ -29,6 +27,8 @@ class Families:
     Args:
         work: where working directories are mounted.
         memory_mib: for all sessions together; beyond, those that were not used for longest are put out.
+        most: sessions at once; beyond, the same.
+        spared: of those being rebuilt, so many are never put out: some get to what they are rebuilt for.
         patience_seconds: within which a session is opened, and a killed one reported dead.
         on_begin: the cell is about to run; its pipes and process are known.
         on_end: the cell is over, as the report says.
@@ -41,6 +41,8 @@ class Families:
         loop: Loop,
         work: str,
         memory_mib: int,
+        most: int,
+        spared: int,
         patience_seconds: float,
         on_begin: Callable[[CellJob], None],
         on_end: Callable[[CellJob, Report], None],
@@ -49,14 +51,15 @@ class Families:
     ) -> None:
         self._loop, self._work = loop, work
         self._memory_kib, self._patience = memory_mib << 10, patience_seconds
-        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most = max((descriptors - _OTHER_DESCRIPTORS) // _DESCRIPTORS, 1)
+        self._most, self._spared = most, min(spared, most // 2)
         self._on_begin, self._on_end, self._on_lost, self._on_change = on_begin, on_end, on_lost, on_change
         self._numbers = itertools.count(orders.FIRST_FAMILY)
         self._families: dict[int, Family] = {}
         self._leaves: dict[int, Leaf] = {}  # by the session's id
         self._copying: dict[Leaf, Copying] = {}  # by the original
         self._dying: dict[int, Family] = {}  # whose keepers have been killed and are not yet reported dead
+        self._leaving: set[Leaf] = set()  # ended, copies that stood by too, and still with all their descriptors
+        self._put_out: set[int] = set()  # sessions that were, of which nobody has asked
         self._sweeping = False
 
     # Cells
@@ -69,6 +72,12 @@ class Families:
     def has(self, session: int) -> bool:
         """Whether a session has a process."""
         return session in self._leaves
+
+    def was_put_out(self, session: int) -> bool:
+        """Whether a session has no process since it was put out; tells it once."""
+        there = session in self._put_out
+        self._put_out.discard(session)
+        return there
 
     def resting(self, session: int) -> Leaf | None:
         """The session's process if it can be given a cell now."""
@@ -149,9 +158,10 @@ class Families:
         report = job.over(answer[0])
         if leaf.spare is not None:
             leaf.spare.kill()
+            self._leaving.add(leaf.spare)
         leaf.job = leaf.spare = None
         leaf.last_used = time.monotonic()
-        leaf.resting = True
+        leaf.resting, leaf.awaited = True, job.head.followed
         self._on_end(job, report)
 
     # Births
@@ -219,13 +229,16 @@ class Families:
         """Make copies of a session, one after the other; ``forked`` gets the ids of those that live."""
         leaf = self.resting(session)
         living: list[int] = []
+        if leaf is not None:
+            leaf.awaited = False
 
         def go_on() -> None:
-            if leaf is None or not leaf.resting or len(living) == len(copies):
+            # The copies beyond what there is room for are made when they are used.
+            if leaf is None or not leaf.resting or len(living) == len(copies) or self._lacking > 0:
                 forked(living)
                 self._on_change()
             else:
-                leaf.resting = False
+                leaf.resting, leaf.last_used = False, time.monotonic()
                 self._copy(leaf, copies[len(living)], made)
 
         def made(copy: Leaf | None) -> None:
@@ -268,10 +281,12 @@ class Families:
     def end(self, session: int, ended: Callable[[], None]) -> None:
         """A session is over; ``ended`` is called when nothing is left of it."""
         leaf = self._leaves.pop(session, None)
+        self._put_out.discard(session)
         if leaf is None:
             ended()
         else:
             leaf.ended = ended
+            self._leaving.add(leaf)
             leaf.kill()
 
     def _hear_keeper(self, family: Family) -> None:
@@ -323,6 +338,7 @@ class Families:
         for fd in (leaf.control.fileno(), leaf.stdout, leaf.stderr):
             self._loop.forget(fd)
         leaf.release()
+        self._leaving.discard(leaf)
 
     def _lose(self, family: Family) -> None:
         """A family is over: end what is left of it."""
@@ -363,7 +379,35 @@ class Families:
                 leaf.copying.give_up()
         return leaves
 
-    # Memory
+    # Room
+
+    @property
+    def _lacking(self) -> int:
+        """How many processes there are too many for one more."""
+        return len(self._leaves) + len(self._leaving) + len(self._copying) + 1 - self._most
+
+    def make_room(self) -> bool:
+        """Whether one more session can be opened now; otherwise others are put out, whose ends will be told."""
+        lacking = self._lacking
+        if lacking > len(self._leaving):
+            for leaf in self._evictable()[: lacking - len(self._leaving)]:
+                self._evict(leaf)
+        return lacking <= 0
+
+    @property
+    def may_copy(self) -> bool:
+        """Whether a cell may have a copy that stands by; otherwise so many are ending that it had better wait."""
+        return len(self._leaving) < max(self._spared, 1)
+
+    def _evictable(self) -> list[Leaf]:
+        """Resting sessions, those to be put out first: unused for longest, and last those rebuilt last."""
+        resting = sorted((leaf for leaf in self._leaves.values() if leaf.resting), key=lambda leaf: leaf.last_used)
+        awaited = [leaf for leaf in resting if leaf.awaited]
+        return [*(leaf for leaf in resting if not leaf.awaited), *reversed(awaited[self._spared :])]
+
+    def _evict(self, leaf: Leaf) -> None:
+        self.end(leaf.id, lambda: None)
+        self._put_out.add(leaf.id)
 
     def _sweep(self) -> None:
         """Measure what was used since the last time, and put out those unused for longest while all is too much."""
@@ -374,13 +418,11 @@ class Families:
             if not leaf.family.memory_kib:
                 leaf.family.memory_kib = inspection.memory_kib(leaf.family.pid, self._work)
         total = sum(one.memory_kib for one in (*self._leaves.values(), *self._families.values()))
-        count = len(self._leaves)
-        for leaf in sorted(self._leaves.values(), key=lambda leaf: leaf.last_used):
-            if total <= self._memory_kib and count <= self._most:
+        for leaf in self._evictable() if total > self._memory_kib else ():
+            if total <= self._memory_kib:
                 break
-            if leaf.resting:
-                total, count = total - leaf.memory_kib, count - 1
-                self.end(leaf.id, lambda: None)
+            total -= leaf.memory_kib
+            self._evict(leaf)
         for leaf in list(self._leaves.values()):
             if leaf.job is None or leaf.job.kill_reason is None:
                 leaf.doomed = 0.0

@@ -69,12 +69,24 @@ def unpack(packed: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def place(packed: bytes, directory: str = ".") -> None:
-    """Write the files into a directory; called by a child before its snippet begins."""
-    for name, data in unpack(packed):
-        path = os.path.join(directory, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(data)
+    """Write the files into a directory; called by a child before its snippet begins.
+
+    Raises:
+        OSError: one cannot be written, or does not fit; then none of them is there.
+    """
+    placed = []
+    try:
+        for name, data in unpack(packed):
+            path = os.path.join(directory, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "wb") as file:
+                placed.append(path)
+                file.write(data)
+    except OSError:
+        for path in placed:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+        raise
 
 
 def gather(directory: int, patterns: Sequence[str], room: int) -> tuple[dict[str, bytes], int]:

@@ -286,7 +286,7 @@ class Job:
 
     def unfinished(self, outcome: Outcome) -> Report:
         """A report without a run: cancelled, or given up after faults of ours."""
-        fault = self.fault if outcome in (Outcome.INFRA_ERROR, Outcome.LOST) else b""
+        fault = self.fault if outcome in (Outcome.INFRA_ERROR, Outcome.LOST, Outcome.PUT_OUT) else b""
         return Report.without_run(self.call, outcome, self.attempts, fault)
 
 

@@ -45,6 +45,7 @@ class Leaf:
         self.ended: Callable[[], None] | None = None  # called when nothing is left of it
         self.doomed = 0.0  # when it was first seen to be killed and not yet dead
         self.last_used = 0.0
+        self.awaited = False  # another cell, or a fork, is on its way to it
         self.memory_kib = 0
         self.measured = False  # since its last cell
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -95,6 +95,7 @@ class Pool:
         pool_arguments.check_installed(program_folders)
         self.limits = limits or Limits()
         pool_arguments.check_host(self.limits)
+        pool_arguments.check_descriptors(workers, slots + slow_slots)
         self.most: Limits | None = None
         self.isolation = jail.UNSAFE if unsafe else jail.JAILED
         self._unsafe = unsafe

@@ -5,9 +5,9 @@ import os
 import resource
 from collections.abc import Sequence
 
-from jaxrl.sandbox import arguments, jail
+from jaxrl.sandbox import arguments, descriptors, jail
 from jaxrl.sandbox.languages import Language
-from jaxrl.sandbox.protocol import Limits
+from jaxrl.sandbox.protocol import MOST_COPIES, Limits
 
 # Neither these folders, nor one that contains them, is shown to code: they hold secrets, or other programs' files.
 _PRIVATE = ("/etc", "/home", "/root", "/tmp", "/var", "/var/tmp")
@@ -99,6 +99,17 @@ def check_session(limits: object, tenant: object, checkpoint: object, live: obje
     arguments.flag("live", live)
 
 
+def check_copies(copies: object) -> None:
+    """Refuse a number of copies that ``Session.fork`` cannot be asked for.
+
+    Raises:
+        TypeError, ValueError: naming it.
+    """
+    arguments.whole("copies", copies)
+    if copies > MOST_COPIES:
+        raise ValueError(f"copies={copies} must be at most {MOST_COPIES}; fork several times for more")
+
+
 def check_limits(limits: object) -> None:
     """Refuse what is neither Limits nor None.
 
@@ -127,6 +138,21 @@ def check_host(limits: Limits) -> None:
                 f"Limits.{name}={getattr(limits, name)} must be at most {most}, since this process has no more itself; "
                 f"lower it, or raise that (ulimit -H{option})"
             )
+
+
+def check_descriptors(workers: int, calls: int) -> None:
+    """Refuse more calls at once than this process may have descriptors for.
+
+    Raises:
+        ValueError: naming both.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    needed = descriptors.needed(workers, calls)
+    if limit != resource.RLIM_INFINITY and needed > limit:
+        raise ValueError(
+            f"slots + slow_slots = {calls} with workers={workers} need {needed} descriptors, and this process may have "
+            f"{limit}; lower them, or raise that (ulimit -Hn)"
+        )
 
 
 def check_pool(

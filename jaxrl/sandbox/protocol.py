@@ -17,6 +17,7 @@ from jaxrl.sandbox import arguments
 ATTEMPTS = 3  # tries of a call or cell before a fault of ours is reported
 VAIN_LOSSES = 5  # and losses, one after the other, of what was to run it and never came to that
 LEAST_MEMORY_MIB = 16
+MOST_COPIES = 4096  # of a session at once
 
 _FRAME = struct.Struct("<IB")
 _LENGTH = struct.Struct("<I")
@@ -26,7 +27,7 @@ _FRACTIONAL = ("cpu_seconds", "wall_seconds")
 _LIMITS = struct.Struct("<ddIIIIIIII")
 _CALL = struct.Struct("<QdBBIIIIII")
 _ECHO, _REPLAY, _PROCESSES = 1, 2, 4  # flags of a call
-_CELL = struct.Struct("<QBB")
+_CELL = struct.Struct("<QBBB")
 _OUTCOME = struct.Struct("<QBBBBBiidddQIIII")
 
 
@@ -90,6 +91,7 @@ class Outcome(enum.IntEnum):
     INFRA_ERROR = 5
     CANCELLED = 6
     LOST = 7  # a cell whose session's process is gone; it did not run, or its template was lost under it
+    PUT_OUT = 8  # the same, where the warden itself ended that process, for want of room
 
 
 class Call(NamedTuple):  # half the cost of a dataclass, and tens of thousands may wait at once
@@ -186,6 +188,11 @@ class Report(NamedTuple):
     survived: bool = False  # a cell's: the session's process, with all that the cell did, is there
     node: str = ""  # of the cluster, where it ran; known to who asked that node, and not packed
 
+    @property
+    def lost(self) -> bool:
+        """Whether it is of a cell whose session's process is gone by no doing of its own."""
+        return self.outcome in (Outcome.LOST, Outcome.PUT_OUT)
+
     @staticmethod
     def without_run(call: Call, outcome: Outcome, attempts: int, fault: bytes = b"") -> "Report":
         """Of a call that was cancelled, lost, or given up; ``fault`` says why, as its stderr."""
@@ -262,15 +269,16 @@ class CellHead(NamedTuple):
     session: int
     fresh: bool  # a process is forked for it; otherwise there must be one
     checkpoint: bool  # a copy is made first, and takes over where the cell ends the process
+    followed: bool = False  # another cell or a fork comes at once, until which the process had better not be put out
 
     def pack(self) -> bytes:
-        return _CELL.pack(self.session, self.fresh, self.checkpoint)
+        return _CELL.pack(*self)
 
     @staticmethod
     def unpack(data: bytes) -> "tuple[CellHead, bytes]":
         """The head and what lies behind it."""
-        session, fresh, checkpoint = _CELL.unpack_from(data)
-        return CellHead(session, bool(fresh), bool(checkpoint)), data[_CELL.size :]
+        session, *flags = _CELL.unpack_from(data)
+        return CellHead(session, *map(bool, flags)), data[_CELL.size :]
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from jaxrl.sandbox import arguments, pool_arguments, wire
+from jaxrl.sandbox import pool_arguments, wire
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.result import Result, fault
 from jaxrl.statuses import ToolStatus
@@ -98,12 +98,12 @@ class RemoteSession:
         """Copies of this session, as ``Session.fork``.
 
         Raises:
-            ValueError: ``copies`` is not positive.
+            ValueError: ``copies`` is not positive, or more than ``protocol.MOST_COPIES``.
             SandboxUnavailable: the server cannot be reached, has no such session any more, or no room for the copies.
             PermissionError: the token is missing or wrong.
             RuntimeError: the session or the client is closed, or was while this ran.
         """
-        arguments.whole("copies", copies)
+        pool_arguments.check_copies(copies)
         async with self._turn:
             self._check_open()
             patience = Patience(self._shared.patience, self._shared.patience)

@@ -13,13 +13,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from jaxrl.sandbox import arguments, pool_arguments
 from jaxrl.sandbox import files as file_bytes
+from jaxrl.sandbox import pool_arguments
 from jaxrl.sandbox.cell import LEFT_AT_ONCE
 from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits, Outcome, Report, pack_cells
 from jaxrl.sandbox.result import Result
 from jaxrl.statuses import ToolStatus
 
+_COPIES_AT_ONCE = 16  # that the warden is asked for: what it was asked for, it makes
+_MOST_PUT_OUT = 50  # times that a cell's session is put out before the cell can run
 _CELL_BYTES = 512  # of a remembered cell, besides its code and files
 
 
@@ -68,6 +70,35 @@ class Terms:
                 f"a session of memory_mib + disk_mib = {needed} may outgrow session_memory_mib={most}, and then be put "
                 "out after each cell; raise Pool(session_memory_mib=...), lower its limits, or take live=False"
             )
+
+
+class _Losses:
+    """What a cell has lost its session's process to, and whether that is to be borne any longer."""
+
+    def __init__(self) -> None:
+        self.attempts = 0
+        self.fault = b""
+        self._in_vain = self._put_out = 0  # losses before the cell could run: of no doing of ours, and by our own
+
+    @property
+    def bearable(self) -> bool:
+        return self.attempts < ATTEMPTS and self._in_vain < VAIN_LOSSES and self._put_out < _MOST_PUT_OUT
+
+    def add(self, report: Report) -> None:
+        """The cell's own."""
+        if report.outcome is Outcome.PUT_OUT:
+            self._put_out += 1
+        elif report.attempts > self.attempts:
+            self._in_vain = 0
+        else:
+            self._in_vain += 1
+        self.attempts, self.fault = report.attempts, report.stderr
+
+    def add_rebuilding(self, report: Report) -> None:
+        """One of the cells before it, which was run again."""
+        self._put_out += report.outcome is Outcome.PUT_OUT
+        self._in_vain += report.outcome is Outcome.LOST
+        self.fault = b"its session could not be rebuilt: " + report.stderr
 
 
 class _Closed(RuntimeError):
@@ -123,6 +154,7 @@ class Session:
         self._doing: _Turn | None = None
         self._ended: Awaitable[object] | None = None  # done when the process that was given up last is gone
         self._open = True
+        self._loop: asyncio.AbstractEventLoop | None = None  # in which it was used last
 
     async def __aenter__(self) -> Self:
         return self
@@ -146,7 +178,12 @@ class Session:
         """End the process, which is gone when this returns, and forget the history. Copies live on.
 
         A cell or fork that is under way is ended too, and whoever waits for it gets a RuntimeError.
+
+        Raises:
+            RuntimeError: it is used in another event loop, and stays as it is.
         """
+        if self._loop not in (None, asyncio.get_running_loop()) and not self._loop.is_closed():
+            raise RuntimeError("the session was used in another event loop: close it there")
         self._open = False
         if self._doing is not None:
             self._doing.stop()
@@ -193,6 +230,7 @@ class Session:
         cell = Cell(code.encode("utf-8", "surrogatepass"), echo, file_bytes.pack(files or {}))
         submitted = time.monotonic()
         self._backend.check()
+        self._loop = asyncio.get_running_loop()
         with self._backend.taken:
             try:
                 async with self._turn:
@@ -214,11 +252,12 @@ class Session:
         without a process and are rebuilt from the history with their first cell, which says so (``rebuilt``).
 
         Raises:
-            ValueError: ``copies`` is not positive.
+            ValueError: ``copies`` is not positive, or more than ``protocol.MOST_COPIES``.
             RuntimeError: the session or its pool is closed, or was while this ran.
         """
-        arguments.whole("copies", copies)
+        pool_arguments.check_copies(copies)
         self._backend.check()
+        self._loop = asyncio.get_running_loop()
         with self._backend.taken:
             async with self._turn:
                 self._check_open()
@@ -226,21 +265,31 @@ class Session:
                 if self._terms.live and self._history:
                     with _Turn() as self._doing:
                         if self._process == 0:
-                            await self._rebuild()
+                            await self._rebuild(time.monotonic())
                         ids = await self._copy(copies)
                 untold = self._rebuilt, self._replay_differs
-                return [Session(self._backend, self._terms, self._history, id, *untold) for id in ids]
+                made = [Session(self._backend, self._terms, self._history, id, *untold) for id in ids]
+                for copy in made:
+                    copy._loop = self._loop
+                return made
 
     async def _copy(self, copies: int) -> list[int]:
         """Ids of copies of the process, 0 for each that did not come to be."""
-        wanted = [self._backend.next_id() for _ in range(copies)]
-        copying = asyncio.ensure_future(self._backend.fork(self._process, wanted))
-        try:
-            living = await asyncio.shield(copying)
-        except asyncio.CancelledError:
-            copying.add_done_callback(self._end_copies)  # the warden has been asked, and will make them
-            raise
-        return [id if id in living else 0 for id in wanted]
+        made: list[int] = []
+        while len(made) < copies:
+            wanted = [self._backend.next_id() for _ in range(min(copies - len(made), _COPIES_AT_ONCE))]
+            copying = asyncio.ensure_future(self._backend.fork(self._process, wanted))
+            try:
+                living = await asyncio.shield(copying)
+            except asyncio.CancelledError:
+                for id in made:
+                    self._backend.end(id)
+                copying.add_done_callback(self._end_copies)  # the warden has been asked, and will make them
+                raise
+            made += [id for id in wanted if id in living]
+            if len(living) < len(wanted):  # and so it would be with the next ones
+                break
+        return [*made, *[0] * (copies - len(made))]
 
     def _end_copies(self, copying: asyncio.Future[list[int]]) -> None:
         if not copying.cancelled() and copying.exception() is None:
@@ -253,52 +302,56 @@ class Session:
 
     async def _run_live(self, cell: Cell, wanted: Sequence[str], submitted: float) -> Result:
         """In the session's process, which is rebuilt first where it is lost; into the history unless it cost that."""
-        attempts, in_vain, fault = 0, 0, b""
-        while attempts < ATTEMPTS and in_vain < VAIN_LOSSES:
-            lost = await self._rebuild() if self._process == 0 and self._begun else None
+        losses = _Losses()
+        while losses.bearable:
+            lost = await self._rebuild(submitted) if self._process == 0 and self._begun else None
             if lost is not None:
-                in_vain, fault = in_vain + 1, b"its session could not be rebuilt: " + lost.stderr
+                losses.add_rebuilding(lost)
                 continue
-            call = self._call(cell.code, cell, wanted, submitted, attempts=attempts)
+            call = self._call(cell.code, cell, wanted, submitted, attempts=losses.attempts)
             report = await self._run_cell(call, self._terms.checkpoint)
-            if report.outcome is not Outcome.LOST:
+            if not report.lost:
                 break
             self._begun = True
-            in_vain = in_vain + 1 if report.attempts == attempts else 0
-            attempts, fault = report.attempts, report.stderr
+            losses.add(report)
         else:
             call = self._call(cell.code, cell, wanted, submitted)
-            report = Report.without_run(call, Outcome.INFRA_ERROR, attempts, fault)
+            report = Report.without_run(call, Outcome.INFRA_ERROR, losses.attempts, losses.fault)
         if report.survived:
             self._history.append(cell._replace(digest=_digest(report)))
         result = self._backend.result(report, submitted, self._rebuilt, self._replay_differs)
         self._rebuilt = self._replay_differs = False
         return result
 
-    async def _run_cell(self, call: Call, checkpoint: bool) -> Report:
+    async def _run_cell(self, call: Call, checkpoint: bool, followed: bool = False) -> Report:
         """One cell in the process, which is forked if there is none."""
         fresh = self._process == 0
         if fresh:
             self._process = self._backend.next_id()
         try:
-            report = await self._backend.submit(call, CellHead(self._process, fresh, checkpoint))
+            report = await self._backend.submit(call, CellHead(self._process, fresh, checkpoint, followed))
         except BaseException:
             self._give_up()  # whether the cell ran, and what it did, is not known
             self._begun = True
             raise
-        if report.outcome is Outcome.LOST or not (report.survived or checkpoint):
+        if report.lost or not (report.survived or checkpoint):
             self._process = 0
-        if report.outcome is not Outcome.LOST:
+        if not report.lost:
             self._begun = True
         return report
 
-    async def _rebuild(self) -> Report | None:
-        """Run the history in a new process, of which the next result tells; if that was lost, the report of it."""
+    async def _rebuild(self, submitted: float) -> Report | None:
+        """Run the history in a new process, of which the next result tells; if that was lost, the report of it.
+
+        Args:
+            submitted: when what it is needed for was, so that its cells are as old as that.
+        """
         self._rebuilt = True
         while True:
             for index, cell in enumerate(self._history):
-                report = await self._run_cell(self._call(cell.code, cell, (), time.monotonic()), checkpoint=False)
-                if report.outcome is Outcome.LOST:
+                call = self._call(cell.code, cell, (), submitted)
+                report = await self._run_cell(call, checkpoint=False, followed=True)
+                if report.lost:
                     return report
                 if not report.survived:
                     del self._history[index]

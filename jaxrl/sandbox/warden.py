@@ -19,7 +19,7 @@ import time
 from collections import Counter, deque
 from typing import Any
 
-from jaxrl.sandbox import orders, syscalls
+from jaxrl.sandbox import descriptors, orders, syscalls
 from jaxrl.sandbox.annex import Annex
 from jaxrl.sandbox.board import Board
 from jaxrl.sandbox.cell_job import CellJob
@@ -177,7 +177,9 @@ class Warden:
             self._loop,
             settings.view["work"],
             settings.session_memory_mib,
-            settings.heartbeat_seconds,
+            most=descriptors.sessions(settings.templates, settings.slots + settings.slow_slots),
+            spared=settings.slots,
+            patience_seconds=settings.heartbeat_seconds,
             on_begin=self._watch,
             on_end=self._finish,
             on_lost=self._lose_cell,
@@ -292,11 +294,19 @@ class Warden:
 
     def _place(self, job: Job) -> Template | Leaf | None:
         """Where a job can run now: on a template, or in its session's process."""
-        if not isinstance(job, CellJob) or job.head.fresh:
+        if not isinstance(job, CellJob):
             return self._choose(job)
-        if not self._families.has(job.head.session):
-            job.fault = b"its session's process was lost or put out while it waited"
+        if job.head.fresh:
+            template = self._choose(job)
+            return template if template is not None and self._families.make_room() else None
+        if self._families.was_put_out(job.head.session):
+            job.fault = b"its session's process was put out; Pool(session_memory_mib=...) or ulimit -Hn allows more"
+            self._report(job, job.unfinished(Outcome.PUT_OUT))
+        elif not self._families.has(job.head.session):
+            job.fault = b"its session's process was lost while it waited"
             self._report(job, job.unfinished(Outcome.LOST))
+        elif job.head.checkpoint and not self._families.may_copy:
+            return None
         return self._families.resting(job.head.session)
 
     def _choose(self, job: Job) -> Template | None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxrl.sandbox.languages import LANGUAGES, Language
-from jaxrl.sandbox.protocol import LEAST_MEMORY_MIB, Limits
+from jaxrl.sandbox.protocol import LEAST_MEMORY_MIB, MOST_COPIES, Limits
 from jaxrl.sandbox.result import Result
 
 
@@ -110,7 +110,7 @@ class CellRequest:
 class ForkRequest:
     """Copies of a session."""
 
-    copies: int = dataclasses.field(metadata=_about("How many.") | {"minimum": 1})
+    copies: int = dataclasses.field(metadata=_about("How many.") | {"minimum": 1, "maximum": MOST_COPIES})
 
 
 @dataclasses.dataclass(frozen=True)

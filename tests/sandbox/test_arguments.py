@@ -123,6 +123,11 @@ def test_tenants(sandbox: Driver) -> None:
             use()
 
 
+def test_more_copies_than_are_made_at_once(sandbox: Driver) -> None:
+    with pytest.raises(ValueError, match="copies=1000000000 must be at most 4096; fork several times"):
+        sandbox.wait(sandbox.pool.session().fork(10**9))
+
+
 @pytest.mark.parametrize("copies", [1.5, "2", True])
 def test_numbers_of_copies(sandbox: Driver, copies: Any) -> None:
     with pytest.raises(TypeError, match=f"copies={copies!r} is of type .*; it must be a whole number"):

@@ -118,6 +118,8 @@ def test_copies_share_the_past_and_nothing_else(served: Served) -> None:
                 await session.run("1")
             with pytest.raises(ValueError, match="copies=0 must be at least 1"):
                 await left.fork(0)
+            with pytest.raises(ValueError, match="copies=1000000000 must be at most 4096"):
+                await left.fork(10**9)
             await asyncio.gather(*(one.close() for one in (left, right, second)))
 
     before = idle_processes(served)
@@ -192,6 +194,7 @@ def test_every_route_is_described_and_no_other() -> None:
         ("/{id}/cells", {"code": "1", "files": {"../x": ""}}, 400, "plain relative path"),
         ("/{id}/cells", {"code": "1", "language": "bash"}, 400, "language is 'bash' but must be left out"),
         ("/{id}/fork", {"copies": -1}, 400, "copies is -1 but must be at least 1"),
+        ("/{id}/fork", {"copies": 10**9}, 400, "copies is 1000000000 but must be at most 4096"),
         ("/{id}/fork", {"copies": 300}, 429, "too many sessions"),
     ],
 )

@@ -83,6 +83,39 @@ def test_a_cancelled_fork_leaves_no_copies(sandbox: Driver) -> None:
     assert sandbox.resting() == before
 
 
+def test_the_copies_that_a_cancelled_fork_has_not_made_are_never_made(sandbox: Driver) -> None:
+    with session(sandbox) as original:
+        original.out("x = 1")
+
+        async def cancelled() -> list[int]:
+            fork = asyncio.create_task(original.session.fork(2000))
+            while (before := (await sandbox.pool.metrics()).sessions) < 3:
+                await asyncio.sleep(0.002)
+            fork.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await fork
+            counts = [before]
+            while counts[-1] > 1:
+                counts.append((await sandbox.pool.metrics()).sessions)
+                await asyncio.sleep(0.002)
+            return counts
+
+        counts = sandbox.wait(cancelled())
+        assert max(counts) <= counts[0] + 16, "those that the warden had been asked for"
+        assert original.out("x") == "1\n"
+
+
+def test_a_session_is_closed_in_its_own_event_loop(sandbox: Driver) -> None:
+    with session(sandbox) as cells:
+        cells.out("x = 41")
+        (copy,) = cells.fork(1)
+        for one in (cells, copy):
+            with pytest.raises(RuntimeError, match="another event loop: close it there"):
+                asyncio.run(one.session.close())
+            assert one.out("x") == "41\n"
+        copy.close()
+
+
 def test_copies_outlive_the_original_and_each_other(sandbox: Driver) -> None:
     before = sandbox.resting()
     with session(sandbox) as original:

@@ -15,7 +15,7 @@ from jaxrl.sandbox.session import Backend, Session, Terms
 from tests.sandbox.cells import PATIENT, session
 from tests.sandbox.driver import Driver, wait_until
 
-FINE, LOST_WAITING, LOST_RUNNING = "fine", "lost while it waited", "lost while it ran"
+FINE, LOST_WAITING, LOST_RUNNING, PUT_OUT = "fine", "lost while it waited", "lost while it ran", "put out"
 
 
 def losing(fates: Sequence[str]) -> tuple[Session, list[bytes]]:
@@ -25,9 +25,10 @@ def losing(fates: Sequence[str]) -> tuple[Session, list[bytes]]:
     async def submit(call: Call, head: CellHead) -> Report:
         fate = fates[min(len(submitted), len(fates) - 1)]
         submitted.append(call.code)
-        tries = call.attempts + (fate is not LOST_WAITING)
+        tries = call.attempts + (fate in (FINE, LOST_RUNNING))
         if fate is not FINE:
-            return Report.without_run(call, Outcome.LOST, tries, fate.encode())
+            outcome = Outcome.PUT_OUT if fate is PUT_OUT else Outcome.LOST
+            return Report.without_run(call, outcome, tries, fate.encode())
         return Report(call.id, Outcome.OK, tries, 0, 0, 0.0, 0.0, 0.0, 0, b"", b"", False, False, survived=True)
 
     async def never(*_: object) -> list[int]:
@@ -57,6 +58,8 @@ def losing(fates: Sequence[str]) -> tuple[Session, list[bytes]]:
         ([LOST_RUNNING] * 2 + [FINE], Outcome.OK, 3, 3),
         ([LOST_RUNNING], Outcome.INFRA_ERROR, 3, 3),
         ([*[LOST_WAITING] * 4, LOST_RUNNING] * 2 + [FINE], Outcome.OK, 3, 11),
+        ([PUT_OUT] * 40 + [LOST_WAITING] * 4 + [FINE], Outcome.OK, 1, 45),
+        ([PUT_OUT], Outcome.INFRA_ERROR, 0, 50),
     ],
 )
 def test_only_a_cell_that_ran_has_used_up_a_try(
