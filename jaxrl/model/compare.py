@@ -9,11 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrl.config import ModelConfig
+from jaxrl.mesh import COMPUTE_RULES, pieces, to_compute
 from jaxrl.model.logprob import logits
 from jaxrl.model.transformer import Params, hidden_states
 
 TOKENS = 16
-"""Length of the row whose last logits are compared."""
+"""Length of the row whose last logits are compared; so many for each piece where a mesh splits the tokens of a row."""
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest difference of logits as a share of the largest logit, by compute type."""
 
@@ -52,8 +53,9 @@ def check_same_logits(
     Raises:
         Different: by more than rounding.
     """
-    rows = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
-    tokens = np.tile(np.random.default_rng(0).integers(0, config.vocab_size, TOKENS, np.int32), (rows, 1))
+    rows, shards = (pieces(axis, COMPUTE_RULES, mesh) if mesh is not None else 1 for axis in ("batch", "token_shards"))
+    row = np.random.default_rng(0).integers(0, config.vocab_size, TOKENS * shards, np.int32)
+    tokens = np.tile(row, (rows, 1))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         wanted, got = (
             np.asarray(_last_logits(*model, tokens, dtype).addressable_data(0))
@@ -75,4 +77,5 @@ def _last_logits(config: ModelConfig, params: Params, tokens: jax.Array, dtype: 
     """[B, 1, V] of rows [B, T]."""
     rounded = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(config.param_dtype), params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return logits(rounded, config, hidden_states(rounded, config, tokens, positions, jnp.ones_like(tokens))[:, -1:])
+    hidden = hidden_states(rounded, config, tokens, positions, jnp.ones_like(tokens))
+    return logits(rounded, config, to_compute(hidden, ("batch", None, None))[:, -1:])
