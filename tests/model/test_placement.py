@@ -49,10 +49,10 @@ def run_script(name: str, *arguments: Any, devices: int) -> list[dict[str, Any]]
 
 def run_processes(source: pathlib.Path, target: pathlib.Path, *more: int) -> list[dict[str, Any]]:
     """What two processes with two devices each say that read ``source`` and write ``target`` together."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    with concurrent.futures.ThreadPoolExecutor() as threads:
+    with socket.socket() as held, concurrent.futures.ThreadPoolExecutor() as threads:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # the coordinator may listen, no other gets it
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
         runs = [
             threads.submit(run_script, "folder_process.py", process, 2, port, source, target, *more, devices=2)
             for process in range(2)
