@@ -380,7 +380,7 @@ class CheckpointConfig:
     """Newest checkpoints kept, beside the best by pass rate."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Device mesh; -1 on one axis takes all devices that remain."""
 

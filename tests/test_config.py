@@ -52,6 +52,7 @@ def test_overrides_win_and_bare_words_are_strings() -> None:
         ("EvalConfig.k = (0, 1)", r"EvalConfig.k=\(0, 1\) must be at least 1"),
         ("TrainConfig.prefetch_groups = 17", r"prefetch_groups=17 is more than TrainConfig.problems=16"),
         ("LoraConfig.rank = -1", r"LoraConfig.rank=-1 must not be negative"),
+        ("MeshConfig.rollout_tensor = -1", r"MeshConfig.rollout_tensor=-1 must not be negative"),
         ("LoraConfig.alpha = 0.0", r"LoraConfig.alpha=0.0 must be above 0"),
         ("LoraConfig.path = 'adapter'", r"LoraConfig.path='adapter' but LoraConfig.rank=0 has no adapters; set the"),
         ("LoraConfig.rank = 4\nLoraConfig.targets = ()", r"rank=4 but LoraConfig.targets is empty; name matrices or"),

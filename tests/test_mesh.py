@@ -68,6 +68,12 @@ def test_impossible_meshes_are_refused(config: MeshConfig, message: str) -> None
         make_mesh(config, devices=jax.devices()[:1])
 
 
+def test_lengths_are_given_by_name() -> None:
+    """Or else a new axis would silently take the length meant for another."""
+    with pytest.raises(TypeError, match="positional"):
+        MeshConfig(2, 2, 2)
+
+
 def test_without_a_mesh_nothing_happens() -> None:
     x = jnp.arange(4.0)
     assert to_compute(x, ("batch",)) is x

@@ -303,24 +303,30 @@ def _write_files(
     sizes: dict[str, int],
     on_bytes: OnBytes,
 ) -> None:
-    """Every file by the process it falls to. All processes fetch every tensor, because fetching takes all of them."""
+    """Every file by the process it falls to. All processes fetch every tensor, because fetching takes all of them.
+
+    Whatever can fail in one process alone comes after the last tensor of a file was fetched, and before all meet again:
+    a process that left between two fetches would leave the others waiting for it.
+    """
     places = {name: (key, place) for key, spec in specs.items() for place, name in spec.hf_names.items()}
     done = 0
     for number, names in enumerate(files):
         own = number % jax.process_count() == jax.process_index()
-        tensors = {}
-        for name in names:
-            key, place = places[name]
-            tensor = whole_tensor(specs[key], leaves[key], place)
-            if own:
-                tensors[name] = tensor.astype(dtype, copy=False)
         with together("write"):
+            tensors = {}
+            for name in names:
+                key, place = places[name]
+                tensor = whole_tensor(specs[key], leaves[key], place)
+                if own:
+                    tensors[name] = tensor
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.astype(dtype, copy=False)
             if own:
                 file = folder / file_name(number, len(files))
                 write_tensors(file, tensors)
                 shutil.copymode(folder / CONFIG, file)  # the library makes it 0600
-        done += sum(sizes[name] for name in names)
-        on_bytes("written", done, sum(sizes.values()))
+            done += sum(sizes[name] for name in names)
+            on_bytes("written", done, sum(sizes.values()))
 
 
 def _verify(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: str, on_bytes: OnBytes) -> float:
@@ -329,10 +335,11 @@ def _verify(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: st
     Raises:
         OSError: a value or a logit differs.
     """
-    found_config, leaves = read_config(folder, base=config), flax.traverse_util.flatten_dict(params)
+    leaves = flax.traverse_util.flatten_dict(params)
     resting = {key: leaf.sharding for key, leaf in leaves.items() if on_mesh(leaf)}
     mesh = next((sharding.mesh for sharding in resting.values()), None)
     with together("read back"):
+        found_config = read_config(folder, base=config)
         found = _load(folder, found_config, read_headers(folder), resting, "read back", on_bytes)
     try:
         compare.check_same_values(params, found, dtype)

@@ -1,4 +1,4 @@
-"""Run by test_families_on_mesh.py with eight virtual devices: compares a mesh with one device, a JSON line a family."""
+"""Run by test_families_on_mesh.py with eight virtual devices: compares a mesh with one device, a JSON line a case."""
 
 import dataclasses
 import json
@@ -24,11 +24,12 @@ CONFIGS = (
     ),
     dataclasses.replace(CONFIG, family="qwen3_moe", experts=4, expert_width=12),
 )
+MESHES = (MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(slice=2, fsdp=1, context=2, tensor=2))
 ROWS, TOKENS = 8, 24
 
 
-def report(config: ModelConfig) -> dict[str, object]:
-    """How far loss and gradients on 2 x 2 x 2 devices are from those on one."""
+def report(config: ModelConfig, lengths: MeshConfig) -> dict[str, object]:
+    """How far loss and gradients on eight devices are from those on one."""
     specs = param_specs(config)
     params = initialize(specs, jax.random.key(0))
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (ROWS, TOKENS)).astype(np.int32)
@@ -41,7 +42,7 @@ def report(config: ModelConfig) -> dict[str, object]:
         return total if stats.load is None else total + balance_loss(stats.load)
 
     wanted_loss, wanted = jax.jit(jax.value_and_grad(loss))(params)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(lengths)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(specs, mesh, PARAM_RULES))
         got_loss, got = jax.jit(jax.value_and_grad(loss))(placed)
@@ -57,7 +58,8 @@ def report(config: ModelConfig) -> dict[str, object]:
 
 def main() -> None:
     for config in CONFIGS:
-        print(json.dumps(report(config)), flush=True)
+        for lengths in MESHES:
+            print(json.dumps(report(config, lengths)), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ a JSON line for each.
 
 import hashlib
 import json
-import math
 import pathlib
 import sys
 from typing import Any
@@ -22,11 +21,12 @@ from jaxrl.model import hf, placement, spec, transformer
 SPLIT_STACKS = {**PARAM_RULES, "layers": "data"}
 """As experts would be split: every device holds some of the tensors that a parameter stacks. Nothing computes so."""
 CASES = (
-    ((2, 2, 2), PARAM_RULES),
-    ((8, 1, 1), PARAM_RULES),
-    ((1, 8, 1), PARAM_RULES),
-    ((2, 1, 4), ROLLOUT_RULES),
-    ((2, 2, 2), SPLIT_STACKS),
+    (MeshConfig(data=2, fsdp=2, tensor=2), PARAM_RULES),
+    (MeshConfig(data=8, fsdp=1), PARAM_RULES),
+    (MeshConfig(fsdp=8), PARAM_RULES),
+    (MeshConfig(data=2, fsdp=1, tensor=4), ROLLOUT_RULES),
+    (MeshConfig(slice=2, fsdp=1, context=2, tensor=2), PARAM_RULES),
+    (MeshConfig(data=2, fsdp=2, tensor=2), SPLIT_STACKS),
 )
 
 
@@ -57,14 +57,14 @@ def main() -> None:
     placement.read_tensor = counted
     seen: list[tuple[str, int, int]] = []
     for lengths, rules in CASES:
-        mesh = make_mesh(MeshConfig(*lengths), jax.devices()[: math.prod(lengths)])
+        mesh = make_mesh(lengths)
         read.clear()
         seen.clear()
         _, params = hf.load_folder(source, mesh=mesh, rules=rules, on_bytes=lambda *now: seen.append(now))
         wanted = spec.shardings(transformer.param_specs(config), mesh, rules)
         leaves, host = jax.tree.leaves(params), jax.tree.leaves(on_host)
         report = {
-            "mesh": "x".join(map(str, lengths)),
+            "mesh": "x".join(map(str, mesh.devices.shape)),
             "equal": all(np.asarray(a).tobytes() == b.tobytes() for a, b in zip(leaves, host, strict=True)),
             "misplaced": sum(a.sharding != w for a, w in zip(leaves, jax.tree.leaves(wanted), strict=True)),
             "most_split": max(len({str(shard.index) for shard in leaf.addressable_shards}) for leaf in leaves),

@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 
 from jaxrl.config import ConfigError, ModelConfig
-from jaxrl.model import hf, tensor_files, transformer
+from jaxrl.model import compare, hf, tensor_files, transformer
 from jaxrl.model.config_json import hf_config
 from jaxrl.model.folders import write_json
 
@@ -166,6 +166,29 @@ def test_a_bit_that_flips_on_its_way_is_noticed(
     with pytest.raises(OSError, match=r"was written, but [\w/]+ has other values there; nothing was kept"):
         hf.save_folder(tmp_path / "model", UNTIED, numbers(UNTIED), dtype=dtype)
     assert not list(tmp_path.iterdir())
+
+
+def test_values_are_rounded_before_anything_is_compiled_with_them(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that sees a cast there and back may drop both, and a correct export would look wrong."""
+    seen: dict[str, set[str]] = {}
+
+    def noted(name: str, position: int) -> None:
+        function = getattr(compare, name)
+
+        def note(*arguments: Any) -> Any:
+            seen.setdefault(name, set()).update(str(leaf.dtype) for leaf in jax.tree.leaves(arguments[position]))
+            return function(*arguments)
+
+        monkeypatch.setattr(compare, name, note)
+
+    noted("_same", 0)
+    noted("_last_logits", 1)
+    for dtype in ("bfloat16", "float16"):
+        seen.clear()
+        hf.save_folder(tmp_path / dtype, UNTIED, numbers(UNTIED), dtype=dtype)
+        assert seen == {"_same": {dtype}, "_last_logits": {dtype}}
 
 
 def test_progress_counts_all_bytes_of_every_pass(tmp_path: pathlib.Path) -> None:
