@@ -95,8 +95,11 @@ class Fleet:
     ) -> Sequence:
         """Begin a sequence where its group is being played, which shares its prompt; else where the fewest are open.
 
-        Arguments and errors as for ``Engine.open``.
+        Arguments and errors as for ``Engine.open``, and ``EngineFailure`` too where only another replica has failed: one
+        that has nothing open because it failed would draw every new sequence.
         """
+        for engine in self._engines:
+            engine.check_serving()
         playing = [engine for engine in self._engines if engine.plays(draw)]
         engine = min(playing or self._engines, key=lambda engine: engine.load)
         return await engine.open(prompt_ids, draw=draw, sample=sample, max_tokens=max_tokens, temperature=temperature)

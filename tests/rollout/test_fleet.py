@@ -6,10 +6,12 @@ import math
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxrl.config import MeshConfig
 from jaxrl.mesh import make_mesh, make_rollout_mesh
 from jaxrl.rollout.counters import Counters, figures, total
+from jaxrl.rollout.engine import EngineFailure
 from jaxrl.rollout.fleet import Fleet
 from tests.rollout.conftest import CONFIG, MODEL, STOPS, make_engine, play, play_all
 
@@ -20,6 +22,14 @@ NAMES = [(draw, sample) for draw in range(2) for sample in range(3)]
 def fleet(params) -> Fleet:
     mesh = make_rollout_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
     return Fleet(CONFIG, MODEL, (params,), mesh, stop_ids=STOPS, seed=11)
+
+
+@pytest.fixture
+def pair(params) -> Fleet:
+    """Two replicas, which share a device: for where sequences are played it makes no difference."""
+    mesh = make_rollout_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
+    mesh = Mesh(np.repeat(mesh.devices, 2, axis=0), mesh.axis_names, axis_types=mesh.axis_types)
+    return Fleet(CONFIG, MODEL, (params, params), mesh, stop_ids=STOPS, seed=11)
 
 
 def test_a_fleet_of_one_is_the_engine(params, fleet):
@@ -46,6 +56,23 @@ def test_an_engine_knows_whose_sequences_are_open(params):
             assert engine.load == 0 and not engine.plays(0)
 
     asyncio.run(run())
+
+
+def test_a_replica_that_failed_is_told_and_draws_no_sequences(pair, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    async def run() -> None:
+        async with pair.serving():
+            monkeypatch.setattr(pair._engines[0], "_run", fail)
+            with pytest.raises(EngineFailure, match="out of memory"):
+                await play(pair, 0, 0)
+            monkeypatch.undo()
+            pair._engines[0], pair._engines[1] = pair._engines[1], pair._engines[0]
+            with pytest.raises(EngineFailure, match="failed earlier: .*out of memory"):
+                await play(pair, 1, 0)  # the first replica would play it
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_counters_of_replicas_add_up():
