@@ -13,7 +13,7 @@ from jaxrl.mesh import make_mesh, make_rollout_mesh
 from jaxrl.rollout.counters import Counters, figures, total
 from jaxrl.rollout.engine import EngineFailure
 from jaxrl.rollout.fleet import Fleet
-from tests.rollout.conftest import CONFIG, MODEL, STOPS, make_engine, play, play_all
+from tests.rollout.conftest import CONFIG, MODEL, STOPS, make_engine, play, play_all, prompt_of
 
 NAMES = [(draw, sample) for draw in range(2) for sample in range(3)]
 
@@ -56,6 +56,19 @@ def test_an_engine_knows_whose_sequences_are_open(params):
             assert engine.load == 0 and not engine.plays(0)
 
     asyncio.run(run())
+
+
+def test_a_group_larger_than_a_replica_has_slots_goes_on_where_slots_are_free(pair):
+    async def run() -> None:
+        async with pair.serving():
+            for sample in range(CONFIG.slots):
+                await pair.open(prompt_of(0), draw=0, sample=sample, max_tokens=4)
+            assert [engine.load for engine in pair._engines] == [CONFIG.slots, 0]
+            for sample in range(3):
+                await pair.open(prompt_of(0), draw=0, sample=CONFIG.slots + sample, max_tokens=4)
+            assert [engine.load for engine in pair._engines] == [CONFIG.slots, 3]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_a_replica_that_failed_is_told_and_draws_no_sequences(pair, monkeypatch):
