@@ -154,7 +154,7 @@ def test_a_larger_model_of_transformers(family: str, tmp_path: pathlib.Path) -> 
 
 @pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.sliding == "most"])
-def test_an_export_without_sliding_layers_runs_in_transformers(family: str, window: int, tmp_path: pathlib.Path) -> None:
+def test_an_export_that_slides_nowhere_runs_in_transformers(family: str, window: int, tmp_path: pathlib.Path) -> None:
     config = ModelConfig(
         family=family, vocab_size=64, layers=2, width=32, query_heads=4, kv_heads=2, head_width=8, ffn_width=48,
         local_rope_theta=50.0 if FAMILIES[family].local_rope_theta else 0.0, init_scale=0.2, tie_embeddings=True,
