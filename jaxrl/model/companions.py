@@ -1,5 +1,6 @@
 """What lies in a Hugging Face folder beside architecture, weights and tokenizer.json, carried from import to export."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -11,6 +12,8 @@ from jaxrl.model.folders import read_json
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")
 """The vocabulary in older forms, for readers that do not know tokenizer.json."""
+TOKEN_KEYS = ("_token_id", "_ids", "suppress_tokens", "sequence_bias")
+"""Ends of the keys of a generation config that hold ids of tokens: ``eos_token_id``, ``bad_words_ids`` and so on."""
 SOURCE_TEMPLATE = "source_chat_template.jinja"
 """The chat template a model came with. Exports have the one it was trained with as their chat template, and this one
 beside it under a name that no reader takes for it."""
@@ -20,15 +23,21 @@ def keep(source: str | os.PathLike[str], folder: pathlib.Path, *, tokenizer: boo
     """Copy the companions of the model in ``source`` into ``folder``.
 
     Args:
-        tokenizer: whether the model's own tokenizer stays in use; without it only the generation config is kept.
+        tokenizer: whether the model's own tokenizer stays in use; without it only the generation config is kept, less
+            the ids of tokens, which mean others in another vocabulary.
 
     Raises:
         ConfigError: one of them is no JSON although it should be.
     """
     source = pathlib.Path(source)
-    for name in (GENERATION_CONFIG, *(TOKENIZER_FILES if tokenizer else ())):
+    for name in (GENERATION_CONFIG, *TOKENIZER_FILES) if tokenizer else ():
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if not tokenizer and (source / GENERATION_CONFIG).is_file():
+        kept = {
+            key: value for key, value in read_json(source / GENERATION_CONFIG).items() if not key.endswith(TOKEN_KEYS)
+        }
+        (folder / GENERATION_CONFIG).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     template = _chat_template(source) if tokenizer else None
     if template is not None:
         (folder / SOURCE_TEMPLATE).write_text(template, encoding="utf-8")

@@ -325,7 +325,9 @@ def _sliding_keys(config: ModelConfig, family: Family) -> Document:
             return {"use_sliding_window": bool(sliding), "max_window_layers": first, **window, **kinds}
         case "most":
             every = min(set(range(config.layers)) - sliding, default=config.layers) + 1
-            return {"sliding_window_pattern": every, **window, **kinds}
+            width = config.sliding_window or family.sliding_window
+            # transformers makes the mask of the sliding layers even where there are none, and does not run with null
+            return {"sliding_window_pattern": every, "sliding_window": width, **kinds}
     return {}
 
 

@@ -290,7 +290,7 @@ class Engine:
             )
         if not temperature >= 0.0:
             raise ValueError(f"temperature={temperature} must be at least 0")
-        self._check_serving()
+        self.check_serving()
         track = Track(
             ticket=next(self._tickets),
             prompt=prompt,
@@ -315,6 +315,17 @@ class Engine:
         self._counters.queue_seconds += waited
         self._counters.longest_queue_seconds = max(self._counters.longest_queue_seconds, waited)
         return Sequence(self, track)
+
+    def check_serving(self) -> None:
+        """Whether sequences can be opened and generate.
+
+        Raises:
+            EngineFailure: the device work failed, or the engine is not serving.
+        """
+        if self._failure is not None:
+            raise EngineFailure(f"the engine failed earlier: {self._failure}") from self._failure
+        if self._wake is None:
+            raise EngineFailure("the engine is not serving; use it inside `async with engine.serving()`")
 
     @property
     def load(self) -> int:
@@ -348,7 +359,7 @@ class Engine:
         return figures(self.counters) | {"version": self._version}
 
     async def _generate(self, track: Track, max_new_tokens: int) -> Sample:
-        self._check_serving()
+        self.check_serving()
         waiting = self._waiting[track] = _Waiting(asyncio.get_running_loop().create_future())
         self._scheduler.generate(track, max_new_tokens)
         self._changed()
@@ -373,12 +384,6 @@ class Engine:
             opening = self._opening.pop(track, None)
             if opening is not None and not opening.done():
                 opening.set_result(None)
-
-    def _check_serving(self) -> None:
-        if self._failure is not None:
-            raise EngineFailure(f"the engine failed earlier: {self._failure}") from self._failure
-        if self._wake is None:
-            raise EngineFailure("the engine is not serving; use it inside `async with engine.serving()`")
 
     def _fail(self, error: BaseException) -> None:
         """End every pending call with this error and give all pages back."""

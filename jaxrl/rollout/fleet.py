@@ -49,6 +49,7 @@ class Fleet:
             ValueError: there are not as many trees as replicas.
         """
         self.mesh = mesh
+        self._slots = config.slots
         self._engines = [
             Engine(config, model, tree, stop_ids=stop_ids, seed=seed, version=version, mesh=replica, launches=launches)
             for tree, replica in zip(params, meshes.replica_meshes(mesh), strict=True)
@@ -93,11 +94,15 @@ class Fleet:
         max_tokens: int,
         temperature: float | None = None,
     ) -> Sequence:
-        """Begin a sequence where its group is being played, which shares its prompt; else where the fewest are open.
+        """Begin a sequence where its group is played and a slot is free, which shares the prompt; else where the fewest
+        are open, for to prefill the prompt again is cheaper than to wait for a slot beside idle replicas.
 
-        Arguments and errors as for ``Engine.open``.
+        Arguments and errors as for ``Engine.open``, and ``EngineFailure`` too where only another replica has failed:
+        it has nothing open, and would draw every new sequence.
         """
-        playing = [engine for engine in self._engines if engine.plays(draw)]
+        for engine in self._engines:
+            engine.check_serving()
+        playing = [engine for engine in self._engines if engine.plays(draw) and engine.load < self._slots]
         engine = min(playing or self._engines, key=lambda engine: engine.load)
         return await engine.open(prompt_ids, draw=draw, sample=sample, max_tokens=max_tokens, temperature=temperature)
 

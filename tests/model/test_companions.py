@@ -43,10 +43,11 @@ def test_another_tokenizer_keeps_only_the_generation_config(tmp_path: pathlib.Pa
     kept.mkdir()
     for name in (*companions.TOKENIZER_FILES, "chat_template.jinja", "README.md"):
         (source / name).write_text("x")
-    (source / GENERATION_CONFIG).write_text('{"top_k": 5}')
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0, "suppress_tokens": [7], "bad_words_ids": [[8]]}
+    (source / GENERATION_CONFIG).write_text(json.dumps(ids | {"top_k": 5, "max_new_tokens": 9}))
     companions.keep(source, kept, tokenizer=False)
     assert [file.name for file in kept.iterdir()] == [GENERATION_CONFIG]
-    assert companions.generation_config(kept) == {"top_k": 5}
+    assert companions.generation_config(kept) == {"top_k": 5, "max_new_tokens": 9}
     assert companions.generation_config(tmp_path / "absent") is None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxrl.config import ModelConfig
-from jaxrl.model import hf, logprob, transformer
+from jaxrl.model import hf, logprob, spec, transformer
 from jaxrl.model.families import FAMILIES
 
 torch = pytest.importorskip("torch")
@@ -150,3 +150,21 @@ def test_a_larger_model_of_transformers(family: str, tmp_path: pathlib.Path) -> 
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
     assert back.keys() == theirs.state_dict().keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.sliding == "most"])
+def test_an_export_that_slides_nowhere_runs_in_transformers(family: str, window: int, tmp_path: pathlib.Path) -> None:
+    config = ModelConfig(
+        family=family, vocab_size=64, layers=2, width=32, query_heads=4, kv_heads=2, head_width=8, ffn_width=48,
+        local_rope_theta=50.0 if FAMILIES[family].local_rope_theta else 0.0, init_scale=0.2, tie_embeddings=True,
+        sliding_window=window,
+    )  # fmt: skip
+    params = spec.initialize(transformer.param_specs(config), jax.random.key(0))
+    hf.save_folder(tmp_path, config, params)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, TOKENS)).astype(np.int32)
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    (_, found), _ = our_functions(config, tokens)(params)
+    np.testing.assert_allclose(found[0], logits, atol=1e-4, rtol=0)

@@ -6,12 +6,14 @@ import math
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxrl.config import MeshConfig
 from jaxrl.mesh import make_mesh, make_rollout_mesh
 from jaxrl.rollout.counters import Counters, figures, total
+from jaxrl.rollout.engine import EngineFailure
 from jaxrl.rollout.fleet import Fleet
-from tests.rollout.conftest import CONFIG, MODEL, STOPS, make_engine, play, play_all
+from tests.rollout.conftest import CONFIG, MODEL, STOPS, make_engine, play, play_all, prompt_of
 
 NAMES = [(draw, sample) for draw in range(2) for sample in range(3)]
 
@@ -20,6 +22,14 @@ NAMES = [(draw, sample) for draw in range(2) for sample in range(3)]
 def fleet(params) -> Fleet:
     mesh = make_rollout_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
     return Fleet(CONFIG, MODEL, (params,), mesh, stop_ids=STOPS, seed=11)
+
+
+@pytest.fixture
+def pair(params) -> Fleet:
+    """Two replicas, which share a device: for where sequences are played it makes no difference."""
+    mesh = make_rollout_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
+    mesh = Mesh(np.repeat(mesh.devices, 2, axis=0), mesh.axis_names, axis_types=mesh.axis_types)
+    return Fleet(CONFIG, MODEL, (params, params), mesh, stop_ids=STOPS, seed=11)
 
 
 def test_a_fleet_of_one_is_the_engine(params, fleet):
@@ -46,6 +56,36 @@ def test_an_engine_knows_whose_sequences_are_open(params):
             assert engine.load == 0 and not engine.plays(0)
 
     asyncio.run(run())
+
+
+def test_a_group_larger_than_a_replica_has_slots_goes_on_where_slots_are_free(pair):
+    async def run() -> None:
+        async with pair.serving():
+            for sample in range(CONFIG.slots):
+                await pair.open(prompt_of(0), draw=0, sample=sample, max_tokens=4)
+            assert [engine.load for engine in pair._engines] == [CONFIG.slots, 0]
+            for sample in range(3):
+                await pair.open(prompt_of(0), draw=0, sample=CONFIG.slots + sample, max_tokens=4)
+            assert [engine.load for engine in pair._engines] == [CONFIG.slots, 3]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_replica_that_failed_is_told_and_draws_no_sequences(pair, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    async def run() -> None:
+        async with pair.serving():
+            monkeypatch.setattr(pair._engines[0], "_run", fail)
+            with pytest.raises(EngineFailure, match="out of memory"):
+                await play(pair, 0, 0)
+            monkeypatch.undo()
+            pair._engines[0], pair._engines[1] = pair._engines[1], pair._engines[0]
+            with pytest.raises(EngineFailure, match="failed earlier: .*out of memory"):
+                await play(pair, 1, 0)  # the first replica would play it
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_counters_of_replicas_add_up():
