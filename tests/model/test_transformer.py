@@ -57,11 +57,16 @@ def decode_logprobs(params: dict, config: ModelConfig, tokens: np.ndarray, chunk
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_promise_1_decoding_and_training_give_the_same_logprobs(family: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "scale", "largest", "mean"),
+    [("float32", 0.1, 1e-5, 2e-6), ("bfloat16", 0.02, 2e-3, 1e-4), ("bfloat16", 0.1, 2e-2, 1e-3)],
+)
+def test_promise_1_decoding_and_training_give_the_same_logprobs(
+    family: str, dtype: str, scale: float, largest: float, mean: float
+) -> None:
     """With every feature that a ModelConfig can have, whether models of the family have it or not."""
     config = dataclasses.replace(
-        CONFIG, family=family, compute_dtype=dtype, tie_embeddings=family == "qwen2", score_width=5,
+        CONFIG, family=family, compute_dtype=dtype, init_scale=scale, tie_embeddings=family == "qwen2", score_width=5,
         attention_soft_cap=2.0, logit_soft_cap=3.0, rope_scaling="llama3", rope_factor=4.0, rope_trained_positions=16,
         local_rope_theta=20.0, experts=6 if FAMILIES[family].experts else 0, expert_width=20,
     )  # fmt: skip
@@ -70,7 +75,8 @@ def test_promise_1_decoding_and_training_give_the_same_logprobs(family: str, dty
     positions, segment_ids = np.broadcast_to(np.arange(44), tokens.shape), np.ones_like(tokens)
     stats = jax.jit(sequence_logprobs, static_argnums=1)(params, config, tokens, positions, segment_ids)
     decoded = decode_logprobs(params, config, tokens, chunk=16, prefilled=27)
-    np.testing.assert_allclose(decoded, stats.logprobs[:, 1:], atol=1e-5 if dtype == "float32" else 2e-3)
+    difference = np.abs(decoded - stats.logprobs[:, 1:])
+    assert difference.max() < largest and difference.mean() < mean
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
