@@ -30,7 +30,7 @@ MODEL = ModelConfig(
     logprob_chunk=16, remat="full", tie_embeddings=False, sliding_window=5, sliding_layers=(1,),
 )  # fmt: skip
 ENGINE = EngineConfig(
-    slots=4, page_size=4, round_steps=4, prefill_rows=2, prefill_chunk=8, max_prompt_tokens=16, max_response_tokens=24
+    slots=9, page_size=4, round_steps=4, prefill_rows=2, prefill_chunk=8, max_prompt_tokens=16, max_response_tokens=24
 )
 SPECS = param_specs(MODEL)
 # Adam divides a gradient by its own size: with a tiny eps the rounding of a gradient near 0 would become its sign.

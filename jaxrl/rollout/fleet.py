@@ -94,16 +94,18 @@ class Fleet:
         max_tokens: int,
         temperature: float | None = None,
     ) -> Sequence:
-        """Begin a sequence where its group is played and a slot is free, which shares the prompt; else where the fewest
-        are open, for to prefill the prompt again is cheaper than to wait for a slot beside idle replicas.
+        """Begin a sequence where its group is played, which shares the prompt, as long as a slot is free there or none
+        is anywhere: to prefill the prompt again is cheaper than to wait beside idle replicas. Else where the fewest are
+        open.
 
         Arguments and errors as for ``Engine.open``, and ``EngineFailure`` too where only another replica has failed:
         it has nothing open, and would draw every new sequence.
         """
         for engine in self._engines:
             engine.check_serving()
-        playing = [engine for engine in self._engines if engine.plays(draw) and engine.load < self._slots]
-        engine = min(playing or self._engines, key=lambda engine: engine.load)
+        with_room = [engine for engine in self._engines if engine.load < self._slots] or self._engines
+        playing = [engine for engine in with_room if engine.plays(draw)]
+        engine = min(playing or with_room, key=lambda engine: engine.load)
         return await engine.open(prompt_ids, draw=draw, sample=sample, max_tokens=max_tokens, temperature=temperature)
 
     @property
