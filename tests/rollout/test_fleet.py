@@ -67,6 +67,13 @@ def test_a_group_larger_than_a_replica_has_slots_goes_on_where_slots_are_free(pa
             for sample in range(3):
                 await pair.open(prompt_of(0), draw=0, sample=CONFIG.slots + sample, max_tokens=4)
             assert [engine.load for engine in pair._engines] == [CONFIG.slots, 3]
+            for sample in range(CONFIG.slots - 3):
+                await pair.open(prompt_of(1), draw=1, sample=sample, max_tokens=4)
+            assert [engine.load for engine in pair._engines] == [CONFIG.slots, CONFIG.slots]
+            waiting = asyncio.create_task(pair.open(prompt_of(1), draw=1, sample=CONFIG.slots, max_tokens=4))
+            await asyncio.sleep(0)
+            assert [engine.load for engine in pair._engines] == [CONFIG.slots, CONFIG.slots + 1], "no slot is free"
+            await waiting
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
