@@ -108,7 +108,7 @@ async def _initialize(address: str) -> None:
         outcome = None
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:
+        except Exception as error:  # of any kind: whoever waits in the event loop is to meet it
             outcome = error
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
             loop.call_soon_threadsafe(tell, outcome)
