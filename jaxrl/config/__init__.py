@@ -1,0 +1,50 @@
+"""Every knob of jaxrl, as frozen dataclasses that gin binds, and nothing else is configurable.
+
+A recipe (``configs/*.gin``) binds fields as ``Section.field = value``; ``--set Section.field=value`` on the
+command line binds on top. ``load`` checks every key and every type before anything is compiled.
+"""
+
+from jaxrl.checks import ConfigError
+from jaxrl.config.episodes import EngineConfig, EnvConfig, RewardConfig, SandboxConfig
+from jaxrl.config.model import ChatConfig, LoraConfig, MeshConfig, ModelConfig, TokenizerConfig
+from jaxrl.config.recipes import read_recipe, recipe_names
+from jaxrl.config.resolve import dump, load, parse
+from jaxrl.config.sections import SECTIONS, Config
+from jaxrl.config.training import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    SftConfig,
+    StagesConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "SECTIONS",
+    "AlgorithmConfig",
+    "ChatConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EngineConfig",
+    "EnvConfig",
+    "EvalConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RewardConfig",
+    "SandboxConfig",
+    "SftConfig",
+    "StagesConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "dump",
+    "load",
+    "parse",
+    "read_recipe",
+    "recipe_names",
+]

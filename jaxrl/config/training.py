@@ -1,0 +1,150 @@
+"""What is trained on, and how: data, cold start, algorithm, optimizer, loop, evaluation, checkpoints."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Problems to train and evaluate on."""
+
+    train: str = "stories"
+    """"stories" makes problems on the spot; anything else is a path to a JSONL file (comma-separated for several)."""
+    eval: str = "stories"
+    """As ``train``, for problems never trained on; empty keeps back ``eval_problems`` rows of ``train``."""
+    train_problems: int = 4096
+    """How many stories to make (files are used whole)."""
+    eval_problems: int = 128
+    """How many problems an evaluation uses at most."""
+    seed: int = 0
+    """Of the stories and of the shuffling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Cold start on demonstrations: AdamW, second beta 0.95; first beta, decay and clipping as in OptimizerConfig."""
+
+    demonstrations: Literal["stories", "gsm8k", ""] = "stories"
+    """"stories" or "gsm8k" (calculator notes of DataConfig.train turned into Python); empty skips the cold start."""
+    count: int = 8192
+    """Stories: demonstrations to make. Files: at most so many of their rows."""
+    variants: int = 0
+    """Files: further demonstrations of each row, with other numbers in question and program."""
+    wrong_share: float = 0.4
+    """Stories: share of demonstrations with a wrong operation or operand."""
+    repair_share: float = 0.25
+    """Stories: share of demonstrations whose first call fails and is then repaired."""
+    steps: int = 300
+    rows: int = 32
+    """Packed rows in one update."""
+    row_tokens: int = 256
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+    """Selection, advantages and loss (GRPO-RoC unless changed)."""
+
+    reject_equal: bool = True
+    """Drop groups in which all answers are right or all are wrong."""
+    roc: Literal["off", "greedy", "inverse"] = "greedy"
+    """Resample on Correct: greedy keeps the cleanest correct trajectories, inverse draws them with weight
+    1 / (penalty + roc_epsilon)."""
+    keep: int = 8
+    """Trajectories kept of every group (with roc = off the first ``keep`` by sample index)."""
+    min_positive: int = 2
+    min_negative: int = 2
+    roc_epsilon: float = 0.1
+    error_penalty: bool = True
+    format_penalty: bool = True
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 3.0
+    """Bound of the loss for negative advantages; 0 = off."""
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    kl_coefficient: float = 0.0
+    """Weight of the KL to the reference (the policy RL started from); 0 keeps no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW for the RL updates; the cold start takes ``beta1``, ``weight_decay`` and ``clip_norm`` from here too."""
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 20
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    offload: bool = False
+    """Keep the moments in the host's memory and bring them to the devices only to apply an update, when no activations
+    are there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    seed: int = 0
+    steps: int = 100
+    problems: int = 16
+    """Problems a step trains on."""
+    samples: int = 16
+    """Trajectories played for each problem."""
+    max_draws: int = 4
+    """When nothing survives selection, problems are drawn again at most this many times before the step is skipped."""
+    prefetch_groups: int = 0
+    """Groups of the next step that are played, with the present weights, while this step's stragglers wait for their
+    tools and during its update."""
+    updates_per_step: int = 1
+    """Optimizer updates on one collected batch (mini-batches)."""
+    rows: int = 16
+    """Packed rows in one micro-batch."""
+    row_tokens: int = 512
+    """Tokens in a packed row; must hold the longest prompt and response."""
+    eval_every: int = 20
+    """Steps between evaluations; 0 = only before and after."""
+    dump_episodes: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class StagesConfig:
+    """Stages of one run with their own limits. Every tuple has one entry a stage; all empty = a single stage."""
+
+    until: tuple[int, ...] = ()
+    """Cumulative step at which each stage ends."""
+    max_response_tokens: tuple[int, ...] = ()
+    """At most EngineConfig.max_response_tokens, for which everything is compiled."""
+    max_turns: tuple[int, ...] = ()
+    drop_solved: tuple[int, ...] = ()
+    """On entering the stage play every problem this often and drop those always solved; 0 drops none."""
+    drop_unsolved: tuple[int, ...] = ()
+    """The same for those never solved, so that a weak policy's steps are not spent on groups that are all wrong."""
+    reset_optimizer: tuple[bool, ...] = ()
+    """Begin the stage with a fresh optimizer, and the present policy as the reference."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training and by ``jaxrl eval``."""
+
+    samples: int = 8
+    """Samples for each problem."""
+    temperature: float = 1.0
+    """0 = greedy."""
+    k: tuple[int, ...] = (1, 8)
+    """Values of k for pass@k; maj@k uses all samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    every: int = 20
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints kept, beside the best by pass rate."""
