@@ -26,7 +26,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "Train.steps Train.eval_every Train.prefetch_groups Sft.steps Sft.warmup_steps Sft.learning_rate Sft.variants "
-        "Optimizer.warmup_steps Optimizer.learning_rate Optimizer.weight_decay Algorithm.clip_high "
+        "Optimizer.warmup_steps Optimizer.learning_rate Optimizer.weight_decay "
         "Algorithm.kl_coefficient Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed "
         "Sandbox.slow_slots Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature "
         "Model.experts Model.balance_coefficient Model.local_rope_theta Model.score_width Model.attention_soft_cap "
@@ -42,14 +42,13 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "be above 0",
     ),
     ("Optimizer.beta1 Optimizer.beta2", lambda value: 0 <= value < 1, "be at least 0 and below 1"),
-    ("Sft.wrong_share Sft.repair_share Algorithm.clip_low", lambda value: 0 <= value <= 1, "lie between 0 and 1"),
+    ("Sft.wrong_share Sft.repair_share", lambda value: 0 <= value <= 1, "lie between 0 and 1"),
     ("Engine.reserve_quantile", lambda value: 0 < value <= 1, "be above 0 and at most 1"),
     (
         "Engine.temperature",
         lambda value: value > 0,
         "be above 0: the policy is trained on what it samples; for greedy evaluation set EvalConfig.temperature=0",
     ),
-    ("Algorithm.dual_clip", lambda value: value == 0 or value > 1, "be above 1, or 0 to switch it off"),
     (
         "Algorithm.min_positive Algorithm.min_negative",
         lambda value: value >= -1,

@@ -123,15 +123,29 @@ class Group:
 class Batch:
     """Packed rows on the device. ``x[b, t]`` of every field belongs to token ``tokens[b, t]``.
 
-    The loss of a batch is ``sum(weights * per_token_loss)``: the aggregation (token, sequence, constant
-    length) and its global denominator are already in ``weights``, so any split into micro-batches sums to
-    the same loss.
+    The loss of a batch is a sum of components, each a sum over tokens with weights of its own: the policy loss, the KL
+    to the reference, the cross-entropy. The aggregation (token, sequence, constant length) and its global denominator
+    are already in the weights, so any split into micro-batches sums to the same loss, and rows of several kinds mix.
     """
 
     tokens: jax.Array  # [B, T] int32
     positions: jax.Array  # [B, T] int32, restarts in every segment
     segment_ids: jax.Array  # [B, T] int32, 0 = padding, 1.. = segments in order
     mask: jax.Array  # [B, T] float32, 1 where the policy sampled the token
-    weights: jax.Array  # [B, T] float32, aggregation weight; 0 where mask is 0
+    rl_weights: jax.Array  # [B, T] float32, of the policy loss; 0 where mask is 0
+    kl_weights: jax.Array  # [B, T] float32, of the KL to the reference; 0 where mask is 0
+    ce_weights: jax.Array  # [B, T] float32, of the negative log-likelihood; may be set where mask is 0
     advantages: jax.Array  # [B, T] float32
-    behaviour_logprobs: jax.Array  # [B, T] float32
+    behaviour_logprobs: jax.Array  # [B, T] float32, by the weights that sampled the token
+    proximal_logprobs: jax.Array  # [B, T] float32, by the weights the ratio of the policy loss is taken against
+    versions: jax.Array  # [B, T] int32, weight version that sampled the token; means nothing where mask is 0
+
+    @classmethod
+    def zeros(cls, rows: int, row_tokens: int) -> "Batch":
+        """Rows of padding, numpy."""
+
+        def zeros(dtype: type) -> np.ndarray:
+            return np.zeros((rows, row_tokens), dtype)
+
+        integers = {"tokens", "positions", "segment_ids", "versions"}
+        return cls(**{f.name: zeros(np.int32 if f.name in integers else np.float32) for f in dataclasses.fields(cls)})

@@ -58,14 +58,18 @@ def batch() -> Batch:
     mask = (draw.random((ROWS, TOKENS)) < 0.6).astype(np.float32)
     segment_ids = np.repeat([[1] * 9 + [2] * 11 + [0] * 4], ROWS, axis=0).astype(np.int32)
     mask *= (segment_ids > 0) & (np.diff(segment_ids, axis=1, prepend=0) == 0)
-    return Batch(
-        tokens=draw.integers(0, MODEL.vocab_size, mask.shape).astype(np.int32),
+    tokens = draw.integers(0, MODEL.vocab_size, mask.shape).astype(np.int32)
+    advantages = draw.normal(size=mask.shape).astype(np.float32) * mask
+    behaviour = (-4 + 0.3 * draw.normal(size=mask.shape)).astype(np.float32) * mask
+    return Batch.zeros(*mask.shape).replace(
+        tokens=tokens,
         positions=np.repeat([[*range(9), *range(11), *range(4)]], ROWS, axis=0).astype(np.int32),
         segment_ids=segment_ids,
         mask=mask,
-        weights=mask / 40,
-        advantages=draw.normal(size=mask.shape).astype(np.float32) * mask,
-        behaviour_logprobs=(-4 + 0.3 * draw.normal(size=mask.shape)).astype(np.float32) * mask,
+        rl_weights=mask / 40,
+        advantages=advantages,
+        behaviour_logprobs=behaviour,
+        proximal_logprobs=behaviour,
     )
 
 

@@ -7,8 +7,8 @@ command line binds on top. ``load`` checks every key and every type before anyth
 from jaxrl.checks import ConfigError
 from jaxrl.config.episodes import EngineConfig, EnvConfig, RewardConfig, SandboxConfig
 from jaxrl.config.model import ChatConfig, LoraConfig, MeshConfig, ModelConfig, TokenizerConfig
-from jaxrl.config.recipes import read_recipe, recipe_names
-from jaxrl.config.resolve import dump, load, parse
+from jaxrl.config.recipes import nearest, read_recipe, recipe_names
+from jaxrl.config.resolve import dump, load, parse, typed
 from jaxrl.config.sections import SECTIONS, Config
 from jaxrl.config.training import (
     AlgorithmConfig,
@@ -44,7 +44,9 @@ __all__ = [
     "TrainConfig",
     "dump",
     "load",
+    "nearest",
     "parse",
     "read_recipe",
     "recipe_names",
+    "typed",
 ]

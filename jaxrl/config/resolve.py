@@ -6,7 +6,7 @@ import tokenize
 import types
 import typing
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import gin
 
@@ -47,8 +47,12 @@ def parse(texts: Sequence[str], overrides: Sequence[str] = ()) -> Config:
                 bound = _BOUND[section.__name__]()
             except (TypeError, ValueError) as error:  # a macro that nobody defined
                 raise ConfigError(f"cannot resolve {section.__name__}: {str(error).splitlines()[0]}") from error
+            wanted = typing.get_type_hints(section)
             sections[field.name] = section(
-                **{f.name: _typed(section, f, getattr(bound, f.name)) for f in dataclasses.fields(section)}
+                **{
+                    f.name: typed(f"{section.__name__}.{f.name}", wanted[f.name], getattr(bound, f.name))
+                    for f in dataclasses.fields(section)
+                }
             )
     finally:
         gin.clear_config()
@@ -116,19 +120,22 @@ def _explain(message: str) -> str:
     return message.splitlines()[0]
 
 
-def _typed(section: type, field: dataclasses.Field, value: object) -> object:
-    """``value`` as the field's type; an int serves as a float, a list as a tuple, nothing else is converted."""
-    wanted = typing.get_type_hints(section)[field.name]
+def typed(key: str, wanted: Any, value: object) -> Any:
+    """``value`` as the type ``wanted``; an int serves as a float, a list as a tuple, nothing else is converted.
+
+    Raises:
+        ConfigError: naming ``key``, the value, and what it must be.
+    """
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(
-                f"{section.__name__}.{field.name}={value!r} is none of {', '.join(map(repr, arguments))}"
+                f"{key}={value!r} is none of {', '.join(map(repr, arguments))}"
                 f"{nearest(str(value), [str(argument) for argument in arguments])}"
             )
         return value
     if origin is dict and isinstance(value, dict):
-        if all(type(key) is str and type(item) in (bool, int, float, str) for key, item in value.items()):
+        if all(type(name) is str and type(item) in (bool, int, float, str) for name, item in value.items()):
             return dict(value)
     elif origin is tuple and isinstance(value, list | tuple):
         if all(type(item) is arguments[0] for item in value):
@@ -138,5 +145,6 @@ def _typed(section: type, field: dataclasses.Field, value: object) -> object:
     elif isinstance(wanted, type) and not isinstance(wanted, types.GenericAlias) and type(value) is wanted:
         return value
     names = {tuple: f"tuple of {arguments[0].__name__}" if arguments else "", dict: "dict of names to plain values"}
-    name = names.get(origin) or wanted.__name__
-    raise ConfigError(f"{section.__name__}.{field.name}={value!r} has type {type(value).__name__}; it must be {name}")
+    raise ConfigError(
+        f"{key}={value!r} has type {type(value).__name__}; it must be {names.get(origin) or wanted.__name__}"
+    )

@@ -1,6 +1,7 @@
 """What is trained on, and how: data, cold start, algorithm, optimizer, loop, evaluation, checkpoints."""
 
 import dataclasses
+from dataclasses import field
 from typing import Literal
 
 
@@ -58,11 +59,14 @@ class AlgorithmConfig:
     roc_epsilon: float = 0.1
     error_penalty: bool = True
     format_penalty: bool = True
-    advantage: Literal["grpo", "dr_grpo"] = "grpo"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 3.0
-    """Bound of the loss for negative advantages; 0 = off."""
+    advantage: str = "grpo"
+    """How rewards become advantages: a name in docs/algorithms.md, or "path/to/file.py:function"."""
+    advantage_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Of the advantage, by name, where they are not its defaults."""
+    loss: str = "ppo_clip"
+    """The policy loss of a token: a name in docs/algorithms.md, or "path/to/file.py:function"."""
+    loss_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Of the loss, by name, where they are not its defaults."""
     aggregation: Literal["token", "sequence", "constant"] = "token"
     kl_coefficient: float = 0.0
     """Weight of the KL to the reference (the policy RL started from); 0 keeps no reference."""

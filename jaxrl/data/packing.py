@@ -8,7 +8,7 @@ first.
 import bisect
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,13 +19,11 @@ from jaxrl.records import Batch, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """One text to place, with one value a token in every array [T]."""
+    """One text to place. Every array is [T]; ``values`` are further fields of ``Batch``, those left out are 0."""
 
     tokens: np.ndarray
     mask: np.ndarray
-    weights: np.ndarray
-    advantages: np.ndarray
-    behaviour_logprobs: np.ndarray
+    values: Mapping[str, np.ndarray]
 
 
 def pack_trajectories(
@@ -64,9 +62,14 @@ def pack_trajectories(
             _Segment(
                 tokens=tokens,
                 mask=_after(before, trajectory.mask),
-                weights=_after(before, weight),
-                advantages=_after(before, advantage * trajectory.mask.astype(np.float32)),
-                behaviour_logprobs=_after(before, trajectory.logprobs),
+                values={
+                    "rl_weights": _after(before, weight),
+                    "kl_weights": _after(before, weight),
+                    "advantages": _after(before, advantage * trajectory.mask.astype(np.float32)),
+                    "behaviour_logprobs": _after(before, trajectory.logprobs),
+                    "proximal_logprobs": _after(before, trajectory.logprobs),
+                    "versions": np.concatenate([np.zeros(before, np.int32), trajectory.versions]),
+                },
             )
         )
         _check_first(name, segments[-1].mask)
@@ -100,13 +103,12 @@ def pack_sequences(
         _check_fit(f"demonstration {index}", len(ids), row_tokens, "raise SftConfig.row_tokens or leave it out")
         learned = np.asarray(mask, np.float32)
         _check_first(f"demonstration {index}", learned)
-        nothing = np.zeros(len(ids), np.float32)
-        segments.append(_Segment(np.asarray(ids), learned, learned, nothing, nothing))
+        segments.append(_Segment(np.asarray(ids), learned, {"ce_weights": learned}))
     segments.sort(key=lambda segment: (segment.tokens.tobytes(), segment.mask.tobytes()))
     batches = _pack(segments, rows, row_tokens)
     total = sum(float(segment.mask.sum()) for segment in segments)
     return [
-        batch.replace(weights=batch.weights / np.float32(max(total if update == "all" else batch.mask.sum(), 1.0)))
+        batch.replace(ce_weights=batch.ce_weights / np.float32(max(total if update == "all" else batch.mask.sum(), 1)))
         for batch in batches
     ]
 
@@ -135,18 +137,7 @@ def _assign(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 def _batch(filled: Sequence[Sequence[_Segment]], rows: int, row_tokens: int) -> Batch:
-    def zeros(dtype: type) -> np.ndarray:
-        return np.zeros((rows, row_tokens), dtype)
-
-    batch = Batch(
-        tokens=zeros(np.int32),
-        positions=zeros(np.int32),
-        segment_ids=zeros(np.int32),
-        mask=zeros(np.float32),
-        weights=zeros(np.float32),
-        advantages=zeros(np.float32),
-        behaviour_logprobs=zeros(np.float32),
-    )
+    batch = Batch.zeros(rows, row_tokens)
     for row, segments in enumerate(filled):
         start = 0
         for number, segment in enumerate(segments, 1):
@@ -155,9 +146,8 @@ def _batch(filled: Sequence[Sequence[_Segment]], rows: int, row_tokens: int) -> 
             batch.positions[span] = np.arange(len(segment.tokens))
             batch.segment_ids[span] = number
             batch.mask[span] = segment.mask
-            batch.weights[span] = segment.weights
-            batch.advantages[span] = segment.advantages
-            batch.behaviour_logprobs[span] = segment.behaviour_logprobs
+            for name, values in segment.values.items():
+                getattr(batch, name)[span] = values
             start += len(segment.tokens)
     return batch
 

@@ -7,7 +7,7 @@ later updates, and on tokens of older weights, it is drift as well.
 import jax
 import jax.numpy as jnp
 
-from jaxrl.rl.losses import MAX_LOG_RATIO
+from jaxrl.rl.tokens import MAX_LOG_RATIO
 
 GAP_METRICS = ("logprob_gap", "logprob_gap_max", "sampler_kl", "ratio")
 

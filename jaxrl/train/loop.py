@@ -13,7 +13,9 @@ from jaxrl.data import packing
 from jaxrl.episodes import Player, play_groups
 from jaxrl.evaluate.run import evaluate
 from jaxrl.records import Batch, Group, Trajectory
-from jaxrl.rl import advantages, losses, selection
+from jaxrl.rl import algorithm, selection
+from jaxrl.rl.aggregation import aggregation_weights
+from jaxrl.rl.outcomes import Outcomes
 from jaxrl.train import stages
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
@@ -152,21 +154,21 @@ async def _cancel(task: asyncio.Task) -> None:
 
 def pack(config: Config, selections: tuple[selection.Selection, ...]) -> list[list[Batch]]:
     """Micro-batches of each optimizer update: advantages by group, aggregation weights by update, fixed shapes."""
+    estimator = algorithm.advantage(config.algorithm)
     updates = []
     for part in np.array_split(np.arange(len(selections)), config.train.updates_per_step):
         chosen = [selections[index] for index in part]
         trajectories = [trajectory for group in chosen for trajectory in group.kept]
         if not trajectories:
             continue
-        values = [
-            advantages.group_advantages(np.array([t.reward for t in group.kept]), config.algorithm.advantage)
-            for group in chosen
-        ]
-        weights = losses.aggregation_weights(
-            [t.mask for t in trajectories], config.algorithm.aggregation, config.engine.max_response_tokens
+        outcomes = Outcomes(
+            rewards=np.array([trajectory.reward for trajectory in trajectories]),
+            groups=np.repeat(np.arange(len(chosen)), [len(group.kept) for group in chosen]),
+            masks=[trajectory.mask for trajectory in trajectories],
         )
+        weights = aggregation_weights(outcomes.masks, config.algorithm.aggregation, config.engine.max_response_tokens)
         rows, row_tokens = config.train.rows, config.train.row_tokens
         updates.append(
-            packing.pack_trajectories(trajectories, np.concatenate(values), weights, rows=rows, row_tokens=row_tokens)
+            packing.pack_trajectories(trajectories, estimator(outcomes), weights, rows=rows, row_tokens=row_tokens)
         )
     return updates

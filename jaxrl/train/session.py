@@ -21,6 +21,7 @@ from jaxrl.model import adapter_folder, companions, folders, hf, lora, spec, tra
 from jaxrl.model.config_json import check_exportable
 from jaxrl.records import Demonstration, Problem
 from jaxrl.rewards.verifier import MathVerifier
+from jaxrl.rl import algorithm
 from jaxrl.rollout.fleet import Fleet
 from jaxrl.rollout.scheduler import Scheduler
 from jaxrl.sandbox import pool_from_config
@@ -169,6 +170,7 @@ def open_session(config: Config, run: RunFolder) -> Session:
         ConfigError: values that the data shows to be wrong, such as prompts longer than the engine takes.
         DataError: problems or demonstrations that cannot be used.
     """
+    algorithm.check(config.algorithm)
     Scheduler(config.engine)  # refuses pages that cannot hold one sequence
     train, held_out = problems.load_split(config.data)
     worked = demonstrations.load(config.sft, config.data, train) if config.sft.demonstrations else ()

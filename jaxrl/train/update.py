@@ -1,7 +1,7 @@
 """One optimizer step: gradients summed over micro-batches, then applied once.
 
-The trainer does not know the algorithm. What a token contributes is ``weights`` and ``advantages`` of the
-batch; the aggregation's global denominator is already in ``weights``, so micro-batches simply add up.
+The trainer does not know the algorithm. What a token contributes stands in the weights and advantages of the
+batch; the aggregation's global denominator is already in the weights, so micro-batches simply add up.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxrl import mesh as meshes
@@ -19,7 +18,9 @@ from jaxrl.config import AlgorithmConfig, ModelConfig
 from jaxrl.model import logprob, moe
 from jaxrl.model.lora import Base
 from jaxrl.records import Batch
-from jaxrl.rl import losses, mismatch
+from jaxrl.rl import algorithm as rl_algorithm
+from jaxrl.rl import divergence, mismatch
+from jaxrl.rl.tokens import sampled
 from jaxrl.train.state import DEVICE, HOST, TrainState, in_memory
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -34,7 +35,7 @@ def cross_entropy_loss(model: ModelConfig) -> LossFunction:
         del reference
         stats = logprob.sequence_logprobs(params, model, batch.tokens, batch.positions, batch.segment_ids)
         metrics = {"nll": _masked(-stats.logprobs, batch), "entropy": _masked(stats.entropy, batch)}
-        nll = -(batch.weights * jnp.where(batch.mask > 0, stats.logprobs, 0.0)).sum()
+        nll = -(batch.ce_weights * jnp.where(batch.mask > 0, stats.logprobs, 0.0)).sum()
         balance, load_metrics = _balance(model, stats, batch)
         return nll + balance, metrics | load_metrics
 
@@ -42,11 +43,13 @@ def cross_entropy_loss(model: ModelConfig) -> LossFunction:
 
 
 def policy_gradient_loss(model: ModelConfig, algorithm: AlgorithmConfig, temperature: float) -> LossFunction:
-    """Clipped policy gradient against the behaviour policy, with a KL to the reference if its coefficient is not 0.
+    """The policy loss that ``algorithm`` names, with a KL to the reference if its coefficient is not 0.
 
     Args:
         temperature: the sampler's; log-probabilities are those of the temperature-scaled distribution.
     """
+
+    policy_loss = rl_algorithm.policy_loss(algorithm)
 
     def loss(params: Any, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
         score = functools.partial(
@@ -58,28 +61,29 @@ def policy_gradient_loss(model: ModelConfig, algorithm: AlgorithmConfig, tempera
             temperature=temperature,
         )
         stats = score(params)
-        surrogate = losses.policy_loss(
-            stats.logprobs,
-            batch.behaviour_logprobs,
-            batch.advantages,
+        tokens = sampled(
             batch.mask,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            dual_clip=algorithm.dual_clip,
+            stats.logprobs,
+            proximal_logprobs=batch.proximal_logprobs,
+            behaviour_logprobs=batch.behaviour_logprobs,
+            advantages=batch.advantages,
+            segment_ids=batch.segment_ids,
+            entropy=stats.entropy,
         )
-        per_token = surrogate.loss
+        surrogate = policy_loss(tokens)
+        total = (batch.rl_weights * surrogate.loss).sum()
         metrics = {
             "entropy": _masked(stats.entropy, batch),
-            "clip_fraction": _masked(surrogate.clipped, batch),
+            **{name: _masked(values, batch) for name, values in surrogate.metrics.items()},
             **mismatch.gap(stats.logprobs, batch.behaviour_logprobs, batch.mask),
         }
         if algorithm.kl_coefficient:
             reference_stats = score(jax.lax.stop_gradient(reference))
-            divergence = losses.kl(stats.logprobs, reference_stats.logprobs, batch.mask, algorithm.kl_estimator)
-            per_token = per_token + algorithm.kl_coefficient * divergence
-            metrics["kl_to_reference"] = _masked(divergence, batch)
+            to_reference = divergence.kl(stats.logprobs, reference_stats.logprobs, batch.mask, algorithm.kl_estimator)
+            total += algorithm.kl_coefficient * (batch.kl_weights * to_reference).sum()
+            metrics["kl_to_reference"] = _masked(to_reference, batch)
         balance, load_metrics = _balance(model, stats, batch)
-        total = (batch.weights * per_token).sum() + balance
+        total += balance
         metrics |= load_metrics
         return total, metrics | {"loss": (total, jnp.zeros(()))}  # a sum: the weights divide it already
 
@@ -96,7 +100,7 @@ def _balance(model: ModelConfig, stats: logprob.TokenStats, batch: Batch) -> tup
     loss = moe.balance_loss(stats.load)
     shown = {"balance_loss": loss, **moe.load_metrics(stats.load)}
     metrics = {name: (jax.lax.stop_gradient(value), jnp.ones(())) for name, value in shown.items()}
-    return model.balance_coefficient * loss * batch.weights.sum(), metrics
+    return model.balance_coefficient * loss * (batch.rl_weights + batch.ce_weights).sum(), metrics
 
 
 def _masked(values: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -209,8 +213,7 @@ class Updater:
         Raises:
             LayoutError: a gradient, or what the update makes of the state, would rest elsewhere than its parameter.
         """
-        integers, floats = (np.zeros((rows, row_tokens), dtype) for dtype in (np.int32, np.float32))
-        empty = Batch(integers, integers, integers, floats, floats, floats, floats)
+        empty = Batch.zeros(rows, row_tokens)
         with jax.set_mesh(self._mesh):
             total = jax.eval_shape(
                 self._first, state.params, self._base, jax.device_put(empty, self._placement), reference

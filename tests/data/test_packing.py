@@ -11,7 +11,9 @@ from jaxrl.config import ModelConfig
 from jaxrl.data import packing
 from jaxrl.model import logprob, spec, transformer
 from jaxrl.records import Batch, Problem, StopReason, Trajectory
-from jaxrl.rl import losses
+from jaxrl.rl.aggregation import aggregation_weights
+from jaxrl.rl.policy_losses.clipped import ppo_clip
+from jaxrl.rl.tokens import sampled
 
 ROW_TOKENS = 16
 lengths = st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), max_size=20)  # prompt and response
@@ -53,7 +55,7 @@ def segments_of(batches: list[Batch]) -> list[dict[str, np.ndarray]]:
 def test_every_token_of_every_trajectory_appears_once_with_its_values(shapes: list[tuple[int, int]], rows: int) -> None:
     trajectories = [trajectory(i, prompt, response) for i, (prompt, response) in enumerate(shapes)]
     advantages = [float(i) - 2.5 for i in range(len(shapes))]
-    weights = losses.aggregation_weights([t.mask for t in trajectories], "sequence")
+    weights = aggregation_weights([t.mask for t in trajectories], "sequence")
     batches = packing.pack_trajectories(trajectories, advantages, weights, rows=rows, row_tokens=ROW_TOKENS)
     found = {segment["tokens"].tobytes(): segment for segment in segments_of(batches)}
     assert len(segments_of(batches)) == len(trajectories)
@@ -62,9 +64,12 @@ def test_every_token_of_every_trajectory_appears_once_with_its_values(shapes: li
         before = np.zeros(len(item.prompt_ids))
         np.testing.assert_array_equal(segment["positions"], np.arange(len(before) + len(item.ids)))
         np.testing.assert_array_equal(segment["mask"], [*before, *item.mask])
-        np.testing.assert_array_equal(segment["weights"], [*before, *weight])
+        for component, wanted in (("rl", weight), ("kl", weight), ("ce", 0 * weight)):
+            np.testing.assert_array_equal(segment[f"{component}_weights"], [*before, *wanted])
         np.testing.assert_array_equal(segment["advantages"], [*before, *(advantage * item.mask)])
         np.testing.assert_array_equal(segment["behaviour_logprobs"], [*before, *item.logprobs])
+        np.testing.assert_array_equal(segment["proximal_logprobs"], [*before, *item.logprobs])
+        np.testing.assert_array_equal(segment["versions"], [*before, *item.versions])
     for batch in batches:
         for name, dtype in (("tokens", np.int32), ("positions", np.int32), ("segment_ids", np.int32)):
             assert getattr(batch, name).dtype == dtype
@@ -72,7 +77,7 @@ def test_every_token_of_every_trajectory_appears_once_with_its_values(shapes: li
             assert getattr(batch, name).shape == (rows, ROW_TOKENS)
             assert (getattr(batch, name)[batch.segment_ids == 0] == 0).all()
     sampled = sum(bool(t.mask.any()) for t in trajectories)
-    assert sum(batch.weights.sum() for batch in batches) == pytest.approx(float(sampled > 0), rel=1e-5)
+    assert sum(batch.rl_weights.sum() for batch in batches) == pytest.approx(float(sampled > 0), rel=1e-5)
 
 
 @given(lengths, st.integers(1, 5), st.randoms(use_true_random=False))
@@ -154,9 +159,9 @@ def test_demonstration_weights_sum_to_one_over_an_update(update: str) -> None:
     )
     assert sum(batch.mask.sum() for batch in batches) == sum(mask.sum() for _, mask in sequences)
     for batch in batches:
-        np.testing.assert_array_equal(batch.weights > 0, batch.mask > 0)
-        assert len(np.unique(batch.weights[batch.mask > 0])) == 1
-    sums = [float(batch.weights.sum()) for batch in batches]
+        np.testing.assert_array_equal(batch.ce_weights > 0, batch.mask > 0)
+        assert len(np.unique(batch.ce_weights[batch.mask > 0])) == 1
+    sums = [float(batch.ce_weights.sum()) for batch in batches]
     assert (sum(sums) if update == "all" else sums) == pytest.approx(1.0 if update == "all" else [1.0] * len(sums))
 
 
@@ -167,21 +172,23 @@ def test_promise_4_packed_is_unpacked_in_loss_and_gradients() -> None:
     shapes = [(3, 6), (2, 4), (5, 3), (4, 8), (2, 2)]
     trajectories = [trajectory(i, prompt, response, vocabulary=40) for i, (prompt, response) in enumerate(shapes)]
     advantages = [1.0, -0.5, 0.7, -1.2, 0.3]
-    weights = losses.aggregation_weights([t.mask for t in trajectories], "token")
+    weights = aggregation_weights([t.mask for t in trajectories], "token")
 
     @jax.jit
     def gradient(params: dict, batch: Batch) -> tuple[jax.Array, dict]:
         def loss(params: dict) -> jax.Array:
             stats = logprob.sequence_logprobs(params, model, batch.tokens, batch.positions, batch.segment_ids)
-            surrogate = losses.policy_loss(
-                stats.logprobs,
-                batch.behaviour_logprobs - 3.5,
-                batch.advantages,
+            tokens = sampled(
                 batch.mask,
-                clip_low=0.9,
-                clip_high=9.0,
+                stats.logprobs,
+                proximal_logprobs=batch.proximal_logprobs - 3.5,
+                behaviour_logprobs=batch.behaviour_logprobs,
+                advantages=batch.advantages,
+                segment_ids=batch.segment_ids,
+                entropy=stats.entropy,
             )
-            return (batch.weights * surrogate.loss).sum()
+            surrogate = ppo_clip(tokens, clip_low=0.9, clip_high=9.0, dual_clip=0.0)
+            return (batch.rl_weights * surrogate.loss).sum()
 
         return jax.value_and_grad(loss)(params)
 

@@ -6,9 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxrl.rl import advantages
+from jaxrl.rl.advantages import ADVANTAGES
+from jaxrl.rl.advantages.group import dr_grpo, grpo
+from jaxrl.rl.outcomes import Outcomes
 
 Golden = Callable[[str], list[dict[str, Any]]]
+
+
+def outcomes(rewards: np.ndarray, groups: np.ndarray | None = None) -> Outcomes:
+    """One group unless said otherwise, of trajectories of a single token."""
+    rewards = np.asarray(rewards, np.float64)
+    groups = np.zeros(len(rewards), int) if groups is None else groups
+    return Outcomes(rewards=rewards, groups=groups, masks=[np.ones(1)] * len(rewards))
 
 
 @pytest.mark.parametrize(
@@ -22,21 +31,21 @@ Golden = Callable[[str], list[dict[str, Any]]]
     ],
 )
 def test_grpo_of_sixteen(positives: int, expected: tuple[float, float]) -> None:
-    got = advantages.grpo(np.arange(16) < positives)
+    got = grpo(outcomes(np.arange(16) < positives))
     np.testing.assert_allclose([got[0], got[-1]], expected, atol=1e-4)
 
 
 def test_worked_group_of_eight() -> None:
     rewards = np.array([1, 0, 0, 1, 1, 0, 0, 0])
-    np.testing.assert_allclose(advantages.grpo(rewards)[:2], [1.2076, -0.7246], atol=1e-4)
-    np.testing.assert_allclose(advantages.dr_grpo(rewards)[:2], [0.625, -0.375])
+    np.testing.assert_allclose(grpo(outcomes(rewards))[:2], [1.2076, -0.7246], atol=1e-4)
+    np.testing.assert_allclose(dr_grpo(outcomes(rewards))[:2], [0.625, -0.375])
 
 
 def test_equal_rewards_have_no_advantage_and_one_trajectory_keeps_its_reward() -> None:
     for estimator in ("grpo", "dr_grpo"):
-        np.testing.assert_array_equal(advantages.group_advantages(np.full(5, 0.1), estimator), np.zeros(5))
-        np.testing.assert_allclose(advantages.group_advantages(np.array([2.0]), estimator), [2.0], rtol=2e-6)
-        assert advantages.group_advantages(np.array([1.0, 0.0]), estimator).dtype == np.float32
+        np.testing.assert_array_equal(ADVANTAGES[estimator](outcomes(np.full(5, 0.1))), np.zeros(5))
+        np.testing.assert_allclose(ADVANTAGES[estimator](outcomes(np.array([2.0]))), [2.0], rtol=2e-6)
+        assert ADVANTAGES[estimator](outcomes(np.array([1.0, 0.0]))).dtype == np.float32
 
 
 def test_verl(golden: Golden) -> None:
@@ -48,10 +57,8 @@ def test_verl(golden: Golden) -> None:
         scores, groups = inputs["token_level_rewards"].sum(axis=1), inputs["index"]
         estimator = "grpo" if case["settings"]["norm_adv_by_std_in_grpo"] else "dr_grpo"
         expected = case["outputs"]["advantages"]
-        for group in np.unique(groups):
-            rows = groups == group
-            got = advantages.group_advantages(scores[rows], estimator)[:, None] * inputs["response_mask"][rows]
-            np.testing.assert_allclose(got, expected[rows], rtol=1e-5, atol=1e-5, err_msg=case["id"])
+        got = ADVANTAGES[estimator](outcomes(scores, np.asarray(groups)))[:, None] * inputs["response_mask"]
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=case["id"])
         checked += 1
     assert checked == 32
 
@@ -72,9 +79,9 @@ def test_trl(golden: Golden) -> None:
             rows = np.arange(start, start + settings["num_generations"])
             rows = rows[scored[rows]]  # a trajectory without a reward leaves the group, as an untrainable one does
             if settings["scale_rewards"] == "group":
-                got[rows] = advantages.grpo(rewards[rows], epsilon=1e-4)
+                got[rows] = grpo(outcomes(rewards[rows]), epsilon=1e-4)
             else:
-                got[rows] = advantages.dr_grpo(rewards[rows])
+                got[rows] = dr_grpo(outcomes(rewards[rows]))
         np.testing.assert_allclose(got, case["outputs"]["advantages"], rtol=1e-5, atol=1e-6, err_msg=case["id"])
         checked += 1
     assert checked == 16

@@ -10,14 +10,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl.rl import losses
+from jaxrl.rl import divergence
+from jaxrl.rl.aggregation import aggregation_weights
+from jaxrl.rl.policy_losses.clipped import ppo_clip
+from jaxrl.rl.tokens import TokenLoss, sampled
 
 Golden = Callable[[str], list[dict[str, Any]]]
 VERL_MODES = {"token-mean": "token", "seq-mean-token-mean": "sequence", "seq-mean-token-sum-norm": "constant"}
 
 
 def weights_of(mask: np.ndarray, mode: Any, constant_length: int = 0) -> np.ndarray:
-    return np.stack(losses.aggregation_weights(list(mask), mode, constant_length))
+    return np.stack(aggregation_weights(list(mask), mode, constant_length))
+
+
+def clipped_loss(logprobs: Any, old: Any, advantages: Any, mask: Any, **options: float) -> TokenLoss:
+    tokens = sampled(
+        jnp.asarray(mask),
+        logprobs,
+        proximal_logprobs=old,
+        behaviour_logprobs=old,
+        advantages=advantages,
+        segment_ids=jnp.ones(mask.shape, jnp.int32),
+        entropy=jnp.zeros(mask.shape),
+    )
+    return ppo_clip(tokens, **{"dual_clip": 0.0, **options})
 
 
 def close(got: Any, expected: Any, name: str, gradient: bool = False) -> None:
@@ -33,10 +49,8 @@ def test_policy_loss_matches_verl(golden: Golden) -> None:
         mask = inputs["response_mask"]
         correction = inputs.get("rollout_is_weights", np.ones_like(mask))
 
-        def per_token(
-            logprobs: jax.Array, inputs: Any = inputs, options: Any = options
-        ) -> tuple[jax.Array, losses.PolicyLoss]:
-            result = losses.policy_loss(
+        def per_token(logprobs: jax.Array, inputs: Any = inputs, options: Any = options) -> tuple[jax.Array, TokenLoss]:
+            result = clipped_loss(
                 logprobs,
                 inputs["old_log_prob"],
                 inputs["advantages"],
@@ -49,9 +63,15 @@ def test_policy_loss_matches_verl(golden: Golden) -> None:
 
         gradient, result = jax.grad(per_token, has_aux=True)(inputs["log_prob"])  # elementwise: weights multiply it
         close(result.loss * correction * mask, outputs["loss_mat"] * mask, case["id"])
-        close((result.clipped * mask).sum() / mask.sum(), outputs["metrics"]["actor/pg_clipfrac"], case["id"])
         close(
-            (result.dual_clipped * mask).sum() / mask.sum(), outputs["metrics"]["actor/pg_clipfrac_lower"], case["id"]
+            (result.metrics["clip_fraction"] * mask).sum() / mask.sum(),
+            outputs["metrics"]["actor/pg_clipfrac"],
+            case["id"],
+        )
+        close(
+            (result.metrics["dual_clip_fraction"] * mask).sum() / mask.sum(),
+            outputs["metrics"]["actor/pg_clipfrac_lower"],
+            case["id"],
         )
         weights = {name: weights_of(mask, mode, mask.shape[1]) for name, mode in VERL_MODES.items()}
         weights["seq-mean-token-sum"] = weights_of(mask, "constant", 1)
@@ -74,8 +94,8 @@ def test_kl_matches_verl(golden: Golden) -> None:
             continue
         logprobs, reference = case["inputs"]["log_prob"], case["inputs"]["ref_log_prob"]
         mask = np.ones_like(logprobs)
-        close(losses.kl(logprobs, reference, mask, estimator), case["outputs"]["kl"], case["id"])
-        gradient = jax.grad(lambda x, r=reference, m=mask, e=estimator: losses.kl(x, r, m, e).sum())(logprobs)
+        close(divergence.kl(logprobs, reference, mask, estimator), case["outputs"]["kl"], case["id"])
+        gradient = jax.grad(lambda x, r=reference, m=mask, e=estimator: divergence.kl(x, r, m, e).sum())(logprobs)
         close(gradient, case["outputs"]["grad"], case["id"], gradient=True)
         checked += 1
     assert checked == 18
@@ -96,7 +116,7 @@ def test_aggregation_matches_verl_with_global_denominators(golden: Golden) -> No
         elsewhere = (
             [np.ones(part.size) for part in np.array_split(np.arange(tokens), sequences)] if sequences > 0 else []
         )
-        weights = np.stack(losses.aggregation_weights([*mask, *elsewhere], mode, length)[: len(mask)])
+        weights = np.stack(aggregation_weights([*mask, *elsewhere], mode, length)[: len(mask)])
         weights = weights * options.get("dp_size", 1)
         close((weights * matrix).sum(), outputs["loss"], case["id"])
         close(weights, outputs["grad"], case["id"], gradient=True)
@@ -136,9 +156,9 @@ def test_grpo_family_matches_trl(golden: Golden) -> None:
         ) -> jax.Array:
             advantages = jnp.broadcast_to(i["advantages"][:, None], x.shape)
             high = o.get("epsilon_high", 0.2)
-            per_token = losses.policy_loss(x, old, advantages, m, clip_low=0.2, clip_high=high).loss * c
-            divergence = losses.kl(x, i["ref_per_token_logps"], m, "k3")
-            return (w * (per_token + o.get("beta", 0.0) * divergence)).sum()
+            per_token = clipped_loss(x, old, advantages, m, clip_low=0.2, clip_high=high).loss * c
+            to_reference = divergence.kl(x, i["ref_per_token_logps"], m, "k3")
+            return (w * (per_token + o.get("beta", 0.0) * to_reference)).sum()
 
         loss, gradient = jax.value_and_grad(loss_of)(logprobs)
         close(loss, case["outputs"]["loss"], case["id"])
@@ -161,7 +181,7 @@ def test_grpo_family_matches_trl(golden: Golden) -> None:
 def test_worked_tokens(ratio: float, advantage: float, expected: float, slope: float) -> None:
     def loss(logprob: jax.Array) -> jax.Array:
         one = jnp.ones((1, 1))
-        return losses.policy_loss(
+        return clipped_loss(
             logprob * one, 0 * one, advantage * one, one, clip_low=0.2, clip_high=0.28, dual_clip=3.0
         ).loss.sum()
 
@@ -172,7 +192,7 @@ def test_worked_tokens(ratio: float, advantage: float, expected: float, slope: f
 def test_log_ratio_is_bounded_and_its_gradient_ends_there() -> None:
     one = jnp.ones((1, 1))
     value, gradient = jax.value_and_grad(
-        lambda x: losses.policy_loss(x * one, 0 * one, -one, one, clip_low=0.2, clip_high=0.2).loss.sum()
+        lambda x: clipped_loss(x * one, 0 * one, -one, one, clip_low=0.2, clip_high=0.2).loss.sum()
     )(90.0)
     assert value == pytest.approx(np.exp(20.0), rel=1e-5)
     assert gradient == 0
@@ -187,7 +207,7 @@ def test_kl_gradients_point_where_the_docstring_says(estimator: Any) -> None:
     def expected_estimate(x: jax.Array) -> jax.Array:
         logprobs = jax.nn.log_softmax(x)
         chance = jax.lax.stop_gradient(jnp.exp(logprobs))
-        return (chance * losses.kl(logprobs, reference, jnp.ones(4), estimator)).sum()
+        return (chance * divergence.kl(logprobs, reference, jnp.ones(4), estimator)).sum()
 
     def forward(x: jax.Array) -> jax.Array:
         logprobs = jax.nn.log_softmax(x)
@@ -211,8 +231,8 @@ def test_promise_3_a_masked_token_has_exactly_zero_gradient_whatever_stands_in_i
     weights = weights_of(mask, "sequence")
 
     def loss(x: jax.Array, old: Any, reference: Any, advantages: Any) -> jax.Array:
-        surrogate = losses.policy_loss(x, old, advantages, mask, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
-        divergences = sum(losses.kl(x, reference, mask, estimator) for estimator in ("k1", "k2", "k3"))
+        surrogate = clipped_loss(x, old, advantages, mask, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+        divergences = sum(divergence.kl(x, reference, mask, estimator) for estimator in ("k1", "k2", "k3"))
         return (weights * (surrogate.loss + divergences)).sum()
 
     clean = jax.value_and_grad(loss)(logprobs, old, reference, advantages)
@@ -230,9 +250,7 @@ def bigram_loss(
     """Policy gradient of a softmax over the next token given the previous one; ``table`` is [V, V], the rest [B, T]."""
     logprobs = jax.nn.log_softmax(table)[tokens[:, :-1], tokens[:, 1:]]
     old = jnp.sin(tokens[:, 1:] * 3.0 + tokens[:, :-1]) / 5 - 1.4
-    result = losses.policy_loss(
-        logprobs, old, advantages[:, 1:], mask[:, 1:], clip_low=0.2, clip_high=0.28, dual_clip=3.0
-    )
+    result = clipped_loss(logprobs, old, advantages[:, 1:], mask[:, 1:], clip_low=0.2, clip_high=0.28, dual_clip=3.0)
     return (weights[:, 1:] * result.loss).sum()
 
 
@@ -277,7 +295,7 @@ def test_weights_sum_to_what_their_mode_says(masks: list[list[bool]]) -> None:
     arrays = [np.array(mask, bool) for mask in masks]
     some = [mask for mask in arrays if mask.any()]
     for mode, each in (("token", None), ("sequence", 1 / max(len(some), 1)), ("constant", None)):
-        weights = losses.aggregation_weights(arrays, mode, 8)
+        weights = aggregation_weights(arrays, mode, 8)
         for mask, weight in zip(arrays, weights, strict=True):
             assert weight.dtype == np.float32
             assert ((weight > 0) == mask).all()
@@ -290,4 +308,4 @@ def test_weights_sum_to_what_their_mode_says(masks: list[list[bool]]) -> None:
 
 def test_constant_aggregation_needs_a_length() -> None:
     with pytest.raises(ValueError, match="constant_length=0 must be at least 1"):
-        losses.aggregation_weights([np.ones(3)], "constant")
+        aggregation_weights([np.ones(3)], "constant")

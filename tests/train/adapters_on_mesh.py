@@ -23,14 +23,15 @@ def main() -> None:
     generator, shape = np.random.default_rng(0), (8, 12)
     mask = np.ones(shape, np.float32)
     mask[:, 0] = 0
-    batch = Batch(
+    batch = Batch.zeros(*shape).replace(
         tokens=generator.integers(0, MODEL.vocab_size, shape).astype(np.int32),
         positions=np.broadcast_to(np.arange(12, dtype=np.int32), shape),
         segment_ids=np.ones(shape, np.int32),
         mask=mask,
-        weights=mask / 80,
+        rl_weights=mask / 80,
         advantages=generator.normal(size=shape).astype(np.float32) * mask,
         behaviour_logprobs=-3 * mask,
+        proximal_logprobs=-3 * mask,
     )
     results = []
     for mesh in (

@@ -46,14 +46,15 @@ def new_adapters(mesh: jax.sharding.Mesh) -> TrainState:
 def batch_of(tokens: np.ndarray, advantage: float = 1.0) -> Batch:
     mask = np.ones(tokens.shape, np.float32)
     mask[:, 0] = 0
-    return Batch(
+    return Batch.zeros(*mask.shape).replace(
         tokens=tokens.astype(np.int32),
         positions=np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape),
         segment_ids=np.ones(tokens.shape, np.int32),
         mask=mask,
-        weights=mask / mask.sum(),
+        rl_weights=mask / mask.sum(),
         advantages=advantage * mask,
         behaviour_logprobs=-3.0 * mask,
+        proximal_logprobs=-3.0 * mask,
     )
 
 

@@ -100,7 +100,9 @@ def test_rstar2_has_the_values_of_the_paper_and_its_model_initialises_abstractly
     )
     assert (config.train.problems, config.train.samples, config.algorithm.keep) == (512, 32, 16)
     assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (1e-6, 20)
-    assert (config.algorithm.clip_low, config.algorithm.clip_high, config.algorithm.kl_coefficient) == (0.2, 0.28, 0)
+    assert (
+        config.algorithm.loss_settings == {"clip_low": 0.2, "clip_high": 0.28} and not config.algorithm.kl_coefficient
+    )
     assert config.stages.until == (300, 385, 510)
     assert config.stages.max_response_tokens == (8192, 12288, 12288)
     assert config.stages.max_turns == (10, 10, 15)

@@ -39,14 +39,17 @@ def random_batch(seed: int, rows: int, tokens: int = 12) -> Batch:
     shape = (rows, tokens)
     mask = (draw.random(shape) < 0.6).astype(np.float32)
     mask[:, 0] = 0
-    return Batch(
+    behaviour = (np.log(1 / MODEL.vocab_size) + 0.3 * draw.normal(size=shape)).astype(np.float32) * mask
+    return Batch.zeros(*mask.shape).replace(
         tokens=draw.integers(0, MODEL.vocab_size, shape).astype(np.int32),
         positions=np.broadcast_to(np.arange(tokens, dtype=np.int32), shape),
         segment_ids=np.ones(shape, np.int32),
         mask=mask,
-        weights=mask / 40,
+        rl_weights=mask / 40,
+        ce_weights=mask / 40,
         advantages=draw.normal(size=shape).astype(np.float32) * mask,
-        behaviour_logprobs=(np.log(1 / MODEL.vocab_size) + 0.3 * draw.normal(size=shape)).astype(np.float32) * mask,
+        behaviour_logprobs=behaviour,
+        proximal_logprobs=behaviour,
     )
 
 
@@ -77,7 +80,9 @@ def test_an_update_moves_the_policy_towards_what_had_an_advantage(mesh: jax.shar
     batch = batch.replace(advantages=batch.mask * np.where(np.arange(4) < 2, 1.0, -1.0)[:, None].astype(np.float32))
     before = jax.device_get(initial_params(SPECS, mesh, 0))
     on_policy = np.asarray(score(before, batch))
-    after, _ = updated([batch.replace(behaviour_logprobs=on_policy * batch.mask)], mesh)
+    after, _ = updated(
+        [batch.replace(behaviour_logprobs=on_policy * batch.mask, proximal_logprobs=on_policy * batch.mask)], mesh
+    )
     change = ((np.asarray(score(after, batch)) - on_policy) * batch.mask).sum(axis=1)
     assert (change[:2] > 0).all() and (change[2:] < 0).all()
 
@@ -98,7 +103,7 @@ def test_experts_add_a_balance_term_and_show_their_load(stage: str) -> None:
 
     batch = random_batch(3, 2)
     (plain, metrics, load), (balanced, _, _) = loss_of(0.0), loss_of(0.5)
-    wanted = 0.5 * float(moe.balance_loss(load)) * batch.weights.sum()
+    wanted = 0.5 * float(moe.balance_loss(load)) * (batch.rl_weights + batch.ce_weights).sum()
     assert balanced - plain == pytest.approx(wanted, rel=1e-3) and wanted > 0.1
     assert float(metrics["balance_loss"][0]) == pytest.approx(float(moe.balance_loss(load)), rel=1e-5)
     assert float(metrics["expert_load_max"][0]) >= 1 and 0 <= float(metrics["idle_experts"][0]) < 1
@@ -106,7 +111,7 @@ def test_experts_add_a_balance_term_and_show_their_load(stage: str) -> None:
 
 def test_a_gradient_that_is_not_finite_changes_nothing(mesh: jax.sharding.Mesh) -> None:
     batch = random_batch(5, 2)
-    after, metrics = updated([batch.replace(weights=batch.weights * np.float32(np.inf))], mesh)
+    after, metrics = updated([batch.replace(rl_weights=batch.rl_weights * np.float32(np.inf))], mesh)
     assert not np.isfinite(metrics["grad_norm"])
     jax.tree.map(np.testing.assert_array_equal, after, jax.device_get(initial_params(SPECS, mesh, 0)))
 

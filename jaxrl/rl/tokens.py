@@ -1,0 +1,80 @@
+"""What a policy loss sees: one value for every token of packed rows, made safe once.
+
+Everything but the log-probabilities under the policy being trained is a constant here, and every value of a token that
+the policy did not sample is 0, whatever stood there, NaN included: a zero weight times NaN is NaN. So a loss is its
+formula and nothing else, and a masked token has exactly zero gradient in all of them.
+"""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+MAX_LOG_RATIO = 20.0  # keeps exp finite; beyond it the gradient of a token is zero
+
+
+@flax.struct.dataclass
+class Tokens:
+    """The sampled tokens of packed rows. Log-probabilities are in nats, of the temperature-scaled distribution.
+
+    Three policies are told apart: the one being trained, the proximal one that the ratio of a clipped loss is taken
+    against (the trainer's weights when the step began), and the behaviour policy that sampled the token.
+    """
+
+    logprobs: jax.Array  # [B, T] under the policy being trained; gradients flow through these only
+    proximal_logprobs: jax.Array  # [B, T]
+    behaviour_logprobs: jax.Array  # [B, T]
+    advantages: jax.Array  # [B, T]
+    mask: jax.Array  # [B, T] float, 1 where the policy sampled the token
+    segment_ids: jax.Array  # [B, T] int32, 0 = padding; one segment is one trajectory
+    entropy: jax.Array  # [B, T] nats, of the distribution the token was drawn from; a constant
+
+    @property
+    def log_ratio(self) -> jax.Array:
+        """[B, T] logprob - proximal logprob, clipped to ±20."""
+        return jnp.clip(self.logprobs - self.proximal_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+    @property
+    def ratio(self) -> jax.Array:
+        """[B, T] exp of ``log_ratio``; 1 where nothing was sampled."""
+        return jnp.exp(self.log_ratio)
+
+
+class TokenLoss(NamedTuple):
+    """What a policy loss gives back.
+
+    Attributes:
+        loss: [B, T], before aggregation; it is weighted and summed by the trainer.
+        metrics: by name, [B, T]; their means over sampled tokens are logged. The names must not depend on values.
+    """
+
+    loss: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+def sampled(
+    mask: jax.Array,
+    logprobs: jax.Array,
+    *,
+    proximal_logprobs: jax.Array,
+    behaviour_logprobs: jax.Array,
+    advantages: jax.Array,
+    segment_ids: jax.Array,
+    entropy: jax.Array,
+) -> Tokens:
+    """The record, with 0 in place of what was not sampled, and no gradient but through ``logprobs``. All [B, T]."""
+    here = mask > 0
+
+    def constant(values: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(jnp.where(here, values, 0.0))
+
+    return Tokens(
+        logprobs=jnp.where(here, logprobs, 0.0),
+        proximal_logprobs=constant(proximal_logprobs),
+        behaviour_logprobs=constant(behaviour_logprobs),
+        advantages=constant(advantages),
+        mask=here.astype(logprobs.dtype),
+        segment_ids=segment_ids,
+        entropy=constant(entropy),
+    )
