@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from jaxrl import config as configuration
+from jaxrl.checks import check
 from jaxrl.config import Config, ConfigError, StagesConfig
 from jaxrl.model import spec, transformer
 from jaxrl.observe.progress import Progress
@@ -90,7 +91,7 @@ def test_stages_that_contradict_the_rest_are_refused(tiny_config: Config, change
     train = dataclasses.replace(tiny_config.train, steps=4)
     config = dataclasses.replace(tiny_config, train=train, stages=dataclasses.replace(STAGES, **change))
     with pytest.raises(ConfigError, match=message):
-        configuration.check(config)
+        check(config)
 
 
 def test_rstar2_has_the_values_of_the_paper_and_its_model_initialises_abstractly() -> None:
