@@ -67,7 +67,8 @@ class AlgorithmConfig:
     """The policy loss of a token: a name in docs/algorithms.md, or "path/to/file.py:function"."""
     loss_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Of the loss, by name, where they are not its defaults."""
-    aggregation: Literal["token", "sequence", "constant"] = "token"
+    aggregation: Literal["token", "token_sum", "sequence", "sequence_sum", "constant"] = "token"
+    """How the losses of tokens become one number, see docs/algorithms.md."""
     kl_coefficient: float = 0.0
     """Weight of the KL to the reference (the policy RL started from); 0 keeps no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"

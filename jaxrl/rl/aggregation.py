@@ -10,21 +10,23 @@ from typing import Literal
 
 import numpy as np
 
+Aggregation = Literal["token", "token_sum", "sequence", "sequence_sum", "constant"]
 
-def aggregation_weights(
-    masks: Sequence[np.ndarray], mode: Literal["token", "sequence", "constant"], constant_length: int = 0
-) -> list[np.ndarray]:
+
+def aggregation_weights(masks: Sequence[np.ndarray], mode: Aggregation, constant_length: int = 0) -> list[np.ndarray]:
     """Weight of every token such that the loss of an update is ``sum(weights * per_token)``.
 
     With n trajectories that have sampled tokens, m_i of them in trajectory i:
 
     * ``token``: 1 / sum(m). Every token counts the same (DAPO; rStar2-Agent, equation 6).
+    * ``token_sum``: 1. Nothing is divided by, so the gradient grows with the batch.
     * ``sequence``: 1 / (n m_i). Every trajectory counts the same (GRPO).
+    * ``sequence_sum``: 1 / n. The sum over a trajectory, as policy gradients are derived (REINFORCE, RLOO).
     * ``constant``: 1 / (n constant_length). A length-free denominator (Dr. GRPO, arXiv 2503.20783).
 
     Args:
         masks: [T_i] of each trajectory of one optimizer update, all of them: the denominators are global.
-        mode: which of the three.
+        mode: which of them.
         constant_length: tokens; only for ``constant``, usually the longest response allowed.
 
     Returns:
@@ -41,6 +43,12 @@ def aggregation_weights(
     tokens, sequences = lengths.sum(), np.count_nonzero(lengths)
     weights = []
     for mask, length in zip(sampled, lengths, strict=True):
-        denominator = {"token": tokens, "sequence": sequences * length, "constant": sequences * constant_length}[mode]
+        denominator = {
+            "token": tokens,
+            "token_sum": 1,
+            "sequence": sequences * length,
+            "sequence_sum": sequences,
+            "constant": sequences * constant_length,
+        }[mode]
         weights.append((mask / max(denominator, 1)).astype(np.float32))
     return weights

@@ -79,3 +79,14 @@ def _settings_of(key: str, name: str, method: Callable) -> dict[str, Any]:
                 f"def {method.__name__}({data.name}, *, {setting.name}: float = 0.0)"
             )
     return {setting.name: hints[setting.name] for setting in rest}
+
+
+def not_negative(method: str, **settings: float) -> None:
+    """Refuse settings below 0.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    for name, value in settings.items():
+        if value < 0:
+            raise ConfigError(f"{method}: {name}={value} must not be negative")

@@ -5,11 +5,17 @@ the policy did not sample is 0, whatever stood there, NaN included: a zero weigh
 formula and nothing else, and a masked token has exactly zero gradient in all of them.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from jaxrl.rl import sequences
+
+Span = Literal["token", "geometric", "product"]
+"""Over what a ratio is taken: the token, the geometric mean over its trajectory, or the product over it. Elsewhere
+"sequence" means the second (TRL's losses, AReaL) or the third (verl, TRL's correction of the sampler)."""
 
 MAX_LOG_RATIO = 20.0  # keeps exp finite; beyond it the gradient of a token is zero
 
@@ -33,12 +39,64 @@ class Tokens:
     @property
     def log_ratio(self) -> jax.Array:
         """[B, T] logprob - proximal logprob, clipped to ±20."""
-        return jnp.clip(self.logprobs - self.proximal_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        return bounded(self.logprobs - self.proximal_logprobs)
 
     @property
     def ratio(self) -> jax.Array:
         """[B, T] exp of ``log_ratio``; 1 where nothing was sampled."""
         return jnp.exp(self.log_ratio)
+
+    @property
+    def behaviour_ratio(self) -> jax.Array:
+        """[B, T] exp(logprob - behaviour logprob), the exponent clipped to ±20."""
+        return jnp.exp(bounded(self.logprobs - self.behaviour_logprobs))
+
+    @property
+    def mismatch(self) -> jax.Array:
+        """[B, T] proximal logprob - behaviour logprob, clipped to ±20. A constant."""
+        return bounded(self.proximal_logprobs - self.behaviour_logprobs)
+
+    def only(self, keep: jax.Array) -> "Tokens":
+        """The record without the tokens where ``keep`` [B, T] is 0, as if the policy had not sampled them."""
+        return sampled(
+            self.mask * keep,
+            self.logprobs,
+            proximal_logprobs=self.proximal_logprobs,
+            behaviour_logprobs=self.behaviour_logprobs,
+            advantages=self.advantages,
+            segment_ids=self.segment_ids,
+            entropy=self.entropy,
+        )
+
+    @property
+    def lengths(self) -> jax.Array:
+        """[B, T] sampled tokens of the trajectory a token belongs to, at least 1."""
+        return sequences.length(self.mask, self.segment_ids)
+
+    def over_sequence(self, values: jax.Array) -> jax.Array:
+        """[B, T] the sum of ``values`` over the sampled tokens of the trajectory, at every one of its tokens."""
+        return sequences.total(values * self.mask, self.segment_ids)
+
+    def mean_over_sequence(self, values: jax.Array) -> jax.Array:
+        """[B, T] the mean of ``values`` over the sampled tokens of the trajectory, at every one of its tokens."""
+        return sequences.mean(values, self.mask, self.segment_ids)
+
+    def spanned(self, log_ratios: jax.Array, span: Span) -> jax.Array:
+        """[B, T] logarithms of ratios of tokens, or their mean or sum over the trajectory; clipped to ±20."""
+        if span == "geometric":
+            log_ratios = self.mean_over_sequence(log_ratios)
+        elif span == "product":
+            log_ratios = self.over_sequence(log_ratios)
+        return bounded(log_ratios)
+
+    def ratio_of(self, span: Span) -> jax.Array:
+        """[B, T] exp of logprob - proximal logprob, taken over ``span``."""
+        return jnp.exp(self.spanned(self.logprobs - self.proximal_logprobs, span))
+
+
+def bounded(log_ratio: jax.Array) -> jax.Array:
+    """The logarithm of a ratio, clipped to ±20; no gradient flows beyond."""
+    return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 class TokenLoss(NamedTuple):

@@ -2,9 +2,33 @@
 
 from collections.abc import Callable, Mapping
 
-from jaxrl.rl.policy_losses.clipped import ppo_clip
+from jaxrl.rl.policy_losses.clipped import gmpo, gspo, gspo_token, luspo, ppo_clip
+from jaxrl.rl.policy_losses.covariance import clip_cov, kl_cov
+from jaxrl.rl.policy_losses.regression import sppo
+from jaxrl.rl.policy_losses.reinforce import cispo, cispo_absolute, dro, reinforce, reinforce_capped, topr, vespo
+from jaxrl.rl.policy_losses.smooth import sapo
+from jaxrl.rl.policy_losses.trust_region import dppo_kl, dppo_tv, prime, prime_symmetric
 from jaxrl.rl.tokens import TokenLoss
 
 POLICY_LOSSES: Mapping[str, Callable[..., TokenLoss]] = {
     "ppo_clip": ppo_clip,
+    "gspo": gspo,
+    "gspo_token": gspo_token,
+    "luspo": luspo,
+    "gmpo": gmpo,
+    "reinforce": reinforce,
+    "cispo": cispo,
+    "cispo_absolute": cispo_absolute,
+    "reinforce_capped": reinforce_capped,
+    "topr": topr,
+    "dro": dro,
+    "vespo": vespo,
+    "sapo": sapo,
+    "dppo_tv": dppo_tv,
+    "dppo_kl": dppo_kl,
+    "prime": prime,
+    "prime_symmetric": prime_symmetric,
+    "sppo": sppo,
+    "clip_cov": clip_cov,
+    "kl_cov": kl_cov,
 }

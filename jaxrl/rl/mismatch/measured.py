@@ -7,7 +7,8 @@ later updates, and on tokens of older weights, it is drift as well.
 import jax
 import jax.numpy as jnp
 
-from jaxrl.rl.tokens import MAX_LOG_RATIO
+from jaxrl.rl import order
+from jaxrl.rl.tokens import Tokens, bounded
 
 GAP_METRICS = ("logprob_gap", "logprob_gap_max", "sampler_kl", "ratio")
 
@@ -28,7 +29,7 @@ def gap(logprobs: jax.Array, behaviour_logprobs: jax.Array, mask: jax.Array) -> 
     """
     sampled = mask > 0
     difference = jax.lax.stop_gradient(jnp.where(sampled, logprobs, 0.0) - jnp.where(sampled, behaviour_logprobs, 0.0))
-    clipped = jnp.clip(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    clipped = bounded(difference)
     ratio = jnp.exp(clipped)
     count = sampled.sum().astype(difference.dtype)
     size = jnp.abs(difference)
@@ -37,4 +38,28 @@ def gap(logprobs: jax.Array, behaviour_logprobs: jax.Array, mask: jax.Array) -> 
         "logprob_gap_max": (size.max(), sampled.any().astype(difference.dtype)),
         "sampler_kl": ((ratio - clipped - 1).sum(), count),
         "ratio": (jnp.where(sampled, ratio, 0.0).sum(), count),
+    }
+
+
+def correction_metrics(tokens: Tokens, weights: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """What a correction leaves, and the ratio it judged, as (sum, count).
+
+    Percentiles do not add up over micro-batches: what is logged is the mean of those of the micro-batches, each
+    counted by its sampled tokens. It is exact for one micro-batch and close for several that are alike.
+
+    Args:
+        tokens: as the correction saw them.
+        weights: [B, T] what the loss is multiplied by.
+
+    Returns:
+        ``mismatch_kept``, the share of sampled tokens whose weight is not 0; ``mismatch_weight``, the mean weight;
+        ``mismatch_p1``, ``_p50``, ``_p99`` percentiles of k = exp(proximal logprob - behaviour logprob).
+    """
+    here, count = tokens.mask > 0, tokens.mask.sum()
+    percentiles = order.quantiles(tokens.mismatch, here, (0.01, 0.5, 0.99))
+    named = zip(("mismatch_p1", "mismatch_p50", "mismatch_p99"), percentiles, strict=True)
+    return {
+        "mismatch_kept": ((here & (weights != 0)).sum().astype(weights.dtype), count),
+        "mismatch_weight": ((weights * tokens.mask).sum(), count),
+        **{name: (jnp.exp(value) * count, count) for name, value in named},
     }
