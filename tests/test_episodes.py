@@ -363,6 +363,21 @@ async def collect(player, draws, samples, **settings):
     return [group async for group in play_groups(player, draws, samples, **settings)]
 
 
+def test_a_greedy_baseline_is_played_beside_the_group_and_its_reward_stands_in_every_trajectory():
+    def script(draw, sample):
+        return [answer(str(draw) if sample > 100 or sample == 0 else "no")]  # the greedy one is right
+
+    player = make_player(script)
+    groups = asyncio.run(collect(player, problems(2), 3, greedy_baseline=True))
+    assert [len(group.trajectories) for group in groups] == [3, 3]
+    assert [t.greedy_reward for group in groups for t in group.trajectories] == [1.0] * 6
+    assert [t.reward for group in groups for t in group.trajectories] == [1.0, 0.0, 0.0] * 2
+    assert player.engine.temperatures == {None, 0.0} and len(player.engine.opened) == 8
+    spoiled = make_player(script, verifier=Verifier(RewardStatus.VERIFIER_CRASH))
+    (group,) = asyncio.run(collect(spoiled, problems(1), 1, greedy_baseline=True))
+    assert group.trajectories[0].greedy_reward is None
+
+
 def comparable(groups):
     """All of the groups but the times."""
     return [

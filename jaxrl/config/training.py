@@ -63,6 +63,8 @@ class AlgorithmConfig:
     """How rewards become advantages: a name in docs/algorithms.md, or "path/to/file.py:function"."""
     advantage_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Of the advantage, by name, where they are not its defaults."""
+    greedy_baseline: bool = False
+    """Play one more, greedy, trajectory of every problem, whose reward the advantage ``remax`` subtracts."""
     loss: str = "ppo_clip"
     """The policy loss of a token: a name in docs/algorithms.md, or "path/to/file.py:function"."""
     loss_settings: dict[str, bool | int | float | str] = field(default_factory=dict)

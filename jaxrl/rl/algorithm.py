@@ -1,20 +1,22 @@
 """From the names in ``AlgorithmConfig`` to functions, checked before anything is compiled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.config import AlgorithmConfig, ConfigError
+from jaxrl.records import Problem, StopReason, Trajectory, Turn
 from jaxrl.rl.advantages import ADVANTAGES
+from jaxrl.rl.advantages.running import Remembered
 from jaxrl.rl.methods import configured
-from jaxrl.rl.outcomes import Outcomes
+from jaxrl.rl.outcomes import Outcomes, Recorded, of_trajectories
 from jaxrl.rl.policy_losses import POLICY_LOSSES
 from jaxrl.rl.tokens import TokenLoss, Tokens
 
 PolicyLoss = Callable[[Tokens], TokenLoss]
-Advantage = Callable[[Outcomes], Sequence[np.ndarray | float]]
+Advantage = Callable[[Outcomes], Remembered]
 
 
 def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
@@ -36,21 +38,54 @@ def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
 
 
 def advantage(config: AlgorithmConfig) -> Advantage:
-    """The estimator that ``advantage`` and ``advantage_settings`` name.
+    """The estimator that ``advantage`` and ``advantage_settings`` name; one without a memory gives back none.
 
     Raises:
-        ConfigError: see ``methods.configured``; or it does not give back one entry a trajectory.
+        ConfigError: see ``methods.configured``; or it needs what trajectories do not hold, or does not give back one
+            entry a trajectory.
     """
     estimator = configured("AlgorithmConfig.advantage", ADVANTAGES, config.advantage, config.advantage_settings)
-    masks = [np.ones(2), np.ones(3)]
-    values = estimator(Outcomes(rewards=np.array([1.0, 0.0]), groups=np.zeros(2, int), masks=masks))
+
+    def estimate(outcomes: Outcomes) -> Remembered:
+        values = estimator(outcomes)
+        return values if isinstance(values, Remembered) else Remembered(values, {})
+
+    trajectories = [_example(sample) for sample in range(2)]
+    try:
+        values = estimate(of_trajectories(trajectories, np.zeros(2, int), recorded(config), {})).values
+    except ConfigError as error:
+        raise ConfigError(f"AlgorithmConfig.advantage={config.advantage!r}: {error}") from error
     shapes = [np.shape(value) for value in values]
-    if len(shapes) != 2 or any(shape not in ((), mask.shape) for shape, mask in zip(shapes, masks, strict=True)):
+    if len(shapes) != 2 or any(s not in ((), t.mask.shape) for s, t in zip(shapes, trajectories, strict=True)):
         raise ConfigError(
             f"AlgorithmConfig.advantage={config.advantage!r} gave entries of shapes {shapes} for trajectories of 2 and "
             "3 tokens; it must give one entry a trajectory, a number or an array with one for each of its tokens"
         )
-    return estimator
+    return estimate
+
+
+def recorded(config: AlgorithmConfig) -> Recorded:
+    """What the trajectories of a run hold for an advantage."""
+    return Recorded(greedy_rewards=config.greedy_baseline)
+
+
+def _example(sample: int) -> Trajectory:
+    """The smallest trajectory of one turn, of 2 + sample tokens; the first is right, the second wrong."""
+    tokens = 2 + sample
+    return Trajectory(
+        problem=Problem("example", "1+1?", "2"),
+        draw=0,
+        sample=sample,
+        prompt_ids=np.zeros(1, np.int32),
+        ids=np.zeros(tokens, np.int32),
+        mask=np.ones(tokens, np.int8),
+        logprobs=np.zeros(tokens, np.float32),
+        versions=np.zeros(tokens, np.int32),
+        turns=(Turn(0, tokens, "policy"),),
+        stop_reason=StopReason.ANSWERED,
+        reward=1.0 - sample,
+        greedy_reward=0.0,
+    )
 
 
 def check(config: AlgorithmConfig) -> None:

@@ -15,7 +15,7 @@ from jaxrl.evaluate.run import evaluate
 from jaxrl.records import Batch, Group, Trajectory
 from jaxrl.rl import algorithm, selection
 from jaxrl.rl.aggregation import aggregation_weights
-from jaxrl.rl.outcomes import Outcomes
+from jaxrl.rl.outcomes import of_trajectories
 from jaxrl.train import stages
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
@@ -64,7 +64,7 @@ async def reinforce(
             updates = []
             async with collect(session, recorder, limited, progress) as collected:
                 with timer.phase("update"):
-                    for batches in pack(config, collected.kept):
+                    for batches in pack(config, collected.kept, progress.memory):
                         state, metrics = await asyncio.to_thread(updater.step, state, batches, reference)
                         updates.append(metrics)
                 with timer.phase("rollout"):
@@ -123,7 +123,9 @@ async def collect(
         for _ in range(train.max_draws):
             with recorder.timer.phase("rollout"):
                 draws = [stream.next() for _ in range(max(train.problems + train.prefetch_groups - len(ready), 0))]
-                groups = play_groups(player, draws, train.samples)
+                groups = play_groups(
+                    player, draws, train.samples, greedy_baseline=session.config.algorithm.greedy_baseline
+                )
                 playing = await stack.enter_async_context(contextlib.aclosing(groups))
                 while len(ready) < train.problems:
                     ready.append(await anext(playing))
@@ -152,23 +154,26 @@ async def _cancel(task: asyncio.Task) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def pack(config: Config, selections: tuple[selection.Selection, ...]) -> list[list[Batch]]:
-    """Micro-batches of each optimizer update: advantages by group, aggregation weights by update, fixed shapes."""
-    estimator = algorithm.advantage(config.algorithm)
+def pack(config: Config, selections: tuple[selection.Selection, ...], memory: dict[str, float]) -> list[list[Batch]]:
+    """Micro-batches of each optimizer update: advantages by step, aggregation weights by update, fixed shapes.
+
+    Args:
+        memory: what the advantage keeps from step to step; brought up to date in place.
+    """
+    trajectories = [trajectory for group in selections for trajectory in group.kept]
+    if not trajectories:
+        return []
+    groups = np.repeat(np.arange(len(selections)), [len(group.kept) for group in selections])
+    recorded = algorithm.recorded(config.algorithm)
+    estimate = algorithm.advantage(config.algorithm)(of_trajectories(trajectories, groups, recorded, memory))
+    memory.update(estimate.memory)
     updates = []
     for part in np.array_split(np.arange(len(selections)), config.train.updates_per_step):
-        chosen = [selections[index] for index in part]
-        trajectories = [trajectory for group in chosen for trajectory in group.kept]
-        if not trajectories:
+        if not (members := np.flatnonzero(np.isin(groups, part)).tolist()):
             continue
-        outcomes = Outcomes(
-            rewards=np.array([trajectory.reward for trajectory in trajectories]),
-            groups=np.repeat(np.arange(len(chosen)), [len(group.kept) for group in chosen]),
-            masks=[trajectory.mask for trajectory in trajectories],
-        )
-        weights = aggregation_weights(outcomes.masks, config.algorithm.aggregation, config.engine.max_response_tokens)
+        chosen, advantages = [trajectories[i] for i in members], [estimate.values[i] for i in members]
+        masks, constant_length = [trajectory.mask for trajectory in chosen], config.engine.max_response_tokens
+        weights = aggregation_weights(masks, config.algorithm.aggregation, constant_length)
         rows, row_tokens = config.train.rows, config.train.row_tokens
-        updates.append(
-            packing.pack_trajectories(trajectories, estimator(outcomes), weights, rows=rows, row_tokens=row_tokens)
-        )
+        updates.append(packing.pack_trajectories(chosen, advantages, weights, rows=rows, row_tokens=row_tokens))
     return updates

@@ -142,7 +142,7 @@ def inputs(config: Config, kept: tuple[Selection, ...]) -> list[list[dict[str, b
         names = (field.name for field in dataclasses.fields(batch))
         return {name: np.asarray(getattr(batch, name)).tobytes() for name in names}
 
-    return [[arrays(batch) for batch in update] for update in pack(config, kept)]
+    return [[arrays(batch) for batch in update] for update in pack(config, kept, {})]
 
 
 def told(trajectory: Trajectory) -> tuple[object, ...]:
