@@ -378,6 +378,19 @@ def test_a_greedy_baseline_is_played_beside_the_group_and_its_reward_stands_in_e
     assert group.trajectories[0].greedy_reward is None
 
 
+def test_more_of_a_problem_is_played_once_its_first_trajectories_are_graded():
+    asked = []
+
+    def one_for_each_wrong(correct):
+        asked.append(correct.tolist())
+        return int((~correct).sum())
+
+    player = make_player(lambda draw, sample: [answer(str(draw) if sample <= draw else "no")])
+    groups = asyncio.run(collect(player, problems(2), 2, extra_samples=one_for_each_wrong))
+    assert sorted(asked) == [[True, False], [True, True]]
+    assert [[t.sample for t in group.trajectories] for group in groups] == [[0, 1, 2], [0, 1]]
+
+
 def comparable(groups):
     """All of the groups but the times."""
     return [

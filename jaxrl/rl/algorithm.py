@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.config import AlgorithmConfig, ConfigError
-from jaxrl.records import Problem, StopReason, Trajectory, Turn
 from jaxrl.rl.advantages import ADVANTAGES
 from jaxrl.rl.advantages.running import Remembered
+from jaxrl.rl.example import example
 from jaxrl.rl.methods import configured
 from jaxrl.rl.outcomes import Outcomes, Recorded, of_trajectories
 from jaxrl.rl.policy_losses import POLICY_LOSSES
+from jaxrl.rl.selection import chooser
+from jaxrl.rl.selection.difficulty import EXTRA_SAMPLES
 from jaxrl.rl.tokens import TokenLoss, Tokens
 
 PolicyLoss = Callable[[Tokens], TokenLoss]
@@ -50,7 +52,7 @@ def advantage(config: AlgorithmConfig) -> Advantage:
         values = estimator(outcomes)
         return values if isinstance(values, Remembered) else Remembered(values, {})
 
-    trajectories = [_example(sample) for sample in range(2)]
+    trajectories = [example(0), example(1)]
     try:
         values = estimate(of_trajectories(trajectories, np.zeros(2, int), recorded(config), {})).values
     except ConfigError as error:
@@ -69,23 +71,20 @@ def recorded(config: AlgorithmConfig) -> Recorded:
     return Recorded(greedy_rewards=config.greedy_baseline)
 
 
-def _example(sample: int) -> Trajectory:
-    """The smallest trajectory of one turn, of 2 + sample tokens; the first is right, the second wrong."""
-    tokens = 2 + sample
-    return Trajectory(
-        problem=Problem("example", "1+1?", "2"),
-        draw=0,
-        sample=sample,
-        prompt_ids=np.zeros(1, np.int32),
-        ids=np.zeros(tokens, np.int32),
-        mask=np.ones(tokens, np.int8),
-        logprobs=np.zeros(tokens, np.float32),
-        versions=np.zeros(tokens, np.int32),
-        turns=(Turn(0, tokens, "policy"),),
-        stop_reason=StopReason.ANSWERED,
-        reward=1.0 - sample,
-        greedy_reward=0.0,
-    )
+def extra_samples(config: AlgorithmConfig) -> Callable[[np.ndarray], int] | None:
+    """What ``extra_samples`` names: how many trajectories to add to a group, from the correctness of its first ones.
+
+    Raises:
+        ConfigError: see ``methods.configured``; or it does not give back a count.
+    """
+    if not config.extra_samples:
+        return None
+    key = "AlgorithmConfig.extra_samples"
+    method = configured(key, EXTRA_SAMPLES, config.extra_samples, config.extra_samples_settings)
+    count = method(np.array([True, False, False]))
+    if not isinstance(count, int | np.integer) or count < 0:
+        raise ConfigError(f"{key}={config.extra_samples!r} gave {count!r}; it must give how many trajectories to add")
+    return method
 
 
 def check(config: AlgorithmConfig) -> None:
@@ -96,3 +95,5 @@ def check(config: AlgorithmConfig) -> None:
     """
     policy_loss(config)
     advantage(config)
+    chooser(config)
+    extra_samples(config)

@@ -109,12 +109,16 @@ async def collect(
 ) -> AsyncIterator[Collected]:
     """Play until something survives selection, drawing problems again up to ``TrainConfig.max_draws`` times.
 
+    With ``TrainConfig.refill`` until as many groups survive as the step has problems.
+
     ``TrainConfig.prefetch_groups`` groups of the next step are played behind this step's own, with the present
     weights: decode slots have work while this step's stragglers wait for their tools, and they are still being played
     inside the context, during the update. Only the change of weights waits for them, so which groups are played with
     which weights does not depend on timing, and a resumed run plays the same.
     """
-    train = session.config.train
+    train, rules = session.config.train, selection.chooser(session.config.algorithm)
+    extra_samples = algorithm.extra_samples(session.config.algorithm)
+    greedy_baseline, wanted = session.config.algorithm.greedy_baseline, train.problems
     stream = session.problem_stream(progress)
     played: list[Trajectory] = []
     selections: list[selection.Selection] = []
@@ -122,19 +126,21 @@ async def collect(
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(train.max_draws):
             with recorder.timer.phase("rollout"):
-                draws = [stream.next() for _ in range(max(train.problems + train.prefetch_groups - len(ready), 0))]
+                draws = [stream.next() for _ in range(max(wanted + train.prefetch_groups - len(ready), 0))]
                 groups = play_groups(
-                    player, draws, train.samples, greedy_baseline=session.config.algorithm.greedy_baseline
+                    player, draws, train.samples, greedy_baseline=greedy_baseline, extra_samples=extra_samples
                 )
                 playing = await stack.enter_async_context(contextlib.aclosing(groups))
-                while len(ready) < train.problems:
+                while len(ready) < wanted:
                     ready.append(await anext(playing))
-            now, ready = ready[: train.problems], ready[train.problems :]
+            now, ready = ready[:wanted], ready[wanted:]
             for group in now:
                 rng = np.random.default_rng((train.seed, group.draw))
-                selections.append(selection.select_group(group.trajectories, session.config.algorithm, rng))
+                selections.append(rules.choose(group.trajectories, rng))
                 played += group.trajectories
-            if any(chosen.kept for chosen in selections):
+            survivors = sum(bool(chosen.kept) for chosen in selections)
+            wanted = train.problems - survivors if train.refill else train.problems
+            if survivors and not (train.refill and wanted):
                 break
             with recorder.timer.phase("rollout"):
                 ready += [group async for group in playing]
@@ -164,12 +170,13 @@ def pack(config: Config, selections: tuple[selection.Selection, ...], memory: di
     if not trajectories:
         return []
     groups = np.repeat(np.arange(len(selections)), [len(group.kept) for group in selections])
+    masked = np.array([flag for group in selections for flag in group.masked or (False,) * len(group.kept)], bool)
     recorded = algorithm.recorded(config.algorithm)
     estimate = algorithm.advantage(config.algorithm)(of_trajectories(trajectories, groups, recorded, memory))
     memory.update(estimate.memory)
     updates = []
     for part in np.array_split(np.arange(len(selections)), config.train.updates_per_step):
-        if not (members := np.flatnonzero(np.isin(groups, part)).tolist()):
+        if not (members := np.flatnonzero(np.isin(groups, part) & ~masked).tolist()):
             continue
         chosen, advantages = [trajectories[i] for i in members], [estimate.values[i] for i in members]
         masks, constant_length = [trajectory.mask for trajectory in chosen], config.engine.max_response_tokens

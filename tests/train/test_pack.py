@@ -58,3 +58,11 @@ def test_a_running_mean_goes_on_after_a_resume() -> None:
     assert resumed.memory == {"rae/": 0.375}
     np.testing.assert_allclose(np.unique(values), [-0.375, 0.625])
     assert pack(config("rae"), (), resumed.memory) == [] and resumed.memory == {"rae/": 0.375}
+
+
+def test_what_is_masked_counts_in_the_mean_and_is_not_packed() -> None:
+    (group,) = groups([1.0, 0.0, 0.0])
+    masked = (Selection(group.kept, "", {}, (False, False, True)),)
+    (batches,) = pack(config("dr_grpo"), masked, {})
+    assert sorted(np.concatenate(advantages([batches]))) == pytest.approx([-1 / 3, -1 / 3, 2 / 3, 2 / 3])
+    assert sum(batch.rl_weights.sum() for batch in batches) == pytest.approx(1.0)
