@@ -18,7 +18,7 @@ from typing import Any
 from jaxrl.observe.report import SUMMARY_FILE
 from jaxrl.observe.writers import read_metrics
 
-VARIANTS = {"RoC": [], "no RoC": ["AlgorithmConfig.roc=off"]}
+VARIANTS = {"RoC": [], "no RoC": ["AlgorithmConfig.selection=first"]}
 LAST_STEPS = 20
 """Steps of training episodes that the share of failed calls is averaged over."""
 

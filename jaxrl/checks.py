@@ -16,7 +16,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Model.query_heads Model.kv_heads Model.head_width Model.ffn_width Model.experts_per_token Model.expert_width "
         "Model.max_positions Sft.count Sft.rows Sft.row_tokens Train.rows Train.row_tokens Train.problems "
         "Train.samples Train.max_draws "
-        "Train.updates_per_step Algorithm.keep Eval.samples Eval.k Env.max_turns Env.max_parallel_calls "
+        "Train.updates_per_step Eval.samples Eval.k Env.max_turns Env.max_parallel_calls "
         "Checkpoint.every Checkpoint.keep Data.train_problems Data.eval_problems Reward.workers Sandbox.workers "
         "Sandbox.slots Sandbox.queue Sandbox.output_kib Sandbox.output_hard_mib Sandbox.disk_mib Sandbox.open_files "
         "Sandbox.threads Sandbox.files_mib Sandbox.processes Sandbox.session_memory_mib Tokenizer.vocab_size "
@@ -27,6 +27,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "Train.steps Train.eval_every Train.prefetch_groups Sft.steps Sft.warmup_steps Sft.learning_rate Sft.variants "
         "Optimizer.warmup_steps Optimizer.learning_rate Optimizer.weight_decay "
+        "Algorithm.keep "
         "Algorithm.kl_coefficient Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed "
         "Sandbox.slow_slots Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature "
         "Model.experts Model.balance_coefficient Model.local_rope_theta Model.score_width Model.attention_soft_cap "
@@ -48,11 +49,6 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Engine.temperature",
         lambda value: value > 0,
         "be above 0: the policy is trained on what it samples; for greedy evaluation set EvalConfig.temperature=0",
-    ),
-    (
-        "Algorithm.min_positive Algorithm.min_negative",
-        lambda value: value >= -1,
-        "be at least -1, which means no floor",
     ),
     ("Sandbox.memory_mib", lambda value: value >= 16, "be at least 16, which a call needs to start"),
 )
@@ -81,11 +77,6 @@ def check(config: Any) -> None:
             f"AlgorithmConfig.keep={algorithm.keep} is more than TrainConfig.samples={train.samples}; "
             "lower keep or play more samples"
         )
-    if algorithm.min_positive + algorithm.min_negative > algorithm.keep:
-        raise ConfigError(
-            f"AlgorithmConfig.min_positive={algorithm.min_positive} and min_negative={algorithm.min_negative} exceed "
-            f"keep={algorithm.keep}; lower them or raise keep"
-        )
     longest = engine.max_prompt_tokens + engine.max_response_tokens
     if train.row_tokens < longest:
         raise ConfigError(
@@ -103,8 +94,6 @@ def check(config: Any) -> None:
             f"EvalConfig.k={config.eval.k} asks for more than EvalConfig.samples={config.eval.samples}; "
             "raise samples or lower k"
         )
-    if algorithm.roc == "inverse" and algorithm.roc_epsilon <= 0:
-        raise ConfigError(f"AlgorithmConfig.roc_epsilon={algorithm.roc_epsilon} must be above 0 for roc='inverse'")
     if algorithm.kl_coefficient and algorithm.kl_estimator == "k1":
         raise ConfigError(
             "AlgorithmConfig.kl_estimator='k1' has no gradient in expectation; use 'k2' or 'k3' in a loss"

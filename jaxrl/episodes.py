@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,9 @@ from jaxrl.rollout.fleet import Fleet
 from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer
 from jaxrl.text.tool_calls import CallError, ParsedCall, parse_tool_calls
+
+GREEDY_SAMPLE = 1 << 20
+"""Sample index of the greedy trajectory of a group; no group has so many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +155,13 @@ async def play_episode(player: Player, problem: Problem, draw: int, sample: int)
 
 
 async def play_groups(
-    player: Player, draws: Iterable[tuple[int, Problem]], samples: int, *, in_flight: int | None = None
+    player: Player,
+    draws: Iterable[tuple[int, Problem]],
+    samples: int,
+    *,
+    in_flight: int | None = None,
+    greedy_baseline: bool = False,
+    extra_samples: Callable[[np.ndarray], int] | None = None,
 ) -> AsyncGenerator[Group]:
     """Play ``samples`` trajectories of every drawn problem and yield the groups in the order of the draws.
 
@@ -165,6 +174,10 @@ async def play_groups(
         draws: (draw, problem) pairs; taken from the iterable only when their group is begun.
         samples: trajectories of each problem.
         in_flight: groups begun but not yet yielded at most; None = all. Needed where ``draws`` does not end.
+        greedy_baseline: play one more trajectory of each problem, greedily; it is not in the group, but its reward is
+            in those that are, unless it is not trainable.
+        extra_samples: once the first ``samples`` of a problem are graded, how many more to play, from the correctness
+            [at most samples] of those that are trainable.
     """
     source = iter(draws)
     groups: collections.deque[asyncio.Task[Group]] = collections.deque()
@@ -172,7 +185,8 @@ async def play_groups(
 
     def begin(count: int | None) -> None:
         for draw, problem in itertools.islice(source, count):
-            task = asyncio.create_task(_play_group(player, problem, draw, samples), name=f"group {draw}")
+            played = _play_group(player, problem, draw, samples, greedy_baseline, extra_samples)
+            task = asyncio.create_task(played, name=f"group {draw}")
             task.add_done_callback(report)
             groups.append(task)
 
@@ -196,10 +210,30 @@ async def play_groups(
         await asyncio.gather(*groups, return_exceptions=True)
 
 
-async def _play_group(player: Player, problem: Problem, draw: int, samples: int) -> Group:
+async def _play_group(
+    player: Player,
+    problem: Problem,
+    draw: int,
+    samples: int,
+    greedy_baseline: bool,
+    extra_samples: Callable[[np.ndarray], int] | None,
+) -> Group:
     async with asyncio.TaskGroup() as tasks:
         episodes = [tasks.create_task(play_episode(player, problem, draw, sample)) for sample in range(samples)]
-    return Group(problem, draw, tuple(episode.result() for episode in episodes))
+        if greedy_baseline:
+            greedy_player = dataclasses.replace(player, temperature=0.0)
+            greedy = tasks.create_task(play_episode(greedy_player, problem, draw, GREEDY_SAMPLE))
+    if extra_samples is not None:
+        graded = [episode.result() for episode in episodes]
+        more = extra_samples(np.array([trajectory.correct for trajectory in graded if trajectory.trainable], bool))
+        async with asyncio.TaskGroup() as tasks:
+            played = [play_episode(player, problem, draw, sample) for sample in range(samples, samples + more)]
+            episodes += [tasks.create_task(episode) for episode in played]
+    trajectories = tuple(episode.result() for episode in episodes)
+    if greedy_baseline and greedy.result().trainable:
+        baseline = greedy.result().reward
+        trajectories = tuple(dataclasses.replace(played, greedy_reward=baseline) for played in trajectories)
+    return Group(problem, draw, trajectories)
 
 
 def _first_cause(error: BaseException) -> BaseException:

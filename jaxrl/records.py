@@ -59,6 +59,7 @@ class Turn:
     end: int
     author: str  # "policy" or "tool"
     calls: tuple[ToolCall, ...] = ()  # the calls this policy turn made, in order
+    reward: float = 0.0  # what this policy turn earned by itself, apart from the reward of the trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Trajectory:
             distribution (nats); 0 where mask is 0.
         versions: weight version that sampled each token; -1 where mask is 0.
         reward: scalar outcome; meaningless unless ``reward_status.trainable``.
+        components: what ``reward`` is the weighted sum of, by name; one that had nothing to say is left out.
+        greedy_reward: of a greedy trajectory of the same draw, where one was played.
     """
 
     problem: Problem
@@ -89,6 +92,8 @@ class Trajectory:
     balanced_tags: bool = True  # every answer tag that was opened was closed, in order
     reward: float = 0.0
     reward_status: RewardStatus = RewardStatus.NO_ANSWER
+    components: dict[str, float] = dataclasses.field(default_factory=dict)
+    greedy_reward: float | None = None
     seconds: float = 0.0
     tool_seconds: float = 0.0
 

@@ -363,6 +363,34 @@ async def collect(player, draws, samples, **settings):
     return [group async for group in play_groups(player, draws, samples, **settings)]
 
 
+def test_a_greedy_baseline_is_played_beside_the_group_and_its_reward_stands_in_every_trajectory():
+    def script(draw, sample):
+        return [answer(str(draw) if sample > 100 or sample == 0 else "no")]  # the greedy one is right
+
+    player = make_player(script)
+    groups = asyncio.run(collect(player, problems(2), 3, greedy_baseline=True))
+    assert [len(group.trajectories) for group in groups] == [3, 3]
+    assert [t.greedy_reward for group in groups for t in group.trajectories] == [1.0] * 6
+    assert [t.reward for group in groups for t in group.trajectories] == [1.0, 0.0, 0.0] * 2
+    assert player.engine.temperatures == {None, 0.0} and len(player.engine.opened) == 8
+    spoiled = make_player(script, verifier=Verifier(RewardStatus.VERIFIER_CRASH))
+    (group,) = asyncio.run(collect(spoiled, problems(1), 1, greedy_baseline=True))
+    assert group.trajectories[0].greedy_reward is None
+
+
+def test_more_of_a_problem_is_played_once_its_first_trajectories_are_graded():
+    asked = []
+
+    def one_for_each_wrong(correct):
+        asked.append(correct.tolist())
+        return int((~correct).sum())
+
+    player = make_player(lambda draw, sample: [answer(str(draw) if sample <= draw else "no")])
+    groups = asyncio.run(collect(player, problems(2), 2, extra_samples=one_for_each_wrong))
+    assert sorted(asked) == [[True, False], [True, True]]
+    assert [[t.sample for t in group.trajectories] for group in groups] == [[0, 1, 2], [0, 1]]
+
+
 def comparable(groups):
     """All of the groups but the times."""
     return [

@@ -49,20 +49,27 @@ class AlgorithmConfig:
 
     reject_equal: bool = True
     """Drop groups in which all answers are right or all are wrong."""
-    roc: Literal["off", "greedy", "inverse"] = "greedy"
-    """Resample on Correct: greedy keeps the cleanest correct trajectories, inverse draws them with weight
-    1 / (penalty + roc_epsilon)."""
+    selection: str = "roc"
+    """Which trajectories of a group are kept: a name in docs/algorithms.md, or "path/to/file.py:function"."""
+    selection_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Of the selection, by name, where they are not its defaults."""
     keep: int = 8
-    """Trajectories kept of every group (with roc = off the first ``keep`` by sample index)."""
-    min_positive: int = 2
-    min_negative: int = 2
-    roc_epsilon: float = 0.1
-    error_penalty: bool = True
-    format_penalty: bool = True
+    """Trajectories kept of every group; 0 = all."""
+    leave_out: tuple[str, ...] = ()
+    """Filters, by name or path: a trajectory that one of them holds of leaves its group before anything else."""
+    mask_out: tuple[str, ...] = ()
+    """Filters: a kept trajectory that one of them holds of counts in its group's mean and is not trained on."""
+    extra_samples: str = ""
+    """How many more trajectories a problem gets once its first ones are graded: a name in docs/algorithms.md, or
+    "path/to/file.py:function"; empty = none."""
+    extra_samples_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Of ``extra_samples``, by name, where they are not its defaults."""
     advantage: str = "grpo"
     """How rewards become advantages: a name in docs/algorithms.md, or "path/to/file.py:function"."""
     advantage_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Of the advantage, by name, where they are not its defaults."""
+    greedy_baseline: bool = False
+    """Play one more, greedy, trajectory of every problem, whose reward the advantage ``remax`` subtracts."""
     loss: str = "ppo_clip"
     """The policy loss of a token: a name in docs/algorithms.md, or "path/to/file.py:function"."""
     loss_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
@@ -102,6 +109,9 @@ class TrainConfig:
     """Trajectories played for each problem."""
     max_draws: int = 4
     """When nothing survives selection, problems are drawn again at most this many times before the step is skipped."""
+    refill: bool = False
+    """Draw on, as many problems as are missing and at most ``max_draws`` times, until ``problems`` groups survive
+    (DAPO's dynamic sampling)."""
     prefetch_groups: int = 0
     """Groups of the next step that are played, with the present weights, while this step's stragglers wait for their
     tools and during its update."""

@@ -1,6 +1,6 @@
 """From the names in ``AlgorithmConfig`` to functions, checked before anything is compiled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,17 @@ import numpy as np
 
 from jaxrl.config import AlgorithmConfig, ConfigError
 from jaxrl.rl.advantages import ADVANTAGES
+from jaxrl.rl.advantages.running import Remembered
+from jaxrl.rl.example import example
 from jaxrl.rl.methods import configured
-from jaxrl.rl.outcomes import Outcomes
+from jaxrl.rl.outcomes import Outcomes, Recorded, of_trajectories
 from jaxrl.rl.policy_losses import POLICY_LOSSES
+from jaxrl.rl.selection import chooser
+from jaxrl.rl.selection.difficulty import EXTRA_SAMPLES
 from jaxrl.rl.tokens import TokenLoss, Tokens
 
 PolicyLoss = Callable[[Tokens], TokenLoss]
-Advantage = Callable[[Outcomes], Sequence[np.ndarray | float]]
+Advantage = Callable[[Outcomes], Remembered]
 
 
 def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
@@ -36,21 +40,51 @@ def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
 
 
 def advantage(config: AlgorithmConfig) -> Advantage:
-    """The estimator that ``advantage`` and ``advantage_settings`` name.
+    """The estimator that ``advantage`` and ``advantage_settings`` name; one without a memory gives back none.
 
     Raises:
-        ConfigError: see ``methods.configured``; or it does not give back one entry a trajectory.
+        ConfigError: see ``methods.configured``; or it needs what trajectories do not hold, or does not give back one
+            entry a trajectory.
     """
     estimator = configured("AlgorithmConfig.advantage", ADVANTAGES, config.advantage, config.advantage_settings)
-    masks = [np.ones(2), np.ones(3)]
-    values = estimator(Outcomes(rewards=np.array([1.0, 0.0]), groups=np.zeros(2, int), masks=masks))
+
+    def estimate(outcomes: Outcomes) -> Remembered:
+        values = estimator(outcomes)
+        return values if isinstance(values, Remembered) else Remembered(values, {})
+
+    trajectories = [example(0), example(1)]
+    try:
+        values = estimate(of_trajectories(trajectories, np.zeros(2, int), recorded(config), {})).values
+    except ConfigError as error:
+        raise ConfigError(f"AlgorithmConfig.advantage={config.advantage!r}: {error}") from error
     shapes = [np.shape(value) for value in values]
-    if len(shapes) != 2 or any(shape not in ((), mask.shape) for shape, mask in zip(shapes, masks, strict=True)):
+    if len(shapes) != 2 or any(s not in ((), t.mask.shape) for s, t in zip(shapes, trajectories, strict=True)):
         raise ConfigError(
             f"AlgorithmConfig.advantage={config.advantage!r} gave entries of shapes {shapes} for trajectories of 2 and "
             "3 tokens; it must give one entry a trajectory, a number or an array with one for each of its tokens"
         )
-    return estimator
+    return estimate
+
+
+def recorded(config: AlgorithmConfig) -> Recorded:
+    """What the trajectories of a run hold for an advantage."""
+    return Recorded(greedy_rewards=config.greedy_baseline)
+
+
+def extra_samples(config: AlgorithmConfig) -> Callable[[np.ndarray], int] | None:
+    """What ``extra_samples`` names: how many trajectories to add to a group, from the correctness of its first ones.
+
+    Raises:
+        ConfigError: see ``methods.configured``; or it does not give back a count.
+    """
+    if not config.extra_samples:
+        return None
+    key = "AlgorithmConfig.extra_samples"
+    method = configured(key, EXTRA_SAMPLES, config.extra_samples, config.extra_samples_settings)
+    count = method(np.array([True, False, False]))
+    if not isinstance(count, int | np.integer) or count < 0:
+        raise ConfigError(f"{key}={config.extra_samples!r} gave {count!r}; it must give how many trajectories to add")
+    return method
 
 
 def check(config: AlgorithmConfig) -> None:
@@ -61,3 +95,5 @@ def check(config: AlgorithmConfig) -> None:
     """
     policy_loss(config)
     advantage(config)
+    chooser(config)
+    extra_samples(config)

@@ -1,26 +1,170 @@
-"""What an advantage sees: the trajectories of one optimizer update and what became of them. Host side, numpy."""
+"""What an advantage sees: the trajectories of one step and what became of them. Host side, numpy."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from jaxrl.config import ConfigError
+from jaxrl.records import Trajectory
+from jaxrl.rl.trees import nodes_of, states_of, turns_of
+
+_SUPPLIED_BY = {
+    "turn_rewards": "reward single turns: name a component that does in RewardConfig.components",
+    "greedy_rewards": "set AlgorithmConfig.greedy_baseline=True, which plays a greedy trajectory of every problem too",
+    "values": "it takes a critic, and the training loop has none",
+    "square_sums": "the sampler would have to record, for every token, the sum of squared probabilities over the "
+    "vocabulary, and does not",
+    "roles": "it takes an environment in which several agents play, and python episodes have one",
+    "episodes": "it takes an environment in which several agents play, and python episodes have one",
+}
+"""What to do about a field that may be missing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
     """N trajectories that are trained on together. Groups may have any sizes, and any order.
 
+    Trajectory i has T_i response tokens and K_i policy turns. A field that is None was not recorded; ``need`` reads
+    those without which a method cannot do.
+
     Attributes:
-        rewards: [N] float.
-        groups: [N] int; trajectories with the same number answer the same problem.
+        rewards: [N] float, of the whole trajectory.
+        groups: [N]; trajectories with the same entry answer the same problem.
         masks: of each trajectory [T_i], 1 where the policy sampled the token.
+        turns: of each [T_i] int, the policy turn that a token belongs to, from 0; -1 where the environment wrote it.
+        turn_rewards: of each [K_i] float, what a turn earned by itself, apart from the reward of the whole.
+        continues: of each [K_i] bool, False where the environment put another action in the place of the turn's, so
+            that what comes after did not follow from it. None = always True.
+        states: of each, K_i names of what the policy saw last before the turn; equal names = the same state.
+        nodes: of each [K_i] int, the node of the tree of shared prefixes that the turn leads to: two trajectories have
+            the same node where they are the same up to the end of that turn.
+        components: [N] by name, the rewards that ``rewards`` is the weighted sum of; nan = it gave none.
+        component_weights: of the components, by name; 1 for those left out.
+        token_rewards: of each [T_i]; None = the reward stands on the last sampled token.
+        logprobs: of each [T_i], by the policy that sampled.
+        square_sums: of each [T_i], the sum of squared probabilities over the vocabulary, by the same policy.
+        ratios: of each [T_i], importance weights of tokens of another policy. None = always 1.
+        values: of each [T_i], a critic's estimate of what is still to come.
+        greedy_rewards: [N], of a greedy trajectory of the same problem.
+        roles: [N], the agent that wrote the trajectory. None = a single one.
+        episodes: [N]; trajectories with the same entry were played against each other.
+        memory: numbers by name that a method kept of the steps before.
     """
 
     rewards: np.ndarray
     groups: np.ndarray
     masks: Sequence[np.ndarray]
+    turns: Sequence[np.ndarray] | None = None
+    turn_rewards: Sequence[np.ndarray] | None = None
+    continues: Sequence[np.ndarray] | None = None
+    states: Sequence[Sequence[bytes]] | None = None
+    nodes: Sequence[np.ndarray] | None = None
+    components: Mapping[str, np.ndarray] | None = None
+    component_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    token_rewards: Sequence[np.ndarray] | None = None
+    logprobs: Sequence[np.ndarray] | None = None
+    square_sums: Sequence[np.ndarray] | None = None
+    ratios: Sequence[np.ndarray] | None = None
+    values: Sequence[np.ndarray] | None = None
+    greedy_rewards: np.ndarray | None = None
+    roles: np.ndarray | None = None
+    episodes: np.ndarray | None = None
+    memory: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def by_group(self) -> Iterator[np.ndarray]:
         """Indices of the trajectories of each group."""
-        for group in np.unique(self.groups):
-            yield np.flatnonzero(self.groups == group)
+        return indices_of(self.groups)
+
+    def need(self, field: str) -> Any:
+        """A field that the calling method cannot do without.
+
+        Raises:
+            ConfigError: it is None; the message says what supplies it.
+        """
+        value = getattr(self, field)
+        if value is None:
+            raise ConfigError(f"this advantage needs {field}: {_SUPPLIED_BY.get(field, 'nothing recorded them')}")
+        return value
+
+    def rewards_by_token(self) -> list[np.ndarray]:
+        """Of each trajectory [T_i] float64: the token rewards, or the reward of the whole on its last sampled token."""
+        if self.token_rewards is not None:
+            return [np.asarray(rewards, np.float64) for rewards in self.token_rewards]
+        by_token = []
+        for reward, mask in zip(self.rewards, self.masks, strict=True):
+            values = np.zeros(len(mask))
+            values[np.flatnonzero(mask)[-1:]] = reward
+            by_token.append(values)
+        return by_token
+
+    def on_turns(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Of each trajectory [T_i] float32: values [K_i] of its policy turns, on the tokens of each; elsewhere 0."""
+        return [
+            np.where(turns >= 0, np.append(of_turn, 0.0)[turns], 0.0).astype(np.float32)
+            for turns, of_turn in zip(self.need("turns"), values, strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """Which of what an advantage may ask for the trajectories of a run hold.
+
+    Attributes:
+        component_weights: the reward's components.
+        turn_rewards: a component rewards single turns.
+        greedy_rewards: a greedy trajectory of every problem is played.
+    """
+
+    component_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    turn_rewards: bool = False
+    greedy_rewards: bool = False
+
+
+def of_trajectories(
+    trajectories: Sequence[Trajectory], groups: np.ndarray, recorded: Recorded, memory: Mapping[str, float]
+) -> Outcomes:
+    """What became of played trajectories.
+
+    Args:
+        trajectories: N of them.
+        groups: [N].
+        recorded: what they hold.
+        memory: see ``Outcomes``.
+    """
+    policy_turns = [[turn for turn in trajectory.turns if turn.author == "policy"] for trajectory in trajectories]
+    components = {
+        name: np.array([trajectory.components.get(name, np.nan) for trajectory in trajectories])
+        for name in recorded.component_weights
+    }
+    rewards = np.array([trajectory.reward for trajectory in trajectories], np.float64)
+    return Outcomes(
+        rewards=rewards,
+        groups=groups,
+        masks=[trajectory.mask for trajectory in trajectories],
+        turns=[turns_of(trajectory) for trajectory in trajectories],
+        turn_rewards=[np.array([t.reward for t in turns]) for turns in policy_turns] if recorded.turn_rewards else None,
+        states=[states_of(trajectory) for trajectory in trajectories],
+        nodes=nodes_of(trajectories),
+        components=components or None,
+        component_weights=recorded.component_weights,
+        logprobs=[trajectory.logprobs for trajectory in trajectories],
+        greedy_rewards=_greedy_rewards(trajectories, rewards, groups) if recorded.greedy_rewards else None,
+        memory=memory,
+    )
+
+
+def _greedy_rewards(trajectories: Sequence[Trajectory], rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """[N]; the mean of the group where a fault of ours spoiled the greedy trajectory."""
+    greedy = np.array([t.greedy_reward if t.greedy_reward is not None else np.nan for t in trajectories])
+    for rows in indices_of(groups):
+        greedy[rows] = np.where(np.isnan(greedy[rows]), rewards[rows].mean(), greedy[rows])
+    return greedy
+
+
+def indices_of(names: np.ndarray) -> Iterator[np.ndarray]:
+    """Indices of the entries that share a name, for each name."""
+    _, inverse, counts = np.unique(names, return_inverse=True, return_counts=True)
+    order = np.argsort(inverse, kind="stable")
+    yield from np.split(order, np.cumsum(counts)[:-1]) if len(order) else ()

@@ -15,7 +15,7 @@ from jaxrl.evaluate.run import evaluate
 from jaxrl.records import Batch, Group, Trajectory
 from jaxrl.rl import algorithm, selection
 from jaxrl.rl.aggregation import aggregation_weights
-from jaxrl.rl.outcomes import Outcomes
+from jaxrl.rl.outcomes import of_trajectories
 from jaxrl.train import stages
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
@@ -64,7 +64,7 @@ async def reinforce(
             updates = []
             async with collect(session, recorder, limited, progress) as collected:
                 with timer.phase("update"):
-                    for batches in pack(config, collected.kept):
+                    for batches in pack(config, collected.kept, progress.memory):
                         state, metrics = await asyncio.to_thread(updater.step, state, batches, reference)
                         updates.append(metrics)
                 with timer.phase("rollout"):
@@ -109,12 +109,16 @@ async def collect(
 ) -> AsyncIterator[Collected]:
     """Play until something survives selection, drawing problems again up to ``TrainConfig.max_draws`` times.
 
+    With ``TrainConfig.refill`` until as many groups survive as the step has problems.
+
     ``TrainConfig.prefetch_groups`` groups of the next step are played behind this step's own, with the present
     weights: decode slots have work while this step's stragglers wait for their tools, and they are still being played
     inside the context, during the update. Only the change of weights waits for them, so which groups are played with
     which weights does not depend on timing, and a resumed run plays the same.
     """
-    train = session.config.train
+    train, rules = session.config.train, selection.chooser(session.config.algorithm)
+    extra_samples = algorithm.extra_samples(session.config.algorithm)
+    greedy_baseline, wanted = session.config.algorithm.greedy_baseline, train.problems
     stream = session.problem_stream(progress)
     played: list[Trajectory] = []
     selections: list[selection.Selection] = []
@@ -122,17 +126,21 @@ async def collect(
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(train.max_draws):
             with recorder.timer.phase("rollout"):
-                draws = [stream.next() for _ in range(max(train.problems + train.prefetch_groups - len(ready), 0))]
-                groups = play_groups(player, draws, train.samples)
+                draws = [stream.next() for _ in range(max(wanted + train.prefetch_groups - len(ready), 0))]
+                groups = play_groups(
+                    player, draws, train.samples, greedy_baseline=greedy_baseline, extra_samples=extra_samples
+                )
                 playing = await stack.enter_async_context(contextlib.aclosing(groups))
-                while len(ready) < train.problems:
+                while len(ready) < wanted:
                     ready.append(await anext(playing))
-            now, ready = ready[: train.problems], ready[train.problems :]
+            now, ready = ready[:wanted], ready[wanted:]
             for group in now:
                 rng = np.random.default_rng((train.seed, group.draw))
-                selections.append(selection.select_group(group.trajectories, session.config.algorithm, rng))
+                selections.append(rules.choose(group.trajectories, rng))
                 played += group.trajectories
-            if any(chosen.kept for chosen in selections):
+            survivors = sum(bool(chosen.kept) for chosen in selections)
+            wanted = train.problems - survivors if train.refill else train.problems
+            if survivors and not (train.refill and wanted):
                 break
             with recorder.timer.phase("rollout"):
                 ready += [group async for group in playing]
@@ -152,23 +160,27 @@ async def _cancel(task: asyncio.Task) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def pack(config: Config, selections: tuple[selection.Selection, ...]) -> list[list[Batch]]:
-    """Micro-batches of each optimizer update: advantages by group, aggregation weights by update, fixed shapes."""
-    estimator = algorithm.advantage(config.algorithm)
+def pack(config: Config, selections: tuple[selection.Selection, ...], memory: dict[str, float]) -> list[list[Batch]]:
+    """Micro-batches of each optimizer update: advantages by step, aggregation weights by update, fixed shapes.
+
+    Args:
+        memory: what the advantage keeps from step to step; brought up to date in place.
+    """
+    trajectories = [trajectory for group in selections for trajectory in group.kept]
+    if not trajectories:
+        return []
+    groups = np.repeat(np.arange(len(selections)), [len(group.kept) for group in selections])
+    masked = np.array([flag for group in selections for flag in group.masked or (False,) * len(group.kept)], bool)
+    recorded = algorithm.recorded(config.algorithm)
+    estimate = algorithm.advantage(config.algorithm)(of_trajectories(trajectories, groups, recorded, memory))
+    memory.update(estimate.memory)
     updates = []
     for part in np.array_split(np.arange(len(selections)), config.train.updates_per_step):
-        chosen = [selections[index] for index in part]
-        trajectories = [trajectory for group in chosen for trajectory in group.kept]
-        if not trajectories:
+        if not (members := np.flatnonzero(np.isin(groups, part) & ~masked).tolist()):
             continue
-        outcomes = Outcomes(
-            rewards=np.array([trajectory.reward for trajectory in trajectories]),
-            groups=np.repeat(np.arange(len(chosen)), [len(group.kept) for group in chosen]),
-            masks=[trajectory.mask for trajectory in trajectories],
-        )
-        weights = aggregation_weights(outcomes.masks, config.algorithm.aggregation, config.engine.max_response_tokens)
+        chosen, advantages = [trajectories[i] for i in members], [estimate.values[i] for i in members]
+        masks, constant_length = [trajectory.mask for trajectory in chosen], config.engine.max_response_tokens
+        weights = aggregation_weights(masks, config.algorithm.aggregation, constant_length)
         rows, row_tokens = config.train.rows, config.train.row_tokens
-        updates.append(
-            packing.pack_trajectories(trajectories, estimator(outcomes), weights, rows=rows, row_tokens=row_tokens)
-        )
+        updates.append(packing.pack_trajectories(chosen, advantages, weights, rows=rows, row_tokens=row_tokens))
     return updates

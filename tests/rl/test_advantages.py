@@ -1,23 +1,79 @@
-"""Advantages against verl, TRL and worked numbers."""
+"""Advantages against worked numbers, and what holds for all of them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from jaxrl.config import ConfigError
 from jaxrl.rl.advantages import ADVANTAGES
-from jaxrl.rl.advantages.group import dr_grpo, grpo
+from jaxrl.rl.advantages.group import dr_grpo, gpg, grpo, max_rl, opo, pass_at_k, rloo
+from jaxrl.rl.advantages.returns import cut_sums, discounted_sums
+from jaxrl.rl.advantages.roles import hierarchical
+from jaxrl.rl.advantages.running import Remembered, rae, remax
+from jaxrl.rl.advantages.steps import gigpo, step_and_episode, turn_level
+from jaxrl.rl.advantages.tree import tree_depth, tree_sibling
 from jaxrl.rl.outcomes import Outcomes
 
-Golden = Callable[[str], list[dict[str, Any]]]
+EIGHT = np.array([1, 0, 0, 1, 1, 0, 0, 0], np.float64)
 
 
-def outcomes(rewards: np.ndarray, groups: np.ndarray | None = None) -> Outcomes:
+def outcomes(rewards: Any, groups: Any = None, **fields: Any) -> Outcomes:
     """One group unless said otherwise, of trajectories of a single token."""
     rewards = np.asarray(rewards, np.float64)
-    groups = np.zeros(len(rewards), int) if groups is None else groups
-    return Outcomes(rewards=rewards, groups=groups, masks=[np.ones(1)] * len(rewards))
+    groups = np.zeros(len(rewards), int) if groups is None else np.asarray(groups)
+    return Outcomes(**{"rewards": rewards, "groups": groups, "masks": [np.ones(1)] * len(rewards)} | fields)
+
+
+def turns_of_one_token(counts: list[int]) -> list[np.ndarray]:
+    """So many policy turns of one token each, a token of the environment behind each but the last."""
+    return [np.array([k if even == 0 else -1 for k in range(count) for even in (0, 1)][:-1], int) for count in counts]
+
+
+def complete(rewards: np.ndarray, groups: np.ndarray, seed: int) -> Outcomes:
+    """Everything any advantage asks for, made up."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 4, len(rewards)).tolist()
+    turns = turns_of_one_token(counts)
+    masks = [(of >= 0).astype(np.int8) for of in turns]
+    lengths = [len(mask) for mask in masks]
+    return Outcomes(
+        rewards=rewards,
+        groups=groups,
+        masks=masks,
+        turns=turns,
+        turn_rewards=[rng.normal(size=count) for count in counts],
+        states=[[bytes([k, rng.integers(2)]) for k in range(count)] for count in counts],
+        nodes=[100 * groups[i] + 10 * np.arange(count) + rng.integers(2) for i, count in enumerate(counts)],
+        components={"a": rewards, "b": rng.normal(size=len(rewards))},
+        component_weights={"b": 0.5},
+        logprobs=[-rng.random(length) for length in lengths],
+        square_sums=[rng.random(length) for length in lengths],
+        values=[rng.normal(size=length) for length in lengths],
+        greedy_rewards=rng.normal(size=len(rewards)),
+        roles=rng.choice(["proposer", "solver"], len(rewards)),
+        episodes=rng.integers(0, 2, len(rewards)),
+    )
+
+
+def by_token(name: str, given: Outcomes) -> list[np.ndarray]:
+    values = ADVANTAGES[name](given)
+    values = values.values if isinstance(values, Remembered) else values
+    return [np.broadcast_to(value, len(mask)) * mask for value, mask in zip(values, given.masks, strict=True)]
+
+
+def reordered(given: Outcomes, order: np.ndarray) -> Outcomes:
+    fields = {}
+    for name, value in vars(given).items():
+        if name in ("component_weights", "memory") or value is None:
+            continue
+        if name == "components":
+            fields[name] = {component: rewards[order] for component, rewards in value.items()}
+        else:
+            fields[name] = value[order] if isinstance(value, np.ndarray) else [value[i] for i in order]
+    return Outcomes(**fields, component_weights=given.component_weights)
 
 
 @pytest.mark.parametrize(
@@ -35,53 +91,193 @@ def test_grpo_of_sixteen(positives: int, expected: tuple[float, float]) -> None:
     np.testing.assert_allclose([got[0], got[-1]], expected, atol=1e-4)
 
 
-def test_worked_group_of_eight() -> None:
-    rewards = np.array([1, 0, 0, 1, 1, 0, 0, 0])
-    np.testing.assert_allclose(grpo(outcomes(rewards))[:2], [1.2076, -0.7246], atol=1e-4)
-    np.testing.assert_allclose(dr_grpo(outcomes(rewards))[:2], [0.625, -0.375])
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [(grpo, (1.2076, -0.7246)), (dr_grpo, (0.625, -0.375)), (rloo, (0.7143, -0.4286)), (max_rl, (1.6667, -1))],
+)
+def test_worked_group_of_eight(estimator: Any, expected: tuple[float, float]) -> None:
+    np.testing.assert_allclose(estimator(outcomes(EIGHT))[:2], expected, atol=1e-4)
 
 
-def test_equal_rewards_have_no_advantage_and_one_trajectory_keeps_its_reward() -> None:
-    for estimator in ("grpo", "dr_grpo"):
-        np.testing.assert_array_equal(ADVANTAGES[estimator](outcomes(np.full(5, 0.1))), np.zeros(5))
-        np.testing.assert_allclose(ADVANTAGES[estimator](outcomes(np.array([2.0]))), [2.0], rtol=2e-6)
-        assert ADVANTAGES[estimator](outcomes(np.array([1.0, 0.0]))).dtype == np.float32
+def test_opo_weighs_the_baseline_by_length() -> None:
+    masks = [np.ones(10 * length) for length in range(1, 9)]
+    np.testing.assert_allclose(opo(outcomes(EIGHT, masks=masks)), EIGHT - 0.2778, atol=1e-4)
 
 
-def test_verl(golden: Golden) -> None:
-    checked = 0
-    for case in golden("verl/advantages"):
-        if case["estimator"] not in ("grpo", "grpo_vectorized"):
-            continue
-        inputs = case["inputs"]
-        scores, groups = inputs["token_level_rewards"].sum(axis=1), inputs["index"]
-        estimator = "grpo" if case["settings"]["norm_adv_by_std_in_grpo"] else "dr_grpo"
-        expected = case["outputs"]["advantages"]
-        got = ADVANTAGES[estimator](outcomes(scores, np.asarray(groups)))[:, None] * inputs["response_mask"]
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=case["id"])
-        checked += 1
-    assert checked == 32
+def test_pass_at_k_rewards_the_best_alone() -> None:
+    got = pass_at_k(outcomes([0.9, 0.4, 0.1, 0.2]))
+    np.testing.assert_allclose(got, [1.4049, 0, 0, 0], atol=1e-4)
+    np.testing.assert_allclose(pass_at_k(outcomes([0.9, 0.4, 0.1, 0.2]), scale=False), [0.5, 0, 0, 0])
+    assert not pass_at_k(outcomes([1, 1, 0])).any() and not pass_at_k(outcomes([1])).any()
 
 
-def test_trl(golden: Golden) -> None:
-    checked = 0
-    for case in golden("trl/advantages"):
-        settings = case["settings"]
-        if case["estimator"] != "grpo" or settings["multi_objective_aggregation"] != "sum_then_normalize":
-            continue
-        if settings["scale_rewards"] == "batch":
-            continue
-        by_function = np.array(case["inputs"]["rewards_per_func"], np.float64)  # "NaN" reads as nan
-        scored = ~np.isnan(by_function).all(axis=1)
-        rewards = np.nansum(by_function * np.array(case["inputs"]["reward_weights"]), axis=1)
-        got = np.zeros(len(rewards))
-        for start in range(0, len(rewards), settings["num_generations"]):
-            rows = np.arange(start, start + settings["num_generations"])
-            rows = rows[scored[rows]]  # a trajectory without a reward leaves the group, as an untrainable one does
-            if settings["scale_rewards"] == "group":
-                got[rows] = grpo(outcomes(rewards[rows]), epsilon=1e-4)
-            else:
-                got[rows] = dr_grpo(outcomes(rewards[rows]))
-        np.testing.assert_allclose(got, case["outputs"]["advantages"], rtol=1e-5, atol=1e-6, err_msg=case["id"])
-        checked += 1
-    assert checked == 16
+def test_gpg_makes_up_for_rewards_of_zero() -> None:
+    np.testing.assert_allclose(gpg(outcomes(EIGHT))[:2], [8 / 3 * 0.625, -8 / 3 * 0.375], rtol=1e-6)
+
+
+def test_returns_are_cut_where_an_action_was_replaced() -> None:
+    np.testing.assert_allclose(cut_sums(np.array([1, 0.2, 1]), np.array([True, False, True]), 0.5), [1, 0.2, 1])
+    np.testing.assert_allclose(cut_sums(np.array([1, 0.2, 1]), np.ones(3, bool), 0.5), [1.35, 0.7, 1])
+    np.testing.assert_allclose(discounted_sums(np.array([1, 0.2, 1]), 0.5), [1.35, 0.7, 1])
+    assert len(discounted_sums(np.zeros(0), 0.5)) == 0
+
+
+def test_steps_are_compared_by_their_number() -> None:
+    turns = turns_of_one_token([2, 2, 1])
+    earned = [np.array([1.0, 0.0]), np.array([0.0, 0.0]), np.array([0.5])]
+    given = outcomes([1, 0, 0], masks=[of >= 0 for of in turns], turns=turns, turn_rewards=earned)
+    got = step_and_episode(given, scale=False, discount=0.5)
+    # Outcomes over all steps: mean of (1, 1, 0, 0, 0) is 0.4. First steps: 1, 0, 0.5. Second steps: 0, 0.
+    for values, expected in zip(got, [[0.6 + 0.5, 0, 0.6], [-0.4 - 0.5, 0, -0.4], [-0.4]], strict=True):
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
+    cut = outcomes([0, 0], turns=turns[:2], turn_rewards=[np.array([0.0, 1.0]), np.zeros(2)], masks=given.masks[:2])
+    cut = Outcomes(**vars(cut) | {"continues": [np.array([False, True]), np.ones(2, bool)]})
+    assert [values[0] for values in step_and_episode(cut)] == [0.0, 0.0]
+
+
+def test_gigpo_compares_steps_taken_in_the_same_state() -> None:
+    turns = turns_of_one_token([2, 2, 1])
+    given = outcomes(
+        [1, 0, 0],
+        masks=[of >= 0 for of in turns],
+        turns=turns,
+        states=[[b"start", b"seen"], [b"start", b"seen"], [b"start"]],
+    )
+    got = gigpo(given, discount=0.5, scale=False)
+    # From the start: returns 0.5, 0, 0 with mean 1/6; where "seen": 1, 0 with mean 1/2. Outcomes have mean 1/3.
+    expected = [[2 / 3 + 1 / 3, 0, 2 / 3 + 0.5], [-1 / 3 - 1 / 6, 0, -1 / 3 - 0.5], [-1 / 3 - 1 / 6]]
+    for values, of in zip(got, expected, strict=True):
+        np.testing.assert_allclose(values, of, rtol=1e-6)
+    elsewhere = Outcomes(**vars(given) | {"states": [[b"a", b"b"], [b"c", b"d"], [b"e"]]})
+    np.testing.assert_allclose([values[0] for values in gigpo(elsewhere)], grpo(given))
+
+
+def test_turn_rewards_reach_all_turns_but_the_last() -> None:
+    turns = turns_of_one_token([2, 2])
+    earned = [np.array([1.0, 5.0]), np.array([0.0, 0.0])]
+    given = outcomes([0, 1], masks=[of >= 0 for of in turns], turns=turns, turn_rewards=earned)
+    outcome = grpo(given)
+    got = turn_level(given, outcome_weight=0.5)
+    np.testing.assert_allclose(got[0], [0.70711 + 0.5 * outcome[0], 0, outcome[0]], atol=1e-4)
+    np.testing.assert_allclose(got[1], [-0.70711 + 0.5 * outcome[1], 0, outcome[1]], atol=1e-4)
+
+
+def branched() -> Outcomes:
+    """Two first turns; the first of them went on in two ways."""
+    turns = turns_of_one_token([2, 2, 1])
+    nodes = [np.array([0, 1]), np.array([0, 2]), np.array([3])]
+    return outcomes([1, 0, 0], masks=[of >= 0 for of in turns], turns=turns, nodes=nodes)
+
+
+def test_a_tree_by_depth() -> None:
+    got = tree_depth(branched())
+    # Depth 0 has nodes worth 0.5 and 0, depth 1 has nodes worth 1 and 0: each ± 1 / √2 of the unbiased std.
+    for values, expected in zip(got, [[0.7071, 0, 0.7071], [0.7071, 0, -0.7071], [-0.7071]], strict=True):
+        np.testing.assert_allclose(values, expected, atol=1e-4)
+    np.testing.assert_allclose(tree_depth(branched(), once=True)[0], [0.7071 / 2, 0, 0.7071], atol=1e-4)
+    assert np.abs(tree_depth(branched(), clip=0.5)[0]).max() == 0.5
+
+
+def test_a_tree_by_siblings() -> None:
+    got = tree_sibling(branched())
+    for values, expected in zip(got, [[0.5 - 1 / 3, 0, 0.5], [0.5 - 1 / 3, 0, -0.5], [-1 / 3]], strict=True):
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
+    np.testing.assert_allclose([values.sum() for values in got], dr_grpo(branched()), rtol=1e-6)
+
+
+def test_roles_are_compared_where_they_had_the_same_task() -> None:
+    given = outcomes(
+        [1, 0, 3, 5, 7, 9],
+        roles=np.array(["proposer", "proposer", "solver", "solver", "solver", "solver"]),
+        episodes=np.array([0, 1, 0, 0, 1, 1]),
+    )
+    np.testing.assert_allclose(hierarchical(given), [0.5, -0.5, -1, 1, -1, 1])
+
+
+def test_the_running_mean_of_each_role_is_kept() -> None:
+    given = outcomes([1, 1, -1], roles=np.array(["x", "x", "o"]))
+    first = rae(given, decay=0.75)
+    np.testing.assert_allclose(first.values, [0.75, 0.75, -0.75])
+    assert first.memory == {"rae/x": 0.25, "rae/o": -0.25}
+    second = rae(Outcomes(**vars(given) | {"memory": first.memory}), decay=0.75)
+    assert second.memory["rae/x"] == 0.75 * 0.25 + 0.25 and first.memory["rae/x"] == 0.25
+
+
+def test_remax_subtracts_what_the_greedy_rollout_got() -> None:
+    got = remax(outcomes([1, 0], masks=[np.array([1, 0, 1])] * 2, greedy_rewards=np.array([0.25, 0.25])))
+    np.testing.assert_allclose(np.stack(got), [[0.75, 0, 0.75], [-0.25, 0, -0.25]])
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("remax", "greedy_baseline=True"),
+        ("gae", "critic"),
+        ("hierarchical", "several agents"),
+        ("optimal_token_baseline", "sum of squared probabilities"),
+        ("turn_level", "name a component"),
+        ("step_and_episode", "name a component"),
+    ],
+)
+def test_what_was_not_recorded_is_refused_with_the_remedy(name: str, missing: str) -> None:
+    with pytest.raises(ConfigError, match=missing):
+        ADVANTAGES[name](outcomes([1, 0]))
+
+
+GROUPS = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.5, 1.0, -1.0])), max_size=10)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+@settings(deadline=None, max_examples=25)
+@given(rows=GROUPS, seed=st.integers(0, 99))
+def test_the_order_of_trajectories_changes_nothing_and_nothing_is_nan(name: str, rows: list, seed: int) -> None:
+    rewards, groups = np.array([reward for _, reward in rows]), np.array([group for group, _ in rows], int)
+    given_outcomes = complete(rewards, groups, seed)
+    values = by_token(name, given_outcomes)
+    assert len(values) == len(rows)
+    assert all(len(value) == len(mask) for value, mask in zip(values, given_outcomes.masks, strict=True))
+    assert np.isfinite(np.concatenate([np.zeros(0), *values])).all()
+    order = np.random.default_rng(seed).permutation(len(rows))
+    if name == "pass_at_k" and len(set(rewards)) < len(rewards):
+        return  # of several equally good ones the first counts as the best, but then it gets 0 anyway, or is not best
+    for new, old in zip(by_token(name, reordered(given_outcomes, order)), order, strict=True):
+        np.testing.assert_allclose(new, values[old], rtol=1e-5, atol=1e-6)
+
+
+GROUP_RELATIVE = ("grpo", "dr_grpo", "rloo", "opo", "gpg", "pass_at_k", "max_rl", "reinforce_plus_plus_baseline")
+
+
+@pytest.mark.parametrize("name", GROUP_RELATIVE)
+@settings(deadline=None, max_examples=25)
+@given(reward=st.sampled_from([0.1, 1.0, -3.3, 0.0]), sizes=st.lists(st.integers(2, 5), min_size=1, max_size=4))
+def test_equal_rewards_have_no_advantage(name: str, reward: float, sizes: list[int]) -> None:
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    values = by_token(name, outcomes(np.full(len(groups), reward), groups))
+    np.testing.assert_allclose(np.concatenate(values), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "shift_invariant", "degree"),
+    [
+        ("grpo", True, 0), ("dr_grpo", True, 1), ("rloo", True, 1), ("opo", True, 1), ("pass_at_k", True, 0),
+        ("max_rl", False, 0), ("gpg", False, 1), ("reinforce_plus_plus", True, 0),
+        ("reinforce_plus_plus_baseline", True, 0), ("tree_sibling", True, 1), ("tree_depth", True, 0),
+    ],
+)  # fmt: skip
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 999), scale=st.floats(0.5, 4), shift=st.floats(-2, 2))
+def test_scaling_and_shifting_rewards(
+    name: str, shift_invariant: bool, degree: int, seed: int, scale: float, shift: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(3), [2, 3, 4])
+    before = complete(rng.random(9) + 0.1, groups, seed)
+    after = Outcomes(**vars(before) | {"rewards": scale * before.rewards + (shift if shift_invariant else 0.0)})
+    for new, old in zip(by_token(name, after), by_token(name, before), strict=True):
+        np.testing.assert_allclose(new, scale**degree * old, rtol=2e-3, atol=2e-3)
+
+
+def test_one_trajectory_keeps_its_reward() -> None:
+    for name in ("grpo", "dr_grpo", "rloo"):
+        np.testing.assert_allclose(ADVANTAGES[name](outcomes([2.0])), [2.0], rtol=2e-6)
+        assert np.asarray(ADVANTAGES[name](outcomes([1.0, 0.0]))).dtype == np.float32

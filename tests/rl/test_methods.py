@@ -59,7 +59,7 @@ def test_a_loss_and_an_advantage_from_a_file(files: pathlib.Path) -> None:
     result = algorithm.policy_loss(config)(tokens)
     np.testing.assert_allclose(result.loss, -6 * np.exp(0.5) * np.ones((1, 2)), rtol=1e-6)
     outcomes = Outcomes(rewards=np.array([1.0, 0.5]), groups=np.zeros(2, int), masks=[np.ones(1)] * 2)
-    assert list(algorithm.advantage(config)(outcomes)) == [2.0, 1.0]
+    assert list(algorithm.advantage(config)(outcomes).values) == [2.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxrl.config import AlgorithmConfig
+from jaxrl.config import AlgorithmConfig, ConfigError
 from jaxrl.records import Problem, RewardStatus, StopReason, ToolCall, ToolStatus, Trajectory, Turn
 from jaxrl.rl import selection
+from jaxrl.rl.selection import Selection, resampling
 
 Golden = Callable[[str], list[dict[str, Any]]]
-ROC = AlgorithmConfig(keep=4, min_positive=1, min_negative=1)
+ROC = AlgorithmConfig(keep=4, selection_settings={"min_positive": 1, "min_negative": 1})
 
 
 def trajectory(
@@ -49,6 +50,10 @@ def trajectory(
     )
 
 
+def select_group(group: list[Trajectory], config: AlgorithmConfig, rng: np.random.Generator) -> Selection:
+    return selection.chooser(config).choose(group, rng)
+
+
 def release_selection(case: dict[str, Any]) -> list[int]:
     """Our greedy mode, put behind what the release does around it: small groups drop, the tail is cut."""
     config = case["settings"]["config"]
@@ -59,7 +64,7 @@ def release_selection(case: dict[str, Any]) -> list[int]:
     for uid in dict.fromkeys(uids):
         members = np.flatnonzero(uids == uid)
         if len(members) >= keep:
-            kept = selection.resample_on_correct(
+            kept = resampling.resample_on_correct(
                 penalties[members],
                 rewards[members] > 0,
                 keep,
@@ -75,7 +80,7 @@ def test_text_penalties_match_the_release(golden: Golden) -> None:
     cases = golden("rstar/penalties")[:-1]
     for case in cases:
         outputs = case["outputs"]
-        got = selection.text_penalties(case["inputs"]["response_text"])
+        got = resampling.text_penalties(case["inputs"]["response_text"])
         assert got == (outputs["error_ratio_penalty"], outputs["answer_format_penalty"]), case["id"]
     assert len(cases) == 126
 
@@ -87,7 +92,7 @@ def test_text_penalties_rank_the_resampled_groups_of_the_release(golden: Golden)
         for text, expected in zip(
             case["inputs"]["response_texts"], case["inputs"].get("penalty_weights") or [], strict=False
         ):
-            error, form = selection.text_penalties(text)
+            error, form = resampling.text_penalties(text)
             total = error * config["roc_error_ratio"] + form * config["roc_answer_format"]
             assert total == pytest.approx(expected, abs=1e-6), case["id"]
             checked += 1
@@ -155,7 +160,7 @@ def test_rejection_then_resampling_matches_the_release(golden: Golden) -> None:
 def test_penalties_of_the_paper(
     calls: int, errors: int, turns: int, answers: int, balanced: bool, expected: tuple[float, float]
 ) -> None:
-    got = selection.error_penalty(calls, errors), selection.format_penalty(answers, turns, balanced)
+    got = resampling.error_penalty(calls, errors), resampling.format_penalty(answers, turns, balanced)
     assert got == expected
 
 
@@ -163,7 +168,7 @@ def test_penalties_of_the_paper(
 def test_format_penalty_without_the_first_turn_is_that_of_the_release(
     turns: int, answers: int, expected: float
 ) -> None:
-    assert selection.format_penalty(answers, turns - 1) == expected
+    assert resampling.format_penalty(answers, turns - 1) == expected
 
 
 def test_quota_table_of_the_release_for_32_to_16() -> None:
@@ -172,7 +177,7 @@ def test_quota_table_of_the_release_for_32_to_16() -> None:
     negatives |= {positives: kept for (low, high), kept in bands.items() for positives in range(low, high + 1)}
     assert sorted(negatives) == list(range(1, 32))
     for positives, kept in negatives.items():
-        assert selection.quotas(positives, 32 - positives, 16, min_positive=2, min_negative=2) == (16 - kept, kept)
+        assert resampling.quotas(positives, 32 - positives, 16, min_positive=2, min_negative=2) == (16 - kept, kept)
 
 
 def test_quotas_are_exact_for_every_group() -> None:
@@ -181,7 +186,7 @@ def test_quotas_are_exact_for_every_group() -> None:
             negatives = size - positives
             for keep in range(1, size + 3):
                 for floor, down in itertools.product((-1, 0, keep // 4, keep // 2), (False, True)):
-                    kept = selection.quotas(
+                    kept = resampling.quotas(
                         positives, negatives, keep, min_positive=floor, min_negative=floor, round_negatives_down=down
                     )
                     assert sum(kept) == min(keep, size)
@@ -198,20 +203,20 @@ def test_the_papers_quotas_round_the_negatives_down() -> None:
     """arXiv 2508.20722, section 3.2: ⌊|O_neg| / 2⌋ of 2G = 32 wrong ones, correct ones for the rest of G = 16."""
     for positives in range(1, 32):
         kept_negatives = (32 - positives) // 2
-        quotas = selection.quotas(positives, 32 - positives, 16, round_negatives_down=True)
+        quotas = resampling.quotas(positives, 32 - positives, 16, round_negatives_down=True)
         assert quotas == (16 - kept_negatives, kept_negatives)
-    assert selection.quotas(31, 1, 16, min_negative=1, round_negatives_down=True) == (15, 1)
+    assert resampling.quotas(31, 1, 16, min_negative=1, round_negatives_down=True) == (15, 1)
 
 
 def test_quotas_where_both_halves_round_the_same_way() -> None:
-    assert selection.quotas(7, 7, 7) == (4, 3)  # both 3.5: half to even gives 4 + 4 = 8
-    assert selection.quotas(5, 5, 5, min_positive=1, min_negative=1) == (3, 2)  # both 2.5: 2 + 2 = 4
+    assert resampling.quotas(7, 7, 7) == (4, 3)  # both 3.5: half to even gives 4 + 4 = 8
+    assert resampling.quotas(5, 5, 5, min_positive=1, min_negative=1) == (3, 2)  # both 2.5: 2 + 2 = 4
 
 
 @given(
     st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.5]), st.booleans()), min_size=1, max_size=24),
     st.integers(1, 16),
-    st.sampled_from(["greedy", "inverse", "off"]),
+    st.sampled_from(["greedy", "inverse"]),
     st.integers(0, 2**32 - 1),
 )
 def test_resampling_keeps_the_quotas_and_nothing_twice(
@@ -221,16 +226,13 @@ def test_resampling_keeps_the_quotas_and_nothing_twice(
 
     def resample() -> np.ndarray:
         rng = np.random.default_rng(seed)
-        return selection.resample_on_correct(penalties, positive, keep, mode, rng=rng)
+        return resampling.resample_on_correct(penalties, positive, keep, mode, rng=rng)
 
     kept = resample()
     assert (np.diff(kept) > 0).all()
     assert len(kept) == min(keep, len(group))
     np.testing.assert_array_equal(kept, resample())
-    if mode == "off":
-        np.testing.assert_array_equal(kept, np.arange(len(kept)))
-        return
-    expected = selection.quotas(
+    expected = resampling.quotas(
         int(positive.sum()), int((~positive).sum()), keep, round_negatives_down=mode == "inverse"
     )
     assert (positive[kept].sum(), (~positive[kept]).sum()) == expected
@@ -245,7 +247,7 @@ def test_inverse_draws_positives_by_their_weight_and_negatives_uniformly() -> No
     rng = np.random.default_rng(0)
     first = np.zeros(8)
     for _ in range(20_000):
-        kept = selection.resample_on_correct(penalties, positive, 2, "inverse", epsilon=0.05, rng=rng)
+        kept = resampling.resample_on_correct(penalties, positive, 2, "inverse", epsilon=0.05, rng=rng)
         first[kept] += 1
     # One of four positives and one of four negatives: the share kept is the probability of the first draw.
     np.testing.assert_allclose(first[:4] / 20_000, [0.854, 0.078, 0.041, 0.028], atol=0.01)
@@ -260,7 +262,7 @@ def test_inverse_draws_without_replacement_from_what_remains() -> None:
     left_out = share[0] * share[1] / (1 - share[0]) + share[1] * share[0] / (1 - share[1])
     rng = np.random.default_rng(1)
     kept = [
-        selection.resample_on_correct(penalties, positive, 4, "inverse", epsilon=0.1, rng=rng) for _ in range(20_000)
+        resampling.resample_on_correct(penalties, positive, 4, "inverse", epsilon=0.1, rng=rng) for _ in range(20_000)
     ]
     assert all(len(indices) == 4 for indices in kept)
     assert np.mean([2 not in indices for indices in kept]) == pytest.approx(left_out, abs=0.012)
@@ -269,7 +271,7 @@ def test_inverse_draws_without_replacement_from_what_remains() -> None:
 def test_inverse_says_what_it_needs() -> None:
     for arguments in ({"rng": None}, {"rng": np.random.default_rng(0), "epsilon": 0.0}):
         with pytest.raises(ValueError, match="needs a random generator and epsilon > 0"):
-            selection.resample_on_correct(np.zeros(4), np.arange(4) < 2, 2, "inverse", **arguments)
+            resampling.resample_on_correct(np.zeros(4), np.arange(4) < 2, 2, "inverse", **arguments)
 
 
 def test_select_group_joins_penalties_quotas_and_order() -> None:
@@ -284,7 +286,7 @@ def test_select_group_joins_penalties_quotas_and_order() -> None:
         trajectory(6, wrong),
         trajectory(7, wrong),
     ]
-    kept = selection.select_group(group, ROC, np.random.default_rng(0))
+    kept = select_group(group, ROC, np.random.default_rng(0))
     assert [item.sample for item in kept.kept] == [0, 2, 4, 5]
     assert kept.rejected == ""
     statistics = kept.statistics
@@ -300,16 +302,16 @@ def test_select_group_joins_penalties_quotas_and_order() -> None:
     assert statistics["untrainable_share"] == (0, 8)
 
 
-@pytest.mark.parametrize("mode", ["greedy", "inverse", "off"])
-def test_select_group_does_not_depend_on_the_order_episodes_finished_in(mode: Any) -> None:
-    config = dataclasses.replace(ROC, roc=mode)
+@pytest.mark.parametrize("method", ["roc", "roc_sampled", "first", "max_variance"])
+def test_select_group_does_not_depend_on_the_order_episodes_finished_in(method: str) -> None:
+    config = AlgorithmConfig(keep=4, selection=method)
     group = [
         trajectory(i, RewardStatus.CORRECT if i % 3 else RewardStatus.WRONG, (ToolStatus.OK,) * (i % 4))
         for i in range(12)
     ]
     shuffled = [group[i] for i in np.random.default_rng(3).permutation(12)]
-    one = selection.select_group(group, config, np.random.default_rng(7))
-    other = selection.select_group(shuffled, config, np.random.default_rng(7))
+    one = select_group(group, config, np.random.default_rng(7))
+    other = select_group(shuffled, config, np.random.default_rng(7))
     assert [item.sample for item in one.kept] == [item.sample for item in other.kept]
     assert one.statistics == other.statistics
 
@@ -319,10 +321,10 @@ def test_select_group_does_not_depend_on_the_order_episodes_finished_in(mode: An
 )
 def test_select_group_rejects_equal_groups_on_raw_correctness(status: RewardStatus, reason: str) -> None:
     group = [trajectory(i, status) for i in range(8)]
-    rejected = selection.select_group(group, ROC, np.random.default_rng(0))
+    rejected = select_group(group, ROC, np.random.default_rng(0))
     assert (rejected.kept, rejected.rejected) == ((), reason)
     assert rejected.statistics[f"groups_{reason}"] == (1, 1)
-    kept = selection.select_group(group, dataclasses.replace(ROC, reject_equal=False), np.random.default_rng(0))
+    kept = select_group(group, dataclasses.replace(ROC, reject_equal=False), np.random.default_rng(0))
     assert [item.sample for item in kept.kept] == [0, 1, 2, 3]
 
 
@@ -330,15 +332,13 @@ def test_promise_5_a_fault_of_ours_leaves_the_batch_before_anything_else() -> No
     crash, correct, wrong = RewardStatus.VERIFIER_CRASH, RewardStatus.CORRECT, RewardStatus.WRONG
     spoiled = [trajectory(0, crash), trajectory(1, correct, stop_reason=StopReason.INFRA_ERROR)]
     # The only correct trajectory is spoiled, so what remains is all wrong.
-    rejected = selection.select_group(
-        [*spoiled, trajectory(2, wrong), trajectory(3, wrong)], ROC, np.random.default_rng(0)
-    )
+    rejected = select_group([*spoiled, trajectory(2, wrong), trajectory(3, wrong)], ROC, np.random.default_rng(0))
     assert rejected.rejected == "all_wrong"
     assert rejected.statistics["untrainable_share"] == (2, 4)
     assert rejected.statistics["pass_rate"] == (0, 2)
-    kept = selection.select_group([*spoiled, trajectory(2, wrong), trajectory(3)], ROC, np.random.default_rng(0))
+    kept = select_group([*spoiled, trajectory(2, wrong), trajectory(3)], ROC, np.random.default_rng(0))
     assert [item.sample for item in kept.kept] == [2, 3]
-    nothing = selection.select_group(spoiled, ROC, np.random.default_rng(0))
+    nothing = select_group(spoiled, ROC, np.random.default_rng(0))
     assert (nothing.kept, nothing.rejected) == ((), "untrainable")
     assert nothing.statistics["groups_all_wrong"] == (0, 1)
 
@@ -346,11 +346,96 @@ def test_promise_5_a_fault_of_ours_leaves_the_batch_before_anything_else() -> No
 def test_every_status_but_ok_is_an_error_and_a_fault_of_ours_is_no_call() -> None:
     for status in ToolStatus:
         expected = {ToolStatus.OK: (1, 0), ToolStatus.INFRA_ERROR: (0, 0)}.get(status, (1, 1))
-        assert selection.tool_counts(trajectory(0, calls=(status,))) == expected
+        assert resampling.tool_counts(trajectory(0, calls=(status,))) == expected
 
 
 def test_penalty_switches() -> None:
     messy = trajectory(0, calls=(ToolStatus.ERROR,), answer_tags=2)  # two policy turns
     for error, form, expected in ((True, True, 1.5), (True, False, 1.0), (False, True, 0.5), (False, False, 0.0)):
-        config = dataclasses.replace(ROC, error_penalty=error, format_penalty=form)
-        assert selection.penalty(messy, config) == expected
+        assert resampling.penalty(messy, errors=error, form=form) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "holds", "spared"),
+    [
+        ("truncated", trajectory(0, stop_reason=StopReason.MAX_TOKENS), trajectory(0)),
+        ("turn_limit", trajectory(0, stop_reason=StopReason.MAX_TURNS), trajectory(0)),
+        ("wall_clock", trajectory(0, stop_reason=StopReason.WALL_CLOCK), trajectory(0)),
+        ("void_turn", trajectory(0, stop_reason=StopReason.NO_CALL), trajectory(0)),
+        ("no_valid_call", trajectory(0, calls=(ToolStatus.PARSE_ERROR,)), trajectory(0, calls=())),
+        (
+            "no_valid_call",
+            trajectory(0, calls=(ToolStatus.UNKNOWN_TOOL,)),
+            trajectory(0, calls=(ToolStatus.PARSE_ERROR, ToolStatus.ERROR)),
+        ),
+        ("unreadable_call", trajectory(0, calls=(ToolStatus.OK, ToolStatus.PARSE_ERROR)), trajectory(0)),
+        ("failed_call", trajectory(0, calls=(ToolStatus.OK, ToolStatus.TIMEOUT)), trajectory(0)),
+    ],
+)
+def test_filters(name: str, holds: Trajectory, spared: Trajectory) -> None:
+    assert selection.FILTERS[name](holds) and not selection.FILTERS[name](spared)
+
+
+def test_a_filter_leaves_out_before_the_group_is_judged_and_is_counted() -> None:
+    truncated = trajectory(0, RewardStatus.NO_ANSWER, stop_reason=StopReason.MAX_TOKENS)
+    config = AlgorithmConfig(selection="first", keep=0, leave_out=("truncated",))
+    chosen = select_group([truncated, trajectory(1), trajectory(2)], config, np.random.default_rng(0))
+    assert chosen.rejected == "all_correct"
+    chosen = select_group([truncated, trajectory(1), trajectory(2, RewardStatus.WRONG)], config, None)
+    assert [kept.sample for kept in chosen.kept] == [1, 2]
+    assert chosen.statistics["left_out_truncated"] == (1, 3) and chosen.statistics["kept"] == (2, 1)
+    assert select_group([truncated], config, None).rejected == "filtered"
+
+
+def test_a_masked_trajectory_stays_in_the_group_without_weight_and_is_counted() -> None:
+    failed = trajectory(0, calls=(ToolStatus.ERROR,))
+    config = AlgorithmConfig(selection="first", keep=0, mask_out=("failed_call", "truncated"))
+    chosen = select_group([failed, trajectory(1), trajectory(2, RewardStatus.WRONG)], config, None)
+    assert [kept.sample for kept in chosen.kept] == [0, 1, 2] and chosen.masked == (True, False, False)
+    assert chosen.statistics["masked_failed_call"] == chosen.statistics["masked"] == (1, 3)
+    assert chosen.statistics["masked_truncated"] == (0, 3)
+    wrong = trajectory(1, RewardStatus.WRONG, calls=(ToolStatus.ERROR,))
+    nothing = select_group([failed, wrong], config, None)
+    assert nothing.kept == () and nothing.rejected == "masked" and nothing.statistics["masked"] == (2, 2)
+
+
+def test_the_first_and_those_of_largest_variance() -> None:
+    group = [
+        dataclasses.replace(
+            trajectory(i), reward=reward, reward_status=RewardStatus.CORRECT if i else RewardStatus.WRONG
+        )
+        for i, reward in enumerate([0.5, 0.9, 0.1, 0.6, 1.0, 0.4])
+    ]
+
+    def kept(method: str, keep: int) -> list[int]:
+        chosen = select_group(group, AlgorithmConfig(selection=method, keep=keep), np.random.default_rng(0))
+        return [item.sample for item in chosen.kept]
+
+    assert kept("first", 0) == kept("max_variance", 0) == kept("roc", 0) == list(range(6))
+    assert kept("first", 2) == [0, 1]
+    assert kept("max_variance", 3) == [1, 2, 4]
+    best = max(itertools.combinations(group, 3), key=lambda three: np.var([item.reward for item in three]))
+    assert kept("max_variance", 3) == [item.sample for item in best]
+
+
+def test_a_selection_of_ones_own_and_what_is_refused(tmp_path: Any) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import numpy as np\n"
+        "def last(candidates, *, count: int = 1):\n    return np.arange(len(candidates.trajectories))[-count:]\n"
+        "def wrong(candidates):\n    return [5]\n"
+        "def short(trajectory):\n    return len(trajectory.ids) < 2\n"
+    )
+    config = AlgorithmConfig(selection=f"{file}:last", selection_settings={"count": 2}, leave_out=(f"{file}:short",))
+    group = [trajectory(0), trajectory(1, RewardStatus.WRONG), trajectory(2, calls=()), trajectory(3)]
+    chosen = select_group(group, config, np.random.default_rng(0))
+    assert [item.sample for item in chosen.kept] == [1, 3] and chosen.statistics["left_out_short"] == (1, 4)
+    for bad, words in (
+        (AlgorithmConfig(selection=f"{file}:wrong"), "must give ascending indices"),
+        (AlgorithmConfig(selection="rok"), "did you mean roc"),
+        (AlgorithmConfig(keep=3), "min_positive=2 and min_negative=2 exceed keep=3"),
+        (AlgorithmConfig(selection="roc_sampled", selection_settings={"epsilon": 0.0}), "epsilon > 0"),
+        (AlgorithmConfig(mask_out=("trunkated",)), "did you mean truncated"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            selection.chooser(bad)

@@ -33,8 +33,8 @@ if __name__ == "__main__":
     )
     episodes = read_episodes(sorted((run.path / "episodes").glob("rl_*.jsonl"))[-1])
     groups = [[t for t in episodes if t.draw == draw] for draw in sorted({t.draw for t in episodes})]
-    kept = tuple(selection.select_group(group, config.algorithm, np.random.default_rng(0)) for group in groups)
-    (batches,) = pack(config, tuple(chosen for chosen in kept if chosen.kept))
+    kept = tuple(selection.chooser(config.algorithm).choose(group, np.random.default_rng(0)) for group in groups)
+    (batches,) = pack(config, tuple(chosen for chosen in kept if chosen.kept), {})
 
     wide = open_session(config, run)
     narrow = dataclasses.replace(wide, mesh=meshes.make_mesh(MeshConfig(), jax.devices()[:1]))

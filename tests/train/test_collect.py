@@ -131,3 +131,32 @@ def test_groups_ahead_are_used_when_nothing_survived() -> None:
         assert progress.stream["next_draw"] == 5
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("refill", [False, True])
+def test_a_step_is_filled_up_until_all_its_groups_teach_something(refill: bool) -> None:
+    """Only every third draw has answers of both kinds; two problems a step."""
+
+    def script(draw: int, sample: int) -> list[str]:
+        return [answer("15" if draw % 3 or sample % 2 else "16")]
+
+    async def run() -> None:
+        session, progress = make_session(refill=refill, max_draws=5, prefetch_groups=1), RunProgress(stage="rl")
+        player = make_player(script, GatedTool())
+        async with collect(session, RECORDER, player, progress) as collected:
+            kept = [chosen.kept[0].draw for chosen in collected.kept]
+            assert kept == ([0, 3] if refill else [0])
+            assert len(collected.selections) == (4 if refill else 2)
+            assert [group.draw for group in await collected.ahead] == [len(collected.selections)]
+
+    asyncio.run(run())
+
+
+def test_filling_up_ends_with_the_last_draw() -> None:
+    async def run() -> None:
+        session = make_session(refill=True, max_draws=2, prefetch_groups=0)
+        player = make_player(lambda draw, sample: [answer("15" if draw or sample % 2 else "16")], GatedTool())
+        async with collect(session, RECORDER, player, RunProgress(stage="rl")) as collected:
+            assert [len(collected.kept), len(collected.selections)] == [1, 3]
+
+    asyncio.run(run())

@@ -22,7 +22,7 @@ from jaxrl.episodes import Player
 from jaxrl.observe.metrics import PhaseTimer
 from jaxrl.records import Batch, Problem, StopReason, ToolStatus, Trajectory
 from jaxrl.rewards.verifier import MathVerifier
-from jaxrl.rl.selection import Selection, select_group
+from jaxrl.rl.selection import Selection, chooser
 from jaxrl.sandbox import Limits, Pool, Result
 from jaxrl.text.chat import ChatFormat
 from jaxrl.train.loop import Collected, collect, pack
@@ -32,7 +32,7 @@ from tests.scripted_engine import ScriptedEngine, answer, call, small_tokenizer
 
 CONFIG = Config(
     train=TrainConfig(problems=12, samples=8, max_draws=1, rows=4, row_tokens=512),
-    algorithm=AlgorithmConfig(keep=4, min_positive=1, min_negative=1),
+    algorithm=AlgorithmConfig(keep=4, selection_settings={"min_positive": 1, "min_negative": 1}),
 )
 RECORDER = types.SimpleNamespace(timer=PhaseTimer(lambda phase: None))
 SHARES = (0.01, 0.1, 0.5)
@@ -131,7 +131,8 @@ def selected(trajectories: Iterable[Trajectory], config: Config) -> tuple[Select
     for trajectory in trajectories:
         groups.setdefault(trajectory.draw, []).append(trajectory)
     seed = config.train.seed
-    chosen = (select_group(g, config.algorithm, np.random.default_rng((seed, d))) for d, g in groups.items())
+    rules = chooser(config.algorithm)
+    chosen = (rules.choose(g, np.random.default_rng((seed, d))) for d, g in groups.items())
     return tuple(one for one in chosen if one.kept)
 
 
@@ -142,7 +143,7 @@ def inputs(config: Config, kept: tuple[Selection, ...]) -> list[list[dict[str, b
         names = (field.name for field in dataclasses.fields(batch))
         return {name: np.asarray(getattr(batch, name)).tobytes() for name in names}
 
-    return [[arrays(batch) for batch in update] for update in pack(config, kept)]
+    return [[arrays(batch) for batch in update] for update in pack(config, kept, {})]
 
 
 def told(trajectory: Trajectory) -> tuple[object, ...]:
@@ -161,12 +162,12 @@ def test_the_calm_step_has_something_of_everything(calm: Collected) -> None:
     assert len(inputs(CONFIG, calm.kept)[0]) >= 3
 
 
-@pytest.mark.parametrize("roc", ["greedy", "inverse"])
+@pytest.mark.parametrize("selection", ["roc", "roc_sampled"])
 @pytest.mark.parametrize("share", SHARES)
 def test_promise_5_lasting_faults_only_leave_trajectories_out(
-    table: Table, calm: Collected, share: float, roc: str
+    table: Table, calm: Collected, share: float, selection: str
 ) -> None:
-    config = dataclasses.replace(CONFIG, algorithm=dataclasses.replace(CONFIG.algorithm, roc=roc))
+    config = dataclasses.replace(CONFIG, algorithm=dataclasses.replace(CONFIG.algorithm, selection=selection))
     stormy, pool = table.faulty(share, losses=10**9, config=config)
     hit = {(t.draw, t.sample) for t in calm.played if any(pool.doomed(call.arguments["code"]) for call in t.calls)}
     assert hit and pool.faults == 3 * len(hit), "tried once and twice again"

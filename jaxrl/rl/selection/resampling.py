@@ -1,8 +1,7 @@
-"""Which trajectories of a group are trained on: equal-reward rejection and Resample on Correct (RoC).
+"""Resample on Correct (RoC): of the correct trajectories of a group keep the clean ones, of the others a varied rest.
 
-Host side, numpy, a handful of numbers a group. Source: rStar2-Agent (arXiv 2508.20722, section 3.2) and its
-release (microsoft/rStar, ``rstar2_agent/down_sample``). Where the two differ there is a mode, or one of
-these choices:
+Source: rStar2-Agent (arXiv 2508.20722, section 3.2) and its release (microsoft/rStar, ``rstar2_agent/down_sample``).
+Where the two differ there is a method for each, or one of these choices:
 
 * Penalties count structured statuses. The release searches tool responses for the word "error" and misses
   the first turn when it counts turns; ``text_penalties`` does exactly that, for comparison.
@@ -13,46 +12,82 @@ these choices:
 * Order means sample index, never finish order, so "the first negatives" is an unbiased choice.
 """
 
-import dataclasses
 import re
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-from jaxrl.config import AlgorithmConfig
 from jaxrl.records import ToolStatus, Trajectory
+from jaxrl.rl.selection.candidates import Candidates
 
 NO_CALL_PENALTY = 0.5  # a nudge to use the tool: worse than clean calls, better than failing ones
 _TOOL_RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>.*?</answer>", re.DOTALL)
 _ASSISTANT_TURN = re.compile(r"<\|im_start\|>assistant.*?<\|im_end\|>", re.DOTALL)
 
-Statistics = dict[str, tuple[float, float]]  # name -> (sum, count); groups add up
 
+def roc(
+    candidates: Candidates,
+    *,
+    min_positive: int = 2,
+    min_negative: int = 2,
+    error_penalty: bool = True,
+    format_penalty: bool = True,
+) -> np.ndarray:
+    """The release's choice: the positives with the lowest penalties, ties by index; the first negatives.
 
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """What is kept of one group, and why not more.
+    Args:
+        candidates: the group; all of it stays where ``keep`` is 0.
+        min_positive: floor on kept positives; -1 for none.
+        min_negative: floor on kept negatives; -1 for none.
+        error_penalty: count the share of failed calls.
+        format_penalty: count surplus answer tags.
 
-    Attributes:
-        kept: in the order of their sample index; empty when the group is rejected.
-        rejected: why the whole group was left out; "" when it was not.
-        statistics: (sum, count) by name, over raw and kept trajectories.
+    Returns:
+        Ascending indices.
     """
+    if not candidates.keep:
+        return np.arange(len(candidates.trajectories))
+    penalties = [penalty(t, errors=error_penalty, form=format_penalty) for t in candidates.trajectories]
+    floors = {"min_positive": min_positive, "min_negative": min_negative}
+    return resample_on_correct(np.array(penalties), candidates.correct, candidates.keep, "greedy", **floors)
 
-    kept: tuple[Trajectory, ...]
-    rejected: Literal["", "untrainable", "all_correct", "all_wrong"]
-    statistics: Statistics
 
+def roc_sampled(
+    candidates: Candidates,
+    *,
+    min_positive: int = 2,
+    min_negative: int = 2,
+    error_penalty: bool = True,
+    format_penalty: bool = True,
+    epsilon: float = 0.1,
+) -> np.ndarray:
+    """The paper's choice: positives drawn with weight 1 / (penalty + epsilon), negatives drawn uniformly.
 
-def equal_reward(rewards: np.ndarray) -> bool:
-    """True if every reward [G] is close to the first (within 1e-8 + 1e-5 |first|), also for G < 2.
+    Args:
+        candidates: the group; all of it stays where ``keep`` is 0.
+        min_positive: floor on kept positives; -1 for none.
+        min_negative: floor on kept negatives; -1 for none.
+        error_penalty: count the share of failed calls.
+        format_penalty: count surplus answer tags.
+        epsilon: keeps the weight of a clean trajectory finite.
 
-    Such a group has no advantage to learn from.
+    Returns:
+        Ascending indices.
     """
-    rewards = np.asarray(rewards, np.float64)
-    return bool(np.isclose(rewards, rewards[:1], rtol=1e-5, atol=1e-8).all())
+    if not candidates.keep:
+        return np.arange(len(candidates.trajectories))
+    penalties = [penalty(t, errors=error_penalty, form=format_penalty) for t in candidates.trajectories]
+    return resample_on_correct(
+        np.array(penalties),
+        candidates.correct,
+        candidates.keep,
+        "inverse",
+        min_positive=min_positive,
+        min_negative=min_negative,
+        epsilon=epsilon,
+        rng=candidates.rng,
+    )
 
 
 def error_penalty(calls: int, errors: int) -> float:
@@ -140,7 +175,7 @@ def resample_on_correct(
     penalties: np.ndarray,
     positive: np.ndarray,
     keep: int,
-    mode: Literal["greedy", "inverse", "off"] = "greedy",
+    mode: Literal["greedy", "inverse"] = "greedy",
     *,
     min_positive: int = 0,
     min_negative: int = 0,
@@ -152,7 +187,6 @@ def resample_on_correct(
     * ``greedy`` (the release): the positives with the lowest penalties, ties by index; the first negatives.
     * ``inverse`` (the paper): positives drawn without replacement with weight 1 / (penalty + epsilon);
       negatives drawn uniformly, their quota rounded down.
-    * ``off``: the first ``keep``, whatever they are.
 
     Args:
         penalties: [G] quality penalty of each trajectory, 0 = clean.
@@ -170,8 +204,6 @@ def resample_on_correct(
         ValueError: the floors exceed ``keep``, or ``inverse`` without ``rng`` or with ``epsilon <= 0``.
     """
     penalties, positive = np.asarray(penalties, np.float64), np.asarray(positive, bool)
-    if mode == "off":
-        return np.arange(min(keep, len(positive)))
     positives, negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
     kept_positives, kept_negatives = quotas(
         len(positives),
@@ -193,50 +225,12 @@ def resample_on_correct(
     return np.sort(np.concatenate(chosen))
 
 
-def select_group(trajectories: Sequence[Trajectory], config: AlgorithmConfig, rng: np.random.Generator) -> Selection:
-    """Choose what to train on from one group: leave out, reject, resample.
-
-    Trajectories that our own machinery spoiled are left out first and counted. A group whose remaining
-    trajectories are all correct or all wrong is rejected (``reject_equal``), judged before any resampling.
-    The rest goes through Resample on Correct. The result does not depend on the order of the input.
-
-    Args:
-        trajectories: all trajectories of one draw.
-        config: selection switches, quotas and penalties.
-        rng: source of the draws; seed it from the run's seed and the draw, so that a resumed run draws the same.
-    """
-    ordered = sorted(trajectories, key=lambda trajectory: trajectory.sample)
-    trainable = [trajectory for trajectory in ordered if trajectory.trainable]
-    correct = np.array([trajectory.correct for trajectory in trainable], bool)
-    penalties = np.array([penalty(trajectory, config) for trajectory in trainable], np.float64)
-    rejected = _rejection(correct, config.reject_equal)
-    if rejected:
-        kept = np.arange(0)
-    else:
-        kept = resample_on_correct(
-            penalties,
-            correct,
-            config.keep,
-            config.roc,
-            min_positive=config.min_positive,
-            min_negative=config.min_negative,
-            epsilon=config.roc_epsilon,
-            rng=rng,
-        )
-    counts = np.array([tool_counts(trajectory) for trajectory in trainable], np.int64).reshape(-1, 2)
-    statistics = _statistics(correct, penalties, counts, kept)
-    statistics["untrainable_share"] = (float(len(ordered) - len(trainable)), float(len(ordered)))
-    statistics["groups_all_correct"] = (float(rejected == "all_correct"), 1.0)
-    statistics["groups_all_wrong"] = (float(rejected == "all_wrong"), 1.0)
-    return Selection(tuple(trainable[index] for index in kept), rejected, statistics)
-
-
-def penalty(trajectory: Trajectory, config: AlgorithmConfig) -> float:
+def penalty(trajectory: Trajectory, *, errors: bool = True, form: bool = True) -> float:
     """Quality penalty of a trajectory in [0, 2]: the sum of the penalties that are switched on."""
     total = 0.0
-    if config.error_penalty:
+    if errors:
         total += error_penalty(*tool_counts(trajectory))
-    if config.format_penalty:
+    if form:
         total += format_penalty(trajectory.answer_tags, trajectory.policy_turns, trajectory.balanced_tags)
     return total
 
@@ -253,36 +247,3 @@ def _draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
     An exponential race: arrival times with rate ``weight``, first come first kept (Efraimidis and Spirakis, 2006).
     """
     return np.argsort(rng.exponential(size=len(weights)) / weights, kind="stable")[:count]
-
-
-def _rejection(correct: np.ndarray, reject_equal: bool) -> Literal["", "untrainable", "all_correct", "all_wrong"]:
-    if not len(correct):
-        return "untrainable"
-    if not reject_equal or not equal_reward(correct):
-        return ""
-    return "all_correct" if correct[0] else "all_wrong"
-
-
-def _statistics(correct: np.ndarray, penalties: np.ndarray, counts: np.ndarray, kept: np.ndarray) -> Statistics:
-    """What selection did, as (sum, count). ``counts`` [G, 2] holds calls and errors."""
-    chosen = np.zeros(len(correct), bool)
-    chosen[kept] = True
-
-    def share(values: np.ndarray, among: np.ndarray) -> tuple[float, float]:
-        return float(values[among].sum()), float(among.sum())
-
-    def error_share(among: np.ndarray) -> tuple[float, float]:
-        calls, errors = counts[among].sum(axis=0)
-        return float(errors), float(calls)
-
-    return {
-        "pass_rate": share(correct, np.ones(len(correct), bool)),
-        "pass_rate_kept": share(correct, chosen),
-        "kept_share_of_correct": share(chosen, correct),
-        "kept_share_of_wrong": share(chosen, ~correct),
-        "penalty_of_correct_kept": share(penalties, correct & chosen),
-        "penalty_of_correct_dropped": share(penalties, correct & ~chosen),
-        "tool_error_share_in_correct": error_share(correct),
-        "tool_error_share_in_correct_kept": error_share(correct & chosen),
-        "tool_error_share_in_wrong": error_share(~correct),
-    }
