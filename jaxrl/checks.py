@@ -28,6 +28,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Train.steps Train.eval_every Train.prefetch_groups Sft.steps Sft.warmup_steps Sft.learning_rate Sft.variants "
         "Optimizer.warmup_steps Optimizer.learning_rate Optimizer.weight_decay "
         "Algorithm.keep "
+        "Mix.warmup_steps Mix.decay_steps Mix.observation_weight "
         "Algorithm.kl_coefficient Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed "
         "Sandbox.slow_slots Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature "
         "Model.experts Model.balance_coefficient Model.local_rope_theta Model.score_width Model.attention_soft_cap "
@@ -43,7 +44,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "be above 0",
     ),
     ("Optimizer.beta1 Optimizer.beta2", lambda value: 0 <= value < 1, "be at least 0 and below 1"),
-    ("Sft.wrong_share Sft.repair_share", lambda value: 0 <= value <= 1, "lie between 0 and 1"),
+    ("Sft.wrong_share Sft.repair_share Mix.peak Mix.valley", lambda value: 0 <= value <= 1, "lie between 0 and 1"),
     ("Engine.reserve_quantile", lambda value: 0 < value <= 1, "be above 0 and at most 1"),
     (
         "Engine.temperature",
@@ -98,6 +99,7 @@ def check(config: Any) -> None:
         raise ConfigError(
             "AlgorithmConfig.kl_estimator='k1' has no gradient in expectation; use 'k2' or 'k3' in a loss"
         )
+    _check_mix(config)
     if not config.data.eval and "stories" in config.data.train.split(","):
         raise ConfigError("DataConfig.eval is empty: stories have a split of their own; set DataConfig.eval='stories'")
     if train.prefetch_groups > train.problems:
@@ -131,6 +133,19 @@ def _check_ranges(sections: Mapping[str, Any]) -> None:
             value = getattr(sections[section], field)
             if not all(map(holds, value if isinstance(value, tuple) else (value,))):
                 raise ConfigError(f"{section}Config.{field}={value} must {words}")
+
+
+def _check_mix(config: Any) -> None:
+    if config.mix.demonstrations != "off" and not config.sft.demonstrations:
+        raise ConfigError(
+            f"MixConfig.demonstrations={config.mix.demonstrations!r} but SftConfig.demonstrations is empty; name some, "
+            "with SftConfig.steps=0 for no cold start"
+        )
+    if config.mix.observation_weight and config.mix.loss != "nll":
+        raise ConfigError(
+            f"MixConfig.observation_weight={config.mix.observation_weight} is of the cross-entropy, but "
+            f"MixConfig.loss={config.mix.loss!r} would hold for observations too; set it to 'nll', or the weight to 0"
+        )
 
 
 def _check_lora(lora: Any) -> None:

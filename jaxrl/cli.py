@@ -179,7 +179,12 @@ def _parser() -> argparse.ArgumentParser:
             "  jaxrl train quickstart\n  jaxrl train quickstart --set TrainConfig.steps=200 --run runs/long\n"
             "  jaxrl train gsm8k_tool --set DataConfig.train=gsm8k_train.jsonl",
         ),
-        ("sft", _sft, "only the cold start of a recipe", "  jaxrl sft quickstart --run runs/cold"),
+        (
+            "sft",
+            _sft,
+            "only the cold start of a recipe: on demonstrations, on chat messages, or on the episodes of a run",
+            "  jaxrl sft quickstart --run runs/cold\n  jaxrl sft quickstart --set SftConfig.demonstrations=chat.jsonl",
+        ),
     ):
         new = verb(name, function, summary, examples)
         new.add_argument(

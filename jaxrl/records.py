@@ -6,7 +6,7 @@ never re-tokenised, so the ids here are the ids the trainer scores.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -34,6 +34,26 @@ class Demonstration:
 
     problem: Problem
     turns: tuple[str, ...]
+    failed: tuple[int, ...] = ()  # indices of the policy turns whose tool call failed
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One message of a conversation that somebody else recorded."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    text: str
+    learned: bool = True  # of an assistant's message: whether it is learned; it is context either way
+    failed: bool = False  # of an assistant's message: whether a tool call in it failed
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages to learn from: at most one of the system, then the user's and the assistant's in turn, and between two
+    of the assistant's those of its tools."""
+
+    id: str  # of the problem it solves, or where it was read
+    messages: tuple[Message, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from jaxrl.config.training import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    MixConfig,
     OptimizerConfig,
     SftConfig,
     StagesConfig,
@@ -32,6 +33,7 @@ class Config:
     env: EnvConfig = field(default_factory=EnvConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)

@@ -25,8 +25,16 @@ class DataConfig:
 class SftConfig:
     """Cold start on demonstrations: AdamW, second beta 0.95; first beta, decay and clipping as in OptimizerConfig."""
 
-    demonstrations: Literal["stories", "gsm8k", ""] = "stories"
-    """"stories" or "gsm8k" (calculator notes of DataConfig.train turned into Python); empty skips the cold start."""
+    demonstrations: str = "stories"
+    """"stories"; "gsm8k" (calculator notes of DataConfig.train turned into Python); or paths, with commas between:
+    JSONL files of chat messages, and run folders whose recorded episodes are learned. Empty skips the cold start."""
+    episodes: Literal["correct", "all"] = "correct"
+    """Run folders: which of the episodes that were played to train on."""
+    mask_failed_calls: bool = False
+    """Policy turns whose tool call failed stay in the context and are not learned."""
+    loss: str = "nll"
+    """The loss of a token to be learned: a name in docs/algorithms.md, or "path/to/file.py:function"."""
+    loss_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
     count: int = 8192
     """Stories: demonstrations to make. Files: at most so many of their rows."""
     variants: int = 0
@@ -79,6 +87,27 @@ class AlgorithmConfig:
     kl_coefficient: float = 0.0
     """Weight of the KL to the reference (the policy RL started from); 0 keeps no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+@dataclasses.dataclass(frozen=True)
+class MixConfig:
+    """What reinforcement learns beside the policy loss: demonstrations (CHORD), and what tools answer (ECHO)."""
+
+    demonstrations: Literal["off", "batch", "any"] = "off"
+    """Of SftConfig.demonstrations, one for each problem of the update: "batch" one of that very problem, where there is
+    one; "any" the next in an order of their own."""
+    peak: float = 0.9
+    """Largest weight μ of the demonstrations' loss; the policy loss has 1 - μ."""
+    valley: float = 0.05
+    """Weight after the decay."""
+    warmup_steps: int = 0
+    decay_steps: int = 350
+    """Steps of the cosine from peak to valley."""
+    loss: str = "nll"
+    """As SftConfig.loss."""
+    loss_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    observation_weight: float = 0.0
+    """Weight of the mean cross-entropy of what tools answered; 0.1 in ECHO."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from jaxrl.config import DataConfig, SftConfig
+from jaxrl.data import recorded
 from jaxrl.data.arithmetic import Output, UnsupportedProgram, run
 from jaxrl.data.problems import STORIES, DataError, Row, read_rows, row_problem
+from jaxrl.data.recorded import Worked
 from jaxrl.data.stories import LARGEST, OPERATORS, SMALLEST, Story, fill, make_stories
 from jaxrl.records import Demonstration, Problem
 from jaxrl.text.tokens import ANSWER_CLOSE, ANSWER_OPEN, CALL_CLOSE, CALL_OPEN, REASON_CLOSE
@@ -32,7 +34,7 @@ _DRAWS = 20  # of numbers for a variant
 _OPERAND_SHARE = 0.3  # of wrong stories: wrong in an operand rather than in an operation
 
 
-def load(sft: SftConfig, data: DataConfig, train: Sequence[Problem]) -> tuple[Demonstration, ...]:
+def load(sft: SftConfig, data: DataConfig, train: Sequence[Problem]) -> tuple[Worked, ...]:
     """The demonstrations that ``sft.demonstrations`` names.
 
     Args:
@@ -40,10 +42,12 @@ def load(sft: SftConfig, data: DataConfig, train: Sequence[Problem]) -> tuple[De
         train: problems of ``load_split``; rows of those files that are not among them were kept back, and are skipped.
 
     Raises:
-        DataError: no file, or files of which no row can be turned into a program.
+        DataError: no file, files of which no row can be turned into a program, or rows that are no conversation.
     """
     if sft.demonstrations == "stories":
         return story_demonstrations(sft.count, sft.wrong_share, sft.repair_share, data.seed)
+    if sft.demonstrations != "gsm8k":
+        return recorded.read(sft)
     files = ",".join(part for part in data.train.split(",") if part.strip() != STORIES)
     if not files:
         raise DataError(f'SftConfig.demonstrations="gsm8k" needs files; DataConfig.train="{data.train}" has none')
@@ -98,12 +102,13 @@ def gsm8k_demonstrations(rows: Sequence[Row], variants: int = 0, seed: int = 0) 
 def _story_demonstration(story: Story, draw: random.Random, *, wrong: bool, repair: bool) -> Demonstration:
     code = _wrong_code(story, draw) if wrong else story.expression
     verbs = " and ".join(_VERBS[operator] for operator in _OPERATOR.findall(code))
-    turns = [_call_turn(f"{verbs.capitalize()}.", code)]
+    turns, failed = [_call_turn(f"{verbs.capitalize()}.", code)], ()
     if repair:
         slip = _slip(code, draw)
         turns = [_call_turn(f"{verbs.capitalize()}.", slip), run(slip).text, _call_turn("Fix it.", code)]
+        failed = (0,)
     output = run(code)
-    return Demonstration(story.problem, (*turns, output.text, _answer_turn(output.text)))
+    return Demonstration(story.problem, (*turns, output.text, _answer_turn(output.text)), failed)
 
 
 def _one_call(problem: Problem, code: str) -> Demonstration:

@@ -33,6 +33,7 @@ def pack_trajectories(
     *,
     rows: int,
     row_tokens: int,
+    observation_weight: float = 0.0,
 ) -> list[Batch]:
     """Pack the trajectories of one optimizer update, prompt and response each, into micro-batches.
 
@@ -42,6 +43,7 @@ def pack_trajectories(
         weights: of each trajectory, [T] over its response, as ``aggregation_weights`` makes them.
         rows: rows of a micro-batch.
         row_tokens: tokens of a row.
+        observation_weight: of the mean cross-entropy of the tool turns' tokens, all that the environment wrote in them.
 
     Returns:
         Micro-batches of numpy arrays, all [rows, row_tokens]; as few as the packing needs, none for no trajectories.
@@ -51,6 +53,7 @@ def pack_trajectories(
         ValueError: a trajectory does not fit into a row, or has no prompt.
     """
     remedy = "raise TrainConfig.row_tokens or lower EngineConfig.max_response_tokens"
+    observed = sum(turn.end - turn.start for one in trajectories for turn in one.turns if turn.author == "tool")
     together = zip(trajectories, advantages, weights, strict=True)
     segments = []
     for trajectory, advantage, weight in sorted(together, key=lambda item: (item[0].draw, item[0].sample)):
@@ -65,6 +68,7 @@ def pack_trajectories(
                 values={
                     "rl_weights": _after(before, weight),
                     "kl_weights": _after(before, weight),
+                    "ce_weights": _after(before, _observations(trajectory) * (observation_weight / max(observed, 1))),
                     "advantages": _after(before, advantage * trajectory.mask.astype(np.float32)),
                     "behaviour_logprobs": _after(before, trajectory.logprobs),
                     "proximal_logprobs": _after(before, trajectory.logprobs),
@@ -82,6 +86,7 @@ def pack_sequences(
     rows: int,
     row_tokens: int,
     update: Literal["all", "batch"] = "all",
+    row_tokens_key: str = "SftConfig.row_tokens",
 ) -> list[Batch]:
     """Pack demonstrations into batches; every token to be learned weighs the same within one update.
 
@@ -91,6 +96,7 @@ def pack_sequences(
         row_tokens: tokens of a row.
         update: what one optimizer update sums over and the weights therefore sum to 1 over: "all" batches
             (they are micro-batches) or each "batch" alone.
+        row_tokens_key: the field that ``row_tokens`` is from, for errors.
 
     Returns:
         Batches of numpy arrays, all [rows, row_tokens]. Long and short sequences are spread evenly over them.
@@ -100,7 +106,7 @@ def pack_sequences(
     """
     segments = []
     for index, (ids, mask) in enumerate(sequences):
-        _check_fit(f"demonstration {index}", len(ids), row_tokens, "raise SftConfig.row_tokens or leave it out")
+        _check_fit(f"demonstration {index}", len(ids), row_tokens, f"raise {row_tokens_key} or leave it out")
         learned = np.asarray(mask, np.float32)
         _check_first(f"demonstration {index}", learned)
         segments.append(_Segment(np.asarray(ids), learned, {"ce_weights": learned}))
@@ -150,6 +156,15 @@ def _batch(filled: Sequence[Sequence[_Segment]], rows: int, row_tokens: int) -> 
                 getattr(batch, name)[span] = values
             start += len(segment.tokens)
     return batch
+
+
+def _observations(trajectory: Trajectory) -> np.ndarray:
+    """[T] float32, 1 on the tokens of tool turns."""
+    mark = np.zeros(len(trajectory.ids), np.float32)
+    for turn in trajectory.turns:
+        if turn.author == "tool":
+            mark[turn.start : turn.end] = 1
+    return mark
 
 
 def _after(prompt_tokens: int, values: np.ndarray) -> np.ndarray:

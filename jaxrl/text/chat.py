@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl.config import ChatConfig
-from jaxrl.records import Demonstration
+from jaxrl.config import ChatConfig, ConfigError
+from jaxrl.records import Conversation, Demonstration
 from jaxrl.text.tokenizer import Tokenizer
 from jaxrl.text.tokens import (
     CALL_CLOSE,
@@ -59,8 +59,10 @@ class ChatFormat:
         self.tools = tools
         self.tokenizer = tokenizer
         # The newline that ends a turn is split from the turn's header, so that a header is always the same ids.
+        self._user_header = f"{TURN_START}user\n{config.preamble}"
         self._opening = f"{TURN_START}assistant\n" + (REASON_OPEN if config.open_reason else "")
-        self._before_question = self._encode(self._system_turn() + f"{TURN_START}user\n{config.preamble}")
+        self._before_question = self._encode(self._system_turn(config.system) + self._user_header)
+        self._before_next_question = self._encode(f"\n{self._user_header}")
         self._after_question = self._encode(f"{TURN_END}\n{self._opening}")
         self._before_outputs = self._encode(f"\n{TURN_START}user\n{RESPONSE_OPEN}\n")
         self._between_outputs = self._encode(f"\n{RESPONSE_CLOSE}\n{RESPONSE_OPEN}\n")
@@ -97,8 +99,13 @@ class ChatFormat:
             ids += [*(self._between_outputs if index else []), *map(int, output)]
         return np.asarray([*ids, *self._after_outputs], np.int32)
 
-    def demonstration(self, demonstration: Demonstration) -> tuple[np.ndarray, np.ndarray]:
+    def demonstration(
+        self, demonstration: Demonstration, *, mask_failed: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """A whole worked conversation, exactly as the rollout would have laid it down.
+
+        Args:
+            mask_failed: leave policy turns whose call failed out of the mask.
 
         Returns:
             ids: [T] int32, prompt included.
@@ -116,14 +123,45 @@ class ChatFormat:
             if index % 2:
                 written, sampled = self.tool_turn([self.tokenizer.encode(text)]).tolist(), 0
             else:
-                written, sampled = self._encode(text), 1
-                if not self.tokenizer.control_ids.isdisjoint(written):
-                    raise ValueError(
-                        f'demonstration "{name}": policy turn {index} holds a ChatML control token; remove it'
-                    )
-                written.append(self.tokenizer.end_id)
+                written = self._policy_turn(text, f'demonstration "{name}": policy turn {index}')
+                sampled = int(not (mask_failed and index in demonstration.failed))
             ids += written
             mask += [sampled] * len(written)
+        return np.asarray(ids, np.int32), np.asarray(mask, np.int8)
+
+    def conversation(self, conversation: Conversation, *, mask_failed: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """A recorded conversation in this form, as ``template`` renders it; a system message takes the place of ours.
+
+        Args:
+            mask_failed: leave assistant messages whose call failed out of the mask.
+
+        Returns:
+            ids: [T] int32.
+            mask: [T] int8, 1 on assistant messages that are ``learned``, their ``<|im_end|>`` included.
+
+        Raises:
+            ConfigError: an assistant message holds a ChatML control token.
+        """
+        messages, ids, mask = list(conversation.messages), [], []
+        before = self._before_question
+        if messages[0].role == "system":
+            before = self._encode(self._system_turn(messages.pop(0).text) + self._user_header)
+        outputs: list[list[int]] = []
+        for index, message in enumerate(messages):
+            learned = 0
+            if message.role == "user":
+                written = [*before, *self.tokenizer.encode(message.text), *self._after_question]
+                before = self._before_next_question
+            elif message.role == "tool":
+                outputs.append(self.tokenizer.encode(message.text))
+                if messages[index + 1].role == "tool":
+                    continue
+                written, outputs = self.tool_turn(outputs).tolist(), []
+            else:
+                written = self._policy_turn(message.text, f'conversation "{conversation.id}": message {index}')
+                learned = int(message.learned and not (mask_failed and message.failed))
+            ids += written
+            mask += [learned] * len(written)
         return np.asarray(ids, np.int32), np.asarray(mask, np.int8)
 
     def template(self) -> str:
@@ -148,6 +186,13 @@ class ChatFormat:
         """Write the tokenizer with this format as its chat template (see ``Tokenizer.save``)."""
         self.tokenizer.save(folder, chat_template=self.template())
 
+    def _policy_turn(self, text: str, name: str) -> list[int]:
+        """What the policy would write, with its ``<|im_end|>``."""
+        written = self._encode(text)
+        if not self.tokenizer.control_ids.isdisjoint(written):
+            raise ConfigError(f"{name} holds a ChatML control token; remove it")
+        return [*written, self.tokenizer.end_id]
+
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, special=True)
 
@@ -156,9 +201,9 @@ class ChatFormat:
             return ""
         return "\n".join(json.dumps(tool.as_function(), ensure_ascii=False) for tool in self.tools)
 
-    def _system_turn(self) -> str:
+    def _system_turn(self, system: str) -> str:
         lines = self._tool_lines()
-        parts = [self.config.system, f"{_TOOLS_HEAD}{lines}{_TOOLS_TAIL}" if lines else ""]
+        parts = [system, f"{_TOOLS_HEAD}{lines}{_TOOLS_TAIL}" if lines else ""]
         text = "\n\n".join(part for part in parts if part)
         return f"{TURN_START}system\n{text}{TURN_END}\n" if text else ""
 

@@ -17,6 +17,7 @@ from jaxrl.rl import algorithm, selection
 from jaxrl.rl.aggregation import aggregation_weights
 from jaxrl.rl.outcomes import of_trajectories
 from jaxrl.train import stages
+from jaxrl.train.mixture import Mixture
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session, open_player
@@ -45,7 +46,8 @@ async def reinforce(
     if progress.step >= config.train.steps and progress.after is not None:
         return state
     recorder.view.stage("reinforcement", config.train.steps, first=progress.step)
-    loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature)
+    mixture = Mixture(session)
+    loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature, mixture.loss)
     offload = config.optimizer.offload
     updater = Updater(loss, session.rl_optimizer, session.mesh, session.launches, offload=offload, base=session.base)
     async with contextlib.AsyncExitStack() as stack:
@@ -64,7 +66,8 @@ async def reinforce(
             updates = []
             async with collect(session, recorder, limited, progress) as collected:
                 with timer.phase("update"):
-                    for batches in pack(config, collected.kept, progress.memory):
+                    updates_of_step = pack(config, collected.kept, progress.memory)
+                    for batches in mixture.mixed(updates_of_step, collected.kept, progress.step):
                         state, metrics = await asyncio.to_thread(updater.step, state, batches, reference)
                         updates.append(metrics)
                 with timer.phase("rollout"):
@@ -182,5 +185,14 @@ def pack(config: Config, selections: tuple[selection.Selection, ...], memory: di
         masks, constant_length = [trajectory.mask for trajectory in chosen], config.engine.max_response_tokens
         weights = aggregation_weights(masks, config.algorithm.aggregation, constant_length)
         rows, row_tokens = config.train.rows, config.train.row_tokens
-        updates.append(packing.pack_trajectories(chosen, advantages, weights, rows=rows, row_tokens=row_tokens))
+        updates.append(
+            packing.pack_trajectories(
+                chosen,
+                advantages,
+                weights,
+                rows=rows,
+                row_tokens=row_tokens,
+                observation_weight=config.mix.observation_weight,
+            )
+        )
     return updates

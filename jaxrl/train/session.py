@@ -13,15 +13,17 @@ import optax
 
 from jaxrl import mesh as meshes
 from jaxrl.config import Config, ConfigError, ModelConfig
-from jaxrl.data import demonstrations, problems
+from jaxrl.data import demonstrations, problems, recorded
+from jaxrl.data.recorded import Worked
 from jaxrl.envs.python_tool import PythonTool
 from jaxrl.envs.rendering import check_limit
 from jaxrl.episodes import Player
 from jaxrl.model import adapter_folder, companions, folders, hf, lora, spec, transformer
 from jaxrl.model.config_json import check_exportable
-from jaxrl.records import Demonstration, Problem
+from jaxrl.records import Problem
 from jaxrl.rewards.verifier import MathVerifier
 from jaxrl.rl import algorithm
+from jaxrl.rl.supervised import supervised_loss
 from jaxrl.rollout.fleet import Fleet
 from jaxrl.rollout.scheduler import Scheduler
 from jaxrl.sandbox import pool_from_config
@@ -46,7 +48,7 @@ class Session:
     mesh: jax.sharding.Mesh
     train_problems: tuple[Problem, ...] = ()
     eval_problems: tuple[Problem, ...] = ()
-    demonstrations: tuple[Demonstration, ...] = ()
+    demonstrations: tuple[Worked, ...] = ()
     base: lora.Base | None = None
 
     @functools.cached_property
@@ -171,6 +173,8 @@ def open_session(config: Config, run: RunFolder) -> Session:
         DataError: problems or demonstrations that cannot be used.
     """
     algorithm.check(config.algorithm)
+    supervised_loss("SftConfig.loss", config.sft.loss, config.sft.loss_settings)
+    supervised_loss("MixConfig.loss", config.mix.loss, config.mix.loss_settings)
     Scheduler(config.engine)  # refuses pages that cannot hold one sequence
     train, held_out = problems.load_split(config.data)
     worked = demonstrations.load(config.sft, config.data, train) if config.sft.demonstrations else ()
@@ -238,16 +242,13 @@ def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:
     return session
 
 
-def _tokenizer(
-    config: Config, run: RunFolder, train: tuple[Problem, ...], worked: tuple[Demonstration, ...]
-) -> Tokenizer:
+def _tokenizer(config: Config, run: RunFolder, train: tuple[Problem, ...], worked: tuple[Worked, ...]) -> Tokenizer:
     if run.tokenizer.is_dir():
         return load_tokenizer(run.tokenizer)
     if path := config.tokenizer.path or config.model.path:
         return load_tokenizer(path)
     texts = [problem.question for problem in train]
-    texts += [text for demonstration in worked for text in demonstration.turns]
-    return train_sentencepiece(texts, config.tokenizer.vocab_size)
+    return train_sentencepiece(texts + recorded.texts_of(worked), config.tokenizer.vocab_size)
 
 
 def _model(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

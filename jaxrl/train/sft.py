@@ -2,8 +2,11 @@
 
 import numpy as np
 
-from jaxrl.data import packing
-from jaxrl.records import Batch
+from jaxrl.config import ConfigError
+from jaxrl.data import packing, recorded
+from jaxrl.data.recorded import Worked
+from jaxrl.records import Batch, Conversation, Demonstration
+from jaxrl.rl.supervised import supervised_loss
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session
@@ -23,12 +26,14 @@ def cold_start(session: Session, recorder: Recorder, progress: RunProgress, stat
         return state
     recorder.view.stage("cold start", config.sft.steps, first=progress.step, every=LINE_EVERY)
     with recorder.timer.phase("pack"):
-        sequences = [session.chat.demonstration(demonstration) for demonstration in session.demonstrations]
         batches = packing.pack_sequences(
-            sequences, rows=config.sft.rows, row_tokens=config.sft.row_tokens, update="batch"
+            [sequence(session, worked) for worked in session.demonstrations],
+            rows=config.sft.rows,
+            row_tokens=config.sft.row_tokens,
+            update="batch",
         )
     updater = Updater(
-        cross_entropy_loss(session.model),
+        cross_entropy_loss(session.model, supervised_loss("SftConfig.loss", config.sft.loss, config.sft.loss_settings)),
         sft_optimizer(config.sft, config.optimizer, session.trained_specs),
         session.mesh,
         offload=config.optimizer.offload,
@@ -45,6 +50,25 @@ def cold_start(session: Session, recorder: Recorder, progress: RunProgress, stat
         if last or progress.step % (SAVE_EVERY * config.checkpoint.every) == 0:
             recorder.save(progress, state, None, None)
     return state
+
+
+def sequence(session: Session, worked: Worked) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask, [T] each, of anything that is learned from.
+
+    Raises:
+        ConfigError: an episode of a run with another tokenizer, or a control token in what the policy would write.
+    """
+    mask_failed = session.config.sft.mask_failed_calls
+    if isinstance(worked, Demonstration):
+        return session.chat.demonstration(worked, mask_failed=mask_failed)
+    if isinstance(worked, Conversation):
+        return session.chat.conversation(worked, mask_failed=mask_failed)
+    if session.tokenizer.decode(worked.ids) != worked.text:
+        raise ConfigError(
+            f'the episode of problem "{worked.problem.id}" (draw {worked.draw}, sample {worked.sample}) was played '
+            "with another tokenizer; set TokenizerConfig.path to the folder tokenizer of the run it is from"
+        )
+    return recorded.sequence_of(worked, mask_failed=mask_failed)
 
 
 def _batch(batches: list[Batch], seed: int, step: int) -> Batch:

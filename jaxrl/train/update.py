@@ -20,6 +20,7 @@ from jaxrl.model.lora import Base
 from jaxrl.records import Batch
 from jaxrl.rl import algorithm as rl_algorithm
 from jaxrl.rl import divergence, mismatch
+from jaxrl.rl.supervised import SupervisedLoss, nll
 from jaxrl.rl.tokens import sampled
 from jaxrl.train.state import DEVICE, HOST, TrainState, in_memory
 
@@ -28,25 +29,28 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 LossFunction = Callable[[Any, Batch, Any], tuple[jax.Array, Metrics]]  # parameters, batch, reference parameters or None
 
 
-def cross_entropy_loss(model: ModelConfig) -> LossFunction:
-    """Weighted negative log-likelihood of the masked tokens, for demonstrations."""
+def cross_entropy_loss(model: ModelConfig, supervised: SupervisedLoss = nll) -> LossFunction:
+    """A weighted loss of the log-probabilities of the masked tokens, for demonstrations."""
 
     def loss(params: Any, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
         del reference
         stats = logprob.sequence_logprobs(params, model, batch.tokens, batch.positions, batch.segment_ids)
         metrics = {"nll": _masked(-stats.logprobs, batch), "entropy": _masked(stats.entropy, batch)}
-        nll = -(batch.ce_weights * jnp.where(batch.mask > 0, stats.logprobs, 0.0)).sum()
+        learned = (batch.ce_weights * supervised(jnp.where(batch.mask > 0, stats.logprobs, 0.0))).sum()
         balance, load_metrics = _balance(model, stats, batch)
-        return nll + balance, metrics | load_metrics
+        return learned + balance, metrics | load_metrics
 
     return loss
 
 
-def policy_gradient_loss(model: ModelConfig, algorithm: AlgorithmConfig, temperature: float) -> LossFunction:
+def policy_gradient_loss(
+    model: ModelConfig, algorithm: AlgorithmConfig, temperature: float, supervised: SupervisedLoss | None = None
+) -> LossFunction:
     """The policy loss that ``algorithm`` names, with a KL to the reference if its coefficient is not 0.
 
     Args:
         temperature: the sampler's; log-probabilities are those of the temperature-scaled distribution.
+        supervised: the loss of tokens with a ``ce_weights``, if there are any.
     """
 
     policy_loss = rl_algorithm.policy_loss(algorithm)
@@ -82,6 +86,11 @@ def policy_gradient_loss(model: ModelConfig, algorithm: AlgorithmConfig, tempera
             to_reference = divergence.kl(stats.logprobs, reference_stats.logprobs, batch.mask, algorithm.kl_estimator)
             total += algorithm.kl_coefficient * (batch.kl_weights * to_reference).sum()
             metrics["kl_to_reference"] = _masked(to_reference, batch)
+        if supervised is not None:
+            learned = batch.ce_weights > 0
+            logprobs = jnp.where(learned, stats.logprobs, 0.0)
+            total += (batch.ce_weights * supervised(logprobs)).sum()
+            metrics["nll"] = -logprobs.sum(), learned.sum().astype(logprobs.dtype)
         balance, load_metrics = _balance(model, stats, batch)
         total += balance
         metrics |= load_metrics

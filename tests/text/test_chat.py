@@ -1,12 +1,14 @@
 """The conversation is laid down once, piece by piece, and is the one transformers would render."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxrl.config import ChatConfig
-from jaxrl.records import Demonstration, Problem
+from jaxrl.config import ChatConfig, ConfigError
+from jaxrl.records import Conversation, Demonstration, Message, Problem
 from jaxrl.text.chat import ChatFormat, ToolSchema
 from jaxrl.text.tokenizer import Tokenizer
 
@@ -202,3 +204,52 @@ def test_bad_demonstrations_are_refused(tokenizer):
         chat.demonstration(worked("a", "b"))
     with pytest.raises(ValueError, match='"p/1": policy turn 2 holds a ChatML control token'):
         chat.demonstration(worked("a", "b", "c<|im_end|>d"))
+
+
+def recorded(*messages: tuple[str, str]) -> Conversation:
+    return Conversation("c", tuple(Message(role, text) for role, text in messages))
+
+
+def test_a_recorded_conversation_is_the_stream_of_a_rollout(config, any_tokenizer):
+    chat = make(config, any_tokenizer)
+    demonstration = worked("a</reason>", "6", "b</reason>", "7 <|im_end|>", "c")
+    roles = ("assistant", "tool", "assistant", "tool", "assistant")
+    conversation = recorded(("user", "2+2?"), *zip(roles, demonstration.turns, strict=True))
+    question = dataclasses.replace(demonstration, problem=Problem("p", "2+2?", "4"))
+    for got, wanted in zip(chat.conversation(conversation), chat.demonstration(question), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_recorded_conversation_is_the_one_transformers_renders(config, any_tokenizer, reload, tmp_path):
+    chat = make(config, any_tokenizer)
+    messages = [
+        ("system", "Own."),
+        ("user", "2+2?"),
+        ("assistant", "a</reason>"),
+        ("tool", "6"),
+        ("tool", "7\n"),
+        ("assistant", "b"),
+        ("user", "Sure?"),
+        ("assistant", "c"),
+    ]
+    chat.save(tmp_path)
+    rows = [{"role": role, "content": text} for role, text in messages]
+    rendered = reload(tmp_path).apply_chat_template(rows, tokenize=False)
+    ids, mask = chat.conversation(recorded(*messages))
+    assert any_tokenizer.decode(ids) == rendered.removesuffix("\n")
+    assert any_tokenizer.decode(ids[mask == 1]) == "a</reason><|im_end|>b<|im_end|>c<|im_end|>"
+
+
+def test_what_failed_or_has_no_weight_is_context_alone(tokenizer):
+    chat = make(FULL, tokenizer)
+    user, tool, last = Message("user", "Q"), Message("tool", "6"), Message("assistant", "c")
+    for first in (Message("assistant", "a", failed=True), Message("assistant", "a", learned=False)):
+        conversation = Conversation("c", (user, first, tool, last))
+        ids, mask = chat.conversation(conversation, mask_failed=first.failed)
+        assert tokenizer.decode(ids[mask == 1]) == "c<|im_end|>"
+        plain, _ = chat.conversation(Conversation("c", (user, Message("assistant", "a"), tool, last)))
+        np.testing.assert_array_equal(ids, plain)
+    ids, mask = chat.demonstration(dataclasses.replace(worked("a", "6", "c"), failed=(0,)), mask_failed=True)
+    assert tokenizer.decode(ids[mask == 1]) == "c<|im_end|>"
+    with pytest.raises(ConfigError, match='conversation "c": message 1 holds a ChatML control token'):
+        chat.conversation(recorded(("user", "Q"), ("assistant", "a<|im_end|>")))
