@@ -21,6 +21,7 @@ from jaxrl.sandbox import orders
 from jaxrl.sandbox.inspection import held, own_memory_kib, process_of
 from jaxrl.sandbox.job import WATCH_BYTES, Job, pid_of, send_signal
 from jaxrl.sandbox.loop import Loop
+from jaxrl.sandbox.outgoing import Outgoing
 from jaxrl.sandbox.seccomp import Request, receive_request, release_request
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -70,10 +71,11 @@ class Settings:
 
 
 class Member:
-    """A process of ours inside the jail, with its control socket."""
+    """A process of ours inside the jail, with its control socket; ``hear`` is called when there is an answer."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, loop: Loop, control: socket.socket, hear: Callable[[], None]) -> None:
         self.control = control
+        self.outgoing = Outgoing(loop, control, hear)
         self.pidfd = -1
         self.pid = 0
         self.ready = False
@@ -83,8 +85,8 @@ class Member:
 class Template(Member):
     """Forks calls. ``jobs`` are those it was ordered to run and has not reported dead."""
 
-    def __init__(self, control: socket.socket, number: int, full: bool) -> None:
-        super().__init__(control)
+    def __init__(self, loop: Loop, control: socket.socket, hear: Callable[[], None], number: int, full: bool) -> None:
+        super().__init__(loop, control, hear)
         self.number = number
         self.full = full
         self.jobs: dict[int, Job] = {}
@@ -192,9 +194,7 @@ class Fleet:
         self._add_stem(ours, full=False)
 
     def _add_stem(self, control: socket.socket, full: bool) -> None:
-        stem = Member(control)
-        self._stems[full] = stem
-        self._loop.watch(control.fileno(), lambda _: self._hear_stem(stem, full))
+        stem = self._stems[full] = Member(self._loop, control, lambda: self._hear_stem(stem, full))
 
     def _hear_stem(self, stem: Member, full: bool) -> None:
         try:
@@ -219,8 +219,7 @@ class Fleet:
         """Have a stem fork; returns our end of the new process's control socket."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.suppress(OSError):  # the stem is dying; its own loss is handled where it is heard
-            orders.send_packet(stem.control, order, (theirs.fileno(),))
-        theirs.close()
+            stem.outgoing.send(order, (theirs.detach(),))
         return ours
 
     def _add_template(self, full: bool) -> None:
@@ -228,10 +227,10 @@ class Fleet:
         if stem is None or not stem.ready:
             return  # the stem brings its templates when it comes
         self._numbers += 1
-        template = Template(self._order(stem, orders.ORDER_TEMPLATE), self._numbers, full)
+        control = self._order(stem, orders.ORDER_TEMPLATE)
+        template = Template(self._loop, control, lambda: self.hear(template), self._numbers, full)
         template.asked = time.monotonic()  # its first words are awaited like a pong
         self.templates.append(template)
-        self._loop.watch(template.control.fileno(), lambda _: self.hear(template))
 
     def hear(self, template: Template) -> None:
         """Take one message of a template."""
@@ -341,8 +340,7 @@ class Fleet:
         if isinstance(member, Template) and member.listener >= 0:
             self._loop.forget(member.listener)
             os.close(member.listener)
-        self._loop.forget(member.control.fileno())
-        member.control.close()
+        member.outgoing.close()
 
     def _beat(self) -> None:
         """Ask every template whether it is there; drop those that have not answered the last question."""
@@ -355,7 +353,7 @@ class Fleet:
                 self.lose(template, "silent")
             elif not template.asked and template.ready:
                 try:
-                    orders.send_packet(template.control, orders.ORDER_PING)
+                    template.outgoing.send(orders.ORDER_PING)
                     template.asked = now
                 except OSError:
                     self.lose(template, "died")

@@ -183,12 +183,9 @@ class Family:
         limits = self.limits
         address_space = self.template.address_space + (limits.memory_mib << 20)
         order = orders.FAMILY.pack(self.number, address_space, limits.disk_mib, limits.open_files, limits.threads)
-        ends = (self.keeper_end.fileno(), *first.ends)
-        try:
-            orders.send_packet(self.template.control, orders.ORDER_FAMILY + order, ends)
-        finally:
-            self.keeper_end.close()
-            first.close_ends()
+        ends = (self.keeper_end.detach(), *first.ends)
+        first.ends = ()
+        self.template.outgoing.send(orders.ORDER_FAMILY + order, ends)
 
     def furnish(self, owner: Leaf, original: Leaf | None, furnished: Callable[[str], None]) -> None:
         """Give a leaf a working directory, with the original's files; ``furnished`` is told what stood against it."""

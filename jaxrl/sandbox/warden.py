@@ -351,11 +351,9 @@ class Warden:
             packed = b""
         self._collect_soon()
         try:
-            orders.send_packet(template.control, orders.ORDER_CALL + head + packed, ends)
+            template.outgoing.send(orders.ORDER_CALL + head + packed, ends)
         except OSError:
             self._loop.at(time.monotonic(), lambda: self._fleet_of(job).lose(template, "died"))
-        for end in ends:
-            os.close(end)
 
     def _fleet_of(self, job: Job) -> Fleet:
         fleet = self._annex.fleet if job.call.processes and self._annex is not None else self._fleet

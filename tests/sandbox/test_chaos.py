@@ -155,6 +155,26 @@ def test_a_warden_that_only_paused_goes_on() -> None:
         assert driver.pool.warden_pid == warden
 
 
+def test_a_halted_template_that_can_be_sent_no_more_keeps_nobody_waiting() -> None:
+    """Two of these calls fill its socket. The warden goes on meanwhile, and the calls run where somebody listens."""
+    with Driver(workers=1, slots=8, preload=(), heartbeat_seconds=2.0) as driver:
+        warden, (template,) = driver.pool.warden_pid, driver.family()[1]
+        os.kill(template, signal.SIGSTOP)
+
+        async def fill() -> list[Result]:
+            calls = asyncio.gather(*(driver.pool.run(f"{n}  # {'.' * 80_000}", limits=LONG) for n in range(16)))
+            await asyncio.sleep(0.3)
+            assert (await driver.pool.metrics()).running == 8
+            assert os.path.exists(f"/proc/{template}"), "still there, and halted"
+            return await calls
+
+        results = driver.wait(fill())
+        restarts = driver.wait(driver.pool.metrics())
+        assert [(result.status, result.stdout) for result in results] == [(ToolStatus.OK, f"{n}\n") for n in range(16)]
+        assert driver.pool.warden_pid == warden and restarts.template_restarts == {"silent": 1}
+        assert driver.run("6 * 7").stdout == "42\n"
+
+
 def test_a_call_dies_with_its_template_though_nobody_kills_it() -> None:
     """The warden would; it is halted here. A call cannot untie itself from its template."""
     code = "import ctypes, time; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); time.sleep(60)"
