@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jaxrl.config import ConfigError, MeshConfig
 
-AXES = ("slice", "data", "fsdp", "context", "tensor")
+AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")
 """Outermost first: neighbours on the last axis exchange most and lie closest together."""
 
 ROLLOUT_AXES = ("replica", "tensor")
@@ -30,13 +30,15 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 PARAM_RULES: Rules = {
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),
     "query_heads": "tensor",
     "kv_heads": "tensor",
     "head": None,
     "ffn": "tensor",
-    "experts": None,
-    "expert_ffn": "tensor",
+    "choices": None,
+    "experts": ("expert", "tensor"),
+    "expert_embed": "fsdp",
+    "expert_ffn": None,
     "rank": None,
 }
 """Where the weights, their gradients and the optimizer state rest during training."""
@@ -49,20 +51,23 @@ _TENSOR_PARALLEL: Rules = {
     "kv_heads": "tensor",
     "head": None,
     "ffn": "tensor",
-    "experts": None,
-    "expert_ffn": "tensor",
+    "choices": None,
+    "experts": ("expert", "tensor"),
+    "expert_embed": None,
+    "expert_ffn": None,
     "rank": None,
 }
 
 COMPUTE_RULES: Rules = {
-    "batch": ("slice", "data", "fsdp"),
+    "batch": ("slice", "data", "fsdp", "expert"),
     "tokens": "context",
     "token_shards": ("context", "tensor"),
     **_TENSOR_PARALLEL,
 }
 """Where weights and activations lie while they are multiplied. ``tokens`` is the token axis of everything but
 attention, which sees the keys of whole rows; ``token_shards`` that of work which every tensor-parallel device does for
-its own share of the tokens."""
+its own share of the tokens. Experts stay on their devices, and the tokens of ``batch`` come to them: both lie on
+``expert``."""
 
 ROLLOUT_RULES: Rules = {"pages": None, **_TENSOR_PARALLEL}
 """Where the rollout engine keeps its copy of the weights, and its KV pages."""
@@ -197,6 +202,14 @@ def pieces(axis: str, rules: Rules, mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape.get(target, 1) for target in ((targets,) if isinstance(targets, str) else targets))
 
 
+def compute_axes(axis: str | None) -> tuple[str, ...]:
+    """Axes of the mesh in use that split a logical axis while it is computed with; none where no mesh is set."""
+    if axis is None:
+        return ()
+    part = partition_spec((axis,), COMPUTE_RULES, jax.sharding.get_abstract_mesh())[0]
+    return (part,) if isinstance(part, str) else part or ()
+
+
 def compute_spec(axes: Sequence[str | None]) -> PartitionSpec | None:
     """The compute layout of an array under the mesh in use, as ``out_sharding`` wants it; None when no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -215,7 +228,7 @@ def to_compute(array: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 def per_shard(
     function: Callable[..., Any], in_axes: Sequence[Sequence[str | None]], out_axes: Any
 ) -> Callable[..., Any]:
-    """``function`` run by every device on its own shard, for work that needs no communication.
+    """``function`` run by every device on its own shard.
 
     This is the one escape from explicit sharding: kernels and chunked loops see plain local arrays. Arguments are
     brought to their compute layout first. With no mesh set, ``function`` itself.

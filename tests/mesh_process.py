@@ -1,9 +1,10 @@
 """Run by test_mesh.py with eight virtual devices: compares meshes with one device, prints a JSON line for each.
 
-``mesh_process.py few|more`` trains, ``mesh_process.py replicas|"split replicas"`` samples.
+``mesh_process.py few|more`` and ``experts|"more experts"`` train, ``replicas|"split replicas"|"split experts"`` sample.
 """
 
 import asyncio
+import dataclasses
 import gc
 import json
 import math
@@ -32,9 +33,11 @@ MODEL = ModelConfig(
 ENGINE = EngineConfig(
     slots=9, page_size=4, round_steps=4, prefill_rows=2, prefill_chunk=8, max_prompt_tokens=16, max_response_tokens=24
 )
-SPECS = param_specs(MODEL)
+EXPERTS = dataclasses.replace(
+    MODEL, family="qwen3_moe", experts=8, expert_width=12, sliding_window=0, sliding_layers=()
+)
 # Adam divides a gradient by its own size: with a tiny eps the rounding of a gradient near 0 would become its sign.
-OPTIMIZER = rl_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-2), SPECS)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-2)
 ROWS, TOKENS = 8, 24
 MESHES = {
     "few": (MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(slice=2, fsdp=2, context=2)),
@@ -44,11 +47,18 @@ MESHES = {
         MeshConfig(data=4, fsdp=1, tensor=2),
         MeshConfig(fsdp=2, context=2, tensor=2),
     ),
+    "experts": (MeshConfig(fsdp=2, expert=2, tensor=2), MeshConfig(slice=2, fsdp=1, expert=4)),
+    "more experts": (
+        MeshConfig(fsdp=1, expert=8),
+        MeshConfig(fsdp=1, expert=2, context=2, tensor=2),
+        MeshConfig(fsdp=4, tensor=2),
+    ),
 }
 """Meshes to train on, of all devices."""
 FLEETS = {
     "replicas": (MeshConfig(data=2, fsdp=1),),
     "split replicas": (MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=1, context=4, rollout_tensor=4)),
+    "split experts": (MeshConfig(fsdp=1, expert=2, tensor=2),),
 }
 """Meshes to sample on; each has so many devices as it names."""
 
@@ -73,11 +83,13 @@ def batch() -> Batch:
     )
 
 
-def trained(mesh: jax.sharding.Mesh) -> tuple[float, Any, dict[str, int], Any]:
+def trained(model: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[float, Any, dict[str, int], Any]:
     """Loss, gradients, how many arrays are split, and the parameters after the update."""
-    placed = jax.device_put(initialize(SPECS, jax.random.key(0)), shardings(SPECS, mesh, PARAM_RULES))
-    state = new_state(placed, OPTIMIZER, mesh)
-    updater = Updater(policy_gradient_loss(MODEL, AlgorithmConfig(), 0.7), OPTIMIZER, mesh)
+    specs = param_specs(model)
+    optimizer = rl_optimizer(OPTIMIZER, specs)
+    placed = jax.device_put(initialize(specs, jax.random.key(0)), shardings(specs, mesh, PARAM_RULES))
+    state = new_state(placed, optimizer, mesh)
+    updater = Updater(policy_gradient_loss(model, AlgorithmConfig(), 0.7), optimizer, mesh)
     with jax.set_mesh(mesh):
         gradients, metrics = updater._accumulate(state, [batch()], None)
         after, _ = updater._apply(state, gradients)
@@ -98,12 +110,15 @@ def _split(leaf: jax.Array) -> bool:
     return leaf.ndim > 2 and not leaf.is_fully_replicated
 
 
-def sampled(config: MeshConfig, devices: int) -> tuple[dict[tuple[int, int], tuple], dict[str, float]]:
+def sampled(
+    model: ModelConfig, config: MeshConfig, devices: int
+) -> tuple[dict[tuple[int, int], tuple], dict[str, float]]:
     """Tokens and log-probabilities of a few sequences, each played with version 0 and again with version 1."""
     mesh = make_mesh(config, jax.devices()[:devices])
     rollout_mesh = make_rollout_mesh(mesh, config.rollout_tensor)
-    params = jax.device_put(initialize(SPECS, jax.random.key(0)), shardings(SPECS, mesh, PARAM_RULES))
-    fleet = Fleet(ENGINE, MODEL, rollout_params(params, MODEL, rollout_mesh), rollout_mesh, stop_ids=(3,), seed=5)
+    specs = param_specs(model)
+    params = jax.device_put(initialize(specs, jax.random.key(0)), shardings(specs, mesh, PARAM_RULES))
+    fleet = Fleet(ENGINE, model, rollout_params(params, model, rollout_mesh), rollout_mesh, stop_ids=(3,), seed=5)
     fleet.compile()
 
     async def play(draw: int, sample: int, on: Fleet | Engine = fleet) -> tuple[list[int], np.ndarray, set[int]]:
@@ -131,7 +146,7 @@ def sampled(config: MeshConfig, devices: int) -> tuple[dict[tuple[int, int], tup
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     held = device_bytes()
-    hand_over(params, MODEL, fleet, 1)
+    hand_over(params, model, fleet, 1)
     report = {"grown_bytes": device_bytes() - held}
     after = asyncio.run(play_all())
     jax.monitoring.clear_event_listeners()
@@ -156,17 +171,22 @@ def device_bytes() -> int:
     return sum({(s.device, s.data.unsafe_buffer_pointer()): s.data.nbytes for s in shards}.values())
 
 
+def _model(which: str) -> ModelConfig:
+    return EXPERTS if "experts" in which else MODEL
+
+
 def largest(errors: Any) -> float:
     return max(float(error) for error in jax.tree.leaves(errors))
 
 
 def compare_training(which: str) -> None:
-    loss, gradients, _, params = trained(make_mesh(MeshConfig(), jax.devices()[:1]))
-    start = initialize(SPECS, jax.random.key(0))
+    model = _model(which)
+    loss, gradients, _, params = trained(model, make_mesh(MeshConfig(), jax.devices()[:1]))
+    start = initialize(param_specs(model), jax.random.key(0))
     moved = largest(jax.tree.map(lambda a, b: np.abs(a - b).max(), params, start))
     for config in MESHES[which]:
         mesh = make_mesh(config)
-        got_loss, got, split, got_params = trained(mesh)
+        got_loss, got, split, got_params = trained(model, mesh)
         report = {
             "mesh": "x".join(str(mesh.shape[axis]) for axis in AXES),
             "loss_error": abs(got_loss - loss) / abs(loss),
@@ -179,10 +199,11 @@ def compare_training(which: str) -> None:
 
 
 def compare_sampling(which: str) -> None:
-    plain, _ = sampled(MeshConfig(), 1)
+    model = _model(which)
+    plain, _ = sampled(model, MeshConfig(), 1)
     for config in FLEETS[which]:
         lengths = [getattr(config, axis) for axis in AXES]
-        got, report = sampled(config, math.prod(lengths))
+        got, report = sampled(model, config, math.prod(lengths))
         report |= {
             "mesh": "x".join(map(str, lengths)),
             "different": sum(got[name][0] != plain[name][0] for name in plain),

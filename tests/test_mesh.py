@@ -19,6 +19,7 @@ from jaxrl.mesh import (
     COMPUTE_RULES,
     PARAM_RULES,
     ROLLOUT_RULES,
+    Rules,
     by_slice,
     make_mesh,
     make_rollout_mesh,
@@ -28,6 +29,11 @@ from jaxrl.mesh import (
 )
 from jaxrl.model.spec import shardings
 from jaxrl.model.transformer import param_specs
+
+
+def abstract_mesh(**lengths: int) -> jax.sharding.AbstractMesh:
+    return jax.sharding.AbstractMesh(tuple(lengths.get(axis, 1) for axis in AXES), AXES)
+
 
 EIGHT = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
 
@@ -51,15 +57,18 @@ def test_one_mesh_axis_never_splits_two_axes() -> None:
 
 def test_one_open_axis_takes_the_devices_that_remain() -> None:
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    assert dict(mesh.shape) == {"slice": 1, "data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+    assert dict(mesh.shape) == dict.fromkeys(AXES, 1)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (MeshConfig(data=-1, fsdp=-1), "both -1"),
-        (MeshConfig(data=3, fsdp=1), "asks for 1 x 3 x 1 x 1 x 1 devices .* but 1 are there; let the lengths multiply"),
-        (MeshConfig(data=2), "asks for 1 x 2 x -1 x 1 x 1"),
+        (
+            MeshConfig(data=3, fsdp=1),
+            "asks for 1 x 3 x 1 x 1 x 1 x 1 devices .* but 1 are there; let the lengths multiply",
+        ),
+        (MeshConfig(data=2), "asks for 1 x 2 x -1 x 1 x 1 x 1"),
         (MeshConfig(data=0), "at least 1"),
     ],
 )
@@ -113,16 +122,33 @@ def test_elsewhere_whole_processes_are_a_group() -> None:
 
 def test_a_mesh_that_does_not_divide_says_what_would() -> None:
     specs = param_specs(ModelConfig(vocab_size=48, kv_heads=2, query_heads=8, width=36, ffn_width=64))
-    mesh = jax.sharding.AbstractMesh((1, 1, 1, 1, 4), AXES)
+    mesh = abstract_mesh(tensor=4)
     with pytest.raises(ConfigError, match=r"k_proj.weight: axis 'kv_heads' of length 2 .*= 4 devices; choose .* 1, 2"):
         shardings(specs, mesh, ROLLOUT_RULES)
-    mesh = jax.sharding.AbstractMesh((1, 1, 8, 1, 1), AXES)
+    mesh = abstract_mesh(fsdp=8)
     with pytest.raises(ConfigError, match=r"'embed' of length 36 cannot be split over fsdp = 8 .* 1, 2, 3, 4, 6, 9,"):
         shardings(specs, mesh, PARAM_RULES)
 
 
+@pytest.mark.parametrize(
+    ("rules", "lengths", "message"),
+    [
+        (PARAM_RULES, {"expert": 4}, "over expert = 4 devices; choose one of 1, 2, 3, 6"),
+        (PARAM_RULES, {"expert": 2, "tensor": 2}, "over expert x tensor = 4 devices; choose one of 1, 2, 3, 6"),
+        (ROLLOUT_RULES, {"tensor": 4}, "over tensor = 4 devices; choose one of 1, 2, 3, 6"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_experts_says_what_would(
+    rules: Rules, lengths: dict[str, int], message: str
+) -> None:
+    specs = param_specs(ModelConfig(family="qwen3_moe", vocab_size=48, width=96, kv_heads=4, experts=6))
+    shardings(specs, abstract_mesh(expert=3, tensor=2), PARAM_RULES)
+    with pytest.raises(ConfigError, match=f"experts.*: axis 'experts' of length 6 cannot be split {message}"):
+        shardings(specs, abstract_mesh(**lengths), rules)
+
+
 def test_replicas_never_cross_slices_and_must_divide_one() -> None:
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1] * 12).reshape(2, 1, 3, 1, 2), AXES)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1] * 12).reshape(2, 1, 3, 1, 1, 2), AXES)
     assert dict(make_rollout_mesh(mesh).shape) == {"replica": 6, "tensor": 2}
     assert dict(make_rollout_mesh(mesh, 3).shape) == {"replica": 4, "tensor": 3}
     with pytest.raises(ConfigError, match=r"rollout_tensor=4 does not divide the 6 devices of a slice; .* 1, 2, 3, 6"):
@@ -142,8 +168,10 @@ def compared(which: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("which", "meshes"),
     [
-        ("few", ["1x2x2x1x2", "2x1x2x2x1"]),
-        pytest.param("more", ["1x8x1x1x1", "1x1x8x1x1", "1x4x1x1x2", "1x1x2x2x2"], marks=pytest.mark.slow),
+        ("few", ["1x2x2x1x1x2", "2x1x2x1x2x1"]),
+        ("experts", ["1x1x2x2x1x2", "2x1x1x4x1x1"]),
+        pytest.param("more", ["1x8x1x1x1x1", "1x1x8x1x1x1", "1x4x1x1x1x2", "1x1x2x1x2x2"], marks=pytest.mark.slow),
+        pytest.param("more experts", ["1x1x1x8x1x1", "1x1x1x2x2x2", "1x1x4x1x1x2"], marks=pytest.mark.slow),
     ],
 )
 def test_training_is_the_same_on_every_mesh(which: str, meshes: list[str]) -> None:
@@ -154,13 +182,17 @@ def test_training_is_the_same_on_every_mesh(which: str, meshes: list[str]) -> No
         assert report["loss_error"] < 1e-5, report
         assert report["gradient_error"] < 1e-5, report
         assert report["update_error"] < 1e-3, report
-        matrices = 0 if report["mesh"] == "1x8x1x1x1" else report["matrices"]
+        matrices = 0 if report["mesh"] == "1x8x1x1x1x1" else report["matrices"]
         assert report["split"] == {"gradients": matrices, "params": matrices, "moments": 2 * matrices}, report
 
 
 @pytest.mark.parametrize(
     ("which", "replicas"),
-    [("replicas", [2]), pytest.param("split replicas", [2, 1], marks=pytest.mark.slow)],
+    [
+        ("replicas", [2]),
+        ("split experts", [2]),
+        pytest.param("split replicas", [2, 1], marks=pytest.mark.slow),
+    ],
 )
 def test_promise_2_sampling_is_the_same_on_every_mesh(which: str, replicas: list[int]) -> None:
     """Bit for bit where a replica has one device as the engine it is compared with; else to rounding."""

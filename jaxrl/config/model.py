@@ -125,6 +125,9 @@ class MeshConfig:
     """Rows are split, weights are not."""
     fsdp: int = -1
     """Rows are split, and weights, gradients and optimizer state at rest."""
+    expert: int = 1
+    """Rows are split, and weights at rest as by ``fsdp``, but the experts of a layer stay split: tokens travel to them.
+    Experts are split by ``tensor`` too."""
     context: int = 1
     """The tokens of every row are split, for everything but the keys and values of attention."""
     tensor: int = 1

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.config import ModelConfig
-from jaxrl.mesh import compute_spec, per_shard, to_compute
+from jaxrl.mesh import compute_axes, compute_spec, per_shard, to_compute
 from jaxrl_kernels.products import product, rounded
 
 
@@ -98,7 +98,11 @@ def experts_feed_forward(
 ) -> jax.Array:
     """The weighted sum of the chosen experts' outputs, [B, T, D] float32.
 
-    On a mesh the tokens are split over the devices, and each has all experts.
+    On a mesh each device has some of the experts. It gets the tokens of all devices that split the rows and have the
+    others, computes what its experts add to each, and the parts are summed where the tokens came from. A ragged
+    exchange would send a token to as many devices as it chose experts, this sends it to every device of the ``expert``
+    axis: no more, as long as that axis is no longer than ``ModelConfig.experts_per_token``. It is made of collectives
+    that XLA has on every platform.
 
     Args:
         x: [B, T, D] in the compute type.
@@ -107,11 +111,22 @@ def experts_feed_forward(
         activation: of the gate.
         rows: names of B and T.
     """
-    tokens = ("batch", "token_shards", None) if rows[0] else (None, None, None)
-    compute = per_shard(
-        lambda *arrays: _local_feed_forward(*arrays, activation), [tokens] * 3 + [(None,) * 3] * 3, tokens
-    )
-    return to_compute(compute(x, choice.experts, choice.weights, gate, up, down), (*rows, None))
+    holders = compute_axes("experts")
+    travelled = tuple(axis for axis in holders if axis in compute_axes(rows[0]))
+    shared = tuple(axis for axis in holders if axis not in travelled)
+
+    def compute(x: jax.Array, experts: jax.Array, weights: jax.Array, *matrices: jax.Array) -> jax.Array:
+        if travelled:
+            x, experts, weights = (jax.lax.all_gather(y, travelled, tiled=True) for y in (x, experts, weights))
+        first = jax.lax.axis_index(holders) * matrices[0].shape[0] if holders else 0
+        added = _local_feed_forward(x, experts - first, weights, *matrices, activation)
+        if travelled:
+            added = jax.lax.psum_scatter(added, travelled, tiled=True)
+        return jax.lax.psum(added, shared) if shared else added
+
+    tokens, matrices = (*rows, None), ("experts", None, None)
+    split = per_shard(compute, [tokens] * 3 + [matrices] * 3, tokens)
+    return split(x, choice.experts, choice.weights, gate, up, down)
 
 
 def _local_feed_forward(
@@ -123,11 +138,16 @@ def _local_feed_forward(
     down: jax.Array,
     activation: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
+    """What the experts here add to [B, T, D]; ``experts`` [B, T, k] counts from the first of them."""
     batch, tokens, width = x.shape
-    count = experts.shape[2]
-    order = jnp.argsort(experts.reshape(-1), stable=True)
+    count, here = experts.shape[2], gate.shape[0]
+    group = jnp.where((experts >= 0) & (experts < here), experts, here).reshape(-1)
+    order = jnp.argsort(group, stable=True)
     back = jnp.argsort(order)
-    group_sizes = jnp.bincount(experts.reshape(-1), length=gate.shape[0]).astype(jnp.int32)
+    group_sizes = jnp.bincount(group, length=here + 1)[:here].astype(jnp.int32)
+    # A token chooses different experts: of a few that are here, no more than these few.
+    order = order[: batch * tokens * min(count, here)]
+    chosen = (jnp.arange(len(order)) < group_sizes.sum())[:, None]
 
     def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(
@@ -139,9 +159,10 @@ def _local_feed_forward(
         )
 
     # Repeated first and then permuted: the gradient is a sum over copies in a fixed order, and no scatter that adds.
+    # What ragged_dot makes of rows after the last group is not defined, nor are their gradients.
     copies = jnp.repeat(x.reshape(-1, width), count, axis=0)
-    grouped = copies.at[order].get(unique_indices=True, mode="promise_in_bounds")
+    grouped = jnp.where(chosen, copies.at[order].get(unique_indices=True, mode="promise_in_bounds"), 0)
     hidden = activation(multiply(grouped, gate)) * multiply(grouped, up)
-    output = multiply(hidden.astype(x.dtype), down)
-    output = output.at[back].get(unique_indices=True, mode="promise_in_bounds").reshape(batch, tokens, count, width)
-    return jnp.sum(output * weights[..., None], axis=2)
+    output = jnp.where(chosen, multiply(hidden.astype(x.dtype), down), 0)
+    output = output.at[back].get(unique_indices=True, mode="fill", fill_value=0)
+    return jnp.sum(output.reshape(batch, tokens, count, width) * weights[..., None], axis=2)

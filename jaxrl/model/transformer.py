@@ -56,6 +56,8 @@ def param_specs(config: ModelConfig) -> Specs:
         "head": config.head_width,
         "ffn": config.ffn_width,
         "experts": config.experts,
+        "choices": config.experts,
+        "expert_embed": config.width,
         "expert_ffn": config.expert_width,
     }
     family, dtype = FAMILIES[config.family], jnp.dtype(config.param_dtype)
@@ -114,13 +116,13 @@ def _feed_forward_specs(weight: Callable[[str, str, str], ParamSpec], prefix: st
             "up": weight(prefix + "up_proj.weight", "layers embed ffn", "ffn embed"),
             "down": weight(prefix + "down_proj.weight", "layers ffn embed", "embed ffn"),
         }
-    inwards, outwards = "layers experts embed expert_ffn", "layers experts expert_ffn embed"
+    inwards, outwards = "layers experts expert_embed expert_ffn", "layers experts expert_ffn expert_embed"
     expert = prefix + "experts.{expert}."
     return {
-        "router": weight(prefix + "gate.weight", "layers embed experts", "experts embed"),
-        "expert_gate": weight(expert + "gate_proj.weight", inwards, "expert_ffn embed"),
-        "expert_up": weight(expert + "up_proj.weight", inwards, "expert_ffn embed"),
-        "expert_down": weight(expert + "down_proj.weight", outwards, "embed expert_ffn"),
+        "router": weight(prefix + "gate.weight", "layers embed choices", "choices embed"),
+        "expert_gate": weight(expert + "gate_proj.weight", inwards, "expert_ffn expert_embed"),
+        "expert_up": weight(expert + "up_proj.weight", inwards, "expert_ffn expert_embed"),
+        "expert_down": weight(expert + "down_proj.weight", outwards, "expert_embed expert_ffn"),
     }
 
 

@@ -265,7 +265,7 @@ def _model(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Every micro-batch must be cut into equal pieces."""
     for axis, field, over in (
-        ("batch", "rows", "MeshConfig.slice x data x fsdp"),
+        ("batch", "rows", "MeshConfig.slice x data x fsdp x expert"),
         ("token_shards", "row_tokens", "MeshConfig.context x tensor"),
     ):
         pieces = meshes.pieces(axis, meshes.COMPUTE_RULES, mesh)

@@ -31,9 +31,15 @@ def settings(overrides: tuple[str, ...]) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        ((2, 1, 2, 1, 1), r"SftConfig.rows=6 cannot be split over 4 devices \(.*slice x data x fsdp\); make it 8, or"),
-        ((1, 2, 1, 1, 1), r"TrainConfig.rows=7 cannot be split over 2 devices \(.*fsdp\); make it 8, or another mult"),
-        ((1, 1, 1, 4, 2), r"SftConfig.row_tokens=100 cannot be split over 8 devices .*context x tensor\); make it 104"),
+        ((2, 1, 2, 1, 1, 1), r"SftConfig.rows=6 cannot be split over 4 devices \(.*fsdp x expert\); make it 8, or"),
+        (
+            (1, 1, 1, 2, 1, 1),
+            r"TrainConfig.rows=7 cannot be split over 2 devices \(.*expert\); make it 8, or another mult",
+        ),
+        (
+            (1, 1, 1, 1, 4, 2),
+            r"SftConfig.row_tokens=100 cannot be split over 8 devices .*context x tensor\); make it 104",
+        ),
     ],
 )
 def test_rows_that_a_mesh_cannot_split_are_refused_with_what_it_could(lengths: tuple[int, ...], message: str) -> None:
