@@ -1,6 +1,6 @@
 """Run by test_mesh.py with eight virtual devices: compares meshes with one device, prints a JSON line for each.
 
-``mesh_process.py few|more`` trains, ``mesh_process.py replicas|"split replicas"`` samples.
+``mesh_process.py few|more`` trains, ``mesh_process.py replicas|"split replicas"|"replicas apart"`` samples.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from jaxrl.config import AlgorithmConfig, EngineConfig, MeshConfig, ModelConfig, OptimizerConfig
-from jaxrl.mesh import AXES, PARAM_RULES, make_mesh, make_rollout_mesh
+from jaxrl.mesh import AXES, PARAM_RULES, make_mesh, make_rollout_mesh, split_devices
 from jaxrl.model.spec import initialize, shardings
 from jaxrl.model.transformer import param_specs
 from jaxrl.records import Batch
@@ -48,9 +48,14 @@ MESHES = {
 """Meshes to train on, of all devices."""
 FLEETS = {
     "replicas": (MeshConfig(data=2, fsdp=1),),
-    "split replicas": (MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=1, context=4, rollout_tensor=4)),
+    "split replicas": (
+        MeshConfig(fsdp=2, tensor=2),
+        MeshConfig(fsdp=1, context=4, rollout_tensor=4),
+        MeshConfig(fsdp=4, rollout_tensor=4, rollout_devices=4),
+    ),
+    "replicas apart": (MeshConfig(fsdp=2, tensor=2, rollout_tensor=1, rollout_devices=2),),
 }
-"""Meshes to sample on; each has so many devices as it names."""
+"""Meshes to sample on; each has so many devices as it names, and those that only sample."""
 
 
 def batch() -> Batch:
@@ -100,8 +105,9 @@ def _split(leaf: jax.Array) -> bool:
 
 def sampled(config: MeshConfig, devices: int) -> tuple[dict[tuple[int, int], tuple], dict[str, float]]:
     """Tokens and log-probabilities of a few sequences, each played with version 0 and again with version 1."""
-    mesh = make_mesh(config, jax.devices()[:devices])
-    rollout_mesh = make_rollout_mesh(mesh, config.rollout_tensor)
+    training, playing = split_devices(config, jax.devices()[:devices])
+    mesh = make_mesh(config, training)
+    rollout_mesh = make_rollout_mesh(mesh, config.rollout_tensor, playing if config.rollout_devices else None)
     params = jax.device_put(initialize(SPECS, jax.random.key(0)), shardings(SPECS, mesh, PARAM_RULES))
     fleet = Fleet(ENGINE, MODEL, rollout_params(params, MODEL, rollout_mesh), rollout_mesh, stop_ids=(3,), seed=5)
     fleet.compile()
@@ -182,7 +188,7 @@ def compare_sampling(which: str) -> None:
     plain, _ = sampled(MeshConfig(), 1)
     for config in FLEETS[which]:
         lengths = [getattr(config, axis) for axis in AXES]
-        got, report = sampled(config, math.prod(lengths))
+        got, report = sampled(config, math.prod(lengths) + config.rollout_devices)
         report |= {
             "mesh": "x".join(map(str, lengths)),
             "different": sum(got[name][0] != plain[name][0] for name in plain),
