@@ -32,7 +32,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Algorithm.kl_coefficient Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed "
         "Sandbox.slow_slots Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature "
         "Model.experts Model.balance_coefficient Model.local_rope_theta Model.score_width Model.attention_soft_cap "
-        "Model.logit_soft_cap Stages.drop_solved Stages.drop_unsolved Lora.rank Mesh.rollout_tensor",
+        "Model.logit_soft_cap Stages.drop_solved Stages.drop_unsolved Lora.rank Mesh.rollout_tensor "
+        "Mesh.rollout_devices",
         lambda value: value >= 0,
         "not be negative",
     ),

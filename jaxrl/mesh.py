@@ -135,24 +135,56 @@ def by_slice(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device
     return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 
 
-def make_rollout_mesh(mesh: Mesh, tensor: int = 0) -> Mesh:
-    """The same devices in the same order, regrouped as replicas of the rollout engine.
+def split_devices(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None
+) -> tuple[list[jax.Device], list[jax.Device]]:
+    """The devices that train and those that roll out: the same ones, or with ``rollout_devices`` the last so many.
+
+    Args:
+        devices: as for ``make_mesh``.
+
+    Raises:
+        ConfigError: none would be left to train, or they belong to several processes, which could not send weights to
+            each other's devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    playing = config.rollout_devices
+    if not playing:
+        return devices, devices
+    if playing >= len(devices):
+        raise ConfigError(
+            f"MeshConfig.rollout_devices={playing} leaves none of the {len(devices)} devices to train; lower it, or "
+            "set it to 0 so that all of them do both"
+        )
+    processes = len({device.process_index for device in devices})
+    if processes > 1:
+        raise ConfigError(
+            f"MeshConfig.rollout_devices={playing} needs a single process, but the devices belong to {processes}; "
+            "set it to 0 so that all of them train and roll out"
+        )
+    return devices[:-playing], devices[-playing:]
+
+
+def make_rollout_mesh(mesh: Mesh, tensor: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices in their order, regrouped as replicas of the rollout engine.
 
     Args:
         mesh: the training mesh.
         tensor: devices that share one replica's weights; 0 = as many as the training mesh's ``tensor`` axis.
+        devices: those that roll out, of one slice; those of the training mesh when None.
 
     Raises:
         ConfigError: the devices of one slice cannot be cut into replicas of this size.
     """
     tensor = tensor or mesh.shape["tensor"]
-    within = mesh.size // mesh.shape["slice"]
+    within = mesh.size // mesh.shape["slice"] if devices is None else len(devices)
     if within % tensor:
         raise ConfigError(
             f"MeshConfig.rollout_tensor={tensor} does not divide the {within} devices of a slice; choose one of "
             f"{', '.join(map(str, divisors(within)))}"
         )
-    return Mesh(mesh.devices.reshape(-1, tensor), ROLLOUT_AXES, axis_types=(AxisType.Explicit,) * len(ROLLOUT_AXES))
+    flat = mesh.devices.flatten() if devices is None else np.array(devices)
+    return Mesh(flat.reshape(-1, tensor), ROLLOUT_AXES, axis_types=(AxisType.Explicit,) * len(ROLLOUT_AXES))
 
 
 def replica_meshes(rollout_mesh: Mesh) -> tuple[Mesh, ...]:

@@ -1,6 +1,7 @@
 """Run by test_mesh.py with eight virtual devices: compares meshes with one device, prints a JSON line for each.
 
-``mesh_process.py few|more`` and ``experts|"more experts"`` train, ``replicas|"split replicas"|"split experts"`` sample.
+``mesh_process.py few|more`` and ``experts|"more experts"`` train, ``replicas|"split replicas"|"split experts"`` and
+``"replicas apart"`` sample.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 
 from jaxrl.config import AlgorithmConfig, EngineConfig, MeshConfig, ModelConfig, OptimizerConfig
-from jaxrl.mesh import AXES, PARAM_RULES, make_mesh, make_rollout_mesh
+from jaxrl.mesh import AXES, PARAM_RULES, make_mesh, make_rollout_mesh, split_devices
 from jaxrl.model.spec import initialize, shardings
 from jaxrl.model.transformer import param_specs
 from jaxrl.records import Batch
@@ -57,10 +58,15 @@ MESHES = {
 """Meshes to train on, of all devices."""
 FLEETS = {
     "replicas": (MeshConfig(data=2, fsdp=1),),
-    "split replicas": (MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=1, context=4, rollout_tensor=4)),
+    "split replicas": (
+        MeshConfig(fsdp=2, tensor=2),
+        MeshConfig(fsdp=1, context=4, rollout_tensor=4),
+        MeshConfig(fsdp=4, rollout_tensor=4, rollout_devices=4),
+    ),
     "split experts": (MeshConfig(fsdp=1, expert=2, tensor=2),),
+    "replicas apart": (MeshConfig(fsdp=2, tensor=2, rollout_tensor=1, rollout_devices=2),),
 }
-"""Meshes to sample on; each has so many devices as it names."""
+"""Meshes to sample on; each has so many devices as it names, and those that only sample."""
 
 
 def batch() -> Batch:
@@ -114,8 +120,9 @@ def sampled(
     model: ModelConfig, config: MeshConfig, devices: int
 ) -> tuple[dict[tuple[int, int], tuple], dict[str, float]]:
     """Tokens and log-probabilities of a few sequences, each played with version 0 and again with version 1."""
-    mesh = make_mesh(config, jax.devices()[:devices])
-    rollout_mesh = make_rollout_mesh(mesh, config.rollout_tensor)
+    training, playing = split_devices(config, jax.devices()[:devices])
+    mesh = make_mesh(config, training)
+    rollout_mesh = make_rollout_mesh(mesh, config.rollout_tensor, playing if config.rollout_devices else None)
     specs = param_specs(model)
     params = jax.device_put(initialize(specs, jax.random.key(0)), shardings(specs, mesh, PARAM_RULES))
     fleet = Fleet(ENGINE, model, rollout_params(params, model, rollout_mesh), rollout_mesh, stop_ids=(3,), seed=5)
@@ -203,7 +210,7 @@ def compare_sampling(which: str) -> None:
     plain, _ = sampled(model, MeshConfig(), 1)
     for config in FLEETS[which]:
         lengths = [getattr(config, axis) for axis in AXES]
-        got, report = sampled(model, config, math.prod(lengths))
+        got, report = sampled(model, config, math.prod(lengths) + config.rollout_devices)
         report |= {
             "mesh": "x".join(map(str, lengths)),
             "different": sum(got[name][0] != plain[name][0] for name in plain),

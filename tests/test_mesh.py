@@ -25,6 +25,7 @@ from jaxrl.mesh import (
     make_rollout_mesh,
     partition_spec,
     per_shard,
+    split_devices,
     to_compute,
 )
 from jaxrl.model.spec import shardings
@@ -155,6 +156,24 @@ def test_replicas_never_cross_slices_and_must_divide_one() -> None:
         make_rollout_mesh(mesh, 4)
 
 
+def test_the_last_devices_roll_out_and_the_others_train() -> None:
+    devices = [Device(index, platform="cpu") for index in range(8)]
+    training, playing = split_devices(MeshConfig(rollout_devices=3), devices)
+    assert [device.id for device in training] == [0, 1, 2, 3, 4] and [device.id for device in playing] == [5, 6, 7]
+    assert split_devices(MeshConfig(), devices) == (devices, devices)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1] * 6).reshape(1, 1, 3, 1, 2), AXES)
+    assert dict(make_rollout_mesh(mesh, 0, devices[-4:]).shape) == {"replica": 2, "tensor": 2}
+    with pytest.raises(ConfigError, match=r"rollout_tensor=2 does not divide the 3 devices"):
+        make_rollout_mesh(mesh, 0, playing)
+    with pytest.raises(ConfigError, match=r"rollout_devices=8 leaves none of the 8 devices to train; lower it"):
+        split_devices(MeshConfig(rollout_devices=8), devices)
+    two = [Device(index, platform="cpu", process_index=index // 4) for index in range(8)]
+    with pytest.raises(
+        ConfigError, match=r"rollout_devices=4 needs a single process, but the devices belong to 2; set"
+    ):
+        split_devices(MeshConfig(rollout_devices=4), two)
+
+
 def compared(which: str) -> list[dict]:
     """What mesh_process.py reports, in a process that has eight devices."""
     script = pathlib.Path(__file__).with_name("mesh_process.py")
@@ -191,14 +210,15 @@ def test_training_is_the_same_on_every_mesh(which: str, meshes: list[str]) -> No
     [
         ("replicas", [2]),
         ("split experts", [2]),
-        pytest.param("split replicas", [2, 1], marks=pytest.mark.slow),
+        ("replicas apart", [2]),
+        pytest.param("split replicas", [2, 1, 1], marks=pytest.mark.slow),
     ],
 )
 def test_promise_2_sampling_is_the_same_on_every_mesh(which: str, replicas: list[int]) -> None:
     """Bit for bit where a replica has one device as the engine it is compared with; else to rounding."""
     for report, count in zip(compared(which), replicas, strict=True):
         assert report["different"] == 0 and report["logprob_error"] < 1e-5, report
-        if which == "replicas":
+        if which != "split replicas":
             assert report["bits_differ"] == 0, report
         assert report["replicas_agree"], "which replica plays a sequence changes no bit"
         assert len(report["opened"]) == count and set(report["opened"]) == {36 // count}, "groups are spread evenly"

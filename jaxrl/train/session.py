@@ -53,12 +53,16 @@ class Session:
 
     @functools.cached_property
     def rollout_mesh(self) -> jax.sharding.Mesh:
-        return meshes.make_rollout_mesh(self.mesh, self.config.mesh.rollout_tensor)
+        config = self.config.mesh
+        playing = meshes.split_devices(config)[1] if config.rollout_devices else None
+        return meshes.make_rollout_mesh(self.mesh, config.rollout_tensor, playing)
 
     @functools.cached_property
     def launches(self) -> contextlib.AbstractContextManager[Any]:
-        """Held while work is handed to several devices, see ``Engine``; a single one needs no order."""
-        return threading.Lock() if self.mesh.size > 1 else contextlib.nullcontext()
+        """Held while work is handed to devices that both train and roll out, see ``Engine``; a single one needs no
+        order."""
+        shared = self.mesh.size > 1 and not self.config.mesh.rollout_devices
+        return threading.Lock() if shared else contextlib.nullcontext()
 
     @functools.cached_property
     def specs(self) -> spec.Specs:
@@ -234,7 +238,9 @@ async def open_player(session: Session, params: Any, version: int) -> AsyncItera
 def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:
     chat = ChatFormat(config.chat, (PythonTool.schema,), tokenizer)
     check_limit(tokenizer, config.env.max_tool_tokens)
-    session = Session(config, run, tokenizer, chat, _model(config.model, tokenizer), meshes.make_mesh(config.mesh))
+    training, _ = meshes.split_devices(config.mesh)
+    mesh = meshes.make_mesh(config.mesh, training)
+    session = Session(config, run, tokenizer, chat, _model(config.model, tokenizer), mesh)
     spec.shardings(session.specs, session.mesh, meshes.PARAM_RULES)  # refuses meshes that cannot split the model
     spec.shardings(session.specs, session.rollout_mesh, meshes.ROLLOUT_RULES)
     if config.lora.rank:

@@ -11,6 +11,7 @@ from jaxrl import mesh as meshes
 from jaxrl.config import ModelConfig
 from jaxrl.model import lora, spec, transformer
 from jaxrl.rollout.fleet import Fleet
+from jaxrl.train import transfer
 
 
 def hand_over(
@@ -23,7 +24,7 @@ def hand_over(
     """Give every replica the trainer's weights. An idle one frees its old ones before the new ones are made.
 
     Args:
-        params: the trainer's, on the devices of the fleet.
+        params: the trainer's, on the devices of the fleet or on others.
         version: name of these weights.
         launches: as for ``Engine``.
 
@@ -40,12 +41,13 @@ def rollout_params(params: Any, model: ModelConfig, mesh: Mesh) -> tuple[Any, ..
     """Copies of ``params``, one for each replica, split over its devices: what is multiplied is in the compute type.
 
     A weight is cast where it rests, and travels straight from there to where it is used; neither a single device nor
-    the host ever sees more of it than its own piece. The copies are real even where nothing has to move: the trainer
-    donates its buffers to the next update.
+    the host ever sees more of it than its own piece. What is cast and not yet there is bounded: other devices get a
+    weight in blocks (``transfer``), the same ones weight by weight. The copies are real even where nothing has to
+    move: the trainer donates its buffers to the next update.
 
     Args:
         params: the trainer's weights.
-        mesh: from ``mesh.make_rollout_mesh``, of the devices that hold ``params``.
+        mesh: from ``mesh.make_rollout_mesh``, of the devices that hold ``params`` or of others.
 
     Raises:
         ValueError: a weight is missing, extra, or of another shape than the model's specification says.
@@ -84,8 +86,18 @@ def with_adapters(
 
 
 def _moved(params: Any, specs: spec.Specs, model: ModelConfig, mesh: Mesh, *, may_alias: bool) -> tuple[Any, ...]:
+    devices, under_way = set(mesh.devices.flat), []
+
     def move(leaf: jax.Array, one: spec.ParamSpec, sharding: NamedSharding) -> jax.Array:
-        return jax.device_put(leaf.astype(one.compute_dtype(model.compute_dtype)), sharding, may_alias=may_alias)
+        dtype = one.compute_dtype(model.compute_dtype)
+        if devices.isdisjoint(leaf.sharding.device_set):
+            return transfer.carried(leaf, dtype, sharding)
+        moved = jax.device_put(leaf.astype(dtype), sharding, may_alias=may_alias)
+        under_way.append(moved)
+        if sum(array.nbytes for array in under_way) > transfer.CHUNK_BYTES:
+            jax.block_until_ready(under_way)  # and what was cast is free again
+            under_way.clear()
+        return moved
 
     moved = jax.tree.map(move, params, specs, spec.shardings(specs, mesh, meshes.ROLLOUT_RULES))
     return tuple(

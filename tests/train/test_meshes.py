@@ -21,6 +21,7 @@ EIGHT = (
     *("MeshConfig.slice=2", "MeshConfig.fsdp=1", "MeshConfig.context=2", "MeshConfig.tensor=2"),
     "OptimizerConfig.offload=True",
 )
+APART = ("MeshConfig.fsdp=2", "MeshConfig.tensor=2", "MeshConfig.rollout_devices=4", "MeshConfig.rollout_tensor=1")
 RunTiny = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -48,21 +49,33 @@ def test_rows_that_a_mesh_cannot_split_are_refused_with_what_it_could(lengths: t
         session._check_rows(config, jax.sharding.AbstractMesh(lengths, AXES))
 
 
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory: pytest.TempPathFactory, run_tiny: RunTiny) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("one") / "run"
+    one = run_tiny(folder, more=settings(SHORT))
+    assert one.returncode == 0, one.stdout + one.stderr
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("mesh", [EIGHT, APART], ids=["all train and play", "four train and four play"])
 def test_a_run_on_eight_devices_has_the_curve_of_one(
-    tmp_path: pathlib.Path, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+    mesh: tuple[str, ...],
+    one_device: pathlib.Path,
+    tmp_path: pathlib.Path,
+    run_tiny: RunTiny,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Cold start, episodes of the next step played during the update, four replicas, offloaded moments, a resume."""
-    folders = [tmp_path / "one", tmp_path / "eight"]
-    one = run_tiny(folders[0], more=settings(SHORT))
-    assert one.returncode == 0, one.stdout + one.stderr
+    """Cold start, episodes of the next step played during the update, four replicas, and a resume."""
+    folder = tmp_path / "eight"
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    half = run_tiny(folders[1], more=settings((*SHORT, *EIGHT, "TrainConfig.steps=1")))
+    half = run_tiny(folder, more=settings((*SHORT, *mesh, "TrainConfig.steps=1")))
     assert half.returncode == 0, half.stdout + half.stderr
-    rest = run_tiny(folders[1], more=settings((*SHORT, *EIGHT)))
+    rest = run_tiny(folder, more=settings((*SHORT, *mesh)))
     assert rest.returncode == 0, rest.stdout + rest.stderr
     assert "reinforcement: 2 steps, from step" in rest.stdout
+    folders = (one_device, folder)
     played = [[t for file in sorted((f / "episodes").glob("rl_*.jsonl")) for t in read_episodes(file)] for f in folders]
     assert [t.ids.tolist() for t in played[0]] == [t.ids.tolist() for t in played[1]]
     for one_row, row in zip(*(read_metrics(folder, "rl") for folder in folders), strict=True):

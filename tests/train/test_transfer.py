@@ -1,0 +1,65 @@
+"""Arrays on their way to other devices: every number arrives once, and neither side holds much more than its own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxrl.train import transfer
+
+spans = st.tuples(st.integers(0, 9), st.integers(1, 9)).map(lambda span: (span[0], span[0] + span[1]))
+boxes = st.lists(spans, max_size=3).map(tuple)
+
+
+@given(boxes, st.integers(1, 50))
+def test_a_box_is_cut_into_slabs_that_cover_it_once(box: transfer.Box, size: int) -> None:
+    covered = np.zeros([18] * len(box), int)
+    for cut in transfer._cuts(box, size):
+        covered[tuple(slice(*span) for span in cut)] += 1
+        lengths = transfer._lengths(box)
+        assert np.prod(transfer._lengths(cut)) <= max(size, np.prod(lengths) / max(1, *lengths, 1))
+    inside = np.zeros_like(covered)
+    inside[tuple(slice(*span) for span in box)] = 1
+    assert np.array_equal(covered, inside)
+
+
+def test_numbers_that_nobody_here_holds_are_missed() -> None:
+    held = types.SimpleNamespace(index=(slice(0, 2), slice(None)), data=jnp.ones((2, 2)))
+    half_elsewhere = types.SimpleNamespace(shape=(4, 2), addressable_shards=[held])  # as with several processes
+    whole = jax.sharding.NamedSharding(jax.make_mesh((1,), ("t",)), jax.sharding.PartitionSpec())
+    with pytest.raises(ValueError, match="is to get 8 numbers, of which this process holds 4"):
+        transfer.carried(half_elsewhere, jnp.dtype(jnp.float32), whole)
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict]:
+    script = pathlib.Path(__file__).with_name("transfer_process.py")
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_every_layout_becomes_every_other(reports: list[dict]) -> None:
+    assert len(reports) == 5
+    assert all(report["equal"] and report["placed"] for report in reports), reports
+
+
+def test_neither_side_holds_more_than_its_own_and_a_chunk(reports: list[dict]) -> None:
+    """The array is six chunks long."""
+    for report in reports:
+        assert 0 < report["sending"] <= 1, report
+        assert 0 < report["receiving"] <= 1, report
+        assert report["left"] == 0, report
+        assert report["copies"] == {"pieces to whole": 3}.get(report["layout"], 1), report
