@@ -21,7 +21,7 @@ from jaxrl.model.lora import ADAPTERS, low_rank_product
 from jaxrl.model.moe import Choice, Load, experts_feed_forward, load_of, route
 from jaxrl.model.rotary import frequencies, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
-from jaxrl_kernels import interval_attention, paged_attention, segment_ends
+from jaxrl_kernels import Plan, interval_attention, make_plan, paged_attention, segment_ends
 from jaxrl_kernels.products import product, rounded
 
 Params = dict[str, Any]
@@ -176,18 +176,23 @@ def hidden_states_and_load(
     positions, real = to_compute(positions, rows), to_compute(segment_ids, rows) > 0
     kernel = functools.partial(interval_attention, **_score_options(config))
 
+    def plan_locally(end: jax.Array, index: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(make_plan(end, queries=len(index), first=index[0]))
+
     def attend_locally(q: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array, *masks: jax.Array) -> jax.Array:
-        end, window = masks
-        return kernel(q, k, v, end, window=window, first=index[0] if q.shape[1] < k.shape[1] else 0)
+        end, window, *plan = masks
+        return kernel(q, k, v, end, window=window, first=index[0], plan=Plan(*plan))
 
     queries, keys = (*rows, "query_heads", None), ("batch", None, "kv_heads", None)
-    attention = per_shard(attend_locally, [queries, ("tokens",), keys, keys, ("batch", None), ()], queries)
+    planned = [(*rows, None), rows]
+    plan = per_shard(plan_locally, [("batch", None), ("tokens",)], planned)(end, index)
+    attention = per_shard(attend_locally, [queries, ("tokens",), keys, keys, ("batch", None), (), *planned], queries)
 
     def layer(x: jax.Array, scanned: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, Load | None]:
         weights, window, layer_frequencies = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return attention(q, index, k, v, end, window), None
+            return attention(q, index, k, v, end, window, *plan), None
 
         turned = rotation(positions, layer_frequencies)
         x, _, choice = _layer(weights, config, x, turned, attend, rows)

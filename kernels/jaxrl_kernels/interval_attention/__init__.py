@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels.interval_attention import reference, xla
+from jaxrl_kernels.interval_attention.plan import Plan, make_plan
 
 Implementation = Literal["auto", "xla", "reference"]
 
@@ -28,9 +29,12 @@ def interval_attention(
     scale: float | None = None,
     soft_cap: float = 0.0,
     first: int | jax.Array = 0,
+    plan: Plan | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Attend, softmax in float32. A query that sees no key gives zeros and has zero gradient.
+
+    Blocks of scores in which nothing is visible are skipped, forward and backward.
 
     Args:
         q: [B, Q, N, H] queries of the tokens ``first ... first + Q - 1``.
@@ -41,7 +45,8 @@ def interval_attention(
         scale: of the scores; ``H ** -0.5`` when None.
         soft_cap: scaled scores become ``soft_cap * tanh(score / soft_cap)``; 0 = they stay.
         first: index of the first query, where a row's queries are split over devices and each has all keys. An int,
-            or a traced int32 scalar, with which causality saves no work.
+            or a traced int32 scalar.
+        plan: ``make_plan`` of ``end``, for batches that attend more than once; made here when None.
         implementation: "xla" is plain JAX, linear in T in memory; "reference" builds the whole mask.
 
     Returns:
@@ -63,7 +68,8 @@ def interval_attention(
     scale = width**-0.5 if scale is None else scale
     match implementation:
         case "auto" | "xla":
-            return xla.interval_attention(q, k, v, end, window, first, scale, soft_cap)
+            plan = make_plan(end, queries=queries, first=first) if plan is None else plan
+            return xla.interval_attention(q, k, v, end, window, first, scale, soft_cap, plan)[0]
         case "reference":
             return reference.interval_attention(q, k, v, end, window, first, scale, soft_cap)
     raise ValueError(f"implementation={implementation!r} is unknown; choose auto, xla or reference")

@@ -1,24 +1,19 @@
 """Interval attention in plain JAX: for every platform, with memory linear in T in both directions.
 
-Queries are taken in chunks, so no more than one [chunk, T] block of scores exists at a time; the backward pass computes
-each block again from the saved log-sum-exp (Dao et al. 2022, algorithm 4). Chunks are grouped in a few spans, and a
-chunk multiplies only with the keys up to the end of its span: with 8 spans 44 % of the products of the full square,
-which causality makes useless, are never done. Queries whose first index is traced have one span with all keys.
+One block of scores exists at a time. A block of queries visits the blocks of keys that its plan lists and no others,
+with an online softmax (Milakov and Gimelshein, 2018); the backward pass visits the same blocks and computes each again
+from the saved log-sum-exp (Dao et al. 2022, algorithm 4).
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jaxrl_kernels.interval_attention.plan import Plan, block_of, blocks_of
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import MASKED, round_up, soft_capped
-
-CHUNK = 256
-"""Queries whose scores exist at once."""
-SPANS = 8
-"""Spans of a row with a key range of their own (each is compiled once more)."""
 
 
 def interval_attention(
@@ -30,143 +25,166 @@ def interval_attention(
     first: int | jax.Array,
     scale: float,
     soft_cap: float,
-) -> jax.Array:
-    """As the contract says. The gradient of a row that sees nothing is exactly zero."""
-    batch, tokens, heads, width = q.shape
-    split = not isinstance(first, int) or first > 0
-    kv_heads, chunk = k.shape[2], min(CHUNK, tokens)
-    chunks = -(-tokens // chunk)
-    fill = ((0, 0), (0, chunks * chunk - tokens))
-    q = (q * scale).astype(q.dtype).reshape(batch, tokens, kv_heads, heads // kv_heads, width)
-    q = jnp.pad(q, (*fill, (0, 0), (0, 0), (0, 0)))
-    q = jnp.einsum("bnckgh->nbkgch", q.reshape(batch, chunks, chunk, kv_heads, heads // kv_heads, width))
-    fill = ((0, 0), (0, max(0, chunks * chunk - k.shape[1])))
-    k = jnp.einsum("bskh->bksh", jnp.pad(k, (*fill, (0, 0), (0, 0))))
-    v = jnp.einsum("bskh->bksh", jnp.pad(v, (*fill, (0, 0), (0, 0))))
-    attended = _attend(soft_cap, split, q, k, v, jnp.pad(end, fill), window, jnp.asarray(first, jnp.int32))
-    output = jnp.einsum("nbkgch->bnckgh", attended)
-    return output.reshape(batch, chunks * chunk, heads, width)[:, :tokens]
+    plan: Plan,
+) -> tuple[jax.Array, jax.Array]:
+    """As the contract says. The gradient of a query that sees nothing is exactly zero."""
+    batch, queries, heads, width = q.shape
+    kv_heads, block = k.shape[2], block_of(k.shape[1])
+    query_blocks, key_blocks = blocks_of(queries, block), blocks_of(k.shape[1], block)
+    fill = ((0, 0), (0, query_blocks * block - queries))
+    q = jnp.pad((q * scale).astype(q.dtype), (*fill, (0, 0), (0, 0)))
+    q = jnp.einsum("bnckgh->nbkgch", q.reshape(batch, query_blocks, block, kv_heads, heads // kv_heads, width))
+    fill = ((0, 0), (0, key_blocks * block - k.shape[1]))
+    k, v = (jnp.pad(x, (*fill, (0, 0), (0, 0))).reshape(batch, key_blocks, block, kv_heads, width) for x in (k, v))
+    k, v = (jnp.einsum("bnskh->nbksh", x) for x in (k, v))
+    ends = jnp.einsum("bns->nbs", jnp.pad(end, fill).reshape(batch, key_blocks, block))
+    attended, log_total = _attend(soft_cap, q, k, v, ends, window, jnp.asarray(first, jnp.int32), plan)
+    output = jnp.einsum("nbkgch->bnckgh", attended).reshape(batch, query_blocks * block, heads, width)
+    log_total = jnp.einsum("nbkgc->bkgnc", log_total[..., 0]).reshape(batch, heads, query_blocks * block)
+    return output[:, :queries], log_total[:, :, :queries]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
     soft_cap: float,
-    split: bool,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    end: jax.Array,
+    ends: jax.Array,
     window: jax.Array,
     first: jax.Array,
-) -> jax.Array:
-    """Chunks of scaled queries [n, B, K, G, C, H] over keys and values [B, K, S, H], giving [n, B, K, G, C, H].
+    plan: Plan,
+) -> tuple[jax.Array, jax.Array]:
+    """Blocks of scaled queries [n, B, K, G, C, H] over blocks of keys and values [m, B, K, S, H], ends [m, B, S].
 
-    ``split``: the queries are not those of a whole row from its first token on.
+    Returns:
+        Attended values [n, B, K, G, C, H], and the log-sum-exp of scores [n, B, K, G, C, 1], 0 where nothing is seen.
     """
-    return _forward(soft_cap, split, q, k, v, end, window, first)[0]
+    return _forward(soft_cap, q, k, v, ends, window, first, plan)[0]
 
 
 def _forward(
     soft_cap: float,
-    split: bool,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    end: jax.Array,
+    ends: jax.Array,
     window: jax.Array,
     first: jax.Array,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    pieces = []
-    for chunks, reach in _spans(q, k, split):
-        attend = functools.partial(_attend_chunk, soft_cap, k[:, :, :reach], v[:, :, :reach], end[:, :reach], window)
-        pieces.append(jax.lax.map(attend, (first + chunks * q.shape[4], q[chunks])))
-    output, log_total = jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
-    return output, (q, k, v, end, window, first, output, log_total)
+    plan: Plan,
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    def attend_block(nothing: tuple, block: tuple[jax.Array, ...]) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
+        query, start, listed, visits = block
+
+        def visit(index: int | jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            keys, values, visible = _at(k, index), _at(v, index), _visible(start, index, query, ends, window)
+            scores = jnp.where(visible, soft_capped(_over_heads("bkmh,bksh->bkms", query, keys), soft_cap), MASKED)
+            return _added(state, scores, values)
+
+        count = query.shape[:4]
+        empty = jnp.zeros(query.shape, jnp.float32), jnp.full((*count, 1), MASKED), jnp.zeros((*count, 1))
+        output, top, total = _visited(visit, empty, listed, visits)
+        seen = total > 0
+        total = jnp.where(seen, total, 1.0)
+        return nothing, ((output / total).astype(query.dtype), jnp.where(seen, top + jnp.log(total), 0.0))
+
+    pieces = (q, *_visits(q, k, window, first, plan))
+    _, (output, log_total) = _scanned(attend_block, (), pieces)
+    return (output, log_total), (q, k, v, ends, window, first, plan, output, log_total)
 
 
-def _attend_chunk(
-    soft_cap: float,
-    keys: jax.Array,
-    values: jax.Array,
-    end: jax.Array,
-    window: jax.Array,
-    chunk: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """Output and log-sum-exp of one chunk, given its first index and its queries."""
-    start, query = chunk
-    visible = _visible(start, query.shape[3], end, window)
-    scores = soft_capped(_over_heads("bkmh,bksh->bkms", query, keys), soft_cap)
-    scores = jnp.where(visible, scores, MASKED)
-    top = round_up(scores.max(axis=-1, keepdims=True))
-    top = jnp.where(top > MASKED / 2, top, 0.0)  # a row that sees nothing: every weight becomes exp(MASKED) = 0
-    weights = jnp.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    output = _over_heads("bkms,bksh->bkmh", weights.astype(values.dtype), values)
-    total = jnp.where(total > 0, total, 1.0)
-    return (output / total).astype(query.dtype), top + jnp.log(total)
+def _added(state: tuple[jax.Array, ...], scores: jax.Array, values: jax.Array) -> tuple[jax.Array, ...]:
+    """The online softmax with one more block: sums of weighted values and of weights, over exp(top)."""
+    output, top, total = state
+    new_top = jnp.maximum(top, round_up(scores.max(axis=-1, keepdims=True)))
+    over = jnp.where(new_top > MASKED / 2, new_top, 0.0)  # nothing seen yet: every weight becomes exp(MASKED) = 0
+    weights, shrink = jnp.exp(scores - over), jnp.exp(top - over)
+    attended = _over_heads("bkms,bksh->bkmh", weights.astype(values.dtype), values)
+    return shrink * output + attended, new_top, shrink * total + weights.sum(axis=-1, keepdims=True)
 
 
-def _backward(
-    soft_cap: float, split: bool, saved: tuple[jax.Array, ...], gradient: jax.Array
-) -> tuple[jax.Array | None, ...]:
-    q, k, v, end, window, first, output, log_total = saved
+def _backward(soft_cap: float, saved: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array | None, ...]:
+    q, k, v, ends, window, first, plan, output, log_total = saved
+    gradient, log_total_gradient = gradients
     delta = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
-    sums = (jnp.zeros((*k.shape[:2], 0, k.shape[3]), jnp.float32),) * 2
-    query_gradients = []
-    for chunks, reach in _spans(q, k, split):
-        # Each span goes on with the sums of the shorter ones: a slice updated in place inside shard_map crashes the
-        # compiler of jaxlib 0.11 for CPUs.
-        sums = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, reach - x.shape[2]), (0, 0))) for x in sums)
-        differentiate = functools.partial(
-            _differentiate_chunk, soft_cap, k[:, :, :reach], v[:, :, :reach], end[:, :reach], window
-        )
-        pieces = (first + chunks * q.shape[4], q[chunks], log_total[chunks], delta[chunks], gradient[chunks])
-        sums, query_gradient = jax.lax.scan(differentiate, sums, pieces)
-        query_gradients.append(query_gradient)
-    return jnp.concatenate(query_gradients), sums[0].astype(k.dtype), sums[1].astype(v.dtype), None, None, None
+    delta -= log_total_gradient
 
+    def differentiate_block(
+        sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        query, log_total, delta, gradient, start, listed, visits = block
 
-def _differentiate_chunk(
-    soft_cap: float,
-    keys: jax.Array,
-    values: jax.Array,
-    end: jax.Array,
-    window: jax.Array,
-    sums: tuple[jax.Array, jax.Array],
-    chunk: tuple[jax.Array, ...],
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Adds one chunk's share to the sums of key and value gradients; gives its query gradient."""
-    start, query, log_total, delta, gradient = chunk
-    visible = _visible(start, query.shape[3], end, window)
-    scores = soft_capped(_over_heads("bkmh,bksh->bkms", query, keys), soft_cap)
-    weights = jnp.exp(jnp.where(visible, scores, MASKED) - log_total)
-    weight_gradient = _over_heads("bkmh,bksh->bkms", gradient, values)
-    score_gradient = weights * (weight_gradient - delta)
-    if soft_cap:
-        score_gradient *= 1 - (scores / soft_cap) ** 2
-    score_gradient = score_gradient.astype(query.dtype)
-    key_sum = sums[0] + _over_queries(score_gradient, query)
-    value_sum = sums[1] + _over_queries(weights.astype(gradient.dtype), gradient)
-    return (key_sum, value_sum), _over_heads("bkms,bksh->bkmh", score_gradient, keys).astype(query.dtype)
+        def visit(index: int | jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            keys, values, visible = _at(k, index), _at(v, index), _visible(start, index, query, ends, window)
+            scores = soft_capped(_over_heads("bkmh,bksh->bkms", query, keys), soft_cap)
+            weights = jnp.exp(jnp.where(visible, scores, MASKED) - log_total)
+            score_gradient = weights * (_over_heads("bkmh,bksh->bkms", gradient, values) - delta)
+            if soft_cap:
+                score_gradient *= 1 - (scores / soft_cap) ** 2
+            score_gradient = score_gradient.astype(query.dtype)
+            query_sum, key_sum, value_sum = state
+            return (
+                query_sum + _over_heads("bkms,bksh->bkmh", score_gradient, keys),
+                _add_at(key_sum, index, _over_queries(score_gradient, query)),
+                _add_at(value_sum, index, _over_queries(weights.astype(gradient.dtype), gradient)),
+            )
+
+        empty = jnp.zeros(query.shape, jnp.float32)
+        query_sum, *sums = _visited(visit, (empty, *sums), listed, visits)
+        return tuple(sums), query_sum.astype(query.dtype)
+
+    pieces = (q, log_total, delta, gradient, *_visits(q, k, window, first, plan))
+    nothing = jnp.zeros(k.shape, jnp.float32)
+    (key_sum, value_sum), query_gradient = _scanned(differentiate_block, (nothing, nothing), pieces)
+    return query_gradient, key_sum.astype(k.dtype), value_sum.astype(v.dtype), None, None, None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _spans(q: jax.Array, k: jax.Array, split: bool) -> list[tuple[np.ndarray, int]]:
-    """Indices of the chunks of each span, and how many keys they reach over."""
-    if split:
-        return [(np.arange(q.shape[0], dtype=np.int32), k.shape[2])]
-    groups = np.array_split(np.arange(q.shape[0], dtype=np.int32), min(SPANS, q.shape[0]))
-    return [(group, (int(group[-1]) + 1) * q.shape[4]) for group in groups]
+def _visits(
+    q: jax.Array, k: jax.Array, window: jax.Array, first: jax.Array, plan: Plan
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each block of queries: its first index, its list of key blocks, and the span [2] of the list to be visited."""
+    (keys,), (counts,) = plan
+    block = k.shape[3]
+    start = first + jnp.arange(q.shape[0], dtype=jnp.int32) * block
+    listed = jnp.arange(keys.shape[1]) < counts[:, None]
+    too_early = listed & (window > 0) & ((keys + 1) * block <= start[:, None] - window + 1)
+    return start, keys, jnp.stack([too_early.sum(axis=1, dtype=jnp.int32), counts], axis=1)
 
 
-def _visible(start: jax.Array, count: int, end: jax.Array, window: jax.Array) -> jax.Array:
-    """[B, 1, 1, C, S]: which keys the queries ``start ... start + count - 1`` see."""
-    query = start + jnp.arange(count, dtype=jnp.int32)[:, None]
-    key = jnp.arange(end.shape[1], dtype=jnp.int32)[None, :]
-    visible = (key <= query) & ((window == 0) | (query - key < window)) & (query < end[:, None, :])
-    return visible[:, None, None]
+def _visited(visit: Callable, state: tuple, listed: jax.Array, visits: jax.Array) -> tuple[jax.Array, ...]:
+    """What ``visit`` makes of the state with every listed block of keys; short rows have one, and need no loop."""
+    if listed.shape[0] == 1:
+        return visit(0, state)
+    return jax.lax.fori_loop(visits[0], visits[1], lambda position, state: visit(listed[position], state), state)
+
+
+def _scanned(step: Callable, state: tuple, blocks: tuple[jax.Array, ...]) -> tuple:
+    """``jax.lax.scan`` over the blocks of queries; short rows have one, and need no loop."""
+    if blocks[0].shape[0] > 1:
+        return jax.lax.scan(step, state, blocks)
+    state, result = step(state, tuple(block[0] for block in blocks))
+    return state, jax.tree.map(lambda x: x[None], result)
+
+
+def _at(blocks: jax.Array, index: int | jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(blocks, index, keepdims=False)
+
+
+def _add_at(blocks: jax.Array, index: int | jax.Array, more: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(blocks, _at(blocks, index) + more, index, 0)
+
+
+def _visible(
+    start: jax.Array, index: int | jax.Array, query: jax.Array, ends: jax.Array, window: jax.Array
+) -> jax.Array:
+    """[B, 1, 1, C, S]: which keys of block ``index`` the queries from ``start`` on see."""
+    queries = start + jnp.arange(query.shape[3], dtype=jnp.int32)[:, None]
+    keys = index * ends.shape[2] + jnp.arange(ends.shape[2], dtype=jnp.int32)[None, :]
+    in_window = (window == 0) | (queries - keys < window)
+    return ((keys <= queries) & in_window & (queries < _at(ends, index)[:, None, :]))[:, None, None]
 
 
 def _over_heads(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
