@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from jaxrl.config import ConfigError
 from jaxrl.sandbox import arguments, jail, pool_arguments
 from jaxrl.sandbox import files as file_bytes
-from jaxrl.sandbox.admission import Admission, check_loop
+from jaxrl.sandbox.admission import Admission, Starts, check_loop
 from jaxrl.sandbox.cluster_sessions import ClusterSessions, Preference
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.node_orders import Answer, CallOrder, ReplayOrder
@@ -139,6 +139,7 @@ class ClusterPool:
         self._admission = Admission(0)
         self._ids = itertools.count(1)
         self._members: Members | None = None
+        self._starts = Starts()
         self._loop: asyncio.AbstractEventLoop | None = None  # in which the pool was started, and not closed yet
         self._sessions = ClusterSessions(
             self.isolation,
@@ -163,15 +164,16 @@ class ClusterPool:
         from jaxrl.sandbox.members import Members  # loads Ray, which a process without a cluster never does
 
         check_loop(self._loop)
-        if self._members is not None:
-            return
-        self._loop = asyncio.get_running_loop()
-        self._members = Members(self._address, self._make_link, self._patience_seconds, self._give_up)
-        try:
-            await self._members.start()
-        except BaseException:
-            await self.close()
-            raise
+        async with self._starts.turn():
+            if self._members is not None:
+                return
+            self._loop = asyncio.get_running_loop()
+            self._members = Members(self._address, self._make_link, self._patience_seconds, self._give_up)
+            try:
+                await self._members.start()
+            except BaseException:
+                await self._shut()
+                raise
 
     @property
     def nodes(self) -> list[str]:
@@ -181,6 +183,10 @@ class ClusterPool:
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process on any node."""
         check_loop(self._loop)
+        self._starts.close()
+        await self._shut()
+
+    async def _shut(self) -> None:
         members, self._members = self._members, None
         self._admission.dismiss(_was_closed)
         if members is not None:

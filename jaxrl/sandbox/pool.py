@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from jaxrl.sandbox import cgroups, jail, languages, pool_arguments
 from jaxrl.sandbox import files as file_bytes
-from jaxrl.sandbox.admission import Admission, UnderWay, check_loop
+from jaxrl.sandbox.admission import Admission, Starts, UnderWay, check_loop
 from jaxrl.sandbox.builds import Builds
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.link import WardenLink, WardenLost
@@ -119,7 +119,8 @@ class Pool:
         self._ids = itertools.count(1)
         self._link: WardenLink | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # in which the pool was started, and not closed yet
-        self._starting = asyncio.Lock()
+        self._starts = Starts()
+        self._starting = asyncio.Lock()  # of a warden
         self._open = False
         self._draining = False
         self._under_way = UnderWay()  # calls, cells and forks that were taken, and what they are made of
@@ -137,20 +138,21 @@ class Pool:
     async def start(self) -> None:
         """Build the jail and warm the templates (a second or two). Needed once, unless used as a context manager."""
         check_loop(self._loop)
-        if not self._open:
-            self._loop, self._starting = asyncio.get_running_loop(), asyncio.Lock()
-            if self._unsafe:
-                # Without a jail nothing hides the calls' directories; at least they lie together, and go together.
-                self._scratch = tempfile.mkdtemp(prefix="jaxrl-unsafe-")
-                self._settings["view"]["work"] = self._settings["program_view"]["work"] = self._scratch
-        self._open, self._draining = True, False
-        try:
-            await self._warden()
-        except BaseException as error:
-            await self.close()
-            if isinstance(error, WardenLost):
-                raise jail.SandboxUnavailable("the sandbox's warden process ended while starting") from error
-            raise
+        async with self._starts.turn():
+            if not self._open:
+                self._loop, self._starting = asyncio.get_running_loop(), asyncio.Lock()
+                if self._unsafe:
+                    # Without a jail nothing hides the calls' directories; at least they lie together, and go together.
+                    self._scratch = tempfile.mkdtemp(prefix="jaxrl-unsafe-")
+                    self._settings["view"]["work"] = self._settings["program_view"]["work"] = self._scratch
+            self._open, self._draining = True, False
+            try:
+                await self._warden()
+            except BaseException as error:
+                await self._shut()
+                if isinstance(error, WardenLost):
+                    raise jail.SandboxUnavailable("the sandbox's warden process ended while starting") from error
+                raise
 
     @property
     def warden_pid(self) -> int:
@@ -175,6 +177,10 @@ class Pool:
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process, mount, descriptor or file."""
         check_loop(self._loop)
+        self._starts.close()
+        await self._shut()
+
+    async def _shut(self) -> None:
         self._open = False
         async with self._starting:
             link, self._link = self._link, None
