@@ -23,6 +23,7 @@ from jaxrl.sandbox.builds import Builds
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.link import WardenLink, WardenLost
 from jaxrl.sandbox.metrics import Metrics, Recorder, WardenMetrics
+from jaxrl.sandbox.pool_settings import PoolSettings
 from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits, Outcome, Report
 from jaxrl.sandbox.result import Result, result_of
 from jaxrl.sandbox.session import Backend, Session, Terms
@@ -77,8 +78,8 @@ class Pool:
         recycle_growth_mib: int = 64,
         session_memory_mib: int = 4096,
     ) -> None:
-        pool_arguments.check_pool(
-            limits=limits,
+        settings = PoolSettings(
+            limits=Limits() if limits is None else limits,
             workers=workers,
             slots=slots,
             slow_slots=slow_slots,
@@ -92,10 +93,8 @@ class Pool:
             recycle_growth_mib=recycle_growth_mib,
             session_memory_mib=session_memory_mib,
         )
-        pool_arguments.check_installed(program_folders)
-        self.limits = limits or Limits()
-        pool_arguments.check_host(self.limits)
-        pool_arguments.check_descriptors(workers, slots + slow_slots)
+        settings.check_machine()
+        self.limits = settings.limits
         self.most: Limits | None = None
         self.isolation = jail.UNSAFE if unsafe else jail.JAILED
         self._unsafe = unsafe
@@ -103,19 +102,8 @@ class Pool:
         self._isolation_of_processes = ""  # "" until a call has asked for it
         self._builds: Builds[Result] = Builds(_PROGRAMS_KEPT, _weight)
         self._scratch = ""  # folder of the calls' directories where there is no jail
-        self._settings = _views(preload, program_folders) | {
-            "preload": preload,
-            "templates": workers,
-            "slots": slots,
-            "slow_slots": slow_slots,
-            "heartbeat_seconds": heartbeat_seconds,
-            "recycle_calls": recycle_calls,
-            "recycle_growth_mib": recycle_growth_mib,
-            "unsafe": unsafe,
-            "processes_without_cgroup": processes_without_cgroup,
-            "session_memory_mib": session_memory_mib,
-        }
-        self._admission = Admission(slots + slow_slots + queue)
+        self._settings = _views(preload, program_folders) | settings.of_warden()
+        self._admission = Admission(settings.running + queue)
         self._ids = itertools.count(1)
         self._link: WardenLink | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # in which the pool was started, and not closed yet
