@@ -47,6 +47,7 @@ class Cell(NamedTuple):
     echo: bool
     files: bytes
     digest: bytes = b""
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +207,7 @@ class Session:
         echo: bool = True,
         files: Mapping[str, bytes] | None = None,
         wanted: Sequence[str] = (),
+        number: int = 0,
     ) -> Result:
         """Run a cell; one at a time, in the order of the calls. Status and limits are as for ``Pool.run``.
 
@@ -218,6 +220,7 @@ class Session:
             echo: print the repr of a trailing expression.
             files: content by path, laid into the session's directory before the code begins.
             wanted: patterns of files there to return when the cell has ended.
+            number: of the caller's own, by which the cell may be taken back.
 
         Raises:
             TypeError: an argument is of a wrong kind.
@@ -227,7 +230,7 @@ class Session:
         """
         pool_arguments.check_cell(code, echo, files, wanted)
         file_bytes.check(files or {}, self._terms.limits.disk_mib << 20)
-        cell = Cell(code.encode("utf-8", "surrogatepass"), echo, file_bytes.pack(files or {}))
+        cell = Cell(code.encode("utf-8", "surrogatepass"), echo, file_bytes.pack(files or {}), number=number)
         submitted = time.monotonic()
         self._backend.check()
         self._loop = asyncio.get_running_loop()
@@ -243,6 +246,15 @@ class Session:
                 if self._terms.live:  # otherwise the pool has counted it as the call it is
                     self._backend.cancelled()
                 raise
+
+    async def take_back(self, after: int) -> None:
+        """Be as if no cell with a larger number had been run; waits for what is under way."""
+        async with self._turn:
+            kept = [cell for cell in self._history if cell.number <= after]
+            if len(kept) < len(self._history):
+                self._history = kept
+                if self._process:
+                    self._give_up()
 
     async def fork(self, copies: int) -> "list[Session]":
         """Copies of this session: the same past, and from here on futures of their own.
