@@ -324,9 +324,7 @@ class SandboxServer:
                 self._sessions.check_number(id, owner, asked.number)
                 with self._calls.hold(1), self._sessions.history_room(id, owner, _cell_bytes(asked)) as history:
                     with self._bytes.hold(history if session.replays else 0):
-                        cell = session.run(
-                            asked.code, echo=asked.echo, files=asked.files, wanted=asked.wanted, number=asked.number
-                        )
+                        cell = session.run_numbered(asked.number, asked.code, asked.echo, asked.files, asked.wanted)
                         try:
                             return _json(await self._outcome(cell))
                         except ValueError as error:

@@ -207,7 +207,6 @@ class Session:
         echo: bool = True,
         files: Mapping[str, bytes] | None = None,
         wanted: Sequence[str] = (),
-        number: int = 0,
     ) -> Result:
         """Run a cell; one at a time, in the order of the calls. Status and limits are as for ``Pool.run``.
 
@@ -220,7 +219,6 @@ class Session:
             echo: print the repr of a trailing expression.
             files: content by path, laid into the session's directory before the code begins.
             wanted: patterns of files there to return when the cell has ended.
-            number: of the caller's own, by which the cell may be taken back.
 
         Raises:
             TypeError: an argument is of a wrong kind.
@@ -228,6 +226,12 @@ class Session:
             RuntimeError: the session or its pool is closed, or was while this ran.
             SandboxUnavailable: the jail was lost and could not be built again.
         """
+        return await self.run_numbered(0, code, echo, files, wanted)
+
+    async def run_numbered(
+        self, number: int, code: str, echo: bool, files: Mapping[str, bytes] | None, wanted: Sequence[str]
+    ) -> Result:
+        """``run``, of a cell with a number above 0, by which it may be taken back."""
         pool_arguments.check_cell(code, echo, files, wanted)
         file_bytes.check(files or {}, self._terms.limits.disk_mib << 20)
         cell = Cell(code.encode("utf-8", "surrogatepass"), echo, file_bytes.pack(files or {}), number=number)
