@@ -1,9 +1,10 @@
 """Who may submit, and who next: a semaphore whose waiters take turns by tenant. What is under way, until its end."""
 
 import asyncio
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 
 class Admission:
@@ -89,6 +90,38 @@ class UnderWay:
             over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(over)
             await over
+
+
+class Starts:
+    """Lets one start at a time: those that come meanwhile wait, to find that it is done, or to do it themselves."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._there = 0  # that start or wait
+        self._closings = 0
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Around a start.
+
+        Raises:
+            RuntimeError: what is to be started was closed while this waited.
+        """
+        if not self._there:
+            self._lock = asyncio.Lock()  # the last one may have served another event loop
+        closings = self._closings
+        self._there += 1
+        try:
+            async with self._lock:
+                if self._closings > closings:
+                    raise RuntimeError("it was closed while this start waited for another: start it again")
+                yield
+        finally:
+            self._there -= 1
+
+    def close(self) -> None:
+        """Let none of those that wait start any more."""
+        self._closings += 1
 
 
 def check_loop(started_in: asyncio.AbstractEventLoop | None) -> None:

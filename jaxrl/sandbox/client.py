@@ -23,6 +23,7 @@ except ImportError as error:
     raise ImportError("the sandbox's client needs aiohttp: pip install 'jaxrl[serve]'") from error
 
 from jaxrl.sandbox import arguments, codec, pool_arguments, wire
+from jaxrl.sandbox.admission import Starts
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.protocol import Limits
@@ -85,6 +86,7 @@ class SandboxClient:
         self._silence = silence_seconds
         self._connections = connections
         self._session: aiohttp.ClientSession | None = None
+        self._starts = Starts()
         self.limits = Limits()  # the server's own, once it is known
         self.most: Limits | None = None  # the same, once it is known
         self.isolation = ""
@@ -101,24 +103,31 @@ class SandboxClient:
         await self.close()
 
     async def start(self) -> None:
-        """Find the server. Needed once, unless used as a context manager."""
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections, socket_factory=_socket),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=self._silence),
-            headers=self._headers,
-        )
-        try:
-            health = await self.health()
-        except BaseException:
-            await self.close()
-            raise
-        self.limits = self.most = health.limits
-        self.isolation = health.isolation
-        self._part_calls = min(_PART_CALLS, health.most_calls)
-        self._part_bytes = min(_PART_BYTES, health.most_bytes // 2)  # the rest is for the largest single call
+        """Find the server. Unless used as a context manager, call it; again does nothing."""
+        async with self._starts.turn():
+            if self._session is not None:
+                return
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._connections, socket_factory=_socket),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=self._silence),
+                headers=self._headers,
+            )
+            try:
+                health = await self.health()
+            except BaseException:
+                await self._shut()
+                raise
+            self.limits = self.most = health.limits
+            self.isolation = health.isolation
+            self._part_calls = min(_PART_CALLS, health.most_calls)
+            self._part_bytes = min(_PART_BYTES, health.most_bytes // 2)  # the rest is for the largest single call
 
     async def close(self) -> None:
         """End the sessions and the connections; the server kills what still runs for them."""
+        self._starts.close()
+        await self._shut()
+
+    async def _shut(self) -> None:
         if self._sessions.open:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_SECONDS):

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from jaxrl.config import ConfigError
 from jaxrl.sandbox import arguments, jail, pool_arguments
 from jaxrl.sandbox import files as file_bytes
-from jaxrl.sandbox.admission import Admission, check_loop
+from jaxrl.sandbox.admission import Admission, Starts, check_loop
 from jaxrl.sandbox.cluster_sessions import ClusterSessions, Preference
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.node_orders import Answer, CallOrder, ReplayOrder
-from jaxrl.sandbox.pool import Pool
+from jaxrl.sandbox.pool_settings import PoolSettings
 from jaxrl.sandbox.protocol import Limits
 from jaxrl.sandbox.result import Result, fault
 from jaxrl.sandbox.session import Session, Terms
@@ -90,8 +90,8 @@ class ClusterPool:
         silence_seconds: float = 30.0,
         patience_seconds: float = 120.0,
     ) -> None:
-        pool_arguments.check_pool(
-            limits=limits,
+        self._settings = PoolSettings(
+            limits=Limits() if limits is None else limits,
             workers=workers,
             slots=slots,
             slow_slots=slow_slots,
@@ -110,35 +110,19 @@ class ClusterPool:
         _check_address(address)
         if importlib.util.find_spec("ray") is None:
             raise ConfigError(f'SandboxConfig.cluster="{address}" needs Ray: pip install "jaxrl[ray]"')
-        self.limits = limits or Limits()
+        self.limits = self._settings.limits
         self.most: Limits | None = None
         self.isolation = jail.UNSAFE if unsafe else jail.JAILED
         self._address = address
-        self._make_pool = functools.partial(
-            Pool,
-            self.limits,
-            workers=workers,
-            slots=slots,
-            slow_slots=slow_slots,
-            queue=queue,
-            preload=preload,
-            unsafe=unsafe,
-            heartbeat_seconds=heartbeat_seconds,
-            processes_without_cgroup=processes_without_cgroup,
-            program_folders=program_folders,
-            recycle_calls=recycle_calls,
-            recycle_growth_mib=recycle_growth_mib,
-            session_memory_mib=session_memory_mib,
-        )
-        running = slots + slow_slots
+        running = self._settings.running
         self._window = min(_WINDOW * running, running + queue)
-        self._session_memory_mib = session_memory_mib
         self._silence_seconds = silence_seconds
         self._patience_seconds = patience_seconds
         self._nowhere = f"no node for {patience_seconds:g} s"
         self._admission = Admission(0)
         self._ids = itertools.count(1)
         self._members: Members | None = None
+        self._starts = Starts()
         self._loop: asyncio.AbstractEventLoop | None = None  # in which the pool was started, and not closed yet
         self._sessions = ClusterSessions(
             self.isolation,
@@ -163,15 +147,16 @@ class ClusterPool:
         from jaxrl.sandbox.members import Members  # loads Ray, which a process without a cluster never does
 
         check_loop(self._loop)
-        if self._members is not None:
-            return
-        self._loop = asyncio.get_running_loop()
-        self._members = Members(self._address, self._make_link, self._patience_seconds, self._give_up)
-        try:
-            await self._members.start()
-        except BaseException:
-            await self.close()
-            raise
+        async with self._starts.turn():
+            if self._members is not None:
+                return
+            self._loop = asyncio.get_running_loop()
+            self._members = Members(self._address, self._make_link, self._patience_seconds, self._give_up)
+            try:
+                await self._members.start()
+            except BaseException:
+                await self._shut()
+                raise
 
     @property
     def nodes(self) -> list[str]:
@@ -181,6 +166,10 @@ class ClusterPool:
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process on any node."""
         check_loop(self._loop)
+        self._starts.close()
+        await self._shut()
+
+    async def _shut(self) -> None:
         members, self._members = self._members, None
         self._admission.dismiss(_was_closed)
         if members is not None:
@@ -238,7 +227,7 @@ class ClusterPool:
         pool_arguments.check_session(limits, tenant, checkpoint, live)
         jailed = self.isolation != jail.UNSAFE
         terms = Terms(limits or self.limits, zlib.crc32(tenant.encode()), checkpoint, live and jailed)
-        terms.check_memory(self._session_memory_mib)
+        terms.check_memory(self._settings.session_memory_mib)
         return Session(self._sessions.backend(), terms)
 
     async def _replay(self, order: ReplayOrder) -> Result:
@@ -302,7 +291,7 @@ class ClusterPool:
         return NodeLink(
             node,
             name,
-            self._make_pool,
+            self._settings,
             self._window,
             self._silence_seconds,
             on_room=self._admission.leave,

@@ -9,7 +9,6 @@ import functools
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
 
 from jaxrl import __version__
 from jaxrl.sandbox import pool_arguments
@@ -25,6 +24,7 @@ from jaxrl.sandbox.node_orders import (
     ReplayOrder,
 )
 from jaxrl.sandbox.pool import Pool
+from jaxrl.sandbox.pool_settings import PoolSettings
 from jaxrl.sandbox.protocol import Call
 
 BATCH_CALLS = 64  # so many leave without waiting for more
@@ -48,13 +48,13 @@ class NodePool:
         """Of the jaxrl that is installed here."""
         return __version__
 
-    async def start(self, make_pool: Callable[[], Pool]) -> None:
+    async def start(self, settings: PoolSettings) -> None:
         """Make a pool on this machine, and start it.
 
         Raises:
             SandboxUnavailable, ValueError: as the pool does.
         """
-        self._pool = make_pool()
+        self._pool = Pool(**vars(settings))
         await self._pool.start()
 
     async def submit(self, orders: list[Order]) -> None:

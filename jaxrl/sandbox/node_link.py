@@ -14,7 +14,7 @@ from jaxrl import __version__
 from jaxrl.sandbox.jail import SandboxUnavailable
 from jaxrl.sandbox.node import BATCH_BYTES, BATCH_CALLS, BATCH_SECONDS, NodePool
 from jaxrl.sandbox.node_orders import Answer, Order
-from jaxrl.sandbox.pool import Pool
+from jaxrl.sandbox.pool_settings import PoolSettings
 
 _START_SECONDS = 300.0
 _CLOSE_SECONDS = 15.0
@@ -33,7 +33,7 @@ class NodeLink:
     Args:
         node: Ray's id of the node, in hexadecimal.
         name: of the node, for people.
-        make_pool: makes the pool, on the node.
+        settings: of the pool on the node.
         window: orders that may be there at once, running or waiting, besides those that could be nowhere else.
         silence_seconds: a node that says nothing for so long counts as lost.
         on_room: told by how many orders the room on this node grows, or shrinks.
@@ -44,7 +44,7 @@ class NodeLink:
         self,
         node: str,
         name: str,
-        make_pool: Callable[[], Pool],
+        settings: PoolSettings,
         window: int,
         silence_seconds: float,
         on_room: Callable[[int], None],
@@ -54,7 +54,7 @@ class NodeLink:
         self.alive = False
         self.taken = 0  # orders so far
         self._node = node
-        self._make_pool = make_pool
+        self._settings = settings
         self._window = window
         self._silence_seconds = silence_seconds
         self._on_room = on_room
@@ -99,7 +99,7 @@ class NodeLink:
         try:
             async with asyncio.timeout(_START_SECONDS):
                 self._compare(await self._actor.version.remote())
-                await self._actor.start.remote(self._make_pool)
+                await self._actor.start.remote(self._settings)
         except BaseException as error:
             await self._kill()
             if isinstance(error, ray.exceptions.RayTaskError):

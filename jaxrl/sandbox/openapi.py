@@ -17,6 +17,8 @@ from jaxrl.sandbox.wire import (
     Problem,
     RunRequest,
     SessionRequest,
+    TakeBackRequest,
+    TakenBack,
 )
 
 _ABOUT = (
@@ -90,6 +92,13 @@ def document() -> dict[str, Any]:
     fork = post(
         "fork", "Copy a session as it is now.", ForkRequest, done(Copies, f"Each is a session. {ended}"), session=True
     )
+    undoing = post(
+        "takeBack",
+        "Undo cells and forks whose answers were lost or not waited for.",
+        TakeBackRequest,
+        done(TakenBack, "They are undone."),
+        session=True,
+    )
     closing = {
         "operationId": "close",
         "summary": "End a session; its copies live on.",
@@ -108,6 +117,7 @@ def document() -> dict[str, Any]:
             "/v1/sessions/{id}": {"delete": closing},
             "/v1/sessions/{id}/cells": cell,
             "/v1/sessions/{id}/fork": fork,
+            "/v1/sessions/{id}/take-back": undoing,
             "/v1/health": {"get": _health(described(Health, False))},
             "/metrics": {"get": _plain("metrics", "Prometheus' text format.", "text/plain", refusals)},
             "/openapi.json": {"get": _plain("openapi", "This description.", "application/json", {})},

@@ -18,11 +18,12 @@ from typing import Any, Self
 
 from jaxrl.sandbox import cgroups, jail, languages, pool_arguments
 from jaxrl.sandbox import files as file_bytes
-from jaxrl.sandbox.admission import Admission, UnderWay, check_loop
+from jaxrl.sandbox.admission import Admission, Starts, UnderWay, check_loop
 from jaxrl.sandbox.builds import Builds
 from jaxrl.sandbox.languages import Language
 from jaxrl.sandbox.link import WardenLink, WardenLost
 from jaxrl.sandbox.metrics import Metrics, Recorder, WardenMetrics
+from jaxrl.sandbox.pool_settings import PoolSettings
 from jaxrl.sandbox.protocol import ATTEMPTS, VAIN_LOSSES, Call, CellHead, Limits, Outcome, Report
 from jaxrl.sandbox.result import Result, result_of
 from jaxrl.sandbox.session import Backend, Session, Terms
@@ -77,8 +78,8 @@ class Pool:
         recycle_growth_mib: int = 64,
         session_memory_mib: int = 4096,
     ) -> None:
-        pool_arguments.check_pool(
-            limits=limits,
+        settings = PoolSettings(
+            limits=Limits() if limits is None else limits,
             workers=workers,
             slots=slots,
             slow_slots=slow_slots,
@@ -92,10 +93,8 @@ class Pool:
             recycle_growth_mib=recycle_growth_mib,
             session_memory_mib=session_memory_mib,
         )
-        pool_arguments.check_installed(program_folders)
-        self.limits = limits or Limits()
-        pool_arguments.check_host(self.limits)
-        pool_arguments.check_descriptors(workers, slots + slow_slots)
+        settings.check_machine()
+        self.limits = settings.limits
         self.most: Limits | None = None
         self.isolation = jail.UNSAFE if unsafe else jail.JAILED
         self._unsafe = unsafe
@@ -103,23 +102,13 @@ class Pool:
         self._isolation_of_processes = ""  # "" until a call has asked for it
         self._builds: Builds[Result] = Builds(_PROGRAMS_KEPT, _weight)
         self._scratch = ""  # folder of the calls' directories where there is no jail
-        self._settings = _views(preload, program_folders) | {
-            "preload": preload,
-            "templates": workers,
-            "slots": slots,
-            "slow_slots": slow_slots,
-            "heartbeat_seconds": heartbeat_seconds,
-            "recycle_calls": recycle_calls,
-            "recycle_growth_mib": recycle_growth_mib,
-            "unsafe": unsafe,
-            "processes_without_cgroup": processes_without_cgroup,
-            "session_memory_mib": session_memory_mib,
-        }
-        self._admission = Admission(slots + slow_slots + queue)
+        self._settings = _views(preload, program_folders) | settings.of_warden()
+        self._admission = Admission(settings.running + queue)
         self._ids = itertools.count(1)
         self._link: WardenLink | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # in which the pool was started, and not closed yet
-        self._starting = asyncio.Lock()
+        self._starts = Starts()
+        self._starting = asyncio.Lock()  # of a warden
         self._open = False
         self._draining = False
         self._under_way = UnderWay()  # calls, cells and forks that were taken, and what they are made of
@@ -137,20 +126,21 @@ class Pool:
     async def start(self) -> None:
         """Build the jail and warm the templates (a second or two). Needed once, unless used as a context manager."""
         check_loop(self._loop)
-        if not self._open:
-            self._loop, self._starting = asyncio.get_running_loop(), asyncio.Lock()
-            if self._unsafe:
-                # Without a jail nothing hides the calls' directories; at least they lie together, and go together.
-                self._scratch = tempfile.mkdtemp(prefix="jaxrl-unsafe-")
-                self._settings["view"]["work"] = self._settings["program_view"]["work"] = self._scratch
-        self._open, self._draining = True, False
-        try:
-            await self._warden()
-        except BaseException as error:
-            await self.close()
-            if isinstance(error, WardenLost):
-                raise jail.SandboxUnavailable("the sandbox's warden process ended while starting") from error
-            raise
+        async with self._starts.turn():
+            if not self._open:
+                self._loop, self._starting = asyncio.get_running_loop(), asyncio.Lock()
+                if self._unsafe:
+                    # Without a jail nothing hides the calls' directories; at least they lie together, and go together.
+                    self._scratch = tempfile.mkdtemp(prefix="jaxrl-unsafe-")
+                    self._settings["view"]["work"] = self._settings["program_view"]["work"] = self._scratch
+            self._open, self._draining = True, False
+            try:
+                await self._warden()
+            except BaseException as error:
+                await self._shut()
+                if isinstance(error, WardenLost):
+                    raise jail.SandboxUnavailable("the sandbox's warden process ended while starting") from error
+                raise
 
     @property
     def warden_pid(self) -> int:
@@ -175,6 +165,10 @@ class Pool:
     async def close(self) -> None:
         """Kill what still runs; its callers get a RuntimeError. Leaves no process, mount, descriptor or file."""
         check_loop(self._loop)
+        self._starts.close()
+        await self._shut()
+
+    async def _shut(self) -> None:
         self._open = False
         async with self._starting:
             link, self._link = self._link, None

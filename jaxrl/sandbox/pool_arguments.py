@@ -155,44 +155,6 @@ def check_descriptors(workers: int, calls: int) -> None:
         )
 
 
-def check_pool(
-    *,
-    limits: object,
-    workers: object,
-    slots: object,
-    slow_slots: object,
-    queue: object,
-    preload: object,
-    unsafe: object,
-    heartbeat_seconds: object,
-    processes_without_cgroup: object,
-    program_folders: Sequence[str],
-    recycle_calls: object,
-    recycle_growth_mib: object,
-    session_memory_mib: object,
-) -> None:
-    """Refuse arguments of ``Pool`` that no machine could use.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    check_limits(limits)
-    arguments.whole("workers", workers)
-    arguments.whole("slots", slots)
-    arguments.whole("slow_slots", slow_slots, 0, "0 is none")
-    arguments.whole("queue", queue)
-    arguments.texts("preload", preload)
-    arguments.flag("unsafe", unsafe)
-    arguments.above_zero("heartbeat_seconds", heartbeat_seconds)
-    arguments.flag("processes_without_cgroup", processes_without_cgroup)
-    arguments.texts("program_folders", program_folders)
-    for folder in program_folders:
-        _check_shown(folder)
-    arguments.whole("recycle_calls", recycle_calls)
-    arguments.whole("recycle_growth_mib", recycle_growth_mib)
-    arguments.whole("session_memory_mib", session_memory_mib)
-
-
 def check_installed(program_folders: Sequence[str]) -> None:
     """Refuse folders for programs that this machine does not have.
 
@@ -204,7 +166,7 @@ def check_installed(program_folders: Sequence[str]) -> None:
             raise ValueError(f"program_folders names {folder!r}, which is no folder here: install it, or leave it out")
 
 
-def _check_shown(folder: str) -> None:
+def check_shown(folder: str) -> None:
     """Refuse a folder that would show code what it must not see.
 
     Raises:

@@ -49,6 +49,7 @@ class RemoteSession:
         self._id = id  # "" until the server has been asked for a session
         self._turn = asyncio.Lock()
         self._lost = ""  # why it can go on no more
+        self._given = self._answered = 0  # numbers of the last request to it, and of the last that was answered
         self._open = True
 
     async def __aenter__(self) -> Self:
@@ -69,7 +70,8 @@ class RemoteSession:
         """Run a cell, as ``Session.run``. Where the server has no such session any more it is an ``infra_error``.
 
         So it is where the answer is lost. Since the cell may have run, and would do what it does twice if it were run
-        again, that ends the session: all later cells are an ``infra_error`` too, which says so.
+        again, that ends the session: all later cells are an ``infra_error`` too, which says so. Cancelling this kills
+        the cell; one that had run by then is undone before the next.
 
         Raises:
             ValueError: the server refuses the files, or the cells of this session are too large together.
@@ -78,13 +80,15 @@ class RemoteSession:
             RuntimeError: the session or the client is closed.
         """
         pool_arguments.check_cell(code, echo, files, wanted)
-        cell = wire.CellRequest(code, echo, files or {}, wanted)
         async with self._turn:
             self._check_open()
             patience = Patience(math.inf, self._shared.patience)
             try:
                 await self._begin()
+                await self._take_back()
+                cell = wire.CellRequest(code, echo, files or {}, wanted, self._next_number())
                 result = await self._ask("POST", f"/{self._id}/cells", cell, Result, patience)
+                self._answered = cell.number
             except AnswerLost as error:
                 await self._give_up(error)
                 result = fault(self._lost or str(error))
@@ -109,8 +113,14 @@ class RemoteSession:
             patience = Patience(self._shared.patience, self._shared.patience)
             try:
                 await self._begin()
-                asked = wire.ForkRequest(copies)
+                await self._take_back()
+                asked = wire.ForkRequest(copies, self._next_number())
                 made = await self._ask("POST", f"/{self._id}/fork", asked, wire.Copies, patience)
+                self._answered = asked.number
+            except AnswerLost as error:
+                await self._take_back_soon()
+                self._check_open()
+                raise SandboxUnavailable(f"the session could not be copied: {error}") from error
             except NotAnswered as error:
                 self._check_open()
                 raise SandboxUnavailable(f"the session could not be copied: {error}") from error
@@ -127,6 +137,8 @@ class RemoteSession:
                 pass
         if self._id in self._shared.open:
             self._shared.open.discard(self._id)
+            if not self._turn.locked():  # else the request under way ends with the session
+                await self._take_back_soon()
             with contextlib.suppress(NotAnswered, RuntimeError):
                 await self._end()
 
@@ -139,6 +151,28 @@ class RemoteSession:
             async with asyncio.timeout(_END_SECONDS):
                 await self._end()
                 self._shared.open.discard(self._id)
+
+    def _next_number(self) -> int:
+        self._given += 1
+        return self._given
+
+    async def _take_back(self) -> None:
+        """Undo the requests of which no answer has come: nothing waits for one any more."""
+        if self._answered == self._given:
+            return
+        asked = wire.TakeBackRequest(self._answered, self._given)
+        patience = Patience(self._shared.patience, self._shared.patience)
+        try:
+            await self._ask("POST", f"/{self._id}/take-back", asked, wire.TakenBack, patience)
+        except AnswerLost as error:  # it may be asked for again
+            raise NotAnswered(f"{error}; the request before this one has yet to be undone") from error
+        self._answered = self._given
+
+    async def _take_back_soon(self) -> None:
+        """The same, if the server answers; otherwise it is done with the next request."""
+        with contextlib.suppress(NotAnswered, RuntimeError, TimeoutError):
+            async with asyncio.timeout(_END_SECONDS):
+                await self._take_back()
 
     async def _end(self) -> None:
         await self._ask("DELETE", f"/{self._id}", None, wire.ClosedSession, Patience(0.0, 0.0))

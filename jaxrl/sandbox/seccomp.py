@@ -207,14 +207,12 @@ def _head() -> list[tuple[int, int, int, int]]:
 
 
 def _deny(table: dict[str, tuple[int | None, int | None]], error: int) -> list[tuple[int, int, int, int]]:
-    """The calls of the table fail with this error, by one return for all: every child has its filter compiled anew."""
-    numbers = [number for numbers in table.values() if (number := numbers[_COLUMN]) is not None]
-    last = len(numbers) - 1
-    lines = [(_JUMP_EQUAL, last - index, 0, number) for index, number in enumerate(numbers)]
-    if not lines:
-        return []
-    lines[-1] = (_JUMP_EQUAL, 0, 1, numbers[-1])
-    return [*lines, (_RETURN, 0, 0, _ERRNO | error)]
+    lines = []
+    for numbers in table.values():
+        number = numbers[_COLUMN]
+        if number is not None:
+            lines += [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | error)]
+    return lines
 
 
 def template_filter() -> Filter:

@@ -21,6 +21,8 @@ class _Kept:
         self.users = 0
         self.expected_bytes = 0  # of cells under way, which the history may grow by
         self.end: asyncio.TimerHandle | None = None
+        self.void = 0  # requests up to this number have been taken back
+        self.forked: tuple[int, list[str]] = (0, [])  # number of the last fork that had one, and its copies
 
 
 class ServedSessions:
@@ -112,6 +114,38 @@ class ServedSessions:
             yield before
         finally:
             kept.expected_bytes -= more
+
+    def check_number(self, id: str, owner: int, number: int) -> None:
+        """Refuse a numbered request that came later than its taking back.
+
+        Raises:
+            Refused: so it did, or there is no such session of the owner's.
+        """
+        void = self._find(id, owner).void
+        if 0 < number <= void:
+            remedy = "give each request a larger number than the one before"
+            raise Refused(400, "this was taken back", value=f"number {number}", limit=f"above {void}", remedy=remedy)
+
+    def note_copies(self, id: str, number: int, copies: list[str]) -> None:
+        """Remember what a numbered fork made, until the next one, which tells that its answer has come."""
+        if number and id in self._kept:
+            self._kept[id].forked = (number, copies)
+
+    async def take_back(self, id: str, owner: int, answered: int, given: int) -> None:
+        """Undo the requests to a session with numbers above ``answered``, and take none up to ``given`` any more.
+
+        Raises:
+            Refused: there is no session that is so called and the owner's.
+        """
+        kept = self._find(id, owner)
+        kept.void = max(kept.void, given)
+        with self.use(id, owner) as session:
+            await session.take_back(answered)
+            number, copies = kept.forked
+            if number > answered:
+                kept.forked = (0, [])
+                endings = [self._end(copy) for copy in copies if copy in self._kept]
+                await asyncio.gather(*map(asyncio.shield, endings))
 
     async def close(self, id: str, owner: int) -> None:
         """End a session; nothing is left of it when this returns.

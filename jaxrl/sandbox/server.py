@@ -34,6 +34,8 @@ from jaxrl.sandbox.wire import (
     Problem,
     RunRequest,
     SessionRequest,
+    TakeBackRequest,
+    TakenBack,
     capped,
 )
 
@@ -102,6 +104,7 @@ class SandboxServer:
                 web.post("/v1/sessions", self._open_session),
                 web.post("/v1/sessions/{id}/cells", self._run_cell),
                 web.post("/v1/sessions/{id}/fork", self._fork_session),
+                web.post("/v1/sessions/{id}/take-back", self._take_back),
                 web.delete("/v1/sessions/{id}", self._close_session),
                 web.get("/v1/health", self._health),
                 web.get("/metrics", self._metrics),
@@ -318,9 +321,10 @@ class SandboxServer:
         id, owner = request.match_info["id"], self._owner(request)
         with self._sessions.use(id, owner) as session:
             async with self._body(request, CellRequest) as asked:
+                self._sessions.check_number(id, owner, asked.number)
                 with self._calls.hold(1), self._sessions.history_room(id, owner, _cell_bytes(asked)) as history:
                     with self._bytes.hold(history if session.replays else 0):
-                        cell = session.run(asked.code, echo=asked.echo, files=asked.files, wanted=asked.wanted)
+                        cell = session.run_numbered(asked.number, asked.code, asked.echo, asked.files, asked.wanted)
                         try:
                             return _json(await self._outcome(cell))
                         except ValueError as error:
@@ -330,13 +334,22 @@ class SandboxServer:
         id, owner = request.match_info["id"], self._owner(request)
         with self._sessions.use(id, owner) as session:
             async with self._body(request, ForkRequest) as asked:
+                self._sessions.check_number(id, owner, asked.number)
                 with self._calls.hold(1), self._sessions.room(owner, asked.copies):
                     try:
                         copies = await session.fork(asked.copies)
                     except RuntimeError as error:
                         remedy = "try again; then see /v1/health"
                         raise Refused(503, f"the session could not be copied: {error}", remedy=remedy) from error
-                    return _json(Copies([self._keep(copy, request) for copy in copies]))
+                    opened = [self._keep(copy, request) for copy in copies]
+                    self._sessions.note_copies(id, asked.number, [copy.id for copy in opened])
+                    return _json(Copies(opened))
+
+    async def _take_back(self, request: web.Request) -> web.Response:
+        id, owner = request.match_info["id"], self._owner(request)
+        async with self._body(request, TakeBackRequest) as asked:
+            await self._sessions.take_back(id, owner, asked.answered, asked.given)
+            return _json(TakenBack(asked.answered))
 
     def _keep(self, session: Session, request: web.Request) -> OpenSession:
         return OpenSession(self._sessions.add(session, self._owner(request)), self._settings.idle_seconds)

@@ -47,6 +47,7 @@ class Cell(NamedTuple):
     echo: bool
     files: bytes
     digest: bytes = b""
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,9 +226,15 @@ class Session:
             RuntimeError: the session or its pool is closed, or was while this ran.
             SandboxUnavailable: the jail was lost and could not be built again.
         """
+        return await self.run_numbered(0, code, echo, files, wanted)
+
+    async def run_numbered(
+        self, number: int, code: str, echo: bool, files: Mapping[str, bytes] | None, wanted: Sequence[str]
+    ) -> Result:
+        """``run``, of a cell with a number above 0, by which it may be taken back."""
         pool_arguments.check_cell(code, echo, files, wanted)
         file_bytes.check(files or {}, self._terms.limits.disk_mib << 20)
-        cell = Cell(code.encode("utf-8", "surrogatepass"), echo, file_bytes.pack(files or {}))
+        cell = Cell(code.encode("utf-8", "surrogatepass"), echo, file_bytes.pack(files or {}), number=number)
         submitted = time.monotonic()
         self._backend.check()
         self._loop = asyncio.get_running_loop()
@@ -243,6 +250,15 @@ class Session:
                 if self._terms.live:  # otherwise the pool has counted it as the call it is
                     self._backend.cancelled()
                 raise
+
+    async def take_back(self, after: int) -> None:
+        """Be as if no cell with a larger number had been run; waits for what is under way."""
+        async with self._turn:
+            kept = [cell for cell in self._history if cell.number <= after]
+            if len(kept) < len(self._history):
+                self._history = kept
+                if self._process:
+                    self._give_up()
 
     async def fork(self, copies: int) -> "list[Session]":
         """Copies of this session: the same past, and from here on futures of their own.

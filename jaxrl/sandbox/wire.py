@@ -13,6 +13,12 @@ def _about(description: str) -> dict[str, str]:
     return {"description": description}
 
 
+def _number() -> Any:
+    """Field of a request that may be taken back."""
+    words = "Of the client's own, rising from 1 over cells and forks of a session, so that it can be taken back."
+    return dataclasses.field(metadata=_about(words) | {"minimum": 0}, default=0)
+
+
 _MOST_PATTERNS = 64
 _LEAST = {"memory_mib": {"minimum": LEAST_MEMORY_MIB}}
 
@@ -104,6 +110,7 @@ class CellRequest:
         | {"maxItems": _MOST_PATTERNS},
         default=(),
     )
+    number: int = _number()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +118,19 @@ class ForkRequest:
     """Copies of a session."""
 
     copies: int = dataclasses.field(metadata=_about("How many.") | {"minimum": 1, "maximum": MOST_COPIES})
+    number: int = _number()
+
+
+@dataclasses.dataclass(frozen=True)
+class TakeBackRequest:
+    """To be as if numbered cells and forks of which the client has had no answer had never been asked for."""
+
+    answered: int = dataclasses.field(
+        metadata=_about("All with larger numbers are taken back: cells undone, copies ended.") | {"minimum": 0}
+    )
+    given: int = dataclasses.field(
+        metadata=_about("The largest number given so far; up to this, none is taken any more.") | {"minimum": 0}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +146,13 @@ class Copies:
     """What a fork made."""
 
     sessions: Sequence[OpenSession]
+
+
+@dataclasses.dataclass(frozen=True)
+class TakenBack:
+    """What no answer was had of is undone."""
+
+    answered: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -188,9 +188,13 @@ async def test_arguments_that_a_node_refuses_are_the_callers_mistake(nodes: RayN
 @in_cluster
 async def test_starting_twice_starts_one_pool_on_each_node(nodes: RayNodes) -> None:
     nodes.have(1)
-    async with pool_on(nodes) as pool:
+    pool = pool_on(nodes)
+    first = asyncio.create_task(pool.start())
+    await asyncio.sleep(0)
+    await pool.start()
+    assert first.done() and len(pool.nodes) == 1, "one that comes while another is under way waits for that"
+    async with pool:
         before = nodes.all_actors()
-        await pool.start()
         assert nodes.all_actors() == before and len(before) == 1
         assert (await pool.run("7")).stdout == "7\n"
     await until(lambda: not any(map(is_alive, before)))

@@ -190,7 +190,7 @@ def test_sessions_and_requests_take_the_same_arguments() -> None:
             assert arguments(getattr(RunnerSession, name)) == arguments(getattr(kind, name)), (kind, name)
     opening = [argument.name for argument in arguments(Runner.session)]
     assert fields(wire.SessionRequest) == [name for name in opening if name not in ("self", "tenant")]
-    assert fields(wire.CellRequest) == [argument.name for argument in arguments(RunnerSession.run)[1:]]
+    assert fields(wire.CellRequest) == [*(argument.name for argument in arguments(RunnerSession.run)[1:]), "number"]
 
 
 def test_no_limit_of_a_call_exceeds_the_server() -> None:

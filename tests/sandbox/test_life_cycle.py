@@ -14,7 +14,7 @@ import pytest
 
 from jaxrl.records import ToolStatus
 from jaxrl.sandbox import Limits, Pool, Result, files
-from jaxrl.sandbox.bench.processes import descendants, is_alive
+from jaxrl.sandbox.bench.processes import descendants, is_alive, parent
 from jaxrl.sandbox.metrics import Metrics
 from tests.sandbox.driver import LIMITS, Driver, wait_until
 
@@ -29,6 +29,49 @@ def restarts(driver: Driver) -> dict[str, int]:
 def templates(driver: Driver) -> list[int]:
     _, *found = driver.resting()
     return found
+
+
+# Starting
+
+
+@pytest.mark.parametrize("turns", [1, 50])
+def test_a_start_outlives_the_one_that_it_waited_for(turns: int) -> None:
+    """The first is cancelled, sooner or later; whoever asked second has a pool all the same, and one alone."""
+
+    async def start_twice() -> None:
+        pool = Pool(LIMITS, workers=1, preload=())
+        first, second = asyncio.create_task(pool.start()), asyncio.create_task(pool.start())
+        for _ in range(turns):
+            await asyncio.sleep(0.002)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await second
+        assert (await pool.run("6 * 7")).stdout == "42\n"
+        assert len(children(os.getpid()) - before) == 1
+        await pool.close()
+
+    before = children(os.getpid())
+    asyncio.run(start_twice())
+
+
+def test_a_start_that_waits_does_not_open_what_is_closed_meanwhile() -> None:
+    async def start_and_close() -> None:
+        pool = Pool(LIMITS, workers=1, preload=())
+        starts = [asyncio.create_task(pool.start()) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        await pool.close()
+        _, second = await asyncio.gather(*starts, return_exceptions=True)
+        assert isinstance(second, RuntimeError) and "closed" in str(second)
+        assert pool.warden_pid == 0
+        await pool.start()
+        assert (await pool.run("6 * 7")).stdout == "42\n"
+        await pool.close()
+
+    asyncio.run(start_and_close())
+
+
+def children(process: int) -> set[int]:
+    return {pid for pid in descendants(process) if parent(pid) == process}
 
 
 # Metrics

@@ -5,6 +5,7 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
+import gc
 import http.client
 import json
 import pathlib
@@ -518,6 +519,27 @@ def test_a_session_outside_of_its_client() -> None:
     with pytest.raises(RuntimeError, match="client is not open"):
         asyncio.run(session.run("1"))
     asyncio.run(session.close())
+
+
+def test_a_client_that_is_started_twice_has_its_connections_once() -> None:
+    async def work(pool: Pool, served: TestServer) -> None:
+        client = SandboxClient(str(served.make_url("")))
+        await asyncio.gather(client.start(), client.start())
+        session = client._session
+        await client.start()
+        assert client._session is session
+        assert (await client.run("6 * 7")).stdout == "42\n"
+        await client.close()
+        gc.collect()
+        assert not complaints
+
+    complaints: list[str] = []
+
+    async def listening(pool: Pool, served: TestServer) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what["message"]))
+        await work(pool, served)
+
+    serving(listening)
 
 
 def serving(work: Callable[[Pool, TestServer], Awaitable[None]], **settings: float) -> None:
