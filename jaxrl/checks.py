@@ -16,7 +16,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Model.query_heads Model.kv_heads Model.head_width Model.ffn_width Model.experts_per_token Model.expert_width "
         "Model.max_positions Sft.count Sft.rows Sft.row_tokens Train.rows Train.row_tokens Train.problems "
         "Train.samples Train.max_draws "
-        "Train.updates_per_step Eval.samples Eval.k Env.max_turns Env.max_parallel_calls "
+        "Train.updates_per_step Algorithm.kl_horizon Eval.samples Eval.k Env.max_turns Env.max_parallel_calls "
         "Checkpoint.every Checkpoint.keep Data.train_problems Data.eval_problems Reward.workers Sandbox.workers "
         "Sandbox.slots Sandbox.queue Sandbox.output_kib Sandbox.output_hard_mib Sandbox.disk_mib Sandbox.open_files "
         "Sandbox.threads Sandbox.files_mib Sandbox.processes Sandbox.session_memory_mib Tokenizer.vocab_size "
@@ -25,15 +25,15 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "be at least 1",
     ),
     (
-        "Train.steps Train.eval_every Train.prefetch_groups Sft.steps Sft.warmup_steps Sft.learning_rate Sft.variants "
-        "Optimizer.warmup_steps Optimizer.learning_rate Optimizer.weight_decay "
-        "Algorithm.keep "
-        "Mix.warmup_steps Mix.decay_steps Mix.observation_weight "
-        "Algorithm.kl_coefficient Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed "
-        "Sandbox.slow_slots Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature "
-        "Model.experts Model.balance_coefficient Model.local_rope_theta Model.score_width Model.attention_soft_cap "
-        "Model.logit_soft_cap Stages.drop_solved Stages.drop_unsolved Lora.rank Mesh.rollout_tensor "
-        "Mesh.rollout_devices",
+        "Train.steps Train.eval_every Train.prefetch_groups Sft.steps Sft.warmup_steps Sft.learning_rate "
+        "Sft.variants Optimizer.warmup_steps Optimizer.learning_rate Optimizer.weight_decay Algorithm.keep "
+        "Mix.warmup_steps Mix.decay_steps Mix.observation_weight Algorithm.kl_coefficient "
+        "Algorithm.kl_target Algorithm.reference_every Algorithm.entropy_coefficient "
+        "Algorithm.entropy_target Algorithm.entropy_step Algorithm.entropy_limit Env.infra_retries "
+        "Env.max_turn_tokens Engine.pages Data.seed Train.seed Sandbox.slow_slots Model.vocab_size "
+        "Model.sliding_window Model.sliding_layers Eval.temperature Model.experts Model.balance_coefficient "
+        "Model.local_rope_theta Model.score_width Model.attention_soft_cap Model.logit_soft_cap "
+        "Stages.drop_solved Stages.drop_unsolved Lora.rank Mesh.rollout_tensor Mesh.rollout_devices",
         lambda value: value >= 0,
         "not be negative",
     ),
@@ -46,6 +46,11 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("Optimizer.beta1 Optimizer.beta2", lambda value: 0 <= value < 1, "be at least 0 and below 1"),
     ("Sft.wrong_share Sft.repair_share Mix.peak Mix.valley", lambda value: 0 <= value <= 1, "lie between 0 and 1"),
+    (
+        "Algorithm.top_entropy Algorithm.reference_mix",
+        lambda value: 0 < value <= 1,
+        "be above 0 and at most 1",
+    ),
     ("Engine.reserve_quantile", lambda value: 0 < value <= 1, "be above 0 and at most 1"),
     (
         "Engine.temperature",
@@ -96,10 +101,7 @@ def check(config: Any) -> None:
             f"EvalConfig.k={config.eval.k} asks for more than EvalConfig.samples={config.eval.samples}; "
             "raise samples or lower k"
         )
-    if algorithm.kl_coefficient and algorithm.kl_estimator == "k1":
-        raise ConfigError(
-            "AlgorithmConfig.kl_estimator='k1' has no gradient in expectation; use 'k2' or 'k3' in a loss"
-        )
+    _check_kl(algorithm, config.lora)
     _check_mix(config)
     if not config.data.eval and "stories" in config.data.train.split(","):
         raise ConfigError("DataConfig.eval is empty: stories have a split of their own; set DataConfig.eval='stories'")
@@ -146,6 +148,29 @@ def _check_mix(config: Any) -> None:
         raise ConfigError(
             f"MixConfig.observation_weight={config.mix.observation_weight} is of the cross-entropy, but "
             f"MixConfig.loss={config.mix.loss!r} would hold for observations too; set it to 'nll', or the weight to 0"
+        )
+
+
+def _check_kl(algorithm: Any, lora: Any) -> None:
+    estimator = algorithm.kl_estimator
+    if algorithm.kl_coefficient and algorithm.kl_placement == "loss" and estimator == "k1":
+        raise ConfigError(
+            "AlgorithmConfig.kl_estimator='k1' has no gradient in expectation; use 'k2', 'k3' or 'k1+' in a loss"
+        )
+    if algorithm.kl_placement == "reward" and estimator.endswith("+"):
+        raise ConfigError(
+            f"AlgorithmConfig.kl_estimator={estimator!r} differs from {estimator[:-1]!r} by its gradient, and "
+            f"kl_placement='reward' has none; use {estimator[:-1]!r}"
+        )
+    if not algorithm.kl_coefficient and (algorithm.kl_target or algorithm.reference_every):
+        raise ConfigError(
+            f"AlgorithmConfig.kl_target={algorithm.kl_target} and reference_every={algorithm.reference_every} do "
+            "nothing without a KL; set kl_coefficient above 0"
+        )
+    if algorithm.reference_every and algorithm.reference_mix < 1 and lora.rank:
+        raise ConfigError(
+            f"AlgorithmConfig.reference_mix={algorithm.reference_mix} of adapters is not that of the weights they add "
+            "up to; set it to 1"
         )
 
 

@@ -163,6 +163,8 @@ class Batch:
     advantages: jax.Array  # [B, T] float32
     behaviour_logprobs: jax.Array  # [B, T] float32, by the weights that sampled the token
     proximal_logprobs: jax.Array  # [B, T] float32, by the weights the ratio of the policy loss is taken against
+    proximal_shares: jax.Array  # [B, T] float32, how far from there to the present policy the ratio is really taken
+    entropy_weights: jax.Array  # [B, T] float32, of the entropy bonus; 0 where mask is 0
     versions: jax.Array  # [B, T] int32, weight version that sampled the token; means nothing where mask is 0
 
     @classmethod

@@ -77,6 +77,20 @@ def test_promise_10_bad_configuration_is_refused_with_a_remedy(text: str, messag
         ("TrainConfig.steps = [1", "cannot read the configuration"),
         ("ModelConfig.kv_heads = 0", r"ModelConfig.kv_heads=0 must be at least 1"),
         ("ModelConfig.head_width = 15", "head_width=15 must be even"),
+        (
+            "AlgorithmConfig.kl_coefficient = 0.1\nAlgorithmConfig.kl_estimator = 'k1'",
+            "kl_estimator='k1' has no gradient in expectation; use 'k2', 'k3' or 'k1\\+' in a loss",
+        ),
+        (
+            "AlgorithmConfig.kl_placement = 'reward'\nAlgorithmConfig.kl_estimator = 'k3+'",
+            "kl_placement='reward' has none; use 'k3'",
+        ),
+        ("AlgorithmConfig.reference_every = 5", "do nothing without a KL; set kl_coefficient above 0"),
+        (
+            "AlgorithmConfig.kl_coefficient = 0.1\nAlgorithmConfig.reference_every = 5\nLoraConfig.rank = 4",
+            "reference_mix=0.6 of adapters is not that of the weights they add up to; set it to 1",
+        ),
+        ("AlgorithmConfig.top_entropy = 0.0", "top_entropy=0.0 must be above 0 and at most 1"),
         ("ModelConfig.logit_soft_cap = -1.0", r"ModelConfig.logit_soft_cap=-1.0 must not be negative"),
         ("ModelConfig.rope_factor = 0.0", r"ModelConfig.rope_factor=0.0 must be above 0"),
         ("ModelConfig.rope_high_frequency = 1.0", r"rope_high_frequency=1.0 must be above rope_low_frequency=1.0"),

@@ -86,7 +86,42 @@ class AlgorithmConfig:
     """How the losses of tokens become one number, see docs/algorithms.md."""
     kl_coefficient: float = 0.0
     """Weight of the KL to the reference (the policy RL started from); 0 keeps no reference."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"] = "k3"
+    """How it is estimated; with a "+" the value stays and the gradient is that of k2."""
+    kl_placement: Literal["loss", "reward"] = "loss"
+    """Added to the loss, or subtracted from the reward of every token before advantages are made of it."""
+    kl_by_ratio: bool = False
+    """In the loss: multiply the estimate by the ratio to the proximal policy."""
+    kl_target: float = 0.0
+    """KL to the reference, nats, that ``kl_coefficient`` is adapted to after every step; 0 = it stays as it is."""
+    kl_horizon: int = 10_000
+    """Trajectories over which it is adapted: by at most a fifth."""
+    reference_every: int = 0
+    """Steps after which the reference moves towards the policy; 0 = it never does."""
+    reference_mix: float = 0.6
+    """Share of the policy in the reference that this makes; 1 = a copy of the policy."""
+    entropy_coefficient: float = 0.0
+    """Weight of an entropy bonus, aggregated like the policy loss."""
+    entropy_target: float = 0.0
+    """Entropy, nats, below which the bonus is paid, its weight adapted after every step; 0 = always, one weight."""
+    entropy_step: float = 0.005
+    """By how much the weight moves."""
+    entropy_limit: float = 1.0
+    """Its largest value."""
+    top_entropy: float = 1.0
+    """Share of the sampled tokens that the policy loss is taken of, those of highest entropy."""
+    proximal: Literal["behaviour", "recomputed", "interpolated"] = "behaviour"
+    """Whose log-probabilities the ratio of the loss is taken against: the sampler's, those of the weights at the step's
+    beginning, or a value between the sampler's and the present ones by the age of the token's weights."""
+    mismatch: str = "none"
+    """How much a token counts by the ratio of the proximal to the sampler's probability: a name in docs/algorithms.md,
+    or "path/to/file.py:function"."""
+    mismatch_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Of ``mismatch``, by name, where they are not its defaults."""
+    rejection: str = "none"
+    """Which tokens are left out of the policy loss by the same ratio: a name or a path."""
+    rejection_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Of ``rejection``, by name, where they are not its defaults."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,19 +3,19 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.config import AlgorithmConfig, ConfigError
 from jaxrl.rl.advantages import ADVANTAGES
 from jaxrl.rl.advantages.running import Remembered
+from jaxrl.rl.correction import correction
 from jaxrl.rl.example import example
 from jaxrl.rl.methods import configured
 from jaxrl.rl.outcomes import Outcomes, Recorded, of_trajectories
 from jaxrl.rl.policy_losses import POLICY_LOSSES
 from jaxrl.rl.selection import chooser
 from jaxrl.rl.selection.difficulty import EXTRA_SAMPLES
-from jaxrl.rl.tokens import TokenLoss, Tokens
+from jaxrl.rl.tokens import TokenLoss, Tokens, abstract_tokens
 
 PolicyLoss = Callable[[Tokens], TokenLoss]
 Advantage = Callable[[Outcomes], Remembered]
@@ -28,8 +28,7 @@ def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
         ConfigError: see ``methods.configured``; or it does not give back one loss a token.
     """
     loss = configured("AlgorithmConfig.loss", POLICY_LOSSES, config.loss, config.loss_settings)
-    floats, integers = (jax.ShapeDtypeStruct((2, 3), dtype) for dtype in (jnp.float32, jnp.int32))
-    tokens = Tokens(floats, floats, floats, floats, floats, integers, floats)
+    tokens = abstract_tokens()
     result = jax.eval_shape(loss, tokens)
     if not isinstance(result, TokenLoss) or result.loss.shape != tokens.mask.shape:
         raise ConfigError(
@@ -94,6 +93,7 @@ def check(config: AlgorithmConfig) -> None:
         ConfigError: with the nearest valid name.
     """
     policy_loss(config)
+    correction(config)
     advantage(config)
     chooser(config)
     extra_samples(config)

@@ -94,6 +94,12 @@ class Tokens:
         return jnp.exp(self.spanned(self.logprobs - self.proximal_logprobs, span))
 
 
+def abstract_tokens() -> Tokens:
+    """Shapes and types of a record of 2 rows of 3 tokens, to try out what is made of one."""
+    floats, integers = (jax.ShapeDtypeStruct((2, 3), dtype) for dtype in (jnp.float32, jnp.int32))
+    return Tokens(floats, floats, floats, floats, floats, integers, floats)
+
+
 def bounded(log_ratio: jax.Array) -> jax.Array:
     """The logarithm of a ratio, clipped to ±20; no gradient flows beyond."""
     return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator
+import functools
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from jaxrl.evaluate.run import evaluate
 from jaxrl.records import Batch, Group, Trajectory
 from jaxrl.rl import algorithm, selection
 from jaxrl.rl.aggregation import aggregation_weights
-from jaxrl.rl.outcomes import of_trajectories
+from jaxrl.rl.outcomes import Outcomes, of_trajectories
 from jaxrl.train import stages
 from jaxrl.train.mixture import Mixture
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session, open_player
 from jaxrl.train.state import TrainState
+from jaxrl.train.steering import Steering
 from jaxrl.train.update import Updater, over_updates, policy_gradient_loss
 
 
@@ -50,9 +52,11 @@ async def reinforce(
     loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature, mixture.loss)
     offload = config.optimizer.offload
     updater = Updater(loss, session.rl_optimizer, session.mesh, session.launches, offload=offload, base=session.base)
+    steering = Steering(session)
     async with contextlib.AsyncExitStack() as stack:
         with timer.phase("compile"):
             updater.compile(state, config.train.rows, config.train.row_tokens, reference)
+            steering.compile(state.params, reference)
             weights = session.rollout_weights(state.params)
             player = await stack.enter_async_context(open_player(session, weights, progress.step))
         if progress.before is None:
@@ -66,8 +70,10 @@ async def reinforce(
             updates = []
             async with collect(session, recorder, limited, progress) as collected:
                 with timer.phase("update"):
-                    updates_of_step = pack(config, collected.kept, progress.memory)
-                    for batches in mixture.mixed(updates_of_step, collected.kept, progress.step):
+                    charge = functools.partial(steering.charged, reference=reference, progress=progress)
+                    packed = await asyncio.to_thread(pack, config, collected.kept, progress.memory, charge)
+                    packed = mixture.mixed(packed, collected.kept, progress.step)
+                    for batches in await asyncio.to_thread(steering.prepared, packed, state.params, progress):
                         state, metrics = await asyncio.to_thread(updater.step, state, batches, reference)
                         updates.append(metrics)
                 with timer.phase("rollout"):
@@ -76,7 +82,9 @@ async def reinforce(
             progress.skipped_steps += not collected.kept
             with timer.phase("sync"):
                 session.hand_over(state.params, player.engine, progress.step)
-            metrics, engine = over_updates(updates), player.engine.stats()
+                reference = steering.refreshed(reference, state.params, progress.step)
+            trained_on = sum(len(group.kept) for group in collected.kept)
+            metrics, engine = steering.adapt(over_updates(updates), trained_on, progress), player.engine.stats()
             recorder.rl_step(progress, collected.played, collected.selections, metrics, engine)
             evaluated = _is_due(progress.step, config.train.eval_every, config.train.steps)
             if evaluated:
@@ -163,19 +171,25 @@ async def _cancel(task: asyncio.Task) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def pack(config: Config, selections: tuple[selection.Selection, ...], memory: dict[str, float]) -> list[list[Batch]]:
+def pack(
+    config: Config,
+    selections: tuple[selection.Selection, ...],
+    memory: dict[str, float],
+    charge: Callable[[Outcomes, Sequence[Trajectory]], Outcomes] = lambda outcomes, _: outcomes,
+) -> list[list[Batch]]:
     """Micro-batches of each optimizer update: advantages by step, aggregation weights by update, fixed shapes.
 
     Args:
         memory: what the advantage keeps from step to step; brought up to date in place.
+        charge: what rewards pay before advantages are made of them.
     """
     trajectories = [trajectory for group in selections for trajectory in group.kept]
     if not trajectories:
         return []
     groups = np.repeat(np.arange(len(selections)), [len(group.kept) for group in selections])
     masked = np.array([flag for group in selections for flag in group.masked or (False,) * len(group.kept)], bool)
-    recorded = algorithm.recorded(config.algorithm)
-    estimate = algorithm.advantage(config.algorithm)(of_trajectories(trajectories, groups, recorded, memory))
+    outcomes = of_trajectories(trajectories, groups, algorithm.recorded(config.algorithm), memory)
+    estimate = algorithm.advantage(config.algorithm)(charge(outcomes, trajectories))
     memory.update(estimate.memory)
     updates = []
     for part in np.array_split(np.arange(len(selections)), config.train.updates_per_step):

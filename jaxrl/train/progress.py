@@ -29,6 +29,7 @@ class RunProgress:
     after: dict[str, Any] | None = None  # newest evaluation
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)  # what the alarms look at
     memory: dict[str, float] = dataclasses.field(default_factory=dict)  # what the advantage keeps from step to step
+    coefficients: dict[str, float] = dataclasses.field(default_factory=dict)  # that adapt, where they stand
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by phase, over the whole run
     rl_seconds: float = 0.0
     response_tokens: int = 0  # of all episodes played in reinforcement

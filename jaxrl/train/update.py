@@ -20,6 +20,7 @@ from jaxrl.model.lora import Base
 from jaxrl.records import Batch
 from jaxrl.rl import algorithm as rl_algorithm
 from jaxrl.rl import divergence, mismatch
+from jaxrl.rl.correction import correction
 from jaxrl.rl.supervised import SupervisedLoss, nll
 from jaxrl.rl.tokens import sampled
 from jaxrl.train.state import DEVICE, HOST, TrainState, in_memory
@@ -53,7 +54,8 @@ def policy_gradient_loss(
         supervised: the loss of tokens with a ``ce_weights``, if there are any.
     """
 
-    policy_loss = rl_algorithm.policy_loss(algorithm)
+    policy_loss, correct = rl_algorithm.policy_loss(algorithm), correction(algorithm)
+    pays_entropy = algorithm.entropy_coefficient or algorithm.entropy_target
 
     def loss(params: Any, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
         score = functools.partial(
@@ -65,26 +67,32 @@ def policy_gradient_loss(
             temperature=temperature,
         )
         stats = score(params)
+        present, shares = jax.lax.stop_gradient(stats.logprobs), batch.proximal_shares
         tokens = sampled(
             batch.mask,
             stats.logprobs,
-            proximal_logprobs=batch.proximal_logprobs,
+            proximal_logprobs=(1 - shares) * batch.proximal_logprobs + shares * present,
             behaviour_logprobs=batch.behaviour_logprobs,
             advantages=batch.advantages,
             segment_ids=batch.segment_ids,
             entropy=stats.entropy,
         )
-        surrogate = policy_loss(tokens)
-        total = (batch.rl_weights * surrogate.loss).sum()
+        corrected = correct(tokens)
+        surrogate = policy_loss(corrected.tokens)
+        total = (batch.rl_weights * corrected.weights * surrogate.loss).sum()
         metrics = {
             "entropy": _masked(stats.entropy, batch),
             **{name: _masked(values, batch) for name, values in surrogate.metrics.items()},
             **mismatch.gap(stats.logprobs, batch.behaviour_logprobs, batch.mask),
+            **corrected.metrics,
         }
-        if algorithm.kl_coefficient:
+        if pays_entropy:
+            total -= (batch.entropy_weights * jnp.where(batch.mask > 0, stats.entropy, 0.0)).sum()
+        if algorithm.kl_coefficient and algorithm.kl_placement == "loss":
             reference_stats = score(jax.lax.stop_gradient(reference))
             to_reference = divergence.kl(stats.logprobs, reference_stats.logprobs, batch.mask, algorithm.kl_estimator)
-            total += algorithm.kl_coefficient * (batch.kl_weights * to_reference).sum()
+            counted = to_reference * tokens.ratio if algorithm.kl_by_ratio else to_reference
+            total += algorithm.kl_coefficient * (batch.kl_weights * counted).sum()
             metrics["kl_to_reference"] = _masked(to_reference, batch)
         if supervised is not None:
             learned = batch.ce_weights > 0

@@ -51,7 +51,7 @@ def test_log_ratio_is_bounded_and_its_gradient_ends_there() -> None:
     assert gradient == 0
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k1+", "k3+"])
 def test_kl_gradients_point_where_the_docstring_says(estimator: Any) -> None:
     """Expected over all tokens of a small softmax: exact gradients, no sampling."""
     logits = jnp.array([0.3, -0.5, 0.8, 0.0])
@@ -70,7 +70,7 @@ def test_kl_gradients_point_where_the_docstring_says(estimator: Any) -> None:
         return (jnp.exp(reference) * (reference - jax.nn.log_softmax(x))).sum()
 
     value, gradient = jax.value_and_grad(expected_estimate)(logits)
-    wanted = {"k1": jnp.zeros(4), "k2": jax.grad(forward)(logits), "k3": jax.grad(backward)(logits)}[estimator]
+    wanted = {"k1": jnp.zeros(4), "k3": jax.grad(backward)(logits)}.get(estimator, jax.grad(forward)(logits))
     np.testing.assert_allclose(gradient, wanted, atol=1e-6)
     if estimator != "k2":  # k2 is biased in value
         assert value == pytest.approx(float(forward(logits)), abs=1e-6)
@@ -121,7 +121,7 @@ def test_promise_3_only_what_follows_a_sampled_token_moves_the_softmax() -> None
 @settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.tuples(st.lists(st.booleans(), min_size=6, max_size=6), st.integers(0, 2)), min_size=6, max_size=6),
-    st.sampled_from(["token", "sequence", "constant"]),
+    st.sampled_from(["token", "token_sum", "sequence", "sequence_sum", "constant"]),
 )
 def test_promise_3_the_loss_does_not_depend_on_the_cut_into_micro_batches(
     trajectories: list[tuple[list[bool], int]], mode: Any
@@ -147,16 +147,17 @@ def test_promise_3_the_loss_does_not_depend_on_the_cut_into_micro_batches(
 def test_weights_sum_to_what_their_mode_says(masks: list[list[bool]]) -> None:
     arrays = [np.array(mask, bool) for mask in masks]
     some = [mask for mask in arrays if mask.any()]
-    for mode, each in (("token", None), ("sequence", 1 / max(len(some), 1)), ("constant", None)):
+    count, tokens = max(len(some), 1), sum(int(mask.sum()) for mask in some)
+    totals = {"token": float(bool(some)), "token_sum": tokens, "sequence": float(bool(some))}
+    totals |= {"sequence_sum": tokens / count, "constant": tokens / (8 * count)}
+    for mode, expected in totals.items():
         weights = aggregation_weights(arrays, mode, 8)
         for mask, weight in zip(arrays, weights, strict=True):
             assert weight.dtype == np.float32
             assert ((weight > 0) == mask).all()
-            if each and mask.any():
-                assert weight.sum() == pytest.approx(each, rel=1e-5)
-        total = sum(float(weight.sum()) for weight in weights)
-        share = sum(mask.sum() for mask in some) / (8 * max(len(some), 1))
-        assert total == pytest.approx(share if mode == "constant" else float(bool(some)), rel=1e-5)
+            if mode == "sequence" and mask.any():
+                assert weight.sum() == pytest.approx(1 / count, rel=1e-5)
+        assert sum(float(weight.sum()) for weight in weights) == pytest.approx(expected, rel=1e-5)
 
 
 def test_constant_aggregation_needs_a_length() -> None:

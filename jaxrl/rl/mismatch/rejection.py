@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxrl.config import ConfigError
 from jaxrl.rl import order, sequences
-from jaxrl.rl.tokens import Span, Tokens
+from jaxrl.rl.tokens import MAX_LOG_RATIO, Tokens
 
 
 def keep_all(tokens: Tokens) -> jax.Array:
@@ -19,7 +19,13 @@ def keep_all(tokens: Tokens) -> jax.Array:
     return tokens.mask
 
 
-def band(tokens: Tokens, *, span: Span = "token", low: float = 0.5, high: float = 2.0) -> jax.Array:
+def band(
+    tokens: Tokens,
+    *,
+    span: Literal["token", "geometric", "product", "largest"] = "token",
+    low: float = 0.5,
+    high: float = 2.0,
+) -> jax.Array:
     """Keeps low <= k <= high, over the token or over the whole sequence.
 
     verl's rejection by k1 states the bounds of 1 / k, so that an asymmetric band is mirrored there: its
@@ -27,7 +33,8 @@ def band(tokens: Tokens, *, span: Span = "token", low: float = 0.5, high: float 
 
     Args:
         tokens: see ``Tokens``.
-        span: over what the ratio is taken; "geometric" with 0.999 and 1.001 is a preset of verl.
+        span: over what the ratio is taken, see ``tokens.Span``, or the largest of the sequence; "geometric" with 0.999
+            and 1.001 is a preset of verl.
         low: smallest ratio that is kept, inclusive.
         high: largest ratio that is kept, inclusive.
 
@@ -36,8 +43,11 @@ def band(tokens: Tokens, *, span: Span = "token", low: float = 0.5, high: float 
     """
     if not 0 <= low <= high:
         raise ConfigError(f"band: low={low} and high={high} must rise and not be negative")
-    ratio = jnp.exp(tokens.spanned(tokens.mismatch, span))
-    return tokens.mask * ((ratio >= low) & (ratio <= high))
+    if span == "largest":
+        log = sequences.largest(jnp.where(tokens.mask > 0, tokens.mismatch, -MAX_LOG_RATIO), tokens.segment_ids)
+    else:
+        log = tokens.spanned(tokens.mismatch, span)
+    return tokens.mask * ((jnp.exp(log) >= low) & (jnp.exp(log) <= high))
 
 
 def divergence(

@@ -32,3 +32,9 @@ POLICY_LOSSES: Mapping[str, Callable[..., TokenLoss]] = {
     "clip_cov": clip_cov,
     "kl_cov": kl_cov,
 }
+
+AGAINST_BEHAVIOUR = frozenset({"dppo_tv", "dppo_kl", "prime", "prime_symmetric"})
+"""Losses whose ratio is that to the behaviour policy, whatever the proximal one is."""
+
+WITHOUT_RATIO = frozenset({"reinforce"})
+"""Losses that compare the policy with none."""

@@ -1,0 +1,72 @@
+"""What comes between the record of sampled tokens and the policy loss: which of them count, and how much."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from jaxrl.config import AlgorithmConfig, ConfigError
+from jaxrl.rl.entropy import most_uncertain
+from jaxrl.rl.methods import configured
+from jaxrl.rl.mismatch import MISMATCH, REJECTIONS, correction_metrics
+from jaxrl.rl.policy_losses import AGAINST_BEHAVIOUR, POLICY_LOSSES, WITHOUT_RATIO
+from jaxrl.rl.tokens import Tokens, abstract_tokens
+
+
+class Corrected(NamedTuple):
+    """Tokens for a policy loss.
+
+    Attributes:
+        tokens: those that count; what is left out is as if it had not been sampled.
+        weights: [B, T], a constant that the loss of a token is multiplied by.
+        metrics: by name, as (sum, count).
+    """
+
+    tokens: Tokens
+    weights: jax.Array
+    metrics: dict[str, tuple[jax.Array, jax.Array]]
+
+
+def correction(config: AlgorithmConfig) -> Callable[[Tokens], Corrected]:
+    """What ``top_entropy``, ``mismatch`` and ``rejection`` make of tokens.
+
+    Without a proximal policy of its own a ratio is judged against the sampler's, so that mismatch and the drift since
+    then are judged together (verl's bypass mode).
+
+    Raises:
+        ConfigError: see ``methods.configured``; a method does not give back one number a token; or a loss whose ratio
+            already holds the mismatch would be weighted by it once more.
+    """
+    weigh = configured("AlgorithmConfig.mismatch", MISMATCH, config.mismatch, config.mismatch_settings)
+    reject = configured("AlgorithmConfig.rejection", REJECTIONS, config.rejection, config.rejection_settings)
+    for name, method in ((config.mismatch, weigh), (config.rejection, reject)):
+        result = jax.eval_shape(method, abstract_tokens())
+        if getattr(result, "shape", None) != abstract_tokens().mask.shape:
+            raise ConfigError(f"{name!r} gave {result} for tokens [2, 3]; it must give an array of one number a token")
+    _check_counted_once(config)
+    changes_nothing = config.mismatch == config.rejection == "none"
+
+    def correct(tokens: Tokens) -> Corrected:
+        chosen = most_uncertain(tokens, config.top_entropy)
+        if changes_nothing:
+            return Corrected(tokens.only(chosen), tokens.mask, {})
+        judged = tokens
+        if config.proximal == "behaviour":
+            judged = tokens.replace(proximal_logprobs=jax.lax.stop_gradient(tokens.logprobs))
+        weights, keep = (jax.lax.stop_gradient(values(judged)) for values in (weigh, reject))
+        return Corrected(tokens.only(chosen * keep), weights, correction_metrics(judged, weights * keep))
+
+    return correct
+
+
+def _check_counted_once(config: AlgorithmConfig) -> None:
+    if config.mismatch == "none" or config.loss not in POLICY_LOSSES or config.loss in WITHOUT_RATIO:
+        return
+    if config.proximal == "behaviour" or config.loss in AGAINST_BEHAVIOUR:
+        remedy = "take the loss 'reinforce', or 'none' with a rejection"
+        if config.loss not in AGAINST_BEHAVIOUR:
+            remedy = f"set AlgorithmConfig.proximal='recomputed', {remedy}"
+        raise ConfigError(
+            f"AlgorithmConfig.mismatch={config.mismatch!r} would weigh by the sampler's mismatch what the ratio of "
+            f"AlgorithmConfig.loss={config.loss!r} to the sampler holds already; {remedy}"
+        )

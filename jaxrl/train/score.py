@@ -1,0 +1,85 @@
+"""What weights that are not being trained, a reference or those of before, say of played tokens."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl import mesh as meshes
+from jaxrl.config import ModelConfig, TrainConfig
+from jaxrl.data import packing
+from jaxrl.model import logprob
+from jaxrl.model.lora import Base
+from jaxrl.records import Batch, Trajectory
+
+
+class Scorer:
+    """Scores micro-batches of the one shape that ``compile`` was given.
+
+    Args:
+        value: of a micro-batch and the log-probabilities [B, T] of its tokens, what is asked for, [B, T].
+        everywhere: give every device the whole of it, so that the host of each can read it; otherwise it is split as
+            micro-batches are.
+        temperature: the sampler's.
+        launches: held while work is handed to the devices; see ``Engine``.
+        base: frozen weights; what is scored under are then adapters on them.
+    """
+
+    def __init__(
+        self,
+        value: Callable[[Batch, jax.Array], jax.Array],
+        model: ModelConfig,
+        temperature: float,
+        mesh: jax.sharding.Mesh,
+        launches: contextlib.AbstractContextManager[Any],
+        base: Base | None = None,
+        *,
+        everywhere: bool = False,
+    ) -> None:
+        def score(params: Any, base: Base | None, batch: Batch) -> jax.Array:
+            whole = params if base is None else base.adapted(params)
+            stats = logprob.sequence_logprobs(
+                whole, model, batch.tokens, batch.positions, batch.segment_ids, temperature
+            )
+            return meshes.to_compute(value(batch, stats.logprobs), (None if everywhere else "batch", None))
+
+        self._mesh, self._launches, self._base = mesh, launches, base
+        rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)
+        self._placement = jax.sharding.NamedSharding(mesh, rows)
+        self._score: Callable[..., jax.Array] = jax.jit(score)
+
+    def compile(self, params: Any, rows: int, row_tokens: int) -> None:
+        """Compile for micro-batches [rows, row_tokens] and weights placed like ``params``."""
+        with jax.set_mesh(self._mesh):
+            placed = jax.device_put(Batch.zeros(rows, row_tokens), self._placement)
+            self._score = self._score.lower(params, self._base, placed).compile()
+
+    def __call__(self, params: Any, batch: Batch) -> jax.Array:
+        """[B, T] the value of every token of packed rows."""
+        with jax.set_mesh(self._mesh), self._launches:
+            return self._score(params, self._base, jax.device_put(batch, self._placement))
+
+
+def of_trajectories(
+    score: Callable[[Batch], jax.Array], trajectories: Sequence[Trajectory], train: TrainConfig
+) -> list[np.ndarray]:
+    """Of each trajectory [T_i] float32: what ``score`` says of its sampled tokens, 0 elsewhere.
+
+    Args:
+        score: of a micro-batch, [B, T].
+        trajectories: distinct by (draw, sample).
+        train: the shape of a micro-batch.
+    """
+    places = np.arange(1.0, len(trajectories) + 1)
+    weights = [np.zeros(len(trajectory.ids)) for trajectory in trajectories]
+    batches = packing.pack_trajectories(
+        trajectories, places, weights, rows=train.rows, row_tokens=train.row_tokens
+    )  # the advantage of a token thus says whose it is
+    scored = [np.zeros(len(trajectory.ids), np.float32) for trajectory in trajectories]
+    for batch, values in zip(batches, map(np.asarray, map(score, batches)), strict=True):
+        owners = (batch.advantages * batch.mask).astype(int)
+        for owner in np.unique(owners[owners > 0]):
+            scored[owner - 1][trajectories[owner - 1].mask > 0] = values[owners == owner]
+    return scored

@@ -1,0 +1,166 @@
+"""What changes from step to step beside the weights: coefficients, the reference, and the proximal policy."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl.config import AlgorithmConfig
+from jaxrl.records import Batch, Trajectory
+from jaxrl.rl import divergence, entropy
+from jaxrl.rl.outcomes import Outcomes
+from jaxrl.train.progress import RunProgress
+from jaxrl.train.score import Scorer, of_trajectories
+from jaxrl.train.session import Session
+
+
+class Steering:
+    """Of one run. Everything it remembers stands in ``RunProgress.coefficients``, so that a resumed run goes on."""
+
+    def __init__(self, session: Session) -> None:
+        config = session.config
+        self._algorithm, self._train, self._mesh = config.algorithm, config.train, session.mesh
+        self._launches = session.launches
+        self._charges = bool(config.algorithm.kl_coefficient) and config.algorithm.kl_placement == "reward"
+        self._rescores = config.algorithm.proximal == "recomputed" and config.train.updates_per_step > 1
+        estimator = config.algorithm.kl_estimator
+        scored = session.model, config.engine.temperature, session.mesh, session.launches, session.base
+        self._logprobs = Scorer(lambda _, logprobs: logprobs, *scored)
+        self._divergence = Scorer(
+            lambda batch, reference: divergence.kl(batch.behaviour_logprobs, reference, batch.mask, estimator),
+            *scored,
+            everywhere=True,
+        )
+        share = config.algorithm.reference_mix
+        self._mix: Any = jax.jit(
+            lambda reference, params: jax.tree.map(lambda a, b: (1 - share) * a + share * b, reference, params),
+            donate_argnums=0,
+        )
+
+    def compile(self, params: Any, reference: Any | None) -> None:
+        """Compile what this run will use, so that nothing is compiled once it trains."""
+        if self._rescores:
+            self._logprobs.compile(params, self._train.rows, self._train.row_tokens)
+        if self._charges:
+            self._divergence.compile(reference, self._train.rows, self._train.row_tokens)
+        if self._algorithm.reference_every and reference is not None:
+            with jax.set_mesh(self._mesh):
+                self._mix = self._mix.lower(reference, params).compile()
+
+    def charged(
+        self, outcomes: Outcomes, trajectories: Sequence[Trajectory], reference: Any | None, progress: RunProgress
+    ) -> Outcomes:
+        """``outcomes`` with the KL to the reference subtracted from their rewards, if that is where it is placed.
+
+        Every sampled token pays for its own estimate; the reward of a trajectory loses their sum. Components of the
+        reward are left as they are.
+        """
+        if not (self._charges and trajectories):
+            return outcomes
+        estimates = of_trajectories(lambda batch: self._divergence(reference, batch), trajectories, self._train)
+        sampled = sum(int((one.mask > 0).sum()) for one in trajectories)
+        progress.coefficients["kl_found"] = float(sum(values.sum() for values in estimates)) / max(sampled, 1)
+        costs = [self._kl_coefficient(progress) * values.astype(np.float64) for values in estimates]
+        by_token = [rewards - cost for rewards, cost in zip(outcomes.rewards_by_token(), costs, strict=True)]
+        rewards = outcomes.rewards - np.array([cost.sum() for cost in costs])
+        return dataclasses.replace(outcomes, rewards=rewards, token_rewards=by_token)
+
+    def prepared(self, updates: Sequence[list[Batch]], params: Any, progress: RunProgress) -> list[list[Batch]]:
+        """The micro-batches of a step's updates with the present coefficients in their weights, and the proximal
+        policy that the ratio is taken against.
+
+        Args:
+            updates: of the step that begins.
+            params: the weights it begins with; needed before the first update consumes them.
+        """
+        return [
+            [self._prepared(batch, params, progress, number / len(updates)) for batch in batches]
+            for number, batches in enumerate(updates)
+        ]
+
+    def _prepared(self, batch: Batch, params: Any, progress: RunProgress, done: float) -> Batch:
+        """``done`` is the share of the step's updates that come before."""
+        algorithm = self._algorithm
+        scale = np.float32(self._kl_coefficient(progress) / algorithm.kl_coefficient if algorithm.kl_coefficient else 1)
+        bonus = progress.coefficients.get("entropy_paid", algorithm.entropy_coefficient)
+        batch = batch.replace(
+            kl_weights=batch.kl_weights * scale,
+            entropy_weights=batch.rl_weights * np.float32(bonus),
+            proximal_shares=proximal_shares(algorithm, batch.versions, progress.step, done) * (batch.mask > 0),
+        )
+        if self._rescores and done and batch.mask.any():
+            return batch.replace(proximal_logprobs=self._logprobs(params, batch))
+        return batch
+
+    def adapt(self, metrics: Mapping[str, float], trajectories: int, progress: RunProgress) -> dict[str, float]:
+        """Move the coefficients by what the step found.
+
+        Args:
+            metrics: of the step's updates; none of a step that was skipped, which moves nothing.
+            trajectories: the step was trained on.
+
+        Returns:
+            ``metrics`` with the coefficients that the step used, where they move, and the KL that rewards paid for.
+        """
+        algorithm, state = self._algorithm, progress.coefficients
+        if not metrics:
+            return {}
+        shown = dict(metrics)
+        if self._charges:
+            shown["kl_to_reference"] = state["kl_found"]
+        if algorithm.kl_target:
+            shown["kl_coefficient"] = self._kl_coefficient(progress)
+            state["kl"] = divergence.adapted(
+                shown["kl_coefficient"],
+                shown["kl_to_reference"],
+                target=algorithm.kl_target,
+                horizon=algorithm.kl_horizon,
+                count=trajectories,
+            )
+        if algorithm.entropy_target:
+            shown["entropy_coefficient"] = state.get("entropy_paid", algorithm.entropy_coefficient)
+            state["entropy"] = entropy.adapted(
+                state.get("entropy", algorithm.entropy_coefficient),
+                metrics["entropy"],
+                target=algorithm.entropy_target,
+                step=algorithm.entropy_step,
+                largest=algorithm.entropy_limit,
+            )
+            state["entropy_paid"] = state["entropy"] if metrics["entropy"] <= algorithm.entropy_target else 0.0
+        return shown
+
+    def refreshed(self, reference: Any | None, params: Any, step: int) -> Any | None:
+        """The reference after ``step`` steps, moved towards the policy where one is due; the old one is consumed."""
+        every = self._algorithm.reference_every
+        if reference is None or not every or step % every:
+            return reference
+        with jax.set_mesh(self._mesh), self._launches:
+            return self._mix(reference, params)
+
+    def _kl_coefficient(self, progress: RunProgress) -> float:
+        return progress.coefficients.get("kl", self._algorithm.kl_coefficient)
+
+
+def proximal_shares(algorithm: AlgorithmConfig, versions: np.ndarray, step: int, done: float) -> np.ndarray:
+    """How far from ``Batch.proximal_logprobs`` towards the present policy the proximal one lies, in log space.
+
+    ``behaviour``: 0. ``recomputed``: in the first update of a step the present weights are those that the step began
+    with, 1; later ones find them scored, 0. ``interpolated``: (step - version) / (step + done - version), as if every
+    update moved a log-probability by the same amount (AReaL's "loglinear" approximation of the decoupled loss,
+    arXiv 2505.24298); tokens of the step's own weights have 0.
+
+    Args:
+        versions: int, of the weights that sampled a token.
+        step: version of the weights that the step began with.
+        done: share of the step's updates that came before, in [0, 1).
+
+    Returns:
+        float32 of the shape of ``versions``.
+    """
+    if algorithm.proximal == "interpolated":
+        age = (step - versions).astype(np.float32)
+        return np.where(age > 0, age / np.maximum(age + np.float32(done), 1), 0).astype(np.float32)
+    first = algorithm.proximal == "recomputed" and done == 0
+    return np.full(versions.shape, first, np.float32)
