@@ -20,7 +20,7 @@ from jaxrl.train import stages
 from jaxrl.train.mixture import Mixture
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
-from jaxrl.train.session import Session, open_player
+from jaxrl.train.session import Session, open_player, what_is_recorded
 from jaxrl.train.state import TrainState
 from jaxrl.train.update import Updater, over_updates, policy_gradient_loss
 
@@ -174,8 +174,8 @@ def pack(config: Config, selections: tuple[selection.Selection, ...], memory: di
         return []
     groups = np.repeat(np.arange(len(selections)), [len(group.kept) for group in selections])
     masked = np.array([flag for group in selections for flag in group.masked or (False,) * len(group.kept)], bool)
-    recorded = algorithm.recorded(config.algorithm)
-    estimate = algorithm.advantage(config.algorithm)(of_trajectories(trajectories, groups, recorded, memory))
+    held = what_is_recorded(config)
+    estimate = algorithm.advantage(config.algorithm, held)(of_trajectories(trajectories, groups, held, memory))
     memory.update(estimate.memory)
     updates = []
     for part in np.array_split(np.arange(len(selections)), config.train.updates_per_step):
