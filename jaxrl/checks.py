@@ -38,7 +38,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "not be negative",
     ),
     (
-        "Reward.seconds Env.wall_seconds Env.queue_seconds Sandbox.cpu_seconds Sandbox.wall_seconds Model.rope_theta "
+        "Reward.seconds Reward.judge_seconds "
+        "Env.wall_seconds Env.queue_seconds Sandbox.cpu_seconds Sandbox.wall_seconds Model.rope_theta "
         "Model.rope_factor Model.rope_low_frequency Model.rope_trained_positions Model.norm_eps Model.init_scale "
         "Optimizer.eps Optimizer.clip_norm Lora.alpha",
         lambda value: value > 0,

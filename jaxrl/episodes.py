@@ -23,6 +23,7 @@ from jaxrl.envs.rendering import render, tokenize_output
 from jaxrl.envs.tool import Tool
 from jaxrl.records import Group, Problem, RewardStatus, StopReason, ToolCall, ToolStatus, Trajectory, Turn
 from jaxrl.rewards.answers import extract_answer
+from jaxrl.rewards.scorer import CORRECTNESS, Scorer
 from jaxrl.rewards.verifier import Verifier
 from jaxrl.rollout.engine import Engine, Sample
 from jaxrl.rollout.engine import Sequence as EngineSequence
@@ -43,6 +44,7 @@ class Player:
         tools: at most one of each name.
         max_response_tokens: budget of all turns together, tool output and framing included.
         temperature: None = the engine's own.
+        scorer: makes rewards of what the verifier says.
     """
 
     engine: Engine | Fleet
@@ -53,6 +55,7 @@ class Player:
     config: EnvConfig
     max_response_tokens: int
     temperature: float | None = None
+    scorer: Scorer = CORRECTNESS
 
 
 @dataclasses.dataclass
@@ -132,7 +135,7 @@ async def play_episode(player: Player, problem: Problem, draw: int, sample: int)
     status = RewardStatus.NO_ANSWER
     if stop_reason is not StopReason.INFRA_ERROR:
         status = await player.verifier.grade(tags.last, problem.answer)
-    return Trajectory(
+    trajectory = Trajectory(
         problem=problem,
         draw=draw,
         sample=sample,
@@ -147,11 +150,11 @@ async def play_episode(player: Player, problem: Problem, draw: int, sample: int)
         answer=tags.last,
         answer_tags=tags.count,
         balanced_tags=tags.balanced,
-        reward=float(status is RewardStatus.CORRECT),
         reward_status=status,
         seconds=clock.used,
         tool_seconds=sum(call.seconds for turn in response.turns for call in turn.calls),
     )
+    return await player.scorer.score(trajectory, player.max_response_tokens)
 
 
 async def play_groups(

@@ -1,6 +1,7 @@
 """How episodes are played and graded: engine, sandbox, environment, verifier."""
 
 import dataclasses
+from dataclasses import field
 from typing import Literal
 
 
@@ -99,9 +100,19 @@ class EnvConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """Grading."""
+    """Grading, and what is rewarded."""
 
+    components: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
+    """What is rewarded, and its weight: names in docs/algorithms.md, or "path/to/file.py:function"."""
+    component_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Of the components, by "COMPONENT.SETTING", where they are not their defaults."""
+    judge: str = ""
+    """ "path/to/file.py:function", asked about every correct trajectory that is trained on; empty = nobody is."""
+    judge_seconds: float = 60.0
+    """A judge that has not replied after this has said nothing."""
+    verifier: str = "math"
+    """What compares an answer with the expected one: a name in docs/algorithms.md, or "path/to/file.py:function"."""
     workers: int = 1
-    """Verifier processes."""
+    """Processes of the verifier "math"."""
     seconds: float = 5.0
     """Hard deadline for one answer."""

@@ -62,7 +62,7 @@ async def evaluate(
     """Play ``config.samples`` trajectories of every problem (one where greedy) and report.
 
     Args:
-        player: its temperature is replaced by ``config.temperature``.
+        player: its temperature is replaced by ``config.temperature``, and no judge is asked.
         on_group: called with every group in the order of the problems (progress, traces).
         in_flight: as for ``play_groups``.
 
@@ -75,7 +75,7 @@ async def evaluate(
             f"EvalConfig.k={config.k} asks for more than EvalConfig.samples={config.samples}; raise samples or lower k"
         )
     samples = 1 if greedy else config.samples
-    player = dataclasses.replace(player, temperature=config.temperature)
+    player = dataclasses.replace(player, temperature=config.temperature, scorer=player.scorer.unjudged())
     draws = ((FIRST_EVALUATION_DRAW + index, problem) for index, problem in enumerate(problems))
     groups = []
     async with aclosing(play_groups(player, draws, samples, in_flight=in_flight)) as played:

@@ -75,11 +75,12 @@ def visible_text(turn: str, *, opened_reason: bool) -> str:
 
 def unboxed(content: str) -> str:
     """What stands in the last ``\\boxed{...}`` of an answer, braces matched; without one, all of it stripped."""
-    box = _last_box(content)
+    box = last_box(content)
     return content.strip() if box is None else unboxed(box)
 
 
-def _last_box(content: str) -> str | None:
+def last_box(content: str) -> str | None:
+    """What stands in the last ``\\boxed{...}`` of a text, braces matched; None without one."""
     start = content.find(_BOX)
     last = None
     while start >= 0:

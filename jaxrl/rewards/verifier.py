@@ -1,15 +1,18 @@
 """math-verify in processes of its own, each answer under a hard deadline."""
 
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
 import sys
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Protocol, Self
 
 from jaxrl.config import RewardConfig
 from jaxrl.records import RewardStatus
+from jaxrl.rewards.comparing import MATH, ComparingVerifier, comparison
 from jaxrl.rewards.integers import same_integer
 
 _SCRIPT = pathlib.Path(__file__).with_name("math_worker.py")
@@ -101,6 +104,16 @@ class MathVerifier:
         processes, self._processes = self._processes, []
         for process in processes:
             await process.stop()
+
+
+@contextlib.asynccontextmanager
+async def open_verifier(config: RewardConfig) -> AsyncIterator[Verifier]:
+    """The verifier that ``config.verifier`` names, started; on leaving, no process of it is left."""
+    if config.verifier != MATH:
+        yield ComparingVerifier(comparison(config.verifier))
+        return
+    async with MathVerifier(config) as verifier:
+        yield verifier
 
 
 def _decide_at_once(answer: str, gold: str) -> bool | None:

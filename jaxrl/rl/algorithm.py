@@ -1,5 +1,6 @@
 """From the names in ``AlgorithmConfig`` to functions, checked before anything is compiled."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -38,12 +39,16 @@ def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
     return loss
 
 
-def advantage(config: AlgorithmConfig) -> Advantage:
+def advantage(config: AlgorithmConfig, recorded: Recorded) -> Advantage:
     """The estimator that ``advantage`` and ``advantage_settings`` name; one without a memory gives back none.
 
+    Args:
+        config: see ``AlgorithmConfig``.
+        recorded: what the trajectories of the run hold.
+
     Raises:
-        ConfigError: see ``methods.configured``; or it needs what trajectories do not hold, or does not give back one
-            entry a trajectory.
+        ConfigError: see ``methods.configured``; or it needs what trajectories do not hold, passes over what single
+            turns earned, or does not give back one entry a trajectory.
     """
     estimator = configured("AlgorithmConfig.advantage", ADVANTAGES, config.advantage, config.advantage_settings)
 
@@ -52,22 +57,25 @@ def advantage(config: AlgorithmConfig) -> Advantage:
         return values if isinstance(values, Remembered) else Remembered(values, {})
 
     trajectories = [example(0), example(1)]
+    outcomes = of_trajectories(trajectories, np.zeros(2, int), recorded, {})
     try:
-        values = estimate(of_trajectories(trajectories, np.zeros(2, int), recorded(config), {})).values
+        values = estimate(outcomes).values
     except ConfigError as error:
         raise ConfigError(f"AlgorithmConfig.advantage={config.advantage!r}: {error}") from error
     shapes = [np.shape(value) for value in values]
     if len(shapes) != 2 or any(s not in ((), t.mask.shape) for s, t in zip(shapes, trajectories, strict=True)):
         raise ConfigError(
-            f"AlgorithmConfig.advantage={config.advantage!r} gave entries of shapes {shapes} for trajectories of 2 and "
-            "3 tokens; it must give one entry a trajectory, a number or an array with one for each of its tokens"
+            f"AlgorithmConfig.advantage={config.advantage!r} gave entries of shapes {shapes} for trajectories of 3 and "
+            "4 tokens; it must give one entry a trajectory, a number or an array with one for each of its tokens"
         )
+    if recorded.turn_rewards:
+        others = dataclasses.replace(outcomes, turn_rewards=[np.array([3.0, 0.0]), np.array([0.0, 5.0])])
+        if all(np.array_equal(a, b) for a, b in zip(values, estimate(others).values, strict=True)):
+            raise ConfigError(
+                f"AlgorithmConfig.advantage={config.advantage!r} passes over what single turns earn, which a component "
+                "of RewardConfig.components rewards; take one that credits turns, such as gigpo, or another component"
+            )
     return estimate
-
-
-def recorded(config: AlgorithmConfig) -> Recorded:
-    """What the trajectories of a run hold for an advantage."""
-    return Recorded(greedy_rewards=config.greedy_baseline)
 
 
 def extra_samples(config: AlgorithmConfig) -> Callable[[np.ndarray], int] | None:
@@ -86,14 +94,14 @@ def extra_samples(config: AlgorithmConfig) -> Callable[[np.ndarray], int] | None
     return method
 
 
-def check(config: AlgorithmConfig) -> None:
-    """Refuse methods and settings that cannot be used.
+def check(config: AlgorithmConfig, recorded: Recorded) -> None:
+    """Refuse methods and settings that cannot be used. ``recorded`` is what the trajectories of the run hold.
 
     Raises:
         ConfigError: with the nearest valid name.
     """
     policy_loss(config)
     correction(config)
-    advantage(config)
+    advantage(config, recorded)
     chooser(config)
     extra_samples(config)

@@ -2,22 +2,23 @@
 
 import numpy as np
 
-from jaxrl.records import Problem, RewardStatus, StopReason, Trajectory, Turn
+from jaxrl.records import Problem, RewardStatus, StopReason, ToolCall, ToolStatus, Trajectory, Turn
 
 
 def example(sample: int) -> Trajectory:
-    """One turn of 2 + ``sample`` tokens; sample 0 is right, others are wrong."""
-    tokens = 2 + sample
+    """A turn that calls, what the tool says, and a turn that answers, of 3 + ``sample`` tokens; sample 0 is right."""
+    tokens = 3 + sample
+    call = ToolCall("python", {}, ToolStatus.OK)
     return Trajectory(
         problem=Problem("example", "1+1?", "2"),
         draw=0,
         sample=sample,
         prompt_ids=np.zeros(1, np.int32),
         ids=np.zeros(tokens, np.int32),
-        mask=np.ones(tokens, np.int8),
+        mask=(np.arange(tokens) != 1).astype(np.int8),
         logprobs=np.zeros(tokens, np.float32),
         versions=np.zeros(tokens, np.int32),
-        turns=(Turn(0, tokens, "policy"),),
+        turns=(Turn(0, 1, "policy", (call,)), Turn(1, 2, "tool"), Turn(2, tokens, "policy")),
         stop_reason=StopReason.ANSWERED,
         answer="2" if sample == 0 else "3",
         answer_tags=1,

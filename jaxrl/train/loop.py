@@ -21,7 +21,7 @@ from jaxrl.train import stages
 from jaxrl.train.mixture import Mixture
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
-from jaxrl.train.session import Session, open_player
+from jaxrl.train.session import Session, open_player, what_is_recorded
 from jaxrl.train.state import TrainState
 from jaxrl.train.steering import Steering
 from jaxrl.train.update import Updater, over_updates, policy_gradient_loss
@@ -188,8 +188,9 @@ def pack(
         return []
     groups = np.repeat(np.arange(len(selections)), [len(group.kept) for group in selections])
     masked = np.array([flag for group in selections for flag in group.masked or (False,) * len(group.kept)], bool)
-    outcomes = of_trajectories(trajectories, groups, algorithm.recorded(config.algorithm), memory)
-    estimate = algorithm.advantage(config.algorithm)(charge(outcomes, trajectories))
+    held = what_is_recorded(config)
+    outcomes = of_trajectories(trajectories, groups, held, memory)
+    estimate = algorithm.advantage(config.algorithm, held)(charge(outcomes, trajectories))
     memory.update(estimate.memory)
     updates = []
     for part in np.array_split(np.arange(len(selections)), config.train.updates_per_step):

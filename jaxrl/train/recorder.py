@@ -67,6 +67,10 @@ class Recorder:
         for selection in selections:
             pairs.merge({f"select/{name}": pair for name, pair in selection.statistics.items()})
         pairs.merge(metrics.episode_pairs(played, self._config.engine.max_response_tokens))
+        for trajectory in (t for t in played if t.trainable):
+            pairs.add("reward", trajectory.reward)
+            for name, value in trajectory.components.items():
+                pairs.add(f"reward/{name}", value)
         for status in {t.reward_status for t in played}:
             pairs.add(f"reward_status/{status}", sum(t.reward_status is status for t in played), len(played))
         for reason in {t.stop_reason for t in played}:

@@ -21,8 +21,11 @@ from jaxrl.episodes import Player
 from jaxrl.model import adapter_folder, companions, folders, hf, lora, spec, transformer
 from jaxrl.model.config_json import check_exportable
 from jaxrl.records import Problem
-from jaxrl.rewards.verifier import MathVerifier
+from jaxrl.rewards.comparing import MATH, comparison
+from jaxrl.rewards.scorer import scorer
+from jaxrl.rewards.verifier import open_verifier
 from jaxrl.rl import algorithm
+from jaxrl.rl.outcomes import Recorded
 from jaxrl.rl.supervised import supervised_loss
 from jaxrl.rollout.fleet import Fleet
 from jaxrl.rollout.scheduler import Scheduler
@@ -176,7 +179,9 @@ def open_session(config: Config, run: RunFolder) -> Session:
         ConfigError: values that the data shows to be wrong, such as prompts longer than the engine takes.
         DataError: problems or demonstrations that cannot be used.
     """
-    algorithm.check(config.algorithm)
+    algorithm.check(config.algorithm, what_is_recorded(config))
+    if config.reward.verifier != MATH:
+        comparison(config.reward.verifier)
     supervised_loss("SftConfig.loss", config.sft.loss, config.sft.loss_settings)
     supervised_loss("MixConfig.loss", config.mix.loss, config.mix.loss_settings)
     Scheduler(config.engine)  # refuses pages that cannot hold one sequence
@@ -223,7 +228,7 @@ async def open_player(session: Session, params: Any, version: int) -> AsyncItera
     )
     del params  # the engines free theirs when they get new ones
     engine.compile()
-    async with pool_from_config(config.sandbox) as pool, MathVerifier(config.reward) as verifier, engine.serving():
+    async with pool_from_config(config.sandbox) as pool, open_verifier(config.reward) as verifier, engine.serving():
         yield Player(
             engine=engine,
             chat=session.chat,
@@ -232,7 +237,15 @@ async def open_player(session: Session, params: Any, version: int) -> AsyncItera
             verifier=verifier,
             config=config.env,
             max_response_tokens=config.engine.max_response_tokens,
+            scorer=scorer(config.reward),
         )
+
+
+def what_is_recorded(config: Config) -> Recorded:
+    """What the trajectories of a run hold for an advantage."""
+    rewarded = scorer(config.reward)
+    whole = {name: weight for name, weight in rewarded.weights.items() if name not in rewarded.of_turns}
+    return Recorded(whole, turn_rewards=bool(rewarded.of_turns), greedy_rewards=config.algorithm.greedy_baseline)
 
 
 def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:

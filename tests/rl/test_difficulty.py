@@ -9,6 +9,7 @@ import pytest
 
 from jaxrl.config import AlgorithmConfig, ConfigError
 from jaxrl.rl import algorithm
+from jaxrl.rl.outcomes import Recorded
 from jaxrl.rl.selection.difficulty import dars_equal, dars_hard, extra_samples
 
 ELSEWHERE = {"adv": 6, "loss": 12}
@@ -51,4 +52,4 @@ def test_settings() -> None:
     assert algorithm.extra_samples(config)(np.zeros(8, bool)) == 4
     assert algorithm.extra_samples(AlgorithmConfig()) is None
     with pytest.raises(ConfigError, match="did you mean dars_hard"):
-        algorithm.check(AlgorithmConfig(extra_samples="dars_hart"))
+        algorithm.check(AlgorithmConfig(extra_samples="dars_hart"), Recorded())

@@ -10,7 +10,7 @@ import pytest
 from jaxrl import config as configuration
 from jaxrl.config import AlgorithmConfig, ConfigError
 from jaxrl.rl import algorithm
-from jaxrl.rl.outcomes import Outcomes
+from jaxrl.rl.outcomes import Outcomes, Recorded
 from jaxrl.rl.tokens import Tokens
 
 LOSS = """
@@ -59,7 +59,7 @@ def test_a_loss_and_an_advantage_from_a_file(files: pathlib.Path) -> None:
     result = algorithm.policy_loss(config)(tokens)
     np.testing.assert_allclose(result.loss, -6 * np.exp(0.5) * np.ones((1, 2)), rtol=1e-6)
     outcomes = Outcomes(rewards=np.array([1.0, 0.5]), groups=np.zeros(2, int), masks=[np.ones(1)] * 2)
-    assert list(algorithm.advantage(config)(outcomes).values) == [2.0, 1.0]
+    assert list(algorithm.advantage(config, Recorded())(outcomes).values) == [2.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_loss_and_an_advantage_from_a_file(files: pathlib.Path) -> None:
 def test_what_is_refused(files: pathlib.Path, field: str, name: str, settings: dict, words: str) -> None:
     config = AlgorithmConfig(**{field: name.format(files=files), f"{field}_settings": settings})
     with pytest.raises(ConfigError, match=words):
-        algorithm.check(config)
+        algorithm.check(config, Recorded())
 
 
 def test_settings_survive_gin_text() -> None:

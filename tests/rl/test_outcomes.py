@@ -77,10 +77,10 @@ def test_components_are_nan_where_they_had_nothing_to_say() -> None:
 @pytest.mark.parametrize("advantage", ["gae", "hierarchical", "optimal_token_baseline", "remax", "turn_level"])
 def test_a_run_that_cannot_supply_what_its_advantage_needs_does_not_start(advantage: str) -> None:
     with pytest.raises(ConfigError, match=f"AlgorithmConfig.advantage='{advantage}': this advantage needs"):
-        algorithm.check(AlgorithmConfig(advantage=advantage))
+        algorithm.check(AlgorithmConfig(advantage=advantage), Recorded())
 
 
 @pytest.mark.parametrize("advantage", ["rae", "gigpo", "tree_depth", "tree_sibling", "reinforce_plus_plus", "max_rl"])
 def test_what_any_run_supplies_is_enough(advantage: str) -> None:
-    algorithm.check(AlgorithmConfig(advantage=advantage))
-    algorithm.check(AlgorithmConfig(advantage="remax", greedy_baseline=True))
+    algorithm.check(AlgorithmConfig(advantage=advantage), Recorded())
+    algorithm.check(AlgorithmConfig(advantage="remax", greedy_baseline=True), Recorded(greedy_rewards=True))

@@ -1,0 +1,150 @@
+"""The reward of a trajectory: named components, their weights, and a judge that may be asked about correct answers."""
+
+import asyncio
+import dataclasses
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxrl.config import ConfigError, RewardConfig, nearest
+from jaxrl.records import Trajectory
+from jaxrl.rewards.components import COMPONENTS, correct
+from jaxrl.rewards.graded import Graded
+from jaxrl.rl.example import example
+from jaxrl.rl.methods import configured
+
+JUDGE_FAILED = "judge_failed"
+"""Logged beside the components where a judge was asked: 1 where it gave no reply."""
+
+Component = Callable[[Graded], Any]
+Judge = Callable[[Trajectory], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """What a run rewards. Made by ``scorer``.
+
+    Attributes:
+        components: by name.
+        weights: of the components, by name.
+        of_turns: names of components that reward single turns.
+        judge: asked about trajectories that are correct; None = nobody is.
+        judge_seconds: how long it may take.
+    """
+
+    components: Mapping[str, Component]
+    weights: Mapping[str, float]
+    of_turns: frozenset[str] = frozenset()
+    judge: Judge | None = None
+    judge_seconds: float = 60.0
+
+    def unjudged(self) -> "Scorer":
+        """The same without a judge, for trajectories that are not trained on."""
+        return dataclasses.replace(self, judge=None)
+
+    async def score(self, trajectory: Trajectory, max_response_tokens: int) -> Trajectory:
+        """The trajectory with its reward, its components, and what its turns earned.
+
+        One that cannot be trained on has reward 0 and no components. A judge that fails, or is late, has said nothing.
+        """
+        if not trajectory.trainable:
+            return trajectory
+        judgement, told = None, {}
+        if self.judge is not None and trajectory.correct:
+            judgement = await self._ask(trajectory)
+            told = {JUDGE_FAILED: float(judgement is None)}
+        graded = Graded(trajectory, max_response_tokens, judgement)
+        values = {name: component(graded) for name, component in self.components.items()}
+        values = {name: await value if inspect.isawaitable(value) else value for name, value in values.items()}
+        given = {name: np.asarray(value, np.float64) for name, value in values.items() if value is not None}
+        for name, value in given.items():
+            _check_shape(name, value, trajectory, of_turns=name in self.of_turns)
+        earned = sum(self.weights[name] * value for name, value in given.items() if name in self.of_turns)
+        whole = sum(self.weights[name] * value for name, value in given.items() if name not in self.of_turns)
+        return dataclasses.replace(
+            trajectory,
+            reward=float(whole),
+            components={name: float(value.sum()) for name, value in given.items()} | told,
+            turns=_with_rewards(trajectory, np.broadcast_to(earned, trajectory.policy_turns)),
+        )
+
+    async def _ask(self, trajectory: Trajectory) -> str | None:
+        try:
+            async with asyncio.timeout(self.judge_seconds):
+                reply = self.judge(trajectory)
+                reply = await reply if inspect.isawaitable(reply) else reply
+            return None if reply is None else str(reply)
+        except Exception as error:  # whatever a judge does wrong must not cost the policy its reward
+            logging.getLogger(__name__).warning("the judge gave no reply: %s: %s", type(error).__name__, error)
+            return None
+
+
+CORRECTNESS = Scorer({"correct": correct}, {"correct": 1.0})
+"""1 for a correct answer, 0 for any other."""
+
+
+def scorer(config: RewardConfig) -> Scorer:
+    """What ``components`` and ``judge`` name.
+
+    Raises:
+        ConfigError: see ``methods.configured``; a setting of a component that is not there; ``flawed_positive`` without
+            a judge; a component that gives back something else than a number or one for each turn.
+    """
+    key = "RewardConfig.components"
+    settings: dict[str, dict[str, Any]] = {name: {} for name in config.components}
+    short = {name.rpartition(":")[2]: name for name in settings}
+    for setting, value in config.component_settings.items():
+        component, dot, field = setting.rpartition(".")
+        if not dot or component not in short:
+            raise ConfigError(
+                f"unknown key {setting!r} in RewardConfig.component_settings{nearest(component, short)}; "
+                f'it is "COMPONENT.SETTING", of one of {", ".join(short)}'
+            )
+        settings[short[component]][field] = value
+    if "flawed_positive" in settings and not config.judge:
+        raise ConfigError(
+            "RewardConfig.components names flawed_positive, which takes a judge; "
+            'set RewardConfig.judge="path/to/file.py:function"'
+        )
+    components = {name: configured(key, COMPONENTS, full, settings[full]) for name, full in short.items()}
+    return Scorer(
+        components=components,
+        weights={name: config.components[full] for name, full in short.items()},
+        of_turns=frozenset(name for name, component in components.items() if _rewards_turns(name, component)),
+        judge=configured("RewardConfig.judge", {}, config.judge, {}) if config.judge else None,
+        judge_seconds=config.judge_seconds,
+    )
+
+
+def _rewards_turns(name: str, component: Component) -> bool:
+    """Whether a component gives one number for each turn, tried on an example; an asynchronous one never does."""
+    if inspect.iscoroutinefunction(getattr(component, "func", component)):
+        return False
+    trajectory = example(0)
+    try:
+        value = component(Graded(trajectory, max_response_tokens=8))
+    except Exception:  # it may know problems of its own form only
+        return False
+    of_turns = np.ndim(value) > 0
+    if value is not None:
+        _check_shape(name, np.asarray(value), trajectory, of_turns=of_turns)
+    return of_turns
+
+
+def _check_shape(name: str, value: np.ndarray, trajectory: Trajectory, *, of_turns: bool) -> None:
+    if value.shape != ((trajectory.policy_turns,) if of_turns else ()):
+        raise ConfigError(
+            f"RewardConfig.components: {name} gave {value} for a trajectory of {trajectory.policy_turns} policy turns; "
+            "it must give a number or None, or else always an array with one number for each policy turn"
+        )
+
+
+def _with_rewards(trajectory: Trajectory, earned: np.ndarray) -> tuple:
+    rewards = iter(earned.tolist())
+    return tuple(
+        dataclasses.replace(turn, reward=next(rewards)) if turn.author == "policy" else turn
+        for turn in trajectory.turns
+    )
