@@ -7,6 +7,7 @@ command line binds on top. ``load`` checks every key and every type before anyth
 from jaxrl.checks import ConfigError
 from jaxrl.config.episodes import EngineConfig, EnvConfig, RewardConfig, SandboxConfig
 from jaxrl.config.model import ChatConfig, LoraConfig, MeshConfig, ModelConfig, TokenizerConfig
+from jaxrl.config.offline import PreferConfig
 from jaxrl.config.recipes import nearest, read_recipe, recipe_names
 from jaxrl.config.resolve import dump, load, parse, typed
 from jaxrl.config.sections import SECTIONS, Config
@@ -38,6 +39,7 @@ __all__ = [
     "MixConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PreferConfig",
     "RewardConfig",
     "SandboxConfig",
     "SftConfig",

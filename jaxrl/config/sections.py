@@ -5,6 +5,7 @@ from dataclasses import field
 
 from jaxrl.config.episodes import EngineConfig, EnvConfig, RewardConfig, SandboxConfig
 from jaxrl.config.model import ChatConfig, LoraConfig, MeshConfig, ModelConfig, TokenizerConfig
+from jaxrl.config.offline import PreferConfig
 from jaxrl.config.training import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -28,6 +29,7 @@ class Config:
     chat: ChatConfig = field(default_factory=ChatConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    prefer: PreferConfig = field(default_factory=PreferConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     env: EnvConfig = field(default_factory=EnvConfig)

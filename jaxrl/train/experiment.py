@@ -6,16 +6,18 @@ import pathlib
 from typing import Any
 
 import jax
+import optax
 
 from jaxrl.config import Config
-from jaxrl.model import adapter_folder, companions, hf, spec
+from jaxrl.model import adapter_folder, companions, hf, spec, value
 from jaxrl.observe import alarms
 from jaxrl.observe.metrics import PhaseTimer
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.report import Comparison, Estimate, Report, write_summary
+from jaxrl.rl.preference import needs_reference
 from jaxrl.train.checkpoint import Checkpoints
 from jaxrl.train.loop import reinforce
-from jaxrl.train.progress import RunProgress
+from jaxrl.train.progress import RunProgress, Stage
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.run import open_run
 from jaxrl.train.session import Session, open_session
@@ -101,19 +103,22 @@ def export(
     on_bytes: hf.OnBytes = hf.ignore,
 ) -> hf.Exported:
     """Write model and tokenizer as a folder that ``transformers`` loads, with adapters merged into the weights; see
-    ``hf.save_folder``."""
+    ``hf.save_folder``. A value head has a file of its own there."""
     tokenizer, source = session.tokenizer, session.run.source
     if session.base is not None:
         params = _merged(session, params)
+    head = params[value.HEAD] if session.valued else None
 
     def companion_files(staging: pathlib.Path) -> None:
         companions.restore(source, staging)
         session.chat.save(staging)
+        if head is not None:
+            value.save_head(staging, head)
 
     return hf.save_folder(
         folder,
         session.model,
-        params,
+        params[value.DECODER] if session.valued else params,
         eos_token_id=tokenizer.end_id,
         pad_token_id=tokenizer.pad_id,
         generation=companions.generation_config(source),
@@ -137,15 +142,11 @@ def export_adapter(session: Session, adapters: Any, folder: pathlib.Path) -> Non
 
 def restore(session: Session, checkpoints: Checkpoints, step: int) -> tuple[RunProgress, TrainState, Any | None]:
     """What a checkpoint holds, placed on this session's mesh, whatever mesh it was saved from."""
-    config = session.config
     progress = RunProgress.from_json(checkpoints.host(step))
-    optimizer = session.rl_optimizer
-    if progress.stage == "sft":
-        optimizer = sft_optimizer(config.sft, config.optimizer, session.trained_specs)
+    optimizer, wants_reference = _needs(session, progress.stage)
     target = abstract_state(session.trained_specs, optimizer, session.mesh)
-    wants_reference = progress.stage == "rl" and config.algorithm.kl_coefficient
     state, reference = checkpoints.restore(step, target, target.params if wants_reference else None)
-    if config.optimizer.offload:
+    if session.config.optimizer.offload:
         state = state.replace(opt_state=in_memory(state.opt_state, HOST))
     return progress, state, reference
 
@@ -155,17 +156,25 @@ def restore_params(session: Session, checkpoints: Checkpoints, step: int) -> Any
     return checkpoints.params(step, abstract_params(session.trained_specs, session.mesh))
 
 
-def beginning(session: Session, on_bytes: hf.OnBytes = hf.ignore) -> tuple[RunProgress, TrainState, Any | None]:
-    """Where a new run starts."""
-    config = session.config
+def beginning(
+    session: Session, on_bytes: hf.OnBytes = hf.ignore, stage: Stage | None = None
+) -> tuple[RunProgress, TrainState, Any | None]:
+    """Where a new run starts: in ``stage``, or in the first that `jaxrl train` goes through."""
+    stage = stage or ("sft" if session.config.sft.demonstrations else "rl")
     params = session.first_params(on_bytes) if session.base is None else session.first_adapters()
-    offload = config.optimizer.offload
-    if config.sft.demonstrations:
-        optimizer = sft_optimizer(config.sft, config.optimizer, session.trained_specs)
-        return RunProgress(), new_state(params, optimizer, session.mesh, offload=offload), None
-    reference = copied(params) if config.algorithm.kl_coefficient else None
-    state = new_state(params, session.rl_optimizer, session.mesh, offload=offload)
-    return RunProgress(stage="rl"), state, reference
+    optimizer, wants_reference = _needs(session, stage)
+    reference = copied(params) if wants_reference else None
+    state = new_state(params, optimizer, session.mesh, offload=session.config.optimizer.offload)
+    return RunProgress(stage=stage), state, reference
+
+
+def _needs(session: Session, stage: Stage) -> tuple[optax.GradientTransformation, bool]:
+    """The optimizer of a stage, and whether it keeps a reference."""
+    config = session.config
+    if stage == "rl":
+        return session.rl_optimizer, bool(config.algorithm.kl_coefficient)
+    section, reference = (config.prefer, needs_reference(config.prefer)) if stage == "prefer" else (config.sft, False)
+    return sft_optimizer(section, config.optimizer, session.trained_specs), reference
 
 
 def _merged(session: Session, adapters: Any) -> Any:

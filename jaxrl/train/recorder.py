@@ -50,9 +50,19 @@ class Recorder:
 
     def sft_step(self, progress: RunProgress, values: Mapping[str, float]) -> None:
         """One update of the cold start."""
+        self.offline_step(progress, "sft", values)
+
+    def offline_step(self, progress: RunProgress, stage: str, values: Mapping[str, float]) -> None:
+        """One update of a stage that plays no episodes."""
         row = dict(values) | self._take_seconds(progress)
-        self._writer.write(progress.global_step, "sft", row)
+        self._writer.write(progress.global_step, stage, row)
         self.view.step(row)
+
+    def measurement(self, progress: RunProgress, values: Mapping[str, float]) -> None:
+        """What such a stage measured on rows that were kept back."""
+        self._writer.write(progress.global_step, "held_out", dict(values))
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.view.note(f"held out at step {progress.step}: {shown}")
 
     def rl_step(
         self,

@@ -122,6 +122,10 @@ def _merge(name: str, total: tuple[jax.Array, jax.Array], new: tuple[jax.Array, 
     return combine(total[0], new[0]), combine(total[1], new[1])
 
 
+def _values(metrics: Metrics) -> dict[str, float]:
+    return {name: float(value) / max(float(count), 1.0) for name, (value, count) in jax.device_get(metrics).items()}
+
+
 def over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Metrics of a step with several updates: means, but the gap to the sampler as the first update found it.
 
@@ -187,6 +191,9 @@ class Updater:
                 return loss(trained, batch, reference)
             return loss(base.adapted(trained), batch, None if reference is None else base.adapted(reference))
 
+        def measured(trained: Any, base: Base | None, batch: Batch, reference: Any) -> Metrics:
+            return loss_of_trained(trained, base, batch, reference)[1]
+
         gradient = jax.grad(loss_of_trained, has_aux=True)
 
         def first(params: Any, base: Base | None, batch: Batch, reference: Any) -> Any:
@@ -211,6 +218,7 @@ class Updater:
         self._offload = offload
         rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)
         self._placement = jax.sharding.NamedSharding(mesh, rows)
+        self._measured = jax.jit(measured)
         self._first = jax.jit(first)
         self._more = jax.jit(more, donate_argnums=0)
         self._apply = jax.jit(apply, donate_argnums=0)
@@ -256,10 +264,16 @@ class Updater:
             with self._launches:
                 state, norm = self._apply(self._bring(state), gradients)
             state = self._put_away(state)
-        values = {
-            name: float(value) / max(float(count), 1.0) for name, (value, count) in jax.device_get(metrics).items()
-        }
-        return state, values | {"grad_norm": float(norm)}
+        return state, _values(metrics) | {"grad_norm": float(norm)}
+
+    def measure(self, params: Any, batches: Iterable[Batch], reference: Any = None) -> dict[str, float]:
+        """Every metric of the loss over all batches, as its mean or maximum; nothing is changed."""
+        total: Metrics = {}
+        with jax.set_mesh(self._mesh):
+            for batch in batches:
+                new = self._measured(params, self._base, jax.device_put(batch, self._placement), reference)
+                total = {name: _merge(name, total[name], pair) for name, pair in new.items()} if total else new
+        return _values(total)
 
     def _bring(self, state: TrainState) -> TrainState:
         """With its moments on the devices."""

@@ -1,0 +1,36 @@
+"""Training without episodes, on answers that somebody compared or judged."""
+
+import dataclasses
+from dataclasses import field
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferConfig:
+    """``jaxrl prefer``: AdamW as in the cold start (SftConfig), on the model that ModelConfig.path names."""
+
+    data: str = ""
+    """JSONL files, with commas between; docs/algorithms.md has the format."""
+    held_out: int = 64
+    """Rows kept back to measure on; at most half of them."""
+    kind: Literal["pairs", "judged", "reward", "process"] = "pairs"
+    """"pairs": a chosen and a rejected answer to a prompt; "judged": single answers that are good or bad. With a value
+    head, to be a reward: "reward": pairs again; "process": answers in steps that are right or wrong."""
+    loss: str = "sigmoid"
+    """A name in docs/algorithms.md for this kind, or "path/to/file.py:function"."""
+    loss_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    reference: bool = True
+    """Measure against the policy that training began from, which is kept as it was; False = against nothing (CPO)."""
+    sft_weight: float = 0.0
+    """Weight of the mean negative log-likelihood of the chosen answers' tokens beside the loss (RPO, CPO, ORPO)."""
+    length_weight: float = 1.0
+    """Pairs: weight of the tokens by which an answer is longer than the other of its pair; below 1 is LD-DPO."""
+    steps: int = 200
+    rows: int = 16
+    """Packed rows in one update."""
+    row_tokens: int = 512
+    """Tokens in a packed row; must hold both answers of a pair, each with the prompt."""
+    learning_rate: float = 1e-6
+    warmup_steps: int = 10
+    measure_every: int = 50
+    """Steps between measurements on the rows kept back; 0 = only before and after."""
