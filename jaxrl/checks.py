@@ -29,7 +29,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Train.steps Train.eval_every Train.prefetch_groups Sft.steps Sft.warmup_steps Sft.learning_rate Sft.variants "
         "Optimizer.warmup_steps Optimizer.learning_rate Optimizer.weight_decay "
         "Prefer.held_out Prefer.sft_weight Prefer.length_weight Prefer.steps Prefer.learning_rate Prefer.warmup_steps "
-        "Prefer.measure_every Algorithm.keep Mix.warmup_steps Mix.decay_steps Mix.observation_weight "
+        "Prefer.measure_every Critic.learning_rate Critic.warmup_steps Critic.first_steps "
+        "Distill.task_weight Algorithm.keep Mix.warmup_steps Mix.decay_steps Mix.observation_weight "
         "Algorithm.kl_coefficient Env.infra_retries Env.max_turn_tokens Engine.pages Data.seed Train.seed "
         "Sandbox.slow_slots Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature "
         "Model.experts Model.balance_coefficient Model.local_rope_theta Model.score_width Model.attention_soft_cap "
@@ -41,12 +42,16 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "Reward.seconds Env.wall_seconds Env.queue_seconds Sandbox.cpu_seconds Sandbox.wall_seconds Model.rope_theta "
         "Model.rope_factor Model.rope_low_frequency Model.rope_trained_positions Model.norm_eps Model.init_scale "
-        "Optimizer.eps Optimizer.clip_norm Lora.alpha",
+        "Optimizer.eps Optimizer.clip_norm Critic.clip Lora.alpha",
         lambda value: value > 0,
         "be above 0",
     ),
     ("Optimizer.beta1 Optimizer.beta2", lambda value: 0 <= value < 1, "be at least 0 and below 1"),
-    ("Sft.wrong_share Sft.repair_share Mix.peak Mix.valley", lambda value: 0 <= value <= 1, "lie between 0 and 1"),
+    (
+        "Sft.wrong_share Sft.repair_share Mix.peak Mix.valley Critic.discount Critic.decay",
+        lambda value: 0 <= value <= 1,
+        "lie between 0 and 1",
+    ),
     ("Engine.reserve_quantile", lambda value: 0 < value <= 1, "be above 0 and at most 1"),
     (
         "Engine.temperature",
@@ -142,6 +147,11 @@ def _check_mix(config: Any) -> None:
         raise ConfigError(
             f"MixConfig.demonstrations={config.mix.demonstrations!r} but SftConfig.demonstrations is empty; name some, "
             "with SftConfig.steps=0 for no cold start"
+        )
+    if config.distill.stages != "reinforcement" and config.distill.loss != "generalised_jsd":
+        raise ConfigError(
+            f"DistillConfig.loss={config.distill.loss!r} is of tokens that the policy sampled; on demonstrations "
+            f"(DistillConfig.stages={config.distill.stages!r}) take 'generalised_jsd'"
         )
     if config.mix.observation_weight and config.mix.loss != "nll":
         raise ConfigError(

@@ -128,6 +128,7 @@ def export(
     session = reopen_session(config, run)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpoints.find(which)
+    session = experiment.as_saved(session, checkpoints, step)
     with Progress(str(to)) as view:
         view.phase("export")
         trained = experiment.restore_params(session, checkpoints, step)
@@ -188,6 +189,8 @@ def _checkpoint(config: Config, folder: pathlib.Path, which: str) -> tuple[Sessi
     session = reopen_session(config, run, load_held_out(config.data)).on_base(kept=True)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpoints.find(which)
+    if experiment.as_saved(session, checkpoints, step).valued:
+        raise ConfigError(f"{folder} is a reward model, which plays no episodes; give the run of a policy")
     progress = RunProgress.from_json(checkpoints.host(step))
     version = progress.step if progress.stage == "rl" else 0
     params = experiment.restore_params(session, checkpoints, step)

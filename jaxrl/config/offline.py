@@ -1,4 +1,4 @@
-"""Training without episodes, on answers that somebody compared or judged."""
+"""What is learned from others: from answers that somebody compared or judged, and from a teacher."""
 
 import dataclasses
 from dataclasses import field
@@ -34,3 +34,18 @@ class PreferConfig:
     warmup_steps: int = 10
     measure_every: int = 50
     """Steps between measurements on the rows kept back; 0 = only before and after."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """A teacher whose distribution the policy learns, in `jaxrl train` and `jaxrl sft`."""
+
+    teacher: str = ""
+    """Hugging Face folder, with the policy's vocabulary; empty = no teacher."""
+    stages: Literal["reinforcement", "cold_start", "both"] = "reinforcement"
+    """On what it is learned: what the policy samples (on-policy distillation), the demonstrations, or both (GKD)."""
+    loss: str = "generalised_jsd"
+    """The loss of a token: a name in docs/algorithms.md. Demonstrations take "generalised_jsd" alone."""
+    loss_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    task_weight: float = 0.0
+    """Weight of the stage's own loss (the policy loss, or that of SftConfig) beside the distillation; 0 = none."""

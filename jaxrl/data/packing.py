@@ -195,15 +195,48 @@ def pack_steps(sequences: Sequence[tuple[np.ndarray, np.ndarray]], *, rows: int,
     ]
 
 
+def unpack_responses(
+    values: Sequence[np.ndarray], trajectories: Sequence[Trajectory], *, rows: int, row_tokens: int
+) -> list[np.ndarray]:
+    """What was computed of packed trajectories, back in their order.
+
+    Args:
+        values: of each batch that ``pack_trajectories`` made of them, [rows, row_tokens].
+        trajectories: in any order, the same as were packed.
+        rows: rows of a micro-batch.
+        row_tokens: tokens of a row.
+
+    Returns:
+        [T_i] over the response of each.
+    """
+    order = sorted(range(len(trajectories)), key=lambda i: (trajectories[i].draw, trajectories[i].sample))
+    lengths = [len(trajectories[i].prompt_ids) + len(trajectories[i].ids) for i in order]
+    found: list[np.ndarray] = [np.zeros(0)] * len(trajectories)
+    for batch, placed in zip(values, _placed(lengths, rows, row_tokens), strict=True):
+        for row, members in zip(batch, placed, strict=False):
+            start = 0
+            for member in members:
+                end = start + lengths[member]
+                before = len(trajectories[order[member]].prompt_ids)
+                found[order[member]] = row[start + before : end]
+                start = end
+    return found
+
+
 def _pack(units: Sequence[Sequence[_Segment]], rows: int, row_tokens: int) -> list[Batch]:
     """Pack units of segments that stand side by side in one row."""
-    filled = _assign([sum(len(segment.tokens) for segment in unit) for unit in units], row_tokens)
+    placed = _placed([sum(len(segment.tokens) for segment in unit) for unit in units], rows, row_tokens)
+    return [
+        _batch([[segment for i in row for segment in units[i]] for row in batch], rows, row_tokens) for batch in placed
+    ]
+
+
+def _placed(lengths: Sequence[int], rows: int, row_tokens: int) -> list[list[list[int]]]:
+    """Indices of the units in each row of each batch."""
+    filled = _assign(lengths, row_tokens)
     count = math.ceil(len(filled) / rows)
     # Every count-th row: the rows of the longest segments come first and would crowd into the first batches.
-    return [
-        _batch([[segment for i in row for segment in units[i]] for row in filled[b::count]], rows, row_tokens)
-        for b in range(count)
-    ]
+    return [filled[batch::count] for batch in range(count)]
 
 
 def _assign(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

@@ -39,8 +39,12 @@ def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
     return loss
 
 
-def advantage(config: AlgorithmConfig) -> Advantage:
+def advantage(config: AlgorithmConfig, *, values: bool = False) -> Advantage:
     """The estimator that ``advantage`` and ``advantage_settings`` name; one without a memory gives back none.
+
+    Args:
+        config: see ``AlgorithmConfig``.
+        values: a critic gives values.
 
     Raises:
         ConfigError: see ``methods.configured``; or it needs what trajectories do not hold, or does not give back one
@@ -53,11 +57,14 @@ def advantage(config: AlgorithmConfig) -> Advantage:
         return values if isinstance(values, Remembered) else Remembered(values, {})
 
     trajectories = [example(0), example(1)]
+    guessed = [np.zeros(one.mask.shape) for one in trajectories]
     try:
-        values = estimate(of_trajectories(trajectories, np.zeros(2, int), recorded(config), {})).values
+        given = estimate(
+            of_trajectories(trajectories, np.zeros(2, int), recorded(config, values=values), {}, guessed)
+        ).values
     except ConfigError as error:
         raise ConfigError(f"AlgorithmConfig.advantage={config.advantage!r}: {error}") from error
-    shapes = [np.shape(value) for value in values]
+    shapes = [np.shape(value) for value in given]
     if len(shapes) != 2 or any(s not in ((), t.mask.shape) for s, t in zip(shapes, trajectories, strict=True)):
         raise ConfigError(
             f"AlgorithmConfig.advantage={config.advantage!r} gave entries of shapes {shapes} for trajectories of 2 and "
@@ -66,9 +73,9 @@ def advantage(config: AlgorithmConfig) -> Advantage:
     return estimate
 
 
-def recorded(config: AlgorithmConfig) -> Recorded:
-    """What the trajectories of a run hold for an advantage."""
-    return Recorded(greedy_rewards=config.greedy_baseline)
+def recorded(config: AlgorithmConfig, *, values: bool = False) -> Recorded:
+    """What the trajectories of a run hold for an advantage; ``values`` if there is a critic."""
+    return Recorded(greedy_rewards=config.greedy_baseline, values=values)
 
 
 def extra_samples(config: AlgorithmConfig) -> Callable[[np.ndarray], int] | None:
@@ -87,13 +94,13 @@ def extra_samples(config: AlgorithmConfig) -> Callable[[np.ndarray], int] | None
     return method
 
 
-def check(config: AlgorithmConfig) -> None:
-    """Refuse methods and settings that cannot be used.
+def check(config: AlgorithmConfig, *, values: bool = False) -> None:
+    """Refuse methods and settings that cannot be used; ``values`` if there is a critic.
 
     Raises:
         ConfigError: with the nearest valid name.
     """
     policy_loss(config)
-    advantage(config)
+    advantage(config, values=values)
     chooser(config)
     extra_samples(config)

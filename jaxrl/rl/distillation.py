@@ -2,19 +2,27 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrl.config import ConfigError
+from jaxrl.config import ConfigError, DistillConfig
 from jaxrl.rl import divergence
+from jaxrl.rl.methods import configured
 from jaxrl.rl.tokens import MAX_LOG_RATIO, TokenLoss, Tokens
 
 
-def generalised_jsd(
-    student: jax.Array, teacher: jax.Array, *, beta: float = 0.5, temperature: float = 1.0
-) -> jax.Array:
+@flax.struct.dataclass
+class Predictions:
+    """What a student and its teacher predict: logits [..., V] of both. Gradients flow through the student's."""
+
+    student: jax.Array
+    teacher: jax.Array
+
+
+def generalised_jsd(predictions: Predictions, *, beta: float = 0.5, temperature: float = 1.0) -> jax.Array:
     """Generalised Jensen-Shannon divergence of two distributions (GKD, arXiv 2306.13649, equation 1).
 
     With the mixture M = beta teacher + (1 - beta) student: beta KL(teacher || M) + (1 - beta) KL(student || M). At
@@ -22,8 +30,7 @@ def generalised_jsd(
     beta and to 1 - beta.
 
     Args:
-        student: [..., V] logits; gradients flow through these.
-        teacher: [..., V] logits.
+        predictions: logits [..., V].
         beta: between 0 and 1.
         temperature: divides both.
 
@@ -35,8 +42,8 @@ def generalised_jsd(
     """
     if not 0 <= beta <= 1:
         raise ConfigError(f"beta={beta} of the generalised Jensen-Shannon divergence must lie between 0 and 1")
-    own = jax.nn.log_softmax(student / temperature, axis=-1)
-    other = jax.lax.stop_gradient(jax.nn.log_softmax(teacher / temperature, axis=-1))
+    own = jax.nn.log_softmax(predictions.student / temperature, axis=-1)
+    other = jax.lax.stop_gradient(jax.nn.log_softmax(predictions.teacher / temperature, axis=-1))
     if beta == 0:
         return _kl(other, own)
     if beta == 1:
@@ -79,8 +86,20 @@ def k3(taught: Taught) -> TokenLoss:
     return _estimate(taught, "k3")
 
 
-DISTILLATION_LOSSES: Mapping[str, Callable[..., TokenLoss]] = {"on_policy": on_policy, "k2": k2, "k3": k3}
-"""Those that see the sampled tokens alone; ``generalised_jsd`` sees whole distributions."""
+SAMPLED_LOSSES: Mapping[str, Callable[..., TokenLoss]] = {"on_policy": on_policy, "k2": k2, "k3": k3}
+"""Those that see the sampled tokens alone, in ``Taught``."""
+
+WHOLE_LOSSES: Mapping[str, Callable[..., jax.Array]] = {"generalised_jsd": generalised_jsd}
+"""Those that see whole distributions."""
+
+
+def distillation(config: DistillConfig) -> Callable[..., Any]:
+    """The loss that ``loss`` and ``loss_settings`` name.
+
+    Raises:
+        ConfigError: see ``methods.configured``.
+    """
+    return configured("DistillConfig.loss", SAMPLED_LOSSES | WHOLE_LOSSES, config.loss, config.loss_settings)
 
 
 def _estimate(taught: Taught, estimator: str) -> TokenLoss:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -14,12 +15,13 @@ from jaxrl.observe import alarms
 from jaxrl.observe.metrics import PhaseTimer
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.report import Comparison, Estimate, Report, write_summary
-from jaxrl.rl.preference import needs_reference
+from jaxrl.rl.preference import VALUED, needs_reference
 from jaxrl.train.checkpoint import Checkpoints
+from jaxrl.train.critic import Critic, abstract_critic, new_critic
 from jaxrl.train.loop import reinforce
 from jaxrl.train.progress import RunProgress, Stage
 from jaxrl.train.recorder import Recorder
-from jaxrl.train.run import open_run
+from jaxrl.train.run import RunError, open_run
 from jaxrl.train.session import Session, open_session
 from jaxrl.train.sft import cold_start
 from jaxrl.train.state import (
@@ -54,6 +56,8 @@ def train(
             progress, state, reference = (
                 beginning(session, shown_in(view)) if step is None else restore(session, checkpoints, step)
             )
+            if progress.stage == "prefer":
+                raise RunError(f"{folder} is a run of `jaxrl prefer`; start from its export in a new --run")
             if progress.stage == "rl":
                 session.problem_stream(progress)  # refuses data that is not the run's
             if not cold_start_only:
@@ -81,7 +85,8 @@ def train(
                 state = new_state(state.params, session.rl_optimizer, session.mesh, offload=offload)
                 reference = copied(state.params) if config.algorithm.kl_coefficient else None
             if not cold_start_only:
-                state = asyncio.run(reinforce(session, recorder, progress, state, reference))
+                critic = _critic(session, checkpoints, step, state.params) if config.critic.enabled else None
+                state = asyncio.run(reinforce(session, recorder, progress, state, reference, critic))
             with timer.phase("export"):
                 export(session, state.params, run.export, on_bytes=shown_in(view))
             recorder.settle(progress)
@@ -151,6 +156,12 @@ def restore(session: Session, checkpoints: Checkpoints, step: int) -> tuple[RunP
     return progress, state, reference
 
 
+def as_saved(session: Session, checkpoints: Checkpoints, step: int) -> Session:
+    """The session for what a checkpoint holds: a policy, or a decoder with a value head."""
+    preferred = RunProgress.from_json(checkpoints.host(step)).stage == "prefer"
+    return dataclasses.replace(session, valued=preferred and session.config.prefer.kind in VALUED)
+
+
 def restore_params(session: Session, checkpoints: Checkpoints, step: int) -> Any:
     """The trained parameters alone of a checkpoint, placed on this session's mesh."""
     return checkpoints.params(step, abstract_params(session.trained_specs, session.mesh))
@@ -175,6 +186,12 @@ def _needs(session: Session, stage: Stage) -> tuple[optax.GradientTransformation
         return session.rl_optimizer, bool(config.algorithm.kl_coefficient)
     section, reference = (config.prefer, needs_reference(config.prefer)) if stage == "prefer" else (config.sft, False)
     return sft_optimizer(section, config.optimizer, session.trained_specs), reference
+
+
+def _critic(session: Session, checkpoints: Checkpoints, step: int | None, policy: Any) -> Critic:
+    """The critic of a checkpoint, or a new one where reinforcement begins."""
+    state = None if step is None else checkpoints.critic(step, abstract_critic(session))
+    return new_critic(session, policy) if state is None else Critic(session, state)
 
 
 def _merged(session: Session, adapters: Any) -> Any:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from jaxrl.rl import algorithm, selection
 from jaxrl.rl.aggregation import aggregation_weights
 from jaxrl.rl.outcomes import of_trajectories
 from jaxrl.train import stages
+from jaxrl.train.critic import Critic
+from jaxrl.train.distill import distilled
 from jaxrl.train.mixture import Mixture
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
@@ -37,36 +39,59 @@ class Collected:
     def kept(self) -> tuple[selection.Selection, ...]:
         return tuple(chosen for chosen in self.selections if chosen.kept)
 
+    @property
+    def trained(self) -> tuple[Trajectory, ...]:
+        return tuple(trajectory for chosen in self.kept for trajectory in chosen.kept)
+
 
 async def reinforce(
-    session: Session, recorder: Recorder, progress: RunProgress, state: TrainState, reference: Any | None
+    session: Session,
+    recorder: Recorder,
+    progress: RunProgress,
+    state: TrainState,
+    reference: Any | None,
+    critic: Critic | None = None,
 ) -> TrainState:
-    """Run the steps that remain and leave the run evaluated and saved; ``progress`` advances in place."""
+    """Run the steps that remain and leave the run evaluated and saved; ``progress`` and ``critic`` advance in place."""
     config, timer = session.config, recorder.timer
     if progress.step >= config.train.steps and progress.after is not None:
         return state
     recorder.view.stage("reinforcement", config.train.steps, first=progress.step)
     mixture = Mixture(session)
     loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature, mixture.loss)
-    offload = config.optimizer.offload
-    updater = Updater(loss, session.rl_optimizer, session.mesh, session.launches, offload=offload, base=session.base)
+    loss, teacher = distilled(session, loss, "reinforcement")
+    updater = Updater(
+        loss,
+        session.rl_optimizer,
+        session.mesh,
+        session.launches,
+        offload=config.optimizer.offload,
+        base=session.base,
+        teacher=teacher,
+    )
     async with contextlib.AsyncExitStack() as stack:
         with timer.phase("compile"):
             updater.compile(state, config.train.rows, config.train.row_tokens, reference)
+            if critic is not None:
+                critic.compile()
             weights = session.rollout_weights(state.params)
             player = await stack.enter_async_context(open_player(session, weights, progress.step))
         if progress.before is None:
             progress.before = progress.after = await measure(session, recorder, player, progress)
-            recorder.save(progress, state, reference, progress.before.get("pass_rate"))
+            recorder.save(progress, state, reference, progress.before.get("pass_rate"), critic and critic.state)
         while progress.step < config.train.steps:
             state, reference, limited = await stages.enter(
                 session, recorder, progress, state, reference, player, updater
             )
             recorder.begin_step(player.engine.stats())
-            updates = []
+            updates, learned = [], {}
             async with collect(session, recorder, limited, progress) as collected:
                 with timer.phase("update"):
-                    updates_of_step = pack(config, collected.kept, progress.memory)
+                    values = None if critic is None else await asyncio.to_thread(critic.values, collected.trained)
+                    updates_of_step = pack(config, collected.kept, progress.memory, values)
+                    if critic is not None and collected.trained:
+                        learned = await asyncio.to_thread(critic.learn, collected.trained, values)
+                        updates_of_step = updates_of_step if progress.step >= config.critic.first_steps else []
                     for batches in mixture.mixed(updates_of_step, collected.kept, progress.step):
                         state, metrics = await asyncio.to_thread(updater.step, state, batches, reference)
                         updates.append(metrics)
@@ -76,13 +101,14 @@ async def reinforce(
             progress.skipped_steps += not collected.kept
             with timer.phase("sync"):
                 session.hand_over(state.params, player.engine, progress.step)
-            metrics, engine = over_updates(updates), player.engine.stats()
+            metrics, engine = over_updates(updates) | learned, player.engine.stats()
             recorder.rl_step(progress, collected.played, collected.selections, metrics, engine)
             evaluated = _is_due(progress.step, config.train.eval_every, config.train.steps)
             if evaluated:
                 progress.after = await measure(session, recorder, player, progress)
             if evaluated or progress.step % config.checkpoint.every == 0:
-                recorder.save(progress, state, reference, progress.after.get("pass_rate") if evaluated else None)
+                pass_rate = progress.after.get("pass_rate") if evaluated else None
+                recorder.save(progress, state, reference, pass_rate, critic and critic.state)
     return state
 
 
@@ -163,19 +189,26 @@ async def _cancel(task: asyncio.Task) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def pack(config: Config, selections: tuple[selection.Selection, ...], memory: dict[str, float]) -> list[list[Batch]]:
+def pack(
+    config: Config,
+    selections: tuple[selection.Selection, ...],
+    memory: dict[str, float],
+    values: Sequence[np.ndarray] | None = None,
+) -> list[list[Batch]]:
     """Micro-batches of each optimizer update: advantages by step, aggregation weights by update, fixed shapes.
 
     Args:
         memory: what the advantage keeps from step to step; brought up to date in place.
+        values: a critic's, of each kept trajectory [T_i].
     """
     trajectories = [trajectory for group in selections for trajectory in group.kept]
     if not trajectories:
         return []
     groups = np.repeat(np.arange(len(selections)), [len(group.kept) for group in selections])
     masked = np.array([flag for group in selections for flag in group.masked or (False,) * len(group.kept)], bool)
-    recorded = algorithm.recorded(config.algorithm)
-    estimate = algorithm.advantage(config.algorithm)(of_trajectories(trajectories, groups, recorded, memory))
+    recorded = algorithm.recorded(config.algorithm, values=values is not None)
+    outcomes = of_trajectories(trajectories, groups, recorded, memory, values)
+    estimate = algorithm.advantage(config.algorithm, values=values is not None)(outcomes)
     memory.update(estimate.memory)
     updates = []
     for part in np.array_split(np.arange(len(selections)), config.train.updates_per_step):

@@ -128,13 +128,20 @@ class Recorder:
         )
         return figures | {"estimates": {label: dataclasses.asdict(estimate) for label, estimate in estimates.items()}}
 
-    def save(self, progress: RunProgress, state: Any, reference: Any | None, pass_rate: float | None) -> None:
+    def save(
+        self,
+        progress: RunProgress,
+        state: Any,
+        reference: Any | None,
+        pass_rate: float | None,
+        critic: Any | None = None,
+    ) -> None:
         """Begin a checkpoint, unless this step has one; ``pass_rate`` if these very weights were evaluated."""
         step = progress.global_step
         if step == self._checkpoints.latest():
             return
         with self.timer.phase("checkpoint"):
-            self._checkpoints.save(step, state, reference, progress.to_json(), pass_rate)
+            self._checkpoints.save(step, state, reference, progress.to_json(), pass_rate, critic)
 
     def settle(self, progress: RunProgress) -> None:
         """Count the seconds since the last step, so that the report has all of them."""

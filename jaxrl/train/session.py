@@ -23,6 +23,7 @@ from jaxrl.model.config_json import check_exportable
 from jaxrl.records import Problem
 from jaxrl.rewards.verifier import MathVerifier
 from jaxrl.rl import algorithm
+from jaxrl.rl.distillation import distillation
 from jaxrl.rl.supervised import supervised_loss
 from jaxrl.rollout.fleet import Fleet
 from jaxrl.rollout.scheduler import Scheduler
@@ -194,8 +195,9 @@ def open_session(config: Config, run: RunFolder) -> Session:
         ConfigError: values that the data shows to be wrong, such as prompts longer than the engine takes.
         DataError: problems or demonstrations that cannot be used.
     """
-    algorithm.check(config.algorithm)
+    algorithm.check(config.algorithm, values=config.critic.enabled)
     supervised_loss("SftConfig.loss", config.sft.loss, config.sft.loss_settings)
+    distillation(config.distill)
     supervised_loss("MixConfig.loss", config.mix.loss, config.mix.loss_settings)
     Scheduler(config.engine)  # refuses pages that cannot hold one sequence
     train, held_out = problems.load_split(config.data)

@@ -1,5 +1,7 @@
 """The cold start: masked cross-entropy on demonstrations, packed once, in an order that is a function of the step."""
 
+from typing import Any
+
 import numpy as np
 
 from jaxrl.config import ConfigError, PreferConfig, SftConfig
@@ -7,6 +9,7 @@ from jaxrl.data import packing, recorded
 from jaxrl.data.recorded import Worked
 from jaxrl.records import Batch, Conversation, Demonstration
 from jaxrl.rl.supervised import supervised_loss
+from jaxrl.train.distill import distilled
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session
@@ -33,7 +36,8 @@ def cold_start(session: Session, recorder: Recorder, progress: RunProgress, stat
             update="batch",
         )
     supervised = supervised_loss("SftConfig.loss", config.sft.loss, config.sft.loss_settings)
-    updater = offline_updater(session, cross_entropy_loss(session.model, supervised), config.sft)
+    loss, teacher = distilled(session, cross_entropy_loss(session.model, supervised), "cold_start")
+    updater = offline_updater(session, loss, config.sft, teacher)
     with recorder.timer.phase("compile"):
         updater.compile(state, config.sft.rows, config.sft.row_tokens)
     while progress.step < config.sft.steps:
@@ -46,7 +50,9 @@ def cold_start(session: Session, recorder: Recorder, progress: RunProgress, stat
     return state
 
 
-def offline_updater(session: Session, loss: LossFunction, section: SftConfig | PreferConfig) -> Updater:
+def offline_updater(
+    session: Session, loss: LossFunction, section: SftConfig | PreferConfig, teacher: Any = None
+) -> Updater:
     """An updater for a stage that plays no episodes."""
     optimizer = session.config.optimizer
     return Updater(
@@ -55,6 +61,7 @@ def offline_updater(session: Session, loss: LossFunction, section: SftConfig | P
         session.mesh,
         offload=optimizer.offload,
         base=session.base,
+        teacher=teacher,
     )
 
 

@@ -7,7 +7,7 @@ batch; the aggregation's global denominator is already in the weights, so micro-
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,18 @@ from jaxrl.train.state import DEVICE, HOST, TrainState, in_memory
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Name to (sum, count); of a name that ends in _max to (largest, 1 or 0)."""
+
+Fixed = tuple[Base | None, Any]
+"""Weights beneath adapters, and those of a teacher."""
+
+
+class Guides(NamedTuple):
+    """What a loss with a teacher measures against."""
+
+    reference: Any
+    teacher: Any
+
+
 LossFunction = Callable[[Any, Batch, Any], tuple[jax.Array, Metrics]]  # parameters, batch, reference parameters or None
 
 
@@ -174,6 +186,7 @@ class Updater:
         launches: held while work is handed to the devices, where a rollout engine does so as well; see ``Engine``.
         offload: the optimizer state comes and goes in the host's memory.
         base: frozen weights; the state and the reference then hold adapters on them, and only those are differentiated.
+        teacher: frozen weights of a teacher; the loss then gets ``Guides`` in place of the reference.
     """
 
     def __init__(
@@ -185,22 +198,24 @@ class Updater:
         *,
         offload: bool = False,
         base: Base | None = None,
+        teacher: Any = None,
     ) -> None:
-        def loss_of_trained(trained: Any, base: Base | None, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
-            if base is None:
-                return loss(trained, batch, reference)
-            return loss(base.adapted(trained), batch, None if reference is None else base.adapted(reference))
+        def loss_of_trained(trained: Any, fixed: Fixed, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
+            base, teacher = fixed
+            if base is not None:
+                trained, reference = base.adapted(trained), None if reference is None else base.adapted(reference)
+            return loss(trained, batch, reference if teacher is None else Guides(reference, teacher))
 
-        def measured(trained: Any, base: Base | None, batch: Batch, reference: Any) -> Metrics:
-            return loss_of_trained(trained, base, batch, reference)[1]
+        def measured(trained: Any, fixed: Fixed, batch: Batch, reference: Any) -> Metrics:
+            return loss_of_trained(trained, fixed, batch, reference)[1]
 
         gradient = jax.grad(loss_of_trained, has_aux=True)
 
-        def first(params: Any, base: Base | None, batch: Batch, reference: Any) -> Any:
-            return gradient(params, base, batch, reference)
+        def first(params: Any, fixed: Fixed, batch: Batch, reference: Any) -> Any:
+            return gradient(params, fixed, batch, reference)
 
-        def more(total: Any, params: Any, base: Base | None, batch: Batch, reference: Any) -> Any:
-            gradients, metrics = gradient(params, base, batch, reference)
+        def more(total: Any, params: Any, fixed: Fixed, batch: Batch, reference: Any) -> Any:
+            gradients, metrics = gradient(params, fixed, batch, reference)
             merged = {name: _merge(name, total[1][name], pair) for name, pair in metrics.items()}
             return jax.tree.map(jnp.add, total[0], gradients), merged
 
@@ -213,7 +228,7 @@ class Updater:
         def reset(state: TrainState) -> TrainState:
             return TrainState(state.params, optimizer.init(state.params), jnp.zeros_like(state.step))
 
-        self._mesh, self._base = mesh, base
+        self._mesh, self._fixed = mesh, (base, teacher)
         self._launches = launches or contextlib.nullcontext()
         self._offload = offload
         rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)
@@ -233,7 +248,7 @@ class Updater:
         empty = Batch.zeros(rows, row_tokens)
         with jax.set_mesh(self._mesh):
             total = jax.eval_shape(
-                self._first, state.params, self._base, jax.device_put(empty, self._placement), reference
+                self._first, state.params, self._fixed, jax.device_put(empty, self._placement), reference
             )
             check_layout("the gradient of", shardings_of(total[0], self._mesh), state.params)
             gradients, _ = self._accumulate(state, [empty, empty], reference)
@@ -271,7 +286,7 @@ class Updater:
         total: Metrics = {}
         with jax.set_mesh(self._mesh):
             for batch in batches:
-                new = self._measured(params, self._base, jax.device_put(batch, self._placement), reference)
+                new = self._measured(params, self._fixed, jax.device_put(batch, self._placement), reference)
                 total = {name: _merge(name, total[name], pair) for name, pair in new.items()} if total else new
         return _values(total)
 
@@ -289,7 +304,7 @@ class Updater:
             placed = jax.device_put(batch, self._placement)
             with self._launches:
                 if total is None:
-                    total = self._first(state.params, self._base, placed, reference)
+                    total = self._first(state.params, self._fixed, placed, reference)
                 else:
-                    total = self._more(total, state.params, self._base, placed, reference)
+                    total = self._more(total, state.params, self._fixed, placed, reference)
         return total

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl.config import ConfigError
-from jaxrl.rl.distillation import DISTILLATION_LOSSES, Taught, generalised_jsd, on_policy
+from jaxrl.rl.distillation import SAMPLED_LOSSES, Predictions, Taught, generalised_jsd, on_policy
 from jaxrl.rl.tokens import Tokens, sampled
 
 Golden = Callable[[str], list[dict[str, Any]]]
@@ -22,7 +22,9 @@ def test_every_case_of_trl(golden: Golden) -> None:
         valid = (np.asarray(inputs["labels"]) != -100).astype(np.float32)
 
         def loss(student: jax.Array, inputs: Any = inputs, settings: Any = settings, valid: Any = valid) -> jax.Array:
-            return (generalised_jsd(student, inputs["teacher_logits"], **settings) * valid).sum() / valid.sum()
+            return (
+                generalised_jsd(Predictions(student, inputs["teacher_logits"]), **settings) * valid
+            ).sum() / valid.sum()
 
         value, gradient = jax.value_and_grad(loss)(jnp.asarray(inputs["student_logits"]))
         np.testing.assert_allclose(value, outputs["loss"], rtol=1e-5, atol=1e-6, err_msg=case["id"])
@@ -69,15 +71,15 @@ def test_on_policy_forms_have_the_gradient_of_the_reverse_kl(name: str) -> None:
         own = jax.nn.log_softmax(student)
         behaviour = jax.lax.stop_gradient(own)
         record = taught(own[None], teacher[None], behaviour[None], jnp.ones((1, 3)))
-        return (jnp.exp(behaviour) * DISTILLATION_LOSSES[name](record).loss[0]).sum()
+        return (jnp.exp(behaviour) * SAMPLED_LOSSES[name](record).loss[0]).sum()
 
-    wanted = jax.grad(lambda student: generalised_jsd(student, teacher, beta=1.0))(logits)
+    wanted = jax.grad(lambda student: generalised_jsd(Predictions(student, teacher), beta=1.0))(logits)
     np.testing.assert_allclose(jax.grad(expected)(logits), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_a_divergence_from_itself_is_zero_and_tokens_without_a_chance_add_nothing() -> None:
     logits = jnp.array([0.3, -jnp.inf, 1.0])
     for beta in (0.0, 0.3, 1.0):
-        assert float(generalised_jsd(logits, logits, beta=beta)) == pytest.approx(0.0, abs=1e-6)
+        assert float(generalised_jsd(Predictions(logits, logits), beta=beta)) == pytest.approx(0.0, abs=1e-6)
     with pytest.raises(ConfigError, match=r"beta=1.5 .* between 0 and 1"):
-        generalised_jsd(logits, logits, beta=1.5)
+        generalised_jsd(Predictions(logits, logits), beta=1.5)

@@ -101,7 +101,8 @@ def test_an_exported_head_is_read_back_and_scores_an_episode(steps_run: Any) -> 
     head = value.load_head(pathlib.Path(summary["export"]), config.width)
     ids = np.arange(5, 75, dtype=np.int32)
     row = (jnp.asarray(ids)[None], jnp.arange(70)[None], jnp.ones((1, 70), jnp.int32))
-    wanted = value.token_values({value.DECODER: decoder, value.HEAD: head}, config, *row)[0]
+    params = jax.tree.map(jnp.asarray, {value.DECODER: decoder, value.HEAD: head})
+    wanted = value.token_values(params, config, *row)[0]
     np.testing.assert_allclose(model.values(ids), wanted, atol=1e-5)
     episode = Trajectory(
         problem=Problem("p", "?", "1"),
