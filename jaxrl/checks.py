@@ -14,7 +14,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Engine.slots Engine.page_size Engine.prefill_rows Engine.prefill_chunk Engine.round_steps "
         "Engine.max_prompt_tokens Engine.max_response_tokens Model.logprob_chunk Model.layers Model.width "
         "Model.query_heads Model.kv_heads Model.head_width Model.ffn_width Model.experts_per_token Model.expert_width "
-        "Model.max_positions Sft.count Sft.rows Sft.row_tokens Train.rows Train.row_tokens Train.problems "
+        "Prefer.rows Prefer.row_tokens Model.max_positions "
+        "Sft.count Sft.rows Sft.row_tokens Train.rows Train.row_tokens Train.problems "
         "Train.samples Train.max_draws "
         "Train.updates_per_step Algorithm.kl_horizon Eval.samples Eval.k Env.max_turns Env.max_parallel_calls "
         "Checkpoint.every Checkpoint.keep Data.train_problems Data.eval_problems Reward.workers Sandbox.workers "
@@ -33,6 +34,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Env.max_turn_tokens Engine.pages Data.seed Train.seed Sandbox.slow_slots Model.vocab_size "
         "Model.sliding_window Model.sliding_layers Eval.temperature Model.experts Model.balance_coefficient "
         "Model.local_rope_theta Model.score_width Model.attention_soft_cap Model.logit_soft_cap "
+        "Prefer.held_out Prefer.sft_weight Prefer.length_weight Prefer.steps Prefer.learning_rate Prefer.warmup_steps "
+        "Prefer.measure_every Critic.learning_rate Critic.warmup_steps Critic.first_steps Distill.task_weight "
         "Stages.drop_solved Stages.drop_unsolved Lora.rank Mesh.rollout_tensor Mesh.rollout_devices",
         lambda value: value >= 0,
         "not be negative",
@@ -41,12 +44,16 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Reward.seconds Reward.judge_seconds "
         "Env.wall_seconds Env.queue_seconds Sandbox.cpu_seconds Sandbox.wall_seconds Model.rope_theta "
         "Model.rope_factor Model.rope_low_frequency Model.rope_trained_positions Model.norm_eps Model.init_scale "
-        "Optimizer.eps Optimizer.clip_norm Lora.alpha",
+        "Optimizer.eps Optimizer.clip_norm Critic.clip Lora.alpha",
         lambda value: value > 0,
         "be above 0",
     ),
     ("Optimizer.beta1 Optimizer.beta2", lambda value: 0 <= value < 1, "be at least 0 and below 1"),
-    ("Sft.wrong_share Sft.repair_share Mix.peak Mix.valley", lambda value: 0 <= value <= 1, "lie between 0 and 1"),
+    (
+        "Sft.wrong_share Sft.repair_share Mix.peak Mix.valley Critic.discount Critic.decay",
+        lambda value: 0 <= value <= 1,
+        "lie between 0 and 1",
+    ),
     (
         "Algorithm.top_entropy Algorithm.reference_mix",
         lambda value: 0 < value <= 1,
@@ -144,6 +151,11 @@ def _check_mix(config: Any) -> None:
         raise ConfigError(
             f"MixConfig.demonstrations={config.mix.demonstrations!r} but SftConfig.demonstrations is empty; name some, "
             "with SftConfig.steps=0 for no cold start"
+        )
+    if config.distill.stages != "reinforcement" and config.distill.loss != "generalised_jsd":
+        raise ConfigError(
+            f"DistillConfig.loss={config.distill.loss!r} is of tokens that the policy sampled; on demonstrations "
+            f"(DistillConfig.stages={config.distill.stages!r}) take 'generalised_jsd'"
         )
     if config.mix.observation_weight and config.mix.loss != "nll":
         raise ConfigError(

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _how_to_go_on(options: argparse.Namespace) -> str:
-    if options.run_verb not in (_train, _sft):
+    if options.run_verb not in (_train, _sft, _prefer):
         return ""
     if any((_run_folder(options) / "checkpoints").glob("[0-9]*")):
         return "; the same command goes on from the last checkpoint"
@@ -86,6 +86,10 @@ def _train(commands, options: argparse.Namespace) -> None:
 
 def _sft(commands, options: argparse.Namespace) -> None:
     commands.train(_config(options), _run_folder(options), cold_start_only=True, which=options.step)
+
+
+def _prefer(commands, options: argparse.Namespace) -> None:
+    commands.prefer(_config(options), _run_folder(options), options.step)
 
 
 def _eval(commands, options: argparse.Namespace) -> None:
@@ -184,6 +188,15 @@ def _parser() -> argparse.ArgumentParser:
             _sft,
             "only the cold start of a recipe: on demonstrations, on chat messages, or on the episodes of a run",
             "  jaxrl sft quickstart --run runs/cold\n  jaxrl sft quickstart --set SftConfig.demonstrations=chat.jsonl",
+        ),
+        (
+            "prefer",
+            _prefer,
+            "train on answers that were compared or judged: DPO and its relatives",
+            "  jaxrl prefer quickstart --run runs/dpo --set PreferConfig.data=pairs.jsonl "
+            "--set ModelConfig.path=runs/quickstart/export\n"
+            "  jaxrl prefer quickstart --run runs/kto --set PreferConfig.data=judged.jsonl "
+            "--set PreferConfig.kind=judged --set PreferConfig.loss=kto",
         ),
     ):
         new = verb(name, function, summary, examples)

@@ -22,6 +22,7 @@ from jaxrl.rewards.verifier import VerifierStartError
 from jaxrl.sandbox import SandboxUnavailable
 from jaxrl.text.tokenizer import TokenizerError
 from jaxrl.train import experiment
+from jaxrl.train import prefer as preferences
 from jaxrl.train.checkpoint import CheckpointError, Checkpoints
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunError, RunFolder, open_run
@@ -36,7 +37,17 @@ EXPECTED_ERRORS = (
 )
 """Errors whose message is all a user needs, beside those about what was given (configuration, data, tokenizer, files);
 anything else is a defect and shows its traceback."""
-__all__ = ["EXPECTED_ERRORS", "DataError", "TokenizerError", "evaluate", "export", "import_folder", "rollout", "train"]
+__all__ = [
+    "EXPECTED_ERRORS",
+    "DataError",
+    "TokenizerError",
+    "evaluate",
+    "export",
+    "import_folder",
+    "prefer",
+    "rollout",
+    "train",
+]
 
 PIPE_COLUMNS = 120
 
@@ -46,6 +57,15 @@ def train(config: Config, folder: pathlib.Path, *, cold_start_only: bool, which:
     with Progress(folder.name) as view:
         report = experiment.train(config, folder, view, cold_start_only=cold_start_only, which=which)
     _console().print(final_table(report))
+
+
+def prefer(config: Config, folder: pathlib.Path, which: str) -> None:
+    """``jaxrl prefer``."""
+    with Progress(folder.name) as view:
+        summary = preferences.prefer(config, folder, view, which=which)
+    for name in summary["after"] or {}:
+        print(f"{name:>20}, held out: {summary['before'][name]:10.4g} before, {summary['after'][name]:10.4g} after")
+    print(f"model: {summary['export']}")
 
 
 def evaluate(config: Config, folder: pathlib.Path, which: str, as_json: bool) -> None:
@@ -108,6 +128,7 @@ def export(
     session = reopen_session(config, run)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpoints.find(which)
+    session = experiment.as_saved(session, checkpoints, step)
     with Progress(str(to)) as view:
         view.phase("export")
         trained = experiment.restore_params(session, checkpoints, step)
@@ -168,6 +189,8 @@ def _checkpoint(config: Config, folder: pathlib.Path, which: str) -> tuple[Sessi
     session = reopen_session(config, run, load_held_out(config.data)).on_base(kept=True)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpoints.find(which)
+    if experiment.as_saved(session, checkpoints, step).valued:
+        raise ConfigError(f"{folder} is a reward model, which plays no episodes; give the run of a policy")
     progress = RunProgress.from_json(checkpoints.host(step))
     version = progress.step if progress.stage == "rl" else 0
     params = experiment.restore_params(session, checkpoints, step)

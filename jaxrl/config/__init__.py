@@ -7,12 +7,14 @@ command line binds on top. ``load`` checks every key and every type before anyth
 from jaxrl.checks import ConfigError
 from jaxrl.config.episodes import EngineConfig, EnvConfig, RewardConfig, SandboxConfig
 from jaxrl.config.model import ChatConfig, LoraConfig, MeshConfig, ModelConfig, TokenizerConfig
+from jaxrl.config.offline import DistillConfig, PreferConfig
 from jaxrl.config.recipes import nearest, read_recipe, recipe_names
 from jaxrl.config.resolve import dump, load, parse, typed
 from jaxrl.config.sections import SECTIONS, Config
 from jaxrl.config.training import (
     AlgorithmConfig,
     CheckpointConfig,
+    CriticConfig,
     DataConfig,
     EvalConfig,
     MixConfig,
@@ -29,7 +31,9 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "ConfigError",
+    "CriticConfig",
     "DataConfig",
+    "DistillConfig",
     "EngineConfig",
     "EnvConfig",
     "EvalConfig",
@@ -38,6 +42,7 @@ __all__ = [
     "MixConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PreferConfig",
     "RewardConfig",
     "SandboxConfig",
     "SftConfig",

@@ -5,9 +5,11 @@ from dataclasses import field
 
 from jaxrl.config.episodes import EngineConfig, EnvConfig, RewardConfig, SandboxConfig
 from jaxrl.config.model import ChatConfig, LoraConfig, MeshConfig, ModelConfig, TokenizerConfig
+from jaxrl.config.offline import DistillConfig, PreferConfig
 from jaxrl.config.training import (
     AlgorithmConfig,
     CheckpointConfig,
+    CriticConfig,
     DataConfig,
     EvalConfig,
     MixConfig,
@@ -28,12 +30,15 @@ class Config:
     chat: ChatConfig = field(default_factory=ChatConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    prefer: PreferConfig = field(default_factory=PreferConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     mix: MixConfig = field(default_factory=MixConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)

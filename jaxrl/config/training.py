@@ -146,6 +146,27 @@ class MixConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CriticConfig:
+    """A critic beside the policy, for advantages that need values (PPO with AlgorithmConfig.advantage='gae')."""
+
+    enabled: bool = False
+    path: str = ""
+    """Hugging Face folder it begins from, such as the export of a reward model; empty takes the policy's decoder."""
+    learning_rate: float = 2e-6
+    """Its optimizer is the policy's (OptimizerConfig) but for this and the warm-up."""
+    warmup_steps: int = 0
+    """Updates over which its learning rate rises."""
+    first_steps: int = 0
+    """Steps at the beginning of reinforcement in which it learns alone and the policy stays as it is."""
+    clip: float = 0.5
+    """How far a value may move in one step before its gradient ends, in units of reward."""
+    discount: float = 1.0
+    """γ of the returns it learns."""
+    decay: float = 1.0
+    """λ of the returns it learns; the advantage has its own in AlgorithmConfig.advantage_settings."""
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW for the RL updates; the cold start takes ``beta1``, ``weight_decay`` and ``clip_norm`` from here too."""
 

@@ -77,7 +77,7 @@ def pack_trajectories(
             )
         )
         _check_first(name, segments[-1].mask)
-    return _pack(segments, rows, row_tokens)
+    return _pack([(segment,) for segment in segments], rows, row_tokens)
 
 
 def pack_sequences(
@@ -111,7 +111,7 @@ def pack_sequences(
         _check_first(f"demonstration {index}", learned)
         segments.append(_Segment(np.asarray(ids), learned, {"ce_weights": learned}))
     segments.sort(key=lambda segment: (segment.tokens.tobytes(), segment.mask.tobytes()))
-    batches = _pack(segments, rows, row_tokens)
+    batches = _pack([(segment,) for segment in segments], rows, row_tokens)
     total = sum(float(segment.mask.sum()) for segment in segments)
     return [
         batch.replace(ce_weights=batch.ce_weights / np.float32(max(total if update == "all" else batch.mask.sum(), 1)))
@@ -119,15 +119,128 @@ def pack_sequences(
     ]
 
 
-def _pack(segments: Sequence[_Segment], rows: int, row_tokens: int) -> list[Batch]:
-    filled = _assign([len(segment.tokens) for segment in segments], row_tokens)
+def pack_couples(
+    couples: Sequence[tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]],
+    signs: Sequence[float],
+    *,
+    rows: int,
+    row_tokens: int,
+    learned_weight: float = 0.0,
+) -> list[Batch]:
+    """Pack couples of sequences, each couple as segments 2i - 1 and 2i of one row; every batch is an update.
+
+    The last token of a couple's first sequence has the couple's weight in the mean over those of the batch, in
+    ``rl_weights``, and its sign, in ``advantages``.
+
+    Args:
+        couples: (ids, mask) of both sequences, all [T].
+        signs: of each couple.
+        rows: rows of a batch.
+        row_tokens: tokens of a row.
+        learned_weight: of the mean cross-entropy over the masked tokens of first sequences, in ``ce_weights``.
+
+    Raises:
+        ConfigError: a couple does not fit into a row.
+        ValueError: the first token of a sequence is masked.
+    """
+    units = []
+    for index, (couple, sign) in enumerate(zip(couples, signs, strict=True)):
+        name = f"couple {index} of answers"
+        _check_fit(
+            name, sum(len(ids) for ids, _ in couple), row_tokens, "raise PreferConfig.row_tokens or leave it out"
+        )
+        unit = []
+        for number, (ids, mask) in enumerate(couple):
+            learned, last = np.asarray(mask, np.float32), np.zeros(len(ids), np.float32)
+            _check_first(name, learned)
+            last[-1:] = number == 0
+            values = {"rl_weights": last, "advantages": last * np.float32(sign)}
+            values["ce_weights"] = learned * np.float32(learned_weight * (number == 0))
+            unit.append(_Segment(np.asarray(ids), learned, values))
+        units.append(unit)
+    return [
+        batch.replace(
+            rl_weights=batch.rl_weights / np.float32(max(batch.rl_weights.sum(), 1)),
+            ce_weights=batch.ce_weights / np.float32(max(np.count_nonzero(batch.ce_weights), 1)),
+        )
+        for batch in _pack(units, rows, row_tokens)
+    ]
+
+
+def pack_steps(sequences: Sequence[tuple[np.ndarray, np.ndarray]], *, rows: int, row_tokens: int) -> list[Batch]:
+    """Pack answers whose steps were judged; every batch is an update.
+
+    Args:
+        sequences: (ids, signs) both [T]; sign 1 or -1 on the last token of a step that is right or wrong, else 0.
+        rows: rows of a batch.
+        row_tokens: tokens of a row.
+
+    Returns:
+        Batches in which every step has its weight in the mean over those of the batch, in ``rl_weights``, and its sign,
+        in ``advantages``.
+
+    Raises:
+        ConfigError: a sequence does not fit into a row.
+    """
+    units = []
+    for index, (ids, signs) in enumerate(sequences):
+        name = f"answer {index}"
+        _check_fit(name, len(ids), row_tokens, "raise PreferConfig.row_tokens or leave it out")
+        ends = np.abs(signs).astype(np.float32)
+        values = {"rl_weights": ends, "advantages": np.asarray(signs, np.float32)}
+        units.append((_Segment(np.asarray(ids), ends, values),))
+    return [
+        batch.replace(rl_weights=batch.rl_weights / np.float32(max(batch.rl_weights.sum(), 1)))
+        for batch in _pack(units, rows, row_tokens)
+    ]
+
+
+def unpack_responses(
+    values: Sequence[np.ndarray], trajectories: Sequence[Trajectory], *, rows: int, row_tokens: int
+) -> list[np.ndarray]:
+    """What was computed of packed trajectories, back in their order.
+
+    Args:
+        values: of each batch that ``pack_trajectories`` made of them, [rows, row_tokens].
+        trajectories: in any order, the same as were packed.
+        rows: rows of a micro-batch.
+        row_tokens: tokens of a row.
+
+    Returns:
+        [T_i] over the response of each.
+    """
+    order = sorted(range(len(trajectories)), key=lambda i: (trajectories[i].draw, trajectories[i].sample))
+    lengths = [len(trajectories[i].prompt_ids) + len(trajectories[i].ids) for i in order]
+    found: list[np.ndarray] = [np.zeros(0)] * len(trajectories)
+    for batch, placed in zip(values, _placed(lengths, rows, row_tokens), strict=True):
+        for row, members in zip(batch, placed, strict=False):
+            start = 0
+            for member in members:
+                end = start + lengths[member]
+                before = len(trajectories[order[member]].prompt_ids)
+                found[order[member]] = row[start + before : end]
+                start = end
+    return found
+
+
+def _pack(units: Sequence[Sequence[_Segment]], rows: int, row_tokens: int) -> list[Batch]:
+    """Pack units of segments that stand side by side in one row."""
+    placed = _placed([sum(len(segment.tokens) for segment in unit) for unit in units], rows, row_tokens)
+    return [
+        _batch([[segment for i in row for segment in units[i]] for row in batch], rows, row_tokens) for batch in placed
+    ]
+
+
+def _placed(lengths: Sequence[int], rows: int, row_tokens: int) -> list[list[list[int]]]:
+    """Indices of the units in each row of each batch."""
+    filled = _assign(lengths, row_tokens)
     count = math.ceil(len(filled) / rows)
     # Every count-th row: the rows of the longest segments come first and would crowd into the first batches.
-    return [_batch([[segments[i] for i in row] for row in filled[b::count]], rows, row_tokens) for b in range(count)]
+    return [filled[batch::count] for batch in range(count)]
 
 
 def _assign(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Indices of the segments in each row: longest first, each into the fullest row that still holds it."""
+    """Indices of the units in each row: longest first, each into the fullest row that still holds it."""
     filled: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (free tokens, row), ascending
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

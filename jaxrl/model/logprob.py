@@ -1,6 +1,7 @@
 """Log-probabilities and entropies of tokens, without ever holding the logits of a long row."""
 
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model.moe import Load
-from jaxrl.model.transformer import Params, hidden_states_and_load
+from jaxrl.model.transformer import Params, hidden_states, hidden_states_and_load
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import soft_capped
 
@@ -73,10 +74,46 @@ def sequence_logprobs(
     """
     hidden, load = hidden_states_and_load(params, config, tokens, positions, segment_ids)
     stats = token_logprobs(params, config, hidden, jnp.roll(tokens, -1, axis=1), temperature)
-    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
-    predicted = (segment_ids > 0) & (segment_ids == before)
-    logprobs, entropy = (jnp.where(predicted, jnp.roll(x, 1, axis=1), 0.0) for x in (stats.logprobs, stats.entropy))
+    logprobs, entropy = (_of_tokens(values, segment_ids) for values in (stats.logprobs, stats.entropy))
     return TokenStats(logprobs, entropy, load)
+
+
+def compared(
+    params: Params,
+    config: ModelConfig,
+    other: Params,
+    other_config: ModelConfig,
+    rows: tuple[jax.Array, jax.Array, jax.Array],
+    of_logits: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Compare what two models predict of every token of packed rows, without ever holding the logits of a long row.
+
+    Args:
+        params: gradients flow through these only.
+        other: parameters of the other model, whose vocabulary has as many rows.
+        rows: tokens, positions and segment ids, [B, T] each, as in ``hidden_states``.
+        of_logits: from float32 logits [t, V] of both to [t].
+
+    Returns:
+        [B, T] float32; as in ``sequence_logprobs`` 0 where nothing predicts a token.
+    """
+    tokens, head = ("batch", "token_shards"), (None, None)
+    caps = config.logit_soft_cap, other_config.logit_soft_cap
+    hidden, their_hidden = hidden_states(params, config, *rows), hidden_states(other, other_config, *rows)
+    compare = per_shard(
+        functools.partial(_compare_chunks, chunk=config.logprob_chunk, soft_caps=caps, of_logits=of_logits),
+        [(*tokens, None), head, (*tokens, None), head],
+        [tokens],
+    )
+    heads = _head(params).astype(hidden.dtype), _head(other).astype(their_hidden.dtype)
+    (values,) = compare(hidden, heads[0], *map(jax.lax.stop_gradient, (their_hidden, heads[1])))
+    return _of_tokens(to_compute(values, ("batch", None)), rows[2])
+
+
+def _of_tokens(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Values [B, T] of predictions, moved to the tokens that are predicted; 0 where nothing predicts one."""
+    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where((segment_ids > 0) & (segment_ids == before), jnp.roll(values, 1, axis=1), 0.0)
 
 
 def _head(params: Params) -> jax.Array:
@@ -88,14 +125,7 @@ def _score_chunks(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, chunk: int, soft_cap: float
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies, [B, T] each, of local rows."""
-    batch, tokens, width = hidden.shape
-    count = batch * tokens
-    chunk = min(chunk, count)
-    chunks = -(-count // chunk)
-
-    def cut(flat: jax.Array) -> jax.Array:
-        padded = jnp.pad(flat, ((0, chunks * chunk - count), *[(0, 0)] * (flat.ndim - 1)))
-        return padded.reshape(chunks, chunk, *flat.shape[1:])
+    batch, tokens, _ = hidden.shape
 
     @jax.checkpoint
     def score(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -106,7 +136,36 @@ def _score_chunks(
         mean = jnp.sum(jnp.exp(scaled - log_total[:, None]) * scaled, axis=-1)
         return logprob, log_total - mean
 
-    _, (logprobs, entropy) = jax.lax.scan(
-        lambda _, piece: (None, score(*piece)), None, (cut(hidden.reshape(count, width)), cut(targets.reshape(count)))
-    )
-    return tuple(x.reshape(-1)[:count].reshape(batch, tokens) for x in (logprobs, entropy))
+    pieces = _cut(hidden, chunk), _cut(targets, chunk)
+    _, (logprobs, entropy) = jax.lax.scan(lambda _, piece: (None, score(*piece)), None, pieces)
+    return tuple(x.reshape(-1)[: batch * tokens].reshape(batch, tokens) for x in (logprobs, entropy))
+
+
+def _compare_chunks(
+    hidden: jax.Array,
+    head: jax.Array,
+    their_hidden: jax.Array,
+    their_head: jax.Array,
+    chunk: int,
+    soft_caps: tuple[float, float],
+    of_logits: Callable[[jax.Array, jax.Array], jax.Array],
+) -> tuple[jax.Array]:
+    """What ``of_logits`` says of local rows, [B, T]."""
+    batch, tokens, _ = hidden.shape
+
+    @jax.checkpoint
+    def compare(own: jax.Array, theirs: jax.Array) -> jax.Array:
+        logits = (product("td,vd->tv", states, matrix) for states, matrix in ((own, head), (theirs, their_head)))
+        return of_logits(*(soft_capped(values, cap) for values, cap in zip(logits, soft_caps, strict=True)))
+
+    pieces = _cut(hidden, chunk), _cut(their_hidden, chunk)
+    _, values = jax.lax.scan(lambda _, piece: (None, compare(*piece)), None, pieces)
+    return (values.reshape(-1)[: batch * tokens].reshape(batch, tokens),)
+
+
+def _cut(values: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] flattened and cut into [chunks, chunk, ...], padded with zeros; a chunk is no longer than all."""
+    flat = values.reshape(-1, *values.shape[2:])
+    chunk = min(chunk, len(flat))
+    padded = jnp.pad(flat, ((0, -len(flat) % chunk), *[(0, 0)] * (flat.ndim - 1)))
+    return padded.reshape(-1, chunk, *flat.shape[1:])

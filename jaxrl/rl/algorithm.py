@@ -57,7 +57,8 @@ def advantage(config: AlgorithmConfig, recorded: Recorded) -> Advantage:
         return values if isinstance(values, Remembered) else Remembered(values, {})
 
     trajectories = [example(0), example(1)]
-    outcomes = of_trajectories(trajectories, np.zeros(2, int), recorded, {})
+    guessed = [np.zeros(one.mask.shape) for one in trajectories]
+    outcomes = of_trajectories(trajectories, np.zeros(2, int), recorded, {}, guessed)
     try:
         values = estimate(outcomes).values
     except ConfigError as error:

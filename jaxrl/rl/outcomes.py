@@ -13,7 +13,7 @@ from jaxrl.rl.trees import nodes_of, states_of, turns_of
 _SUPPLIED_BY = {
     "turn_rewards": "reward single turns: name a component that does in RewardConfig.components",
     "greedy_rewards": "set AlgorithmConfig.greedy_baseline=True, which plays a greedy trajectory of every problem too",
-    "values": "it takes a critic, and the training loop has none",
+    "values": "set CriticConfig.enabled=True, which trains a critic beside the policy",
     "square_sums": "the sampler would have to record, for every token, the sum of squared probabilities over the "
     "vocabulary, and does not",
     "roles": "it takes an environment in which several agents play, and python episodes have one",
@@ -115,15 +115,21 @@ class Recorded:
         component_weights: the reward's components.
         turn_rewards: a component rewards single turns.
         greedy_rewards: a greedy trajectory of every problem is played.
+        values: a critic estimates what is still to come.
     """
 
     component_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     turn_rewards: bool = False
     greedy_rewards: bool = False
+    values: bool = False
 
 
 def of_trajectories(
-    trajectories: Sequence[Trajectory], groups: np.ndarray, recorded: Recorded, memory: Mapping[str, float]
+    trajectories: Sequence[Trajectory],
+    groups: np.ndarray,
+    recorded: Recorded,
+    memory: Mapping[str, float],
+    values: Sequence[np.ndarray] | None = None,
 ) -> Outcomes:
     """What became of played trajectories.
 
@@ -132,6 +138,7 @@ def of_trajectories(
         groups: [N].
         recorded: what they hold.
         memory: see ``Outcomes``.
+        values: see ``Outcomes``; looked at where ``recorded`` has them.
     """
     policy_turns = [[turn for turn in trajectory.turns if turn.author == "policy"] for trajectory in trajectories]
     components = {
@@ -150,6 +157,7 @@ def of_trajectories(
         components=components or None,
         component_weights=recorded.component_weights,
         logprobs=[trajectory.logprobs for trajectory in trajectories],
+        values=values if recorded.values else None,
         greedy_rewards=_greedy_rewards(trajectories, rewards, groups) if recorded.greedy_rewards else None,
         memory=memory,
     )

@@ -1,8 +1,9 @@
 """Checkpoints of everything a resumed run needs, written in the background and marked complete last.
 
-A checkpoint holds the train state, the reference parameters where a KL is used, and one JSON of host state:
-stage, weight version, data position, pending groups, counters, alarm history. Random keys are functions of
-(seed, draw, sample, position) and of nothing else, so the draw counter is all there is to save of them.
+A checkpoint holds the train state, the reference parameters where a KL is used, the critic's train state where there is
+one, and one JSON of host state: stage, weight version, data position, pending groups, counters, alarm history. Random
+keys are functions of (seed, draw, sample, position) and of nothing else, so the draw counter is all there is to save of
+them.
 """
 
 import contextlib
@@ -41,20 +42,32 @@ class Checkpoints:
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "reference": ocp.StandardCheckpointHandler(),
+            "critic": ocp.StandardCheckpointHandler(),
             "host": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
-    def save(self, step: int, state: Any, reference: Any | None, host: dict[str, Any], pass_rate: float | None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        reference: Any | None,
+        host: dict[str, Any],
+        pass_rate: float | None,
+        critic: Any | None = None,
+    ) -> None:
         """Begin writing; returns once the arrays are copied. A fault of an earlier write is raised here.
 
         Args:
             step: the run's global step (cold start and reinforcement counted through).
             pass_rate: of the latest evaluation of these weights, or None if they were not evaluated.
+            critic: its train state, where there is one.
         """
         items = {"state": ocp.args.StandardSave(state), "host": ocp.args.JsonSave(host)}
         if reference is not None:
             items["reference"] = ocp.args.StandardSave(reference)
+        if critic is not None:
+            items["critic"] = ocp.args.StandardSave(critic)
         metrics = None if pass_rate is None else {"pass_rate": pass_rate}
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
@@ -93,6 +106,18 @@ class Checkpoints:
         with self._reading(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         return restored["state"], restored.get("reference")
+
+    def critic(self, step: int, abstract_critic: Any) -> Any | None:
+        """The critic's train state, placed as the abstract tree's shardings say; None where none was saved.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of another model.
+        """
+        if "critic" not in self._manager.item_metadata(step):
+            return None
+        with self._reading(step):
+            items = ocp.args.Composite(critic=ocp.args.StandardRestore(abstract_critic))
+            return self._manager.restore(step, args=items)["critic"]
 
     def params(self, step: int, abstract_params: Any) -> Any:
         """The parameters alone, placed as the abstract tree's shardings say; no optimizer state is read.

@@ -2,22 +2,26 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import pathlib
 from typing import Any
 
 import jax
+import optax
 
 from jaxrl.config import Config
-from jaxrl.model import adapter_folder, companions, hf, spec
+from jaxrl.model import adapter_folder, companions, hf, spec, value
 from jaxrl.observe import alarms
 from jaxrl.observe.metrics import PhaseTimer
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.report import Comparison, Estimate, Report, write_summary
+from jaxrl.rl.preference import VALUED, needs_reference
 from jaxrl.train.checkpoint import Checkpoints
+from jaxrl.train.critic import Critic, abstract_critic, new_critic
 from jaxrl.train.loop import reinforce
-from jaxrl.train.progress import RunProgress
+from jaxrl.train.progress import RunProgress, Stage
 from jaxrl.train.recorder import Recorder
-from jaxrl.train.run import open_run
+from jaxrl.train.run import RunError, open_run
 from jaxrl.train.session import Session, open_session
 from jaxrl.train.sft import cold_start
 from jaxrl.train.state import (
@@ -52,6 +56,8 @@ def train(
             progress, state, reference = (
                 beginning(session, shown_in(view)) if step is None else restore(session, checkpoints, step)
             )
+            if progress.stage == "prefer":
+                raise RunError(f"{folder} is a run of `jaxrl prefer`; start from its export in a new --run")
             if progress.stage == "rl":
                 session.problem_stream(progress)  # refuses data that is not the run's
             if not cold_start_only:
@@ -79,7 +85,8 @@ def train(
                 state = new_state(state.params, session.rl_optimizer, session.mesh, offload=offload)
                 reference = copied(state.params) if config.algorithm.kl_coefficient else None
             if not cold_start_only:
-                state = asyncio.run(reinforce(session, recorder, progress, state, reference))
+                critic = _critic(session, checkpoints, step, state.params) if config.critic.enabled else None
+                state = asyncio.run(reinforce(session, recorder, progress, state, reference, critic))
             with timer.phase("export"):
                 export(session, state.params, run.export, on_bytes=shown_in(view))
             recorder.settle(progress)
@@ -101,19 +108,22 @@ def export(
     on_bytes: hf.OnBytes = hf.ignore,
 ) -> hf.Exported:
     """Write model and tokenizer as a folder that ``transformers`` loads, with adapters merged into the weights; see
-    ``hf.save_folder``."""
+    ``hf.save_folder``. A value head has a file of its own there."""
     tokenizer, source = session.tokenizer, session.run.source
     if session.base is not None:
         params = _merged(session, params)
+    head = params[value.HEAD] if session.valued else None
 
     def companion_files(staging: pathlib.Path) -> None:
         companions.restore(source, staging)
         session.chat.save(staging)
+        if head is not None:
+            value.save_head(staging, head)
 
     return hf.save_folder(
         folder,
         session.model,
-        params,
+        params[value.DECODER] if session.valued else params,
         eos_token_id=tokenizer.end_id,
         pad_token_id=tokenizer.pad_id,
         generation=companions.generation_config(source),
@@ -137,17 +147,19 @@ def export_adapter(session: Session, adapters: Any, folder: pathlib.Path) -> Non
 
 def restore(session: Session, checkpoints: Checkpoints, step: int) -> tuple[RunProgress, TrainState, Any | None]:
     """What a checkpoint holds, placed on this session's mesh, whatever mesh it was saved from."""
-    config = session.config
     progress = RunProgress.from_json(checkpoints.host(step))
-    optimizer = session.rl_optimizer
-    if progress.stage == "sft":
-        optimizer = sft_optimizer(config.sft, config.optimizer, session.trained_specs)
+    optimizer, wants_reference = _needs(session, progress.stage)
     target = abstract_state(session.trained_specs, optimizer, session.mesh)
-    wants_reference = progress.stage == "rl" and config.algorithm.kl_coefficient
     state, reference = checkpoints.restore(step, target, target.params if wants_reference else None)
-    if config.optimizer.offload:
+    if session.config.optimizer.offload:
         state = state.replace(opt_state=in_memory(state.opt_state, HOST))
     return progress, state, reference
+
+
+def as_saved(session: Session, checkpoints: Checkpoints, step: int) -> Session:
+    """The session for what a checkpoint holds: a policy, or a decoder with a value head."""
+    preferred = RunProgress.from_json(checkpoints.host(step)).stage == "prefer"
+    return dataclasses.replace(session, valued=preferred and session.config.prefer.kind in VALUED)
 
 
 def restore_params(session: Session, checkpoints: Checkpoints, step: int) -> Any:
@@ -155,17 +167,31 @@ def restore_params(session: Session, checkpoints: Checkpoints, step: int) -> Any
     return checkpoints.params(step, abstract_params(session.trained_specs, session.mesh))
 
 
-def beginning(session: Session, on_bytes: hf.OnBytes = hf.ignore) -> tuple[RunProgress, TrainState, Any | None]:
-    """Where a new run starts."""
-    config = session.config
+def beginning(
+    session: Session, on_bytes: hf.OnBytes = hf.ignore, stage: Stage | None = None
+) -> tuple[RunProgress, TrainState, Any | None]:
+    """Where a new run starts: in ``stage``, or in the first that `jaxrl train` goes through."""
+    stage = stage or ("sft" if session.config.sft.demonstrations else "rl")
     params = session.first_params(on_bytes) if session.base is None else session.first_adapters()
-    offload = config.optimizer.offload
-    if config.sft.demonstrations:
-        optimizer = sft_optimizer(config.sft, config.optimizer, session.trained_specs)
-        return RunProgress(), new_state(params, optimizer, session.mesh, offload=offload), None
-    reference = copied(params) if config.algorithm.kl_coefficient else None
-    state = new_state(params, session.rl_optimizer, session.mesh, offload=offload)
-    return RunProgress(stage="rl"), state, reference
+    optimizer, wants_reference = _needs(session, stage)
+    reference = copied(params) if wants_reference else None
+    state = new_state(params, optimizer, session.mesh, offload=session.config.optimizer.offload)
+    return RunProgress(stage=stage), state, reference
+
+
+def _needs(session: Session, stage: Stage) -> tuple[optax.GradientTransformation, bool]:
+    """The optimizer of a stage, and whether it keeps a reference."""
+    config = session.config
+    if stage == "rl":
+        return session.rl_optimizer, bool(config.algorithm.kl_coefficient)
+    section, reference = (config.prefer, needs_reference(config.prefer)) if stage == "prefer" else (config.sft, False)
+    return sft_optimizer(section, config.optimizer, session.trained_specs), reference
+
+
+def _critic(session: Session, checkpoints: Checkpoints, step: int | None, policy: Any) -> Critic:
+    """The critic of a checkpoint, or a new one where reinforcement begins."""
+    state = None if step is None else checkpoints.critic(step, abstract_critic(session))
+    return new_critic(session, policy) if state is None else Critic(session, state)
 
 
 def _merged(session: Session, adapters: Any) -> Any:

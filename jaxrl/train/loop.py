@@ -18,6 +18,8 @@ from jaxrl.rl import algorithm, selection
 from jaxrl.rl.aggregation import aggregation_weights
 from jaxrl.rl.outcomes import Outcomes, of_trajectories
 from jaxrl.train import stages
+from jaxrl.train.critic import Critic
+from jaxrl.train.distill import distilled
 from jaxrl.train.mixture import Mixture
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
@@ -39,39 +41,62 @@ class Collected:
     def kept(self) -> tuple[selection.Selection, ...]:
         return tuple(chosen for chosen in self.selections if chosen.kept)
 
+    @property
+    def trained(self) -> tuple[Trajectory, ...]:
+        return tuple(trajectory for chosen in self.kept for trajectory in chosen.kept)
+
 
 async def reinforce(
-    session: Session, recorder: Recorder, progress: RunProgress, state: TrainState, reference: Any | None
+    session: Session,
+    recorder: Recorder,
+    progress: RunProgress,
+    state: TrainState,
+    reference: Any | None,
+    critic: Critic | None = None,
 ) -> TrainState:
-    """Run the steps that remain and leave the run evaluated and saved; ``progress`` advances in place."""
+    """Run the steps that remain and leave the run evaluated and saved; ``progress`` and ``critic`` advance in place."""
     config, timer = session.config, recorder.timer
     if progress.step >= config.train.steps and progress.after is not None:
         return state
     recorder.view.stage("reinforcement", config.train.steps, first=progress.step)
     mixture = Mixture(session)
     loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature, mixture.loss)
-    offload = config.optimizer.offload
-    updater = Updater(loss, session.rl_optimizer, session.mesh, session.launches, offload=offload, base=session.base)
+    loss, teacher = distilled(session, loss, "reinforcement")
+    updater = Updater(
+        loss,
+        session.rl_optimizer,
+        session.mesh,
+        session.launches,
+        offload=config.optimizer.offload,
+        base=session.base,
+        teacher=teacher,
+    )
     steering = Steering(session)
     async with contextlib.AsyncExitStack() as stack:
         with timer.phase("compile"):
             updater.compile(state, config.train.rows, config.train.row_tokens, reference)
             steering.compile(state.params, reference)
+            if critic is not None:
+                critic.compile()
             weights = session.rollout_weights(state.params)
             player = await stack.enter_async_context(open_player(session, weights, progress.step))
         if progress.before is None:
             progress.before = progress.after = await measure(session, recorder, player, progress)
-            recorder.save(progress, state, reference, progress.before.get("pass_rate"))
+            recorder.save(progress, state, reference, progress.before.get("pass_rate"), critic and critic.state)
         while progress.step < config.train.steps:
             state, reference, limited = await stages.enter(
                 session, recorder, progress, state, reference, player, updater
             )
             recorder.begin_step(player.engine.stats())
-            updates = []
+            updates, learned = [], {}
             async with collect(session, recorder, limited, progress) as collected:
                 with timer.phase("update"):
+                    values = None if critic is None else await asyncio.to_thread(critic.values, collected.trained)
                     charge = functools.partial(steering.charged, reference=reference, progress=progress)
-                    packed = await asyncio.to_thread(pack, config, collected.kept, progress.memory, charge)
+                    packed = await asyncio.to_thread(pack, config, collected.kept, progress.memory, charge, values)
+                    if critic is not None and collected.trained:
+                        learned = await asyncio.to_thread(critic.learn, collected.trained, values)
+                        packed = packed if progress.step >= config.critic.first_steps else []
                     packed = mixture.mixed(packed, collected.kept, progress.step)
                     for batches in await asyncio.to_thread(steering.prepared, packed, state.params, progress):
                         state, metrics = await asyncio.to_thread(updater.step, state, batches, reference)
@@ -84,13 +109,15 @@ async def reinforce(
                 session.hand_over(state.params, player.engine, progress.step)
                 reference = steering.refreshed(reference, state.params, progress.step)
             trained_on = sum(len(group.kept) for group in collected.kept)
-            metrics, engine = steering.adapt(over_updates(updates), trained_on, progress), player.engine.stats()
+            metrics = steering.adapt(over_updates(updates), trained_on, progress) | learned
+            engine = player.engine.stats()
             recorder.rl_step(progress, collected.played, collected.selections, metrics, engine)
             evaluated = _is_due(progress.step, config.train.eval_every, config.train.steps)
             if evaluated:
                 progress.after = await measure(session, recorder, player, progress)
             if evaluated or progress.step % config.checkpoint.every == 0:
-                recorder.save(progress, state, reference, progress.after.get("pass_rate") if evaluated else None)
+                pass_rate = progress.after.get("pass_rate") if evaluated else None
+                recorder.save(progress, state, reference, pass_rate, critic and critic.state)
     return state
 
 
@@ -176,12 +203,14 @@ def pack(
     selections: tuple[selection.Selection, ...],
     memory: dict[str, float],
     charge: Callable[[Outcomes, Sequence[Trajectory]], Outcomes] = lambda outcomes, _: outcomes,
+    values: Sequence[np.ndarray] | None = None,
 ) -> list[list[Batch]]:
     """Micro-batches of each optimizer update: advantages by step, aggregation weights by update, fixed shapes.
 
     Args:
         memory: what the advantage keeps from step to step; brought up to date in place.
         charge: what rewards pay before advantages are made of them.
+        values: a critic's, of each kept trajectory [T_i].
     """
     trajectories = [trajectory for group in selections for trajectory in group.kept]
     if not trajectories:
@@ -189,7 +218,7 @@ def pack(
     groups = np.repeat(np.arange(len(selections)), [len(group.kept) for group in selections])
     masked = np.array([flag for group in selections for flag in group.masked or (False,) * len(group.kept)], bool)
     held = what_is_recorded(config)
-    outcomes = of_trajectories(trajectories, groups, held, memory)
+    outcomes = of_trajectories(trajectories, groups, held, memory, values)
     estimate = algorithm.advantage(config.algorithm, held)(charge(outcomes, trajectories))
     memory.update(estimate.memory)
     updates = []

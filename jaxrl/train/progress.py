@@ -7,7 +7,7 @@ from jaxrl.observe import traces
 from jaxrl.records import Group
 from jaxrl.train.checkpoint import CheckpointError
 
-Stage = Literal["sft", "rl"]
+Stage = Literal["sft", "rl", "prefer"]
 
 FORMAT = 1
 """Version of the host half of a checkpoint; a reader refuses any other."""

@@ -50,9 +50,19 @@ class Recorder:
 
     def sft_step(self, progress: RunProgress, values: Mapping[str, float]) -> None:
         """One update of the cold start."""
+        self.offline_step(progress, "sft", values)
+
+    def offline_step(self, progress: RunProgress, stage: str, values: Mapping[str, float]) -> None:
+        """One update of a stage that plays no episodes."""
         row = dict(values) | self._take_seconds(progress)
-        self._writer.write(progress.global_step, "sft", row)
+        self._writer.write(progress.global_step, stage, row)
         self.view.step(row)
+
+    def measurement(self, progress: RunProgress, values: Mapping[str, float]) -> None:
+        """What such a stage measured on rows that were kept back."""
+        self._writer.write(progress.global_step, "held_out", dict(values))
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.view.note(f"held out at step {progress.step}: {shown}")
 
     def rl_step(
         self,
@@ -122,13 +132,20 @@ class Recorder:
         )
         return figures | {"estimates": {label: dataclasses.asdict(estimate) for label, estimate in estimates.items()}}
 
-    def save(self, progress: RunProgress, state: Any, reference: Any | None, pass_rate: float | None) -> None:
+    def save(
+        self,
+        progress: RunProgress,
+        state: Any,
+        reference: Any | None,
+        pass_rate: float | None,
+        critic: Any | None = None,
+    ) -> None:
         """Begin a checkpoint, unless this step has one; ``pass_rate`` if these very weights were evaluated."""
         step = progress.global_step
         if step == self._checkpoints.latest():
             return
         with self.timer.phase("checkpoint"):
-            self._checkpoints.save(step, state, reference, progress.to_json(), pass_rate)
+            self._checkpoints.save(step, state, reference, progress.to_json(), pass_rate, critic)
 
     def settle(self, progress: RunProgress) -> None:
         """Count the seconds since the last step, so that the report has all of them."""

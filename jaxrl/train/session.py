@@ -5,26 +5,27 @@ import dataclasses
 import functools
 import pathlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from jaxrl import mesh as meshes
-from jaxrl.config import Config, ConfigError, ModelConfig
+from jaxrl.config import Config, ConfigError, ModelConfig, PreferConfig, SftConfig, TrainConfig
 from jaxrl.data import demonstrations, problems, recorded
 from jaxrl.data.recorded import Worked
 from jaxrl.envs.python_tool import PythonTool
 from jaxrl.envs.rendering import check_limit
 from jaxrl.episodes import Player
-from jaxrl.model import adapter_folder, companions, folders, hf, lora, spec, transformer
+from jaxrl.model import adapter_folder, companions, folders, hf, lora, spec, transformer, value
 from jaxrl.model.config_json import check_exportable
 from jaxrl.records import Problem
 from jaxrl.rewards.comparing import MATH, comparison
 from jaxrl.rewards.scorer import scorer
 from jaxrl.rewards.verifier import open_verifier
 from jaxrl.rl import algorithm
+from jaxrl.rl.distillation import distillation
 from jaxrl.rl.outcomes import Recorded
 from jaxrl.rl.supervised import supervised_loss
 from jaxrl.rollout.fleet import Fleet
@@ -53,6 +54,7 @@ class Session:
     eval_problems: tuple[Problem, ...] = ()
     demonstrations: tuple[Worked, ...] = ()
     base: lora.Base | None = None
+    valued: bool = False  # a decoder with a value head is trained, not a policy
 
     @functools.cached_property
     def rollout_mesh(self) -> jax.sharding.Mesh:
@@ -69,8 +71,8 @@ class Session:
 
     @functools.cached_property
     def specs(self) -> spec.Specs:
-        """The decoder's table."""
-        return transformer.param_specs(self.model)
+        """The table of the decoder, with a value head if it is to have one."""
+        return value.value_specs(self.model) if self.valued else transformer.param_specs(self.model)
 
     @functools.cached_property
     def trained_specs(self) -> spec.Specs:
@@ -120,9 +122,12 @@ class Session:
 
     def first_params(self, on_bytes: hf.OnBytes = hf.ignore) -> Any:
         """Parameters the run starts from: those of ``ModelConfig.path``, or random ones."""
-        if not self.config.model.path:
+        folder = self.config.model.path
+        if not folder:
             return initial_params(self.specs, self.mesh, self.config.train.seed)
-        return self._weights_in(self.config.model.path, on_bytes)
+        if self.valued:
+            return valued_params(self.model, self.mesh, folder, self.config.train.seed, on_bytes)
+        return self._weights_in(folder, on_bytes)
 
     def first_adapters(self) -> lora.Adapters:
         """Adapters the run starts from: those of ``LoraConfig.path``, or new ones, which add nothing."""
@@ -172,6 +177,20 @@ class Session:
         return hf.load_folder(folder, self.config.model.param_dtype, mesh=self.mesh, on_bytes=on_bytes)[1]
 
 
+def valued_params(
+    model: ModelConfig, mesh: jax.sharding.Mesh, folder: str, seed: int, on_bytes: hf.OnBytes = hf.ignore
+) -> Any:
+    """The decoder in a folder with the value head that lies there, or with a new one."""
+    decoder = hf.load_folder(folder, model.param_dtype, mesh=mesh, on_bytes=on_bytes)[1]
+    specs = {value.HEAD: value.value_specs(model)[value.HEAD]}
+    head = value.load_head(pathlib.Path(folder), model.width)
+    if head is None:
+        return {value.DECODER: decoder} | initial_params(specs, mesh, seed)
+    return {value.DECODER: decoder} | jax.device_put(
+        {value.HEAD: head}, spec.shardings(specs, mesh, meshes.PARAM_RULES)
+    )
+
+
 def open_session(config: Config, run: RunFolder) -> Session:
     """Read or make everything training needs, cheap checks first.
 
@@ -183,13 +202,15 @@ def open_session(config: Config, run: RunFolder) -> Session:
     if config.reward.verifier != MATH:
         comparison(config.reward.verifier)
     supervised_loss("SftConfig.loss", config.sft.loss, config.sft.loss_settings)
+    distillation(config.distill)
     supervised_loss("MixConfig.loss", config.mix.loss, config.mix.loss_settings)
     Scheduler(config.engine)  # refuses pages that cannot hold one sequence
     train, held_out = problems.load_split(config.data)
     worked = demonstrations.load(config.sft, config.data, train) if config.sft.demonstrations else ()
-    session = _session(config, run, _tokenizer(config, run, train, worked))
+    texts = (problem.question for problem in train)
+    session = _session(config, run, _tokenizer(config, run, [*texts, *recorded.texts_of(worked)]))
     _check_prompts(config, session.chat, (*train, *held_out))
-    _check_rows(config, session.mesh)
+    _check_rows((config.sft, config.train), session.mesh)
     if config.optimizer.offload:
         check_offload(session.mesh)
     return dataclasses.replace(session, train_problems=train, eval_problems=held_out, demonstrations=worked)
@@ -205,6 +226,27 @@ def reopen_session(config: Config, run: RunFolder, eval_problems: tuple[Problem,
     session = _session(config, run, load_tokenizer(run.tokenizer))
     _check_prompts(config, session.chat, eval_problems)
     return dataclasses.replace(session, eval_problems=eval_problems)
+
+
+def open_offline_session(config: Config, run: RunFolder, texts: Sequence[str], *, valued: bool = False) -> Session:
+    """What it takes to train without episodes.
+
+    Args:
+        texts: what a tokenizer is trained on where none is configured.
+        valued: train a decoder with a value head.
+
+    Raises:
+        ConfigError, TokenizerError, FileNotFoundError: a model or tokenizer that cannot be used.
+    """
+    if valued and config.lora.rank:
+        raise ConfigError(
+            f"LoraConfig.rank={config.lora.rank}: a model with a value head is trained whole; set it to 0"
+        )
+    session = dataclasses.replace(_session(config, run, _tokenizer(config, run, texts)), valued=valued)
+    _check_rows((config.prefer,), session.mesh)
+    if config.optimizer.offload:
+        check_offload(session.mesh)
+    return session
 
 
 @contextlib.asynccontextmanager
@@ -245,7 +287,12 @@ def what_is_recorded(config: Config) -> Recorded:
     """What the trajectories of a run hold for an advantage."""
     rewarded = scorer(config.reward)
     whole = {name: weight for name, weight in rewarded.weights.items() if name not in rewarded.of_turns}
-    return Recorded(whole, turn_rewards=bool(rewarded.of_turns), greedy_rewards=config.algorithm.greedy_baseline)
+    return Recorded(
+        whole,
+        turn_rewards=bool(rewarded.of_turns),
+        greedy_rewards=config.algorithm.greedy_baseline,
+        values=config.critic.enabled,
+    )
 
 
 def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:
@@ -261,13 +308,13 @@ def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:
     return session
 
 
-def _tokenizer(config: Config, run: RunFolder, train: tuple[Problem, ...], worked: tuple[Worked, ...]) -> Tokenizer:
+def _tokenizer(config: Config, run: RunFolder, texts: Sequence[str]) -> Tokenizer:
+    """The run's, or the one that is configured, or one trained on ``texts``."""
     if run.tokenizer.is_dir():
         return load_tokenizer(run.tokenizer)
     if path := config.tokenizer.path or config.model.path:
         return load_tokenizer(path)
-    texts = [problem.question for problem in train]
-    return train_sentencepiece(texts + recorded.texts_of(worked), config.tokenizer.vocab_size)
+    return train_sentencepiece(texts, config.tokenizer.vocab_size)
 
 
 def _model(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -281,14 +328,14 @@ def _model(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return config
 
 
-def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
+def _check_rows(sections: Sequence[SftConfig | PreferConfig | TrainConfig], mesh: jax.sharding.Mesh) -> None:
     """Every micro-batch must be cut into equal pieces."""
     for axis, field, over in (
         ("batch", "rows", "MeshConfig.slice x data x fsdp x expert"),
         ("token_shards", "row_tokens", "MeshConfig.context x tensor"),
     ):
         pieces = meshes.pieces(axis, meshes.COMPUTE_RULES, mesh)
-        for section in (config.sft, config.train):
+        for section in sections:
             if rest := getattr(section, field) % pieces:
                 raise ConfigError(
                     f"{type(section).__name__}.{field}={getattr(section, field)} cannot be split over {pieces} devices "

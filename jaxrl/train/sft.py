@@ -1,22 +1,25 @@
 """The cold start: masked cross-entropy on demonstrations, packed once, in an order that is a function of the step."""
 
+from typing import Any
+
 import numpy as np
 
-from jaxrl.config import ConfigError
+from jaxrl.config import ConfigError, PreferConfig, SftConfig
 from jaxrl.data import packing, recorded
 from jaxrl.data.recorded import Worked
 from jaxrl.records import Batch, Conversation, Demonstration
 from jaxrl.rl.supervised import supervised_loss
+from jaxrl.train.distill import distilled
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session
 from jaxrl.train.state import TrainState, sft_optimizer
-from jaxrl.train.update import Updater, cross_entropy_loss
+from jaxrl.train.update import LossFunction, Updater, cross_entropy_loss
 
 LINE_EVERY = 25
 """Steps between plain progress lines."""
 SAVE_EVERY = 10
-"""Cold-start steps for each step of ``CheckpointConfig.every``: they are much shorter than those of reinforcement."""
+"""Steps without episodes for each step of ``CheckpointConfig.every``: they are much shorter than those with."""
 
 
 def cold_start(session: Session, recorder: Recorder, progress: RunProgress, state: TrainState) -> TrainState:
@@ -32,24 +35,39 @@ def cold_start(session: Session, recorder: Recorder, progress: RunProgress, stat
             row_tokens=config.sft.row_tokens,
             update="batch",
         )
-    updater = Updater(
-        cross_entropy_loss(session.model, supervised_loss("SftConfig.loss", config.sft.loss, config.sft.loss_settings)),
-        sft_optimizer(config.sft, config.optimizer, session.trained_specs),
-        session.mesh,
-        offload=config.optimizer.offload,
-        base=session.base,
-    )
+    supervised = supervised_loss("SftConfig.loss", config.sft.loss, config.sft.loss_settings)
+    loss, teacher = distilled(session, cross_entropy_loss(session.model, supervised), "cold_start")
+    updater = offline_updater(session, loss, config.sft, teacher)
     with recorder.timer.phase("compile"):
         updater.compile(state, config.sft.rows, config.sft.row_tokens)
     while progress.step < config.sft.steps:
         with recorder.timer.phase("cold start"):
-            state, metrics = updater.step(state, [_batch(batches, config.train.seed, progress.step)])
+            state, metrics = updater.step(state, [batch_of(batches, config.train.seed, progress.step)])
         progress.step += 1
         recorder.sft_step(progress, metrics)
-        last = progress.step == config.sft.steps
-        if last or progress.step % (SAVE_EVERY * config.checkpoint.every) == 0:
+        if is_saved(progress.step, config.sft.steps, config.checkpoint.every):
             recorder.save(progress, state, None, None)
     return state
+
+
+def offline_updater(
+    session: Session, loss: LossFunction, section: SftConfig | PreferConfig, teacher: Any = None
+) -> Updater:
+    """An updater for a stage that plays no episodes."""
+    optimizer = session.config.optimizer
+    return Updater(
+        loss,
+        sft_optimizer(section, optimizer, session.trained_specs),
+        session.mesh,
+        offload=optimizer.offload,
+        base=session.base,
+        teacher=teacher,
+    )
+
+
+def is_saved(step: int, steps: int, every: int) -> bool:
+    """Whether a checkpoint is due after so many steps of such a stage."""
+    return step == steps or step % (SAVE_EVERY * every) == 0
 
 
 def sequence(session: Session, worked: Worked) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +89,7 @@ def sequence(session: Session, worked: Worked) -> tuple[np.ndarray, np.ndarray]:
     return recorded.sequence_of(worked, mask_failed=mask_failed)
 
 
-def _batch(batches: list[Batch], seed: int, step: int) -> Batch:
+def batch_of(batches: list[Batch], seed: int, step: int) -> Batch:
     """The batch of a step: every epoch is a fresh permutation."""
     epoch, position = divmod(step, len(batches))
     return batches[np.random.default_rng((seed, epoch)).permutation(len(batches))[position]]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl import mesh as meshes
-from jaxrl.config import ConfigError, OptimizerConfig, SftConfig
+from jaxrl.config import ConfigError, OptimizerConfig, PreferConfig, SftConfig
 from jaxrl.model import spec
 
 HOST, DEVICE = "pinned_host", "device"
@@ -40,7 +40,9 @@ def rl_optimizer(config: OptimizerConfig, specs: Any) -> optax.GradientTransform
     )
 
 
-def sft_optimizer(config: SftConfig, optimizer: OptimizerConfig, specs: Any) -> optax.GradientTransformation:
+def sft_optimizer(
+    config: SftConfig | PreferConfig, optimizer: OptimizerConfig, specs: Any
+) -> optax.GradientTransformation:
     """AdamW with linear warm-up and cosine decay to a tenth of the rate."""
     peak, warmup = config.learning_rate, config.warmup_steps
     rate = optax.warmup_cosine_decay_schedule(

@@ -7,7 +7,7 @@ batch; the aggregation's global denominator is already in the weights, so micro-
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,18 @@ from jaxrl.train.state import DEVICE, HOST, TrainState, in_memory
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Name to (sum, count); of a name that ends in _max to (largest, 1 or 0)."""
+
+Fixed = tuple[Base | None, Any]
+"""Weights beneath adapters, and those of a teacher."""
+
+
+class Guides(NamedTuple):
+    """What a loss with a teacher measures against."""
+
+    reference: Any
+    teacher: Any
+
+
 LossFunction = Callable[[Any, Batch, Any], tuple[jax.Array, Metrics]]  # parameters, batch, reference parameters or None
 
 
@@ -130,6 +142,10 @@ def _merge(name: str, total: tuple[jax.Array, jax.Array], new: tuple[jax.Array, 
     return combine(total[0], new[0]), combine(total[1], new[1])
 
 
+def _values(metrics: Metrics) -> dict[str, float]:
+    return {name: float(value) / max(float(count), 1.0) for name, (value, count) in jax.device_get(metrics).items()}
+
+
 def over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Metrics of a step with several updates: means, but the gap to the sampler as the first update found it.
 
@@ -178,6 +194,7 @@ class Updater:
         launches: held while work is handed to the devices, where a rollout engine does so as well; see ``Engine``.
         offload: the optimizer state comes and goes in the host's memory.
         base: frozen weights; the state and the reference then hold adapters on them, and only those are differentiated.
+        teacher: frozen weights of a teacher; the loss then gets ``Guides`` in place of the reference.
     """
 
     def __init__(
@@ -189,19 +206,24 @@ class Updater:
         *,
         offload: bool = False,
         base: Base | None = None,
+        teacher: Any = None,
     ) -> None:
-        def loss_of_trained(trained: Any, base: Base | None, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
-            if base is None:
-                return loss(trained, batch, reference)
-            return loss(base.adapted(trained), batch, None if reference is None else base.adapted(reference))
+        def loss_of_trained(trained: Any, fixed: Fixed, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
+            base, teacher = fixed
+            if base is not None:
+                trained, reference = base.adapted(trained), None if reference is None else base.adapted(reference)
+            return loss(trained, batch, reference if teacher is None else Guides(reference, teacher))
+
+        def measured(trained: Any, fixed: Fixed, batch: Batch, reference: Any) -> Metrics:
+            return loss_of_trained(trained, fixed, batch, reference)[1]
 
         gradient = jax.grad(loss_of_trained, has_aux=True)
 
-        def first(params: Any, base: Base | None, batch: Batch, reference: Any) -> Any:
-            return gradient(params, base, batch, reference)
+        def first(params: Any, fixed: Fixed, batch: Batch, reference: Any) -> Any:
+            return gradient(params, fixed, batch, reference)
 
-        def more(total: Any, params: Any, base: Base | None, batch: Batch, reference: Any) -> Any:
-            gradients, metrics = gradient(params, base, batch, reference)
+        def more(total: Any, params: Any, fixed: Fixed, batch: Batch, reference: Any) -> Any:
+            gradients, metrics = gradient(params, fixed, batch, reference)
             merged = {name: _merge(name, total[1][name], pair) for name, pair in metrics.items()}
             return jax.tree.map(jnp.add, total[0], gradients), merged
 
@@ -214,11 +236,12 @@ class Updater:
         def reset(state: TrainState) -> TrainState:
             return TrainState(state.params, optimizer.init(state.params), jnp.zeros_like(state.step))
 
-        self._mesh, self._base = mesh, base
+        self._mesh, self._fixed = mesh, (base, teacher)
         self._launches = launches or contextlib.nullcontext()
         self._offload = offload
         rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)
         self._placement = jax.sharding.NamedSharding(mesh, rows)
+        self._measured = jax.jit(measured)
         self._first = jax.jit(first)
         self._more = jax.jit(more, donate_argnums=0)
         self._apply = jax.jit(apply, donate_argnums=0)
@@ -233,7 +256,7 @@ class Updater:
         empty = Batch.zeros(rows, row_tokens)
         with jax.set_mesh(self._mesh):
             total = jax.eval_shape(
-                self._first, state.params, self._base, jax.device_put(empty, self._placement), reference
+                self._first, state.params, self._fixed, jax.device_put(empty, self._placement), reference
             )
             check_layout("the gradient of", shardings_of(total[0], self._mesh), state.params)
             gradients, _ = self._accumulate(state, [empty, empty], reference)
@@ -264,10 +287,16 @@ class Updater:
             with self._launches:
                 state, norm = self._apply(self._bring(state), gradients)
             state = self._put_away(state)
-        values = {
-            name: float(value) / max(float(count), 1.0) for name, (value, count) in jax.device_get(metrics).items()
-        }
-        return state, values | {"grad_norm": float(norm)}
+        return state, _values(metrics) | {"grad_norm": float(norm)}
+
+    def measure(self, params: Any, batches: Iterable[Batch], reference: Any = None) -> dict[str, float]:
+        """Every metric of the loss over all batches, as its mean or maximum; nothing is changed."""
+        total: Metrics = {}
+        with jax.set_mesh(self._mesh):
+            for batch in batches:
+                new = self._measured(params, self._fixed, jax.device_put(batch, self._placement), reference)
+                total = {name: _merge(name, total[name], pair) for name, pair in new.items()} if total else new
+        return _values(total)
 
     def _bring(self, state: TrainState) -> TrainState:
         """With its moments on the devices."""
@@ -283,7 +312,7 @@ class Updater:
             placed = jax.device_put(batch, self._placement)
             with self._launches:
                 if total is None:
-                    total = self._first(state.params, self._base, placed, reference)
+                    total = self._first(state.params, self._fixed, placed, reference)
                 else:
-                    total = self._more(total, state.params, self._base, placed, reference)
+                    total = self._more(total, state.params, self._fixed, placed, reference)
         return total

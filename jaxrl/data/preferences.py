@@ -1,0 +1,101 @@
+"""Answers that somebody compared or judged, from JSONL files. docs/algorithms.md has the format."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from jaxrl.config import PreferConfig
+from jaxrl.data.problems import DataError, Row, read_rows
+from jaxrl.data.recorded import messages
+from jaxrl.records import Conversation, Message
+
+FIELDS = {
+    "pairs": ("prompt", "chosen", "rejected"),
+    "judged": ("prompt", "completion", "label"),
+    "reward": ("prompt", "chosen", "rejected"),
+    "process": ("prompt", "completions", "labels"),
+}
+"""What a row has, by kind."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """A prompt with two answers, the chosen one first; or with a single one that was judged; or with one in steps."""
+
+    prompt: tuple[Message, ...]
+    answers: tuple[tuple[Message, ...], ...] = ()
+    good: bool = True  # of a single answer
+    steps: tuple[tuple[str, bool], ...] = ()  # text of each, and whether it is right
+
+    def conversation(self, place: str, answer: int, of: "Preference | None" = None) -> Conversation:
+        """The prompt with an answer to it, or with one to another prompt. ``place`` names it in errors."""
+        return Conversation(place, self.prompt + (of or self).answers[answer])
+
+
+def load(config: PreferConfig, seed: int) -> tuple[tuple[Preference, ...], tuple[Preference, ...]]:
+    """Rows to train on and rows kept back, the latter chosen by ``seed``.
+
+    Raises:
+        DataError: no file, too few rows, or a row that is not of the kind; the message names file and line.
+    """
+    if not config.data:
+        raise DataError("PreferConfig.data names no file; add --set PreferConfig.data=pairs.jsonl")
+    rows = [preference(row, config.kind) for part in config.data.split(",") for row in read_rows(part.strip())]
+    if len(rows) < 2:
+        raise DataError(f"{config.data} has {len(rows)} rows; at least 2 are needed")
+    back = set(random.Random(f"preferences {seed}").sample(range(len(rows)), min(config.held_out, len(rows) // 2)))
+    return tuple(row for i, row in enumerate(rows) if i not in back), tuple(rows[i] for i in sorted(back))
+
+
+def preference(row: Row, kind: str) -> Preference:
+    """The preference of a row.
+
+    Raises:
+        DataError: naming file, line and what is wrong.
+    """
+    if missing := [name for name in FIELDS[kind] if name not in row.fields]:
+        raise DataError(f"{row.place}: no {missing[0]!r}; a row of kind {kind!r} has {', '.join(FIELDS[kind])}")
+    prompt = tuple(
+        dataclasses.replace(message, learned=False)
+        for message in _messages(row.fields["prompt"], "user", f"{row.place}: prompt", "")
+    )
+    if prompt[-1].role == "assistant":
+        raise DataError(f"{row.place}: the prompt ends with the assistant; answers begin with it")
+    if kind == "process":
+        return Preference(prompt, steps=_steps(row))
+    names = [name for name in FIELDS[kind] if name not in ("prompt", "label")]
+    answers = tuple(_answer(row, name, prompt[-1].role) for name in names)
+    label = row.fields["label"] if kind == "judged" else True
+    if not isinstance(label, bool):
+        raise DataError(f"{row.place}: label is {label!r}; it must be true or false")
+    return Preference(prompt, answers, label)
+
+
+def _answer(row: Row, name: str, before: str) -> tuple[Message, ...]:
+    answer = _messages(row.fields[name], "assistant", f"{row.place}: {name}", before)
+    if answer[-1].role != "assistant" or not any(message.learned for message in answer if message.role == "assistant"):
+        raise DataError(f"{row.place}: {name} must end with an assistant message, and one must have a weight")
+    return tuple(answer)
+
+
+def _steps(row: Row) -> tuple[tuple[str, bool], ...]:
+    texts, labels = row.fields["completions"], row.fields["labels"]
+    if not (isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels) and texts):
+        raise DataError(f"{row.place}: completions and labels must be lists of the same length, of one step or more")
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(label, bool) for label in labels):
+        raise DataError(f"{row.place}: completions must be texts and labels true or false")
+    return tuple(zip(texts, labels, strict=True))
+
+
+def texts_of(preferences: Sequence[Preference]) -> list[str]:
+    """All text in them that a tokenizer may be trained on."""
+    texts = []
+    for one in preferences:
+        texts += [message.text for message in (*one.prompt, *(m for answer in one.answers for m in answer))]
+        texts += [text for text, _ in one.steps]
+    return texts
+
+
+def _messages(value: Any, role: str, where: str, before: str) -> list[Message]:
+    return messages([{"role": role, "content": value}] if isinstance(value, str) else value, where, before)

@@ -1,0 +1,80 @@
+"""A reward model that ``jaxrl prefer`` trained, as a reward."""
+
+import asyncio
+import functools
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxrl.config import ConfigError
+from jaxrl.model import hf, value
+from jaxrl.records import Trajectory
+
+LEAST_TOKENS = 64
+"""Rows are padded to this length or a power of two above it, so that few shapes are compiled."""
+
+
+class RewardModel:
+    """A decoder with a value head, on the first device."""
+
+    def __init__(self, folder: str) -> None:
+        """
+        Args:
+            folder: the export of a run of kind "reward" or "process".
+
+        Raises:
+            ConfigError: no such model there.
+        """
+        path = pathlib.Path(folder)
+        if not (path / value.HEAD_FILE).is_file():
+            raise ConfigError(
+                f"{folder!r} holds no {value.HEAD_FILE}; give the folder export of a run of `jaxrl prefer` with "
+                "PreferConfig.kind='reward' or 'process'"
+            )
+        config, decoder = hf.load_folder(path)
+        params = {value.DECODER: decoder, value.HEAD: value.load_head(path, config.width)}
+        self._params = jax.device_put(params, jax.devices()[0])
+        self._vocab_size = config.vocab_size
+        self._score = jax.jit(functools.partial(value.token_values, config=config))
+
+    def values(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[T] float32: the value after each token of a text.
+
+        Args:
+            ids: [T], of the tokenizer the model was trained with.
+
+        Raises:
+            ValueError: an id beyond its vocabulary.
+        """
+        ids = np.asarray(ids, np.int32)
+        if len(ids) and int(ids.max()) >= self._vocab_size:
+            raise ValueError(f"id {ids.max()} is beyond the reward model's vocabulary of {self._vocab_size}")
+        width = max(LEAST_TOKENS, 1 << max(len(ids) - 1, 0).bit_length())
+        row = np.zeros((3, 1, width), np.int32)
+        row[0, 0, : len(ids)], row[1, 0], row[2, 0, : len(ids)] = ids, np.arange(width), 1
+        tokens, positions, segment_ids = row
+        values = self._score(self._params, tokens=tokens, positions=positions, segment_ids=segment_ids)
+        return np.asarray(values)[0, : len(ids)]
+
+    def of_trajectory(self, trajectory: Trajectory) -> float:
+        """The value of a whole episode: after its last token."""
+        return float(self.values(np.concatenate([trajectory.prompt_ids, trajectory.ids]))[-1])
+
+    def of_turns(self, trajectory: Trajectory) -> np.ndarray:
+        """[policy turns]: σ of the value at the end of each, the chance that it is right by a process reward model."""
+        values = self.values(np.concatenate([trajectory.prompt_ids, trajectory.ids]))
+        ends = [len(trajectory.prompt_ids) + turn.end - 1 for turn in trajectory.turns if turn.author == "policy"]
+        return 1 / (1 + np.exp(-values[ends]))
+
+
+@functools.lru_cache(maxsize=4)
+def reward_model(folder: str) -> RewardModel:
+    """The reward model of a folder, read once."""
+    return RewardModel(folder)
+
+
+async def learned_score(trajectory: Trajectory, folder: str) -> float:
+    """What the reward model in ``folder`` gives a whole episode; other episodes go on meanwhile."""
+    return await asyncio.to_thread(reward_model(folder).of_trajectory, trajectory)

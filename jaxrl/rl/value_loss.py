@@ -1,0 +1,29 @@
+"""What a critic learns from."""
+
+import jax
+import jax.numpy as jnp
+
+
+def clipped_value_loss(
+    values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, *, clip: float
+) -> tuple[jax.Array, jax.Array]:
+    """½ max((V - R)², (V' - R)²) of every sampled token, V' = V kept within ``clip`` of its old value.
+
+    A token whose value moved further than that towards its return has no gradient (OpenAI baselines' PPO; verl).
+
+    Args:
+        values: [B, T] of the critic being trained; gradients flow through these.
+        old_values: [B, T] of the critic when the step began.
+        returns: [B, T].
+        mask: [B, T], non-zero where the policy sampled the token; elsewhere nothing matters, NaN included.
+        clip: in units of reward.
+
+    Returns:
+        The loss before aggregation and where the clipped term was the larger, [B, T] both, 0 where the mask is.
+    """
+    here = mask > 0
+    values = jnp.where(here, values, 0.0)
+    old_values, returns = (jax.lax.stop_gradient(jnp.where(here, x, 0.0)) for x in (old_values, returns))
+    near = jnp.clip(values, old_values - clip, old_values + clip)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    return 0.5 * jnp.maximum(plain, clipped), (clipped > plain).astype(values.dtype)

@@ -1,0 +1,107 @@
+"""Learning from a teacher: on demonstrations in the cold start, on the policy's own samples in reinforcement."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.config import ConfigError, DistillConfig, ModelConfig
+from jaxrl.model import hf, logprob
+from jaxrl.records import Batch
+from jaxrl.rl.distillation import WHOLE_LOSSES, Predictions, Taught, distillation
+from jaxrl.rl.tokens import sampled
+from jaxrl.train.session import Session
+from jaxrl.train.update import Guides, LossFunction, Metrics
+
+Stage = Literal["cold_start", "reinforcement"]
+
+
+def distilled(session: Session, own: LossFunction, stage: Stage) -> tuple[LossFunction, Any]:
+    """The loss of a stage with what the teacher adds to it, and the teacher's weights; ``own`` and None without one.
+
+    Raises:
+        ConfigError: a teacher with another vocabulary, or a folder that holds none.
+    """
+    config = session.config.distill
+    if not config.teacher or config.stages not in (stage, "both"):
+        return own, None
+    model, teacher = hf.load_folder(config.teacher, session.model.compute_dtype, mesh=session.mesh)
+    if model.vocab_size != session.model.vocab_size:
+        raise ConfigError(
+            f"DistillConfig.teacher={config.teacher!r} has a vocabulary of {model.vocab_size}, the policy one of "
+            f"{session.model.vocab_size}; both must have the same tokenizer"
+        )
+    temperature = session.config.engine.temperature if stage == "reinforcement" else 1.0
+    return distillation_loss(own, (session.model, model), config, stage, temperature), teacher
+
+
+def distillation_loss(
+    own: LossFunction,
+    models: tuple[ModelConfig, ModelConfig],
+    config: DistillConfig,
+    stage: Stage,
+    temperature: float = 1.0,
+) -> LossFunction:
+    """The mean loss towards the teacher over the stage's tokens, and ``task_weight`` of the stage's own.
+
+    Args:
+        own: the stage's loss.
+        models: of the policy and of the teacher.
+        stage: the tokens are weighted by ``rl_weights`` in reinforcement, by ``ce_weights`` in the cold start.
+        temperature: the sampler's, of log-probabilities of sampled tokens.
+    """
+    of_token = distillation(config)
+    of_rows = _of_whole if config.loss in WHOLE_LOSSES else functools.partial(_of_sampled, temperature=temperature)
+
+    def loss(params: Any, batch: Batch, guides: Guides) -> tuple[jax.Array, Metrics]:
+        per_token, shown = of_rows(params, batch, guides.teacher, models, of_token)
+        weights = batch.rl_weights if stage == "reinforcement" else batch.ce_weights
+        there = batch.mask > 0
+        total = (weights * jnp.where(there, per_token, 0.0)).sum()
+        shown = {"distillation": per_token, **shown}
+        metrics = {name: (jnp.where(there, x, 0.0).sum(), batch.mask.sum()) for name, x in shown.items()}
+        if config.task_weight:
+            own_total, own_metrics = own(params, batch, guides.reference)
+            total, metrics = total + config.task_weight * own_total, own_metrics | metrics
+        return total, metrics | {"loss": (total, jnp.zeros(()))}  # a sum: the weights divide it already
+
+    return loss
+
+
+def _of_whole(
+    params: Any, batch: Batch, teacher: Any, models: tuple[ModelConfig, ModelConfig], of_token: Callable[..., jax.Array]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """[B, T] of the whole distributions of every token."""
+    rows = batch.tokens, batch.positions, batch.segment_ids
+    compared = logprob.compared(
+        params, models[0], teacher, models[1], rows, lambda own, theirs: of_token(Predictions(own, theirs))
+    )
+    return compared, {}
+
+
+def _of_sampled(
+    params: Any,
+    batch: Batch,
+    teacher: Any,
+    models: tuple[ModelConfig, ModelConfig],
+    of_token: Callable[..., Any],
+    *,
+    temperature: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """[B, T] of what both think of the sampled tokens."""
+    rows = batch.tokens, batch.positions, batch.segment_ids
+    stats = logprob.sequence_logprobs(params, models[0], *rows, temperature)
+    theirs = logprob.sequence_logprobs(teacher, models[1], *rows, temperature).logprobs
+    tokens = sampled(
+        batch.mask,
+        stats.logprobs,
+        proximal_logprobs=batch.proximal_logprobs,
+        behaviour_logprobs=batch.behaviour_logprobs,
+        advantages=batch.advantages,
+        segment_ids=batch.segment_ids,
+        entropy=stats.entropy,
+    )
+    result = of_token(Taught(tokens, jax.lax.stop_gradient(jnp.where(batch.mask > 0, theirs, 0.0))))
+    return result.loss, result.metrics

@@ -1,0 +1,148 @@
+"""``jaxrl prefer``: training on answers that were compared or judged. Started again on its folder, it goes on."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl.config import Config
+from jaxrl.data import packing, preferences
+from jaxrl.data.preferences import Preference
+from jaxrl.observe.metrics import PhaseTimer
+from jaxrl.observe.progress import Progress
+from jaxrl.observe.report import SUMMARY_FILE
+from jaxrl.records import Batch, Conversation
+from jaxrl.rl.preference import VALUED
+from jaxrl.train import experiment
+from jaxrl.train.checkpoint import Checkpoints
+from jaxrl.train.preference_loss import method, preference_loss, score_loss
+from jaxrl.train.progress import RunProgress
+from jaxrl.train.recorder import Recorder
+from jaxrl.train.run import RunError, open_run
+from jaxrl.train.session import Session, open_offline_session
+from jaxrl.train.sft import batch_of, is_saved, offline_updater
+from jaxrl.train.state import TrainState
+
+LINE_EVERY = 25
+"""Steps between plain progress lines."""
+
+
+def packed(session: Session, rows: Sequence[Preference]) -> list[Batch]:
+    """Packed rows: the chosen and the rejected answers, or judged answers and those of the next row, or steps."""
+    config = session.config.prefer
+    shape = {"rows": config.rows, "row_tokens": config.row_tokens}
+
+    def sequence(index: int, answer: int, of: Preference | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return session.chat.conversation(rows[index].conversation(f"{config.data}, row {index}", answer, of))
+
+    if config.kind == "process":
+        return packing.pack_steps([_steps(session, row) for row in rows], **shape)
+    if config.kind == "judged":
+        others = [rows[(index + 1) % len(rows)] for index in range(len(rows))]
+        couples = [(sequence(index, 0), sequence(index, 0, other)) for index, other in enumerate(others)]
+    else:
+        couples = [(sequence(index, 0), sequence(index, 1)) for index in range(len(rows))]
+    signs = [1.0 if row.good else -1.0 for row in rows]
+    return packing.pack_couples(couples, signs, **shape, learned_weight=config.sft_weight)
+
+
+def _steps(session: Session, row: Preference) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a prompt and an answer in steps, each tokenised by itself, and the sign of each step on its last token."""
+    ids = session.chat.conversation(Conversation("prompt", row.prompt))[0].tolist()
+    signs = [0] * len(ids)
+    for text, right in row.steps:
+        written = session.tokenizer.encode(text, special=True)
+        ids += written
+        signs += [0] * (len(written) - 1) + [1 if right else -1] if written else []
+    return np.asarray(ids, np.int32), np.asarray(signs, np.int8)
+
+
+def prefer(config: Config, folder: pathlib.Path, view: Progress, *, which: str = "latest") -> dict[str, Any]:
+    """Train in ``folder`` until the configured steps are done; returns what stands in its summary.json.
+
+    Args:
+        which: the checkpoint to go on from, as for ``Checkpoints.find``; newer ones are removed.
+
+    Raises:
+        ConfigError, DataError, RunError, CheckpointError: before anything is compiled or lost, with the remedy.
+    """
+    timer = PhaseTimer(view.phase)
+    method(config.prefer)
+    with open_run(folder) as run, contextlib.closing(Checkpoints(run.checkpoints, config.checkpoint)) as checkpoints:
+        with timer.phase("prepare"):
+            rows, held_out = preferences.load(config.prefer, config.data.seed)
+            session = open_offline_session(config, run, preferences.texts_of(rows), valued=config.prefer.kind in VALUED)
+            step = checkpoints.latest() if which == "latest" else checkpoints.find(which)
+            session = session.on_base(kept=step is not None, on_bytes=experiment.shown_in(view))
+            if step is None:
+                progress, state, reference = experiment.beginning(session, experiment.shown_in(view), stage="prefer")
+            else:
+                progress, state, reference = experiment.restore(session, checkpoints, step)
+            if progress.stage != "prefer":
+                raise RunError(f"{folder} is a run of `jaxrl train`; export it, and start from there in a new --run")
+            session.keep_tokenizer()
+            if step is None:
+                session.keep_base()
+            for line in run.write_config(config):
+                view.note(f"changed since the last start: {line}")
+            run.go_back(step, progress.global_step)
+            if step is not None:
+                checkpoints.rewind(step)
+        recorder = Recorder(config, run, view, timer, progress, checkpoints)
+        try:
+            state = _learn(session, recorder, progress, state, reference, rows, held_out)
+            with timer.phase("export"):
+                experiment.export(session, state.params, run.export, on_bytes=experiment.shown_in(view))
+            recorder.settle(progress)
+        finally:
+            recorder.close()
+        checkpoints.wait()
+        summary = {"steps": progress.step, "before": progress.before, "after": progress.after}
+        summary |= {"export": str(run.export), "seconds_by_phase": progress.seconds}
+        (run.path / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        return summary
+
+
+def _learn(
+    session: Session,
+    recorder: Recorder,
+    progress: RunProgress,
+    state: TrainState,
+    reference: Any | None,
+    rows: Sequence[Preference],
+    held_out: Sequence[Preference],
+) -> TrainState:
+    config, timer = session.config, recorder.timer
+    section = config.prefer
+    recorder.view.stage("preferences", section.steps, first=progress.step, every=LINE_EVERY)
+    with timer.phase("pack"):
+        batches, measured = packed(session, rows), packed(session, held_out) if held_out else []
+        couples = max(int(batch.segment_ids.max()) // 2 for batch in (*batches, *measured))
+    loss = (score_loss if section.kind in VALUED else preference_loss)(session.model, section, couples)
+    updater = offline_updater(session, loss, section)
+
+    def measure() -> dict[str, float]:
+        with timer.phase("measure"):
+            values = updater.measure(state.params, measured, reference) if measured else {}
+        recorder.measurement(progress, values)
+        return values
+
+    with timer.phase("compile"):
+        updater.compile(state, section.rows, section.row_tokens, reference)
+    if progress.before is None:
+        progress.before = progress.after = measure()
+    while progress.step < section.steps:
+        with timer.phase("preferences"):
+            batch = batch_of(batches, config.train.seed, progress.step)
+            state, metrics = updater.step(state, [batch], reference)
+        progress.step += 1
+        recorder.offline_step(progress, "prefer", metrics)
+        last = progress.step == section.steps
+        if last or (section.measure_every and progress.step % section.measure_every == 0):
+            progress.after = measure()
+        if is_saved(progress.step, section.steps, config.checkpoint.every):
+            recorder.save(progress, state, reference, None)
+    return state

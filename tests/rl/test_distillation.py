@@ -1,0 +1,85 @@
+"""Distillation against TRL's generalised Jensen-Shannon divergence, every case, and the policy-gradient form."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.config import ConfigError
+from jaxrl.rl.distillation import SAMPLED_LOSSES, Predictions, Taught, generalised_jsd, on_policy
+from jaxrl.rl.tokens import Tokens, sampled
+
+Golden = Callable[[str], list[dict[str, Any]]]
+
+
+def test_every_case_of_trl(golden: Golden) -> None:
+    checked = 0
+    for case in golden("trl/distillation"):
+        inputs, outputs, settings = case["inputs"], case["outputs"], case["settings"]
+        valid = (np.asarray(inputs["labels"]) != -100).astype(np.float32)
+
+        def loss(student: jax.Array, inputs: Any = inputs, settings: Any = settings, valid: Any = valid) -> jax.Array:
+            return (
+                generalised_jsd(Predictions(student, inputs["teacher_logits"]), **settings) * valid
+            ).sum() / valid.sum()
+
+        value, gradient = jax.value_and_grad(loss)(jnp.asarray(inputs["student_logits"]))
+        np.testing.assert_allclose(value, outputs["loss"], rtol=1e-5, atol=1e-6, err_msg=case["id"])
+        np.testing.assert_allclose(gradient, outputs["grad"], rtol=1e-4, atol=1e-6, err_msg=case["id"])
+        assert not np.asarray(gradient)[valid == 0].any()
+        checked += 1
+    assert checked == 30
+
+
+def taught(logprobs: jax.Array, teacher: Any, behaviour: Any, mask: Any) -> Taught:
+    tokens: Tokens = sampled(
+        jnp.asarray(mask),
+        logprobs,
+        proximal_logprobs=behaviour,
+        behaviour_logprobs=behaviour,
+        advantages=jnp.zeros_like(logprobs),
+        segment_ids=jnp.ones(logprobs.shape, jnp.int32),
+        entropy=jnp.zeros_like(logprobs),
+    )
+    return Taught(tokens, jnp.where(jnp.asarray(mask) > 0, teacher, 0.0))
+
+
+def test_the_policy_gradient_form_is_its_formula_and_drops_tokens_that_fell() -> None:
+    logprobs = np.log(np.array([[0.5, 0.5, 0.5, 0.5]], np.float32))
+    behaviour = np.log(np.array([[0.5, 0.69, 0.71, 0.4]], np.float32))
+    teacher = np.log(np.array([[0.9, 0.25, 0.25, np.nan]], np.float32))
+    mask = np.array([[1.0, 1.0, 1.0, 0.0]], np.float32)
+
+    def loss(logprobs: jax.Array) -> jax.Array:
+        return on_policy(taught(logprobs, teacher, behaviour, mask), drop=0.2, ratio_penalty=0.1).loss.sum()
+
+    gradient = np.asarray(jax.grad(loss)(jnp.asarray(logprobs)))[0]
+    log_ratio, advantage = (logprobs - behaviour)[0], (teacher - logprobs)[0]
+    wanted = [-np.exp(log_ratio[i]) * advantage[i] * (i < 2) + 0.2 * log_ratio[i] for i in range(3)]
+    np.testing.assert_allclose(gradient, [*wanted, 0.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["on_policy", "k2"])
+def test_on_policy_forms_have_the_gradient_of_the_reverse_kl(name: str) -> None:
+    """In expectation over all tokens the student may write."""
+    logits, teacher = jnp.array([0.3, -0.5, 1.0]), jax.nn.log_softmax(jnp.array([-1.0, 0.4, 0.2]))
+
+    def expected(student: jax.Array) -> jax.Array:
+        own = jax.nn.log_softmax(student)
+        behaviour = jax.lax.stop_gradient(own)
+        record = taught(own[None], teacher[None], behaviour[None], jnp.ones((1, 3)))
+        return (jnp.exp(behaviour) * SAMPLED_LOSSES[name](record).loss[0]).sum()
+
+    wanted = jax.grad(lambda student: generalised_jsd(Predictions(student, teacher), beta=1.0))(logits)
+    np.testing.assert_allclose(jax.grad(expected)(logits), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_divergence_from_itself_is_zero_and_tokens_without_a_chance_add_nothing() -> None:
+    logits = jnp.array([0.3, -jnp.inf, 1.0])
+    for beta in (0.0, 0.3, 1.0):
+        assert float(generalised_jsd(Predictions(logits, logits), beta=beta)) == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(ConfigError, match=r"beta=1.5 .* between 0 and 1"):
+        generalised_jsd(Predictions(logits, logits), beta=1.5)

@@ -1,0 +1,220 @@
+"""`jaxrl prefer` on stories: programs that run against programs that fail at first."""
+
+import dataclasses
+import io
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl import config as configuration
+from jaxrl.config import Config, ConfigError, ModelConfig, PreferConfig
+from jaxrl.data import packing, preferences
+from jaxrl.data.demonstrations import story_demonstrations
+from jaxrl.data.problems import DataError
+from jaxrl.model import hf, logprob, spec, transformer
+from jaxrl.observe.progress import Progress
+from jaxrl.observe.writers import read_metrics
+from jaxrl.records import Demonstration
+from jaxrl.train import prefer, preference_loss
+
+MODEL = ModelConfig(vocab_size=24, layers=1, width=16, query_heads=2, kv_heads=1, head_width=8, ffn_width=32)
+STORIES = 80
+
+
+def messages(demonstration: Demonstration) -> list[dict[str, str]]:
+    roles = ["assistant", "tool"] * len(demonstration.turns)
+    return [{"role": role, "content": text} for role, text in zip(roles, demonstration.turns, strict=False)]
+
+
+def write(path: pathlib.Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Pairs of stories, each row's prompt a plain text."""
+    good, bad = (story_demonstrations(STORIES, 0.0, share, 3) for share in (0.0, 1.0))
+    rows = [
+        {"prompt": one.problem.question, "chosen": messages(one), "rejected": messages(other)}
+        for one, other in zip(good, bad, strict=True)
+    ]
+    data = write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
+    overrides = [
+        "ModelConfig.layers=1",
+        "ModelConfig.width=32",
+        "ModelConfig.query_heads=2",
+        "ModelConfig.kv_heads=1",
+        "ModelConfig.head_width=16",
+        "ModelConfig.ffn_width=64",
+        "TokenizerConfig.vocab_size=480",
+        "ChatConfig.show_tools=False",
+        f"PreferConfig.data='{data}'",
+        "PreferConfig.held_out=16",
+        "PreferConfig.steps=20",
+        "PreferConfig.rows=4",
+        "PreferConfig.learning_rate=3e-3",
+        "PreferConfig.warmup_steps=2",
+        "PreferConfig.measure_every=0",
+        "PreferConfig.sft_weight=1.0",
+        "CheckpointConfig.every=1",
+    ]
+    return configuration.load("", overrides)
+
+
+def run(config: Config, folder: pathlib.Path, which: str = "latest") -> dict[str, Any]:
+    with Progress("prefer", file=io.StringIO(), live=False) as view:
+        return prefer.prefer(config, folder, view, which=which)
+
+
+@pytest.fixture(scope="module")
+def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("prefer") / "run"
+    run(config, folder)
+    return folder
+
+
+def test_margins_grow_on_pairs_never_trained_on(finished: pathlib.Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    before, after = summary["before"], summary["after"]
+    assert before["margin"] == 0 and before["preference_loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert after["accuracy"] > 0.9 and after["margin"] > 1 and after["preference_loss"] < 0.6
+    assert after["chosen_nll"] < before["chosen_nll"]
+    assert [row["step"] for row in read_metrics(finished, "held_out")] == [0, 20]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_with_the_same_bits(config: Config, finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    again = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(again / "export")
+    run(config, again, which="10")
+    assert [row["step"] for row in read_metrics(again, "prefer")] == list(range(1, 21))
+    weights = [(folder / "export" / "model.safetensors").read_bytes() for folder in (finished, again)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_the_export_is_a_model_to_go_on_from(config: Config, finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Judged answers this time; the reference is the export, so the log-ratios begin at 0 and the KL estimate too."""
+    rows = [json.loads(line) for line in pathlib.Path(config.prefer.data).read_text().splitlines()]
+    judged = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    section = dataclasses.replace(
+        config.prefer, data=write(tmp_path / "judged.jsonl", judged), kind="judged", loss="kto", steps=2
+    )
+    model = dataclasses.replace(config.model, path=str(finished / "export"))
+    after = run(dataclasses.replace(config, model=model, prefer=section), tmp_path / "run")
+    assert after["before"]["kl_estimate"] == 0 and after["before"]["preference_loss"] == pytest.approx(0.5)
+    hf.load_folder(after["export"])
+
+
+def sequences(count: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(4, 9, count)
+    ids = [draw.integers(0, 24, length).astype(np.int32) for length in lengths]
+    masks = [np.arange(length) >= draw.integers(1, 4) for length in lengths]
+    return list(zip(ids, masks, strict=True))
+
+
+def couples(count: int, rows: int, learned_weight: float = 0.0) -> list[Any]:
+    pairs = list(zip(sequences(count), sequences(count, 1), strict=True))
+    return packing.pack_couples(pairs, [1.0] * count, rows=rows, row_tokens=40, learned_weight=learned_weight)
+
+
+def parameters(seed: int) -> Any:
+    return spec.initialize(transformer.param_specs(MODEL), jax.random.key(seed))
+
+
+def test_packed_pairs_have_the_loss_of_answers_scored_one_by_one() -> None:
+    config = PreferConfig(loss_settings={"beta": 0.3}, sft_weight=0.5)
+    params, reference = parameters(0), parameters(1)
+    (batch,) = couples(5, 4, 0.5)
+    loss, metrics = preference_loss.preference_loss(MODEL, config, 4)(params, batch, reference)
+
+    def summed(params: Any, sequence: tuple[np.ndarray, np.ndarray]) -> float:
+        ids, mask = sequence
+        row = ids[None], np.arange(len(ids), dtype=np.int32)[None], np.ones((1, len(ids)), np.int32)
+        return float((logprob.sequence_logprobs(params, MODEL, *map(jnp.asarray, row)).logprobs[0] * mask).sum())
+
+    ratios = [[summed(params, one) - summed(reference, one) for one in sequences(5, seed)] for seed in (0, 1)]
+    margin = np.subtract(*ratios)
+    nll = -sum(summed(params, one) for one in sequences(5)) / sum(mask.sum() for _, mask in sequences(5))
+    assert float(loss) == pytest.approx(np.logaddexp(0, -0.3 * margin).mean() + 0.5 * nll, rel=1e-4)
+    assert float(metrics["margin"][0]) == pytest.approx(margin.sum(), rel=1e-3, abs=1e-4)
+    assert metrics["margin"][1] == 5 and float(metrics["accuracy"][0]) == (margin > 0).sum()
+
+
+def test_the_weights_of_pairs_sum_to_one_and_stand_on_chosen_answers() -> None:
+    for batch in couples(9, 1, 0.5):
+        assert batch.rl_weights.sum() == pytest.approx(1)
+        assert (batch.segment_ids[batch.rl_weights > 0] % 2 == 1).all()
+        assert batch.ce_weights.sum() == pytest.approx(0.5) and not batch.ce_weights[batch.mask == 0].any()
+        assert int(batch.segment_ids.max()) % 2 == 0
+
+
+def test_prompts_and_tool_turns_have_no_gradient() -> None:
+    """The gradient of the loss with respect to the embedding of a masked-out target alone is zero."""
+    config = PreferConfig()
+    (batch,) = couples(3, 3)
+    changed = batch.replace(behaviour_logprobs=np.full_like(batch.mask, np.nan), versions=batch.versions + 1)
+    loss = preference_loss.preference_loss(MODEL, config, 3)
+    first, second = (jax.grad(loss, has_aux=True)(parameters(0), one, parameters(1))[0] for one in (batch, changed))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    nothing = batch.replace(mask=np.zeros_like(batch.mask))
+    gradient, _ = jax.grad(loss, has_aux=True)(parameters(0), nothing, parameters(1))
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "complaint"),
+    [
+        ("pairs", {"prompt": "q", "chosen": "a"}, "no 'rejected'; a row of kind 'pairs' has prompt, chosen, rejected"),
+        ("judged", {"prompt": "q", "completion": "a"}, "no 'label'"),
+        ("judged", {"prompt": "q", "completion": "a", "label": 1}, "label is 1; it must be true or false"),
+        ("pairs", {"prompt": "q", "chosen": [], "rejected": "b"}, "must be a list of objects"),
+        (
+            "pairs",
+            {
+                "prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+                "chosen": "",
+                "rejected": "",
+            },
+            "the prompt ends with the assistant",
+        ),
+        (
+            "pairs",
+            {"prompt": "q", "chosen": [{"role": "tool", "content": "a"}], "rejected": "b"},
+            "is of 'tool', but after 'user' comes one of assistant",
+        ),
+    ],
+)
+def test_a_row_that_is_no_preference_is_named(
+    tmp_path: pathlib.Path, kind: Any, row: dict[str, Any], complaint: str
+) -> None:
+    data = write(tmp_path / "rows.jsonl", [row, row])
+    with pytest.raises(DataError, match=complaint) as error:
+        preferences.load(PreferConfig(data=data, kind=kind), 0)
+    assert "rows.jsonl:1" in str(error.value)
+
+
+def test_earlier_answers_in_a_prompt_are_context_alone(tmp_path: pathlib.Path) -> None:
+    prompt = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    data = write(tmp_path / "rows.jsonl", [{"prompt": prompt, "chosen": "a", "rejected": "b"}] * 4)
+    train, held_out = preferences.load(PreferConfig(data=data, held_out=1), 0)
+    assert (len(train), len(held_out)) == (3, 1)
+    assert [message.learned for message in train[0].conversation("row", 1).messages] == [False, False, False, True]
+
+
+def test_a_loss_of_another_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="PreferConfig.loss='kto' is no method"):
+        preference_loss.method(PreferConfig(loss="kto"))
+    assert preference_loss.method(PreferConfig(loss="kto", kind="judged"))
