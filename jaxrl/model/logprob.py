@@ -65,13 +65,14 @@ def sequence_logprobs(
     positions: jax.Array,
     segment_ids: jax.Array,
     temperature: float | jax.Array = 1.0,
+    experts: jax.Array | None = None,
 ) -> TokenStats:
     """Score every token of packed rows given its prefix in its segment.
 
     ``logprobs[b, t]`` and ``entropy[b, t]`` belong to ``tokens[b, t]``; both are 0 on the first token of a segment,
-    which nothing predicts, and on padding. Arguments as in ``hidden_states``.
+    which nothing predicts, and on padding. Arguments as in ``hidden_states_and_load``.
     """
-    hidden, load = hidden_states_and_load(params, config, tokens, positions, segment_ids)
+    hidden, load = hidden_states_and_load(params, config, tokens, positions, segment_ids, experts)
     stats = token_logprobs(params, config, hidden, jnp.roll(tokens, -1, axis=1), temperature)
     before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
     predicted = (segment_ids > 0) & (segment_ids == before)

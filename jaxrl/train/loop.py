@@ -52,7 +52,7 @@ async def reinforce(
     updater = Updater(loss, session.rl_optimizer, session.mesh, session.launches, offload=offload, base=session.base)
     async with contextlib.AsyncExitStack() as stack:
         with timer.phase("compile"):
-            updater.compile(state, config.train.rows, config.train.row_tokens, reference)
+            updater.compile(state, config.train.rows, config.train.row_tokens, reference, session.recorded_experts)
             weights = session.rollout_weights(state.params)
             player = await stack.enter_async_context(open_player(session, weights, progress.step))
         if progress.before is None:
