@@ -79,6 +79,7 @@ class _Response:
         self.logprobs: list[float] = []
         self.versions: list[int] = []
         self.turns: list[Turn] = []
+        self.experts: np.ndarray | None = None
 
     def add_sample(self, sample: Sample) -> None:
         start, count = len(self.ids), len(sample.ids)
@@ -86,6 +87,7 @@ class _Response:
         self.mask.extend([1] * count)
         self.logprobs.extend(map(float, sample.logprobs))
         self.versions.extend(map(int, sample.versions))
+        self.experts = sample.experts
         self.turns.append(Turn(start, start + count, "policy"))
 
     def add_calls(self, calls: Sequence[ToolCall]) -> None:
@@ -153,6 +155,7 @@ async def play_episode(player: Player, problem: Problem, draw: int, sample: int)
         reward_status=status,
         seconds=clock.used,
         tool_seconds=sum(call.seconds for turn in response.turns for call in turn.calls),
+        experts=response.experts,
     )
     return await player.scorer.score(trajectory, player.max_response_tokens)
 

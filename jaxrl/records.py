@@ -94,6 +94,8 @@ class Trajectory:
         reward: scalar outcome; meaningless unless ``reward_status.trainable``.
         components: what ``reward`` is the weighted sum of, by name; one that had nothing to say is left out.
         greedy_reward: of a greedy trajectory of the same draw, where one was played.
+        experts: of prompt and response, the experts of every layer that computed each token when it was sampled or
+            prefilled; -1 for the last token, which nothing computed. None where the engine did not record them.
     """
 
     problem: Problem
@@ -116,6 +118,7 @@ class Trajectory:
     greedy_reward: float | None = None
     seconds: float = 0.0
     tool_seconds: float = 0.0
+    experts: np.ndarray | None = None  # [prompt tokens + T, L, experts of a token] int8 or int16
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
@@ -166,13 +169,22 @@ class Batch:
     proximal_shares: jax.Array  # [B, T] float32, how far from there to the present policy the ratio is really taken
     entropy_weights: jax.Array  # [B, T] float32, of the entropy bonus; 0 where mask is 0
     versions: jax.Array  # [B, T] int32, weight version that sampled the token; means nothing where mask is 0
+    experts: jax.Array | None = None  # [B, T, L, experts of a token] int8 or int16, to compute with; -1 = the router's
 
     @classmethod
-    def zeros(cls, rows: int, row_tokens: int) -> "Batch":
-        """Rows of padding, numpy."""
+    def zeros(cls, rows: int, row_tokens: int, experts: np.ndarray | jax.ShapeDtypeStruct | None = None) -> "Batch":
+        """Rows of padding, numpy.
+
+        Args:
+            experts: anything of the shape [..., L, experts of a token] and the type of ``experts``, if there are any.
+        """
 
         def zeros(dtype: type) -> np.ndarray:
             return np.zeros((rows, row_tokens), dtype)
 
         integers = {"tokens", "positions", "segment_ids", "versions"}
-        return cls(**{f.name: zeros(np.int32 if f.name in integers else np.float32) for f in dataclasses.fields(cls)})
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "experts"]
+        batch = cls(**{name: zeros(np.int32 if name in integers else np.float32) for name in names})
+        if experts is None:
+            return batch
+        return batch.replace(experts=np.full((rows, row_tokens, *experts.shape[-2:]), -1, experts.dtype))

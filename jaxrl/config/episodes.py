@@ -25,6 +25,9 @@ class EngineConfig:
     max_response_tokens: int = 256
     """Response tokens of all turns together, tool output included."""
     temperature: float = 1.0
+    record_experts: bool = False
+    """Keep which experts computed each token of an episode, and train with these instead of those that the router would
+    choose then. For models with experts."""
     reserve_quantile: float = 1.0
     """Admission reserves this quantile of recent response lengths; 1 = the longest possible, never preempts. Below 1 a
     preempted sequence is prefilled anew, which may change the last bits of its log-probabilities."""

@@ -19,7 +19,7 @@ from jaxrl.records import Batch, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """One text to place. Every array is [T]; ``values`` are further fields of ``Batch``, those left out are 0."""
+    """One text to place. Every array is [T, ...]; ``values`` are further fields of ``Batch``, others stay empty."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -73,6 +73,7 @@ def pack_trajectories(
                     "behaviour_logprobs": _after(before, trajectory.logprobs),
                     "proximal_logprobs": _after(before, trajectory.logprobs),
                     "versions": np.concatenate([np.zeros(before, np.int32), trajectory.versions]),
+                    **({} if trajectory.experts is None else {"experts": trajectory.experts}),
                 },
             )
         )
@@ -256,7 +257,8 @@ def _assign(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 def _batch(filled: Sequence[Sequence[_Segment]], rows: int, row_tokens: int) -> Batch:
-    batch = Batch.zeros(rows, row_tokens)
+    recorded = (segment.values["experts"] for row in filled for segment in row if "experts" in segment.values)
+    batch = Batch.zeros(rows, row_tokens, next(recorded, None))
     for row, segments in enumerate(filled):
         start = 0
         for number, segment in enumerate(segments, 1):

@@ -66,13 +66,14 @@ def sequence_logprobs(
     positions: jax.Array,
     segment_ids: jax.Array,
     temperature: float | jax.Array = 1.0,
+    experts: jax.Array | None = None,
 ) -> TokenStats:
     """Score every token of packed rows given its prefix in its segment.
 
     ``logprobs[b, t]`` and ``entropy[b, t]`` belong to ``tokens[b, t]``; both are 0 on the first token of a segment,
-    which nothing predicts, and on padding. Arguments as in ``hidden_states``.
+    which nothing predicts, and on padding. Arguments as in ``hidden_states_and_load``.
     """
-    hidden, load = hidden_states_and_load(params, config, tokens, positions, segment_ids)
+    hidden, load = hidden_states_and_load(params, config, tokens, positions, segment_ids, experts)
     stats = token_logprobs(params, config, hidden, jnp.roll(tokens, -1, axis=1), temperature)
     logprobs, entropy = (_of_tokens(values, segment_ids) for values in (stats.logprobs, stats.entropy))
     return TokenStats(logprobs, entropy, load)

@@ -3,11 +3,13 @@
 Tokens are sorted by expert and multiplied in one grouped product (``jax.lax.ragged_dot``), whatever the load of each.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_axes, compute_spec, per_shard, to_compute
@@ -18,7 +20,9 @@ from jaxrl_kernels.products import product, rounded
 class Choice:
     """What the router decided for each token of one layer."""
 
-    experts: jax.Array  # [B, T, k] int32, the k = ModelConfig.experts_per_token most probable, best first
+    experts: (
+        jax.Array
+    )  # [B, T, k] int32, the k = ModelConfig.experts_per_token, the most probable first if not recorded
     weights: jax.Array  # [B, T, k] float32, of each expert's output in the sum
     probabilities: jax.Array  # [B, T, E] float32
 
@@ -32,12 +36,26 @@ class Load:
     tokens: jax.Array  # [L] float32, tokens in all
 
 
+def id_type(experts: int) -> np.dtype:
+    """The smallest type for the indices of so many experts, and -1."""
+    return np.min_scalar_type(-max(experts, 1))
+
+
 Rows = tuple[str | None, str | None]
 """Logical names of the first two axes, B and T."""
 
 
-def route(router: jax.Array, x: jax.Array, config: ModelConfig, rows: Rows = (None, None)) -> Choice:
-    """Choose the ``ModelConfig.experts_per_token`` most probable experts.
+def route(
+    router: jax.Array,
+    x: jax.Array,
+    config: ModelConfig,
+    rows: Rows = (None, None),
+    recorded: jax.Array | None = None,
+) -> Choice:
+    """Choose the ``ModelConfig.experts_per_token`` most probable experts, or those that were recorded.
+
+    Recorded ones get the weights that this router gives them: it is trained, and only the choice is fixed (Ma et al.
+    2025, "Stabilizing MoE reinforcement learning by aligning training and inference routers").
 
     Only the router is rounded to the compute type, and nothing after it: that would change which experts are chosen.
 
@@ -45,11 +63,16 @@ def route(router: jax.Array, x: jax.Array, config: ModelConfig, rows: Rows = (No
         router: [D, E].
         x: [B, T, D] float32.
         rows: names of B and T.
+        recorded: [B, T, k] int, of every token different experts; -1 where the router chooses.
     """
     whole = rounded(to_compute(router, (None, None)), config.compute_dtype)
     scores = product("btd,de->bte", x, whole, out_sharding=compute_spec((*rows, None)))
     probabilities = jax.nn.softmax(scores, axis=-1)
     weights, experts = jax.lax.top_k(probabilities, config.experts_per_token)
+    if recorded is not None:
+        experts = jnp.where(recorded < 0, experts, recorded.astype(experts.dtype))
+        pick = per_shard(functools.partial(jnp.take_along_axis, axis=-1), [(*rows, None)] * 2, (*rows, None))
+        weights = pick(probabilities, experts)
     if config.normalize_expert_weights:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return Choice(experts, weights, probabilities)

@@ -18,7 +18,7 @@ from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model.families import FAMILIES
 from jaxrl.model.lora import ADAPTERS, low_rank_product
-from jaxrl.model.moe import Choice, Load, experts_feed_forward, load_of, route
+from jaxrl.model.moe import Choice, Load, experts_feed_forward, id_type, load_of, route
 from jaxrl.model.rotary import frequencies, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl_kernels import Plan, interval_attention, make_plan, paged_attention, segment_ends
@@ -132,17 +132,21 @@ class KVPages:
 
     keys: jax.Array  # [L, P, page, K, H]
     values: jax.Array  # [L, P, page, K, H]
+    experts: jax.Array | None = None  # [L, P, page, experts of a token], which computed the token; None = not recorded
 
 
 KV_AXES = ("layers", "pages", None, "kv_heads", "head")
-"""Logical axes of both arrays of ``KVPages``."""
+"""Logical axes of keys and values; recorded experts are not split."""
 
 
-def init_pages(config: ModelConfig, pages: int, page_size: int) -> KVPages:
+def init_pages(config: ModelConfig, pages: int, page_size: int, record_experts: bool = False) -> KVPages:
     """Empty KV pages in the compute type, ``page_size`` tokens each."""
     shape = (config.layers, pages, page_size, config.kv_heads, config.head_width)
     dtype = jnp.dtype(config.compute_dtype)
-    return KVPages(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+    keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    if not record_experts:
+        return KVPages(keys, values)
+    return KVPages(keys, values, jnp.zeros((*shape[:3], config.experts_per_token), id_type(config.experts)))
 
 
 def hidden_states(
@@ -164,11 +168,19 @@ def hidden_states(
 
 
 def hidden_states_and_load(
-    params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    experts: jax.Array | None = None,
 ) -> tuple[jax.Array, Load | None]:
     """``hidden_states``, and how the tokens were spread over the experts of every layer; None if there are none.
 
-    Padding is not counted. Arguments as in ``hidden_states``.
+    Padding is not counted. Arguments as in ``hidden_states``, and:
+
+    Args:
+        experts: [B, T, L, k] int, to compute with instead of those that the router chooses; -1 where it does.
     """
     rows = ("batch", "tokens")
     end = segment_ends(to_compute(segment_ids, ("batch", None)))
@@ -188,20 +200,22 @@ def hidden_states_and_load(
     plan = per_shard(plan_locally, [("batch", None), ("tokens",)], planned)(end, index)
     attention = per_shard(attend_locally, [queries, ("tokens",), keys, keys, ("batch", None), (), *planned], queries)
 
-    def layer(x: jax.Array, scanned: tuple[Params, jax.Array, jax.Array]) -> tuple[jax.Array, Load | None]:
-        weights, window, layer_frequencies = scanned
+    def layer(x: jax.Array, scanned: tuple[Params, jax.Array | None, Any]) -> tuple[jax.Array, Load | None]:
+        weights, recorded, (window, layer_frequencies) = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             return attention(q, index, k, v, end, window, *plan), None
 
         turned = rotation(positions, layer_frequencies)
-        x, _, choice = _layer(weights, config, x, turned, attend, rows)
+        x, _, choice = _layer(weights, config, x, turned, attend, rows, recorded)
         return x, None if choice is None else load_of(choice, real)
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat])
     x = _embed(params, config, tokens, rows)
-    x, load = jax.lax.scan(layer, x, (params["layers"], *_layer_constants(config)))
+    if experts is not None:
+        experts = to_compute(jnp.moveaxis(experts, 2, 0), ("layers", *rows, None))
+    x, load = jax.lax.scan(layer, x, (params["layers"], experts, _layer_constants(config)))
     return _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype), load
 
 
@@ -246,32 +260,32 @@ def paged_hidden_states(
     attention = per_shard(update_and_attend, [*heads, *[(None, None)] * 4, ()], [heads[0], *heads[3:]])
 
     def layer(
-        carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[Params, jax.Array, jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-        x, keys, values = carry
+        carry: tuple[jax.Array, KVPages], scanned: tuple[Params, jax.Array, jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, KVPages], None]:
+        x, pool = carry
         weights, window, layer_frequencies, first_page = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             attended, new_keys, new_values = attention(
-                q, k, v, keys, values, page_table + first_page, positions, target + first_page, offset, window
+                q, k, v, pool.keys, pool.values, page_table + first_page, positions, target + first_page, offset, window
             )
             return attended, (new_keys, new_values)
 
         turned = rotation(positions, layer_frequencies)
-        x, (keys, values), _ = _layer(weights, config, x, turned, attend, (None, None))
-        return (x, keys, values), None
+        x, (keys, values), choice = _layer(weights, config, x, turned, attend, (None, None))
+        pool = pool.replace(keys=keys, values=values)
+        if pool.experts is not None:
+            ids = choice.experts.astype(pool.experts.dtype)
+            pool = pool.replace(experts=pool.experts.at[target + first_page, offset].set(ids, mode="drop"))
+        return (x, pool), None
 
     x = _embed(params, config, tokens, (None, None))
-    flat = (layers * pages, *kv_pages.keys.shape[2:])  # one pool, so that no layer's pages are ever sliced out
+    # One pool, so that no layer's pages are ever sliced out.
+    pool = jax.tree.map(lambda array: array.reshape(layers * pages, *array.shape[2:]), kv_pages)
     first_pages = jnp.arange(layers, dtype=jnp.int32) * pages
-    (x, keys, values), _ = jax.lax.scan(
-        layer,
-        (x, kv_pages.keys.reshape(flat), kv_pages.values.reshape(flat)),
-        (params["layers"], *_layer_constants(config), first_pages),
-    )
-    shape = kv_pages.keys.shape
+    (x, pool), _ = jax.lax.scan(layer, (x, pool), (params["layers"], *_layer_constants(config), first_pages))
     hidden = _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype)
-    return hidden, KVPages(keys=keys.reshape(shape), values=values.reshape(shape))
+    return hidden, jax.tree.map(lambda array, old: array.reshape(old.shape), pool, kv_pages)
 
 
 def _layer(
@@ -281,10 +295,12 @@ def _layer(
     cosine_and_sine: tuple[jax.Array, jax.Array],
     attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
     rows: tuple[str | None, str | None],
+    recorded: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, Choice | None]:
     """One decoder layer on [B, T, D]; ``attend(q, k, v)`` gives the attended values and what the caller carries.
 
-    ``rows`` names the first two axes of ``x``. The third result is what the router chose, where there is one.
+    ``rows`` names the first two axes of ``x``; ``recorded`` [B, T, k] is what ``moe.route`` takes. The third result is
+    what the router chose, where there is one.
 
     With bfloat16 only the operands of matrix products are rounded; the residual stream, norms and rotations are float32
     throughout. A compiler may drop a rounding between two elementwise operations in one program and keep it in another,
@@ -327,7 +343,7 @@ def _layer(
     normed, choice = _rms_norm(x, weights["ffn_norm"], config), None
     activation = ACTIVATIONS[FAMILIES[config.family].activation]
     if "router" in weights:
-        added, choice = _experts(weights, config, normed, activation, rows)
+        added, choice = _experts(weights, config, normed, activation, rows, recorded)
     else:
         gate = activation(multiply("btd,df->btf", normed, "gate", ("ffn",)))
         up = multiply("btd,df->btf", normed, "up", ("ffn",))
@@ -343,10 +359,11 @@ def _experts(
     normed: jax.Array,
     activation: Callable[[jax.Array], jax.Array],
     rows: tuple[str | None, str | None],
+    recorded: jax.Array | None,
 ) -> tuple[jax.Array, Choice]:
     """What the experts of a layer add to [B, T, D], whose first axes ``rows`` names, and which they were."""
     dtype = jnp.dtype(config.compute_dtype)
-    choice = route(weights["router"], normed, config, rows)
+    choice = route(weights["router"], normed, config, rows, recorded)
     gate, up, down = (weights[name].astype(dtype) for name in ("expert_gate", "expert_up", "expert_down"))
     return experts_feed_forward(normed.astype(dtype), choice, gate, up, down, activation, rows), choice
 

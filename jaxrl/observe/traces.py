@@ -1,5 +1,6 @@
 """Episodes on disk and on the screen. The file format is described in docs/episodes.md."""
 
+import base64
 import dataclasses
 import itertools
 import json
@@ -45,6 +46,8 @@ def to_json(trajectory: Trajectory) -> dict[str, Any]:
             row[field.name] = [float(str(number)) for number in value.astype(np.float32)]
         elif field.name in _ARRAYS:
             row[field.name] = value.tolist()
+        elif field.name == "experts":
+            row[field.name] = None if value is None else _packed(value)
         elif field.name == "problem":
             row[field.name] = dataclasses.asdict(value)
         elif field.name == "turns":
@@ -71,9 +74,24 @@ def from_json(row: dict[str, Any]) -> Trajectory:
         values["reward_status"] = RewardStatus(values["reward_status"])
         for name, dtype in _ARRAYS.items():
             values[name] = np.asarray(values[name], dtype)
+        if values.get("experts") is not None:
+            values["experts"] = _unpacked(**values["experts"])
         return Trajectory(**values)
     except (KeyError, TypeError) as error:
         raise ValueError(f"not an episode of format {FORMAT}: {type(error).__name__}: {error}") from error
+
+
+def _packed(array: np.ndarray) -> dict[str, Any]:
+    """An array that nobody reads by eye and whose numbers would be long."""
+    return {
+        "shape": list(array.shape),
+        "dtype": str(array.dtype),
+        "base64": base64.b64encode(np.ascontiguousarray(array).tobytes()).decode(),
+    }
+
+
+def _unpacked(shape: Sequence[int], dtype: str, **encoded: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(encoded["base64"]), dtype).reshape(shape)
 
 
 def write_episodes(folder: pathlib.Path, kind: str, step: int, trajectories: Iterable[Trajectory]) -> pathlib.Path:

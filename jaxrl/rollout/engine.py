@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrl import mesh as meshes
 from jaxrl.config import EngineConfig, MeshConfig, ModelConfig
 from jaxrl.model import lora, spec
-from jaxrl.model.transformer import KV_AXES, init_pages, param_specs
+from jaxrl.model.transformer import KV_AXES, KVPages, init_pages, param_specs
 from jaxrl.rollout import rounds
 from jaxrl.rollout.counters import Counters, figures
 from jaxrl.rollout.scheduler import Cycle, Scheduler, Track
@@ -51,6 +51,7 @@ class Sample:
         versions: weights that sampled each token.
         stopped: a stop id was sampled; it is the last id.
         seconds: duration of the rounds it took part in; what it waited for a slot or for pages is not counted.
+        experts: as in ``Trajectory``, of the sequence up to here: its prompt, and all of its response.
     """
 
     ids: np.ndarray  # [T] int32
@@ -58,6 +59,7 @@ class Sample:
     versions: np.ndarray  # [T] int32
     stopped: bool
     seconds: float = 0.0
+    experts: np.ndarray | None = None  # [tokens, L, experts of a token] int8 or int16
 
 
 class Sequence:
@@ -136,6 +138,7 @@ class _Output:
     logprobs: np.ndarray  # [steps, S] float32
     prefill_seconds: float
     decode_seconds: float
+    experts: dict[int, np.ndarray]  # of the slots whose generation has ended, where experts are recorded
 
 
 class Engine:
@@ -186,10 +189,11 @@ class Engine:
         stops[: len(self._stop_ids)] = sorted(self._stop_ids)
         everywhere = NamedSharding(self._mesh, PartitionSpec())
         by_head = NamedSharding(self._mesh, meshes.partition_spec(KV_AXES, meshes.ROLLOUT_RULES, self._mesh))
+        pages_split = KVPages(by_head, by_head, everywhere if config.record_experts else None)
         self._device_stop_ids = jax.device_put(stops, everywhere)
         self._key = jax.device_put(jax.random.key(seed), everywhere)
-        self._kv_pages = jax.jit(init_pages, static_argnums=(0, 1, 2), out_shardings=by_head)(
-            model, self._scheduler.total_pages, config.page_size
+        self._kv_pages = jax.jit(init_pages, static_argnums=(0, 1, 2, 3), out_shardings=pages_split)(
+            model, self._scheduler.total_pages, config.page_size, config.record_experts
         )
         self._counters = Counters(pages=self._scheduler.total_pages)
         self._tickets = itertools.count()
@@ -208,6 +212,8 @@ class Engine:
         decode = np.zeros((config.slots, rounds.TABLE + width), np.int32)
         # Not a word to ``launches``: replicas share no device, and would compile one after the other.
         self._run(Cycle((row,), (copies,), (), decode, 0, 0), contextlib.nullcontext())
+        if config.record_experts:
+            self._recorded_experts(decode[0], 0, contextlib.nullcontext())
 
     def release_weights(self) -> None:
         """Free the memory of the weights, so that two copies are never held; ``set_weights`` must follow at once.
@@ -457,7 +463,21 @@ class Engine:
                 steps=config.round_steps,
             )
         tokens, logprobs = rounds.read_round(output)
-        return _Output(cycle, tokens, logprobs, prefilled - started, time.perf_counter() - prefilled)
+        decoded, experts = time.perf_counter(), {}
+        if config.record_experts:
+            for slot, row in enumerate(cycle.decode):
+                ids = tokens[tokens[:, slot] >= 0, slot]
+                if len(ids) and (len(ids) == row[rounds.LEFT] or int(ids[-1]) in self._stop_ids):
+                    experts[slot] = self._recorded_experts(row, row[rounds.POSITION] + len(ids), launches)
+        return _Output(cycle, tokens, logprobs, prefilled - started, decoded - prefilled, experts)
+
+    def _recorded_experts(
+        self, row: np.ndarray, computed: int, launches: contextlib.AbstractContextManager[Any]
+    ) -> np.ndarray:
+        """The experts of a slot's sequence, of which ``computed`` tokens are in pages and one more is sampled."""
+        with launches, jax.set_mesh(self._mesh):
+            experts = rounds.recorded_experts(self._kv_pages.experts, row[rounds.TABLE :])
+        return np.pad(np.asarray(experts)[:computed], ((0, 1), (0, 0), (0, 0)), constant_values=-1)
 
     def _deliver(self, output: _Output) -> None:
         """Book what a round sampled and hand finished generations to their waiters."""
@@ -492,6 +512,7 @@ class Engine:
                             np.array(waiting.versions, np.int32),
                             stopped,
                             waiting.seconds,
+                            output.experts.get(slot),
                         )
                     )
 

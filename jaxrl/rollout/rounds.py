@@ -100,6 +100,17 @@ def prefill(params: Params, kv_pages: KVPages, plan: jax.Array, *, model: ModelC
     return kv_pages
 
 
+@jax.jit
+def recorded_experts(experts: jax.Array, table: jax.Array) -> jax.Array:
+    """[M * page, L, experts of a token]: what ``KVPages.experts`` has of the tokens of one row.
+
+    Args:
+        table: [M] int32, the row's pages.
+    """
+    layers, _, size, count = experts.shape
+    return jnp.moveaxis(experts[:, table], 0, 2).reshape(table.shape[0] * size, layers, count)
+
+
 @functools.partial(jax.jit, donate_argnames=("kv_pages",))
 def copy_pages(kv_pages: KVPages, plan: jax.Array) -> KVPages:
     """Copy whole pages.

@@ -74,7 +74,7 @@ async def reinforce(
     steering = Steering(session)
     async with contextlib.AsyncExitStack() as stack:
         with timer.phase("compile"):
-            updater.compile(state, config.train.rows, config.train.row_tokens, reference)
+            updater.compile(state, config.train.rows, config.train.row_tokens, reference, session.recorded_experts)
             steering.compile(state.params, reference)
             if critic is not None:
                 critic.compile()

@@ -18,7 +18,7 @@ from jaxrl.data.recorded import Worked
 from jaxrl.envs.python_tool import PythonTool
 from jaxrl.envs.rendering import check_limit
 from jaxrl.episodes import Player
-from jaxrl.model import adapter_folder, companions, folders, hf, lora, spec, transformer, value
+from jaxrl.model import adapter_folder, companions, folders, hf, lora, moe, spec, transformer, value
 from jaxrl.model.config_json import check_exportable
 from jaxrl.records import Problem
 from jaxrl.rewards.comparing import MATH, comparison
@@ -78,6 +78,14 @@ class Session:
     def trained_specs(self) -> spec.Specs:
         """The table of what the optimizer changes: adapters if there are any, else all of the decoder's parameters."""
         return lora.adapter_specs(self.specs, self.config.lora) if self.config.lora.rank else self.specs
+
+    @property
+    def recorded_experts(self) -> jax.ShapeDtypeStruct | None:
+        """What an episode records of each token, [L, experts of a token]; None if it does not."""
+        if not self.config.engine.record_experts:
+            return None
+        shape = (self.model.layers, self.model.experts_per_token)
+        return jax.ShapeDtypeStruct(shape, moe.id_type(self.model.experts))
 
     @functools.cached_property
     def rl_optimizer(self) -> optax.GradientTransformation:
@@ -301,6 +309,10 @@ def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:
     training, _ = meshes.split_devices(config.mesh)
     mesh = meshes.make_mesh(config.mesh, training)
     session = Session(config, run, tokenizer, chat, _model(config.model, tokenizer), mesh)
+    if config.engine.record_experts and not session.model.experts:
+        raise ConfigError(
+            f"EngineConfig.record_experts=True, but this {session.model.family} has no experts; set it to False"
+        )
     spec.shardings(session.specs, session.mesh, meshes.PARAM_RULES)  # refuses meshes that cannot split the model
     spec.shardings(session.specs, session.rollout_mesh, meshes.ROLLOUT_RULES)
     if config.lora.rank:

@@ -78,7 +78,7 @@ def policy_gradient_loss(
             segment_ids=batch.segment_ids,
             temperature=temperature,
         )
-        stats = score(params)
+        stats = score(params, experts=batch.experts)
         present, shares = jax.lax.stop_gradient(stats.logprobs), batch.proximal_shares
         tokens = sampled(
             batch.mask,
@@ -247,13 +247,23 @@ class Updater:
         self._apply = jax.jit(apply, donate_argnums=0)
         self._reset = jax.jit(reset, donate_argnums=0)
 
-    def compile(self, state: TrainState, rows: int, row_tokens: int, reference: Any = None) -> None:
+    def compile(
+        self,
+        state: TrainState,
+        rows: int,
+        row_tokens: int,
+        reference: Any = None,
+        experts: jax.ShapeDtypeStruct | None = None,
+    ) -> None:
         """Compile for micro-batches [rows, row_tokens], so that nothing is compiled once training runs.
+
+        Args:
+            experts: of a token, where batches have them, see ``Batch.zeros``.
 
         Raises:
             LayoutError: a gradient, or what the update makes of the state, would rest elsewhere than its parameter.
         """
-        empty = Batch.zeros(rows, row_tokens)
+        empty = Batch.zeros(rows, row_tokens, experts)
         with jax.set_mesh(self._mesh):
             total = jax.eval_shape(
                 self._first, state.params, self._fixed, jax.device_put(empty, self._placement), reference

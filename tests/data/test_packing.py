@@ -20,7 +20,8 @@ lengths = st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), max_size=20)
 
 
 def trajectory(sample: int, prompt: int, response: int, vocabulary: int = 1000) -> Trajectory:
-    """Random contents that are a function of ``sample``; the last response token is always sampled."""
+    """Random contents that are a function of ``sample``; the last response token is always sampled, and of odd samples
+    the experts are recorded."""
     rng = np.random.default_rng(sample)
     mask = rng.integers(0, 2, response).astype(np.int8)
     mask[-1:] = 1
@@ -35,6 +36,7 @@ def trajectory(sample: int, prompt: int, response: int, vocabulary: int = 1000) 
         versions=np.zeros(response, np.int32),
         turns=(),
         stop_reason=StopReason.ANSWERED,
+        experts=rng.integers(0, 9, (prompt + response, 3, 2)).astype(np.int8) if sample % 2 else None,
     )
 
 
@@ -47,8 +49,13 @@ def segments_of(batches: list[Batch]) -> list[dict[str, np.ndarray]]:
             for number in range(1, ids.max() + 1):
                 places = np.flatnonzero(ids == number)
                 assert (np.diff(places) == 1).all()
-                found.append({name: getattr(batch, name)[row, places] for name in batch.__dataclass_fields__})
+                found.append({name: values[row, places] for name, values in fields_of(batch).items()})
     return found
+
+
+def fields_of(batch: Batch) -> dict[str, np.ndarray]:
+    fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    return {name: values for name, values in fields.items() if values is not None}
 
 
 @given(lengths, st.integers(1, 5))
@@ -70,12 +77,16 @@ def test_every_token_of_every_trajectory_appears_once_with_its_values(shapes: li
         np.testing.assert_array_equal(segment["behaviour_logprobs"], [*before, *item.logprobs])
         np.testing.assert_array_equal(segment["proximal_logprobs"], [*before, *item.logprobs])
         np.testing.assert_array_equal(segment["versions"], [*before, *item.versions])
+        if item.experts is not None:
+            np.testing.assert_array_equal(segment["experts"], item.experts)
+        elif "experts" in segment:
+            assert (segment["experts"] == -1).all()
     for batch in batches:
         for name, dtype in (("tokens", np.int32), ("positions", np.int32), ("segment_ids", np.int32)):
             assert getattr(batch, name).dtype == dtype
-        for name in batch.__dataclass_fields__:
-            assert getattr(batch, name).shape == (rows, ROW_TOKENS)
-            assert (getattr(batch, name)[batch.segment_ids == 0] == 0).all()
+        for name, values in fields_of(batch).items():
+            assert values.shape[:2] == (rows, ROW_TOKENS)
+            assert (values[batch.segment_ids == 0] == (-1 if name == "experts" else 0)).all()
     sampled = sum(bool(t.mask.any()) for t in trajectories)
     assert sum(batch.rl_weights.sum() for batch in batches) == pytest.approx(float(sampled > 0), rel=1e-5)
 

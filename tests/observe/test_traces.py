@@ -47,9 +47,16 @@ _text = st.text(st.characters(), max_size=20)
     stop=st.sampled_from(StopReason),
     reward=st.sampled_from(RewardStatus),
     answer=st.none() | _text,
+    experts=st.none() | st.sampled_from((np.int8, np.int16)),
 )
 def test_any_trajectory_round_trips_through_json(
-    logprobs: list[float], text: str, status: ToolStatus, stop: StopReason, reward: RewardStatus, answer: str | None
+    logprobs: list[float],
+    text: str,
+    status: ToolStatus,
+    stop: StopReason,
+    reward: RewardStatus,
+    answer: str | None,
+    experts: type | None,
 ) -> None:
     count = len(logprobs)
     call = ToolCall("python", {"code": text, "n": 1}, status, stdout=text, stderr=text, seconds=0.1)
@@ -67,6 +74,7 @@ def test_any_trajectory_round_trips_through_json(
         text=text,
         answer=answer,
         reward_status=reward,
+        experts=None if experts is None else np.arange(-1, 6 * (3 + count) - 1).reshape(-1, 3, 2).astype(experts),
     )
     assert_equal(trajectory, from_json(json.loads(json.dumps(to_json(trajectory)))))
 

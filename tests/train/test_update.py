@@ -34,13 +34,13 @@ def mesh() -> jax.sharding.Mesh:
     return meshes.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def random_batch(seed: int, rows: int, tokens: int = 12) -> Batch:
+def random_batch(seed: int, rows: int, tokens: int = 12, experts: jax.ShapeDtypeStruct | None = None) -> Batch:
     draw = np.random.default_rng(seed)
     shape = (rows, tokens)
     mask = (draw.random(shape) < 0.6).astype(np.float32)
     mask[:, 0] = 0
     behaviour = (np.log(1 / MODEL.vocab_size) + 0.3 * draw.normal(size=shape)).astype(np.float32) * mask
-    return Batch.zeros(*mask.shape).replace(
+    return Batch.zeros(*mask.shape, experts).replace(
         tokens=draw.integers(0, MODEL.vocab_size, shape).astype(np.int32),
         positions=np.broadcast_to(np.arange(tokens, dtype=np.int32), shape),
         segment_ids=np.ones(shape, np.int32),
@@ -183,18 +183,38 @@ def test_the_kl_to_the_reference_pulls_back(mesh: jax.sharding.Mesh) -> None:
     assert divergences[-1] < divergences[0]
 
 
-def test_promise_11_compile_covers_every_number_of_micro_batches(mesh: jax.sharding.Mesh) -> None:
-    state = new_state(initial_params(SPECS, mesh, 0), OPTIMIZER, mesh)
-    updater = Updater(policy_gradient_loss(MODEL, AlgorithmConfig(), 1.0), OPTIMIZER, mesh)
-    updater.compile(state, 2, 12)
-    state, _ = updater.step(state, cut(random_batch(4, 2), 2))  # the host's own conversions are warm after one step
+def test_the_loss_computes_with_the_experts_of_the_batch() -> None:
+    model = dataclasses.replace(MODEL, family="qwen3_moe", experts=4, expert_width=8)
+    params = spec.initialize(transformer.param_specs(model), jax.random.key(0))
+    batch = random_batch(3, 2, experts=jax.ShapeDtypeStruct((1, 2), np.dtype(np.int8)))
+    loss = jax.jit(policy_gradient_loss(model, AlgorithmConfig(), 1.0))
+    chosen, _ = loss(params, batch, None)
+    plain, _ = loss(params, batch.replace(experts=None), None)
+    given, _ = loss(params, batch.replace(experts=batch.experts + np.array([1, 2], np.int8)), None)
+    assert float(chosen) == pytest.approx(float(plain), rel=1e-5) and abs(float(given) / float(plain) - 1) > 1e-3
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_promise_11_compile_covers_every_number_of_micro_batches(mesh: jax.sharding.Mesh, recorded: bool) -> None:
+    model, experts = MODEL, None
+    if recorded:
+        model = dataclasses.replace(MODEL, family="qwen3_moe", experts=4, expert_width=8)
+        experts = jax.ShapeDtypeStruct((model.layers, model.experts_per_token), np.dtype(np.int8))
+    specs = transformer.param_specs(model)
+    optimizer = rl_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), specs)
+    state = new_state(initial_params(specs, mesh, 0), optimizer, mesh)
+    updater = Updater(policy_gradient_loss(model, AlgorithmConfig(), 1.0), optimizer, mesh)
+    updater.compile(state, 2, 12, experts=experts)
+    state, _ = updater.step(
+        state, cut(random_batch(4, 2, experts=experts), 2)
+    )  # the host's own conversions are warm after one step
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     try:
         for rows in (2, 4, 8):
-            state, _ = updater.step(state, cut(random_batch(rows, rows), 2))
+            state, _ = updater.step(state, cut(random_batch(rows, rows, experts=experts), 2))
         assert compiled == []
         jax.jit(lambda x: x * 3.25 + 1)(jnp.ones(17))
         assert compiled  # the listener hears a compilation
