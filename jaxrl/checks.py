@@ -33,7 +33,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Sandbox.slow_slots Model.vocab_size Model.sliding_window Model.sliding_layers Eval.temperature "
         "Model.experts Model.balance_coefficient Model.local_rope_theta Model.score_width Model.attention_soft_cap "
         "Model.logit_soft_cap Stages.drop_solved Stages.drop_unsolved Lora.rank Mesh.rollout_tensor "
-        "Mesh.rollout_devices",
+        "Mesh.rollout_devices Train.max_staleness",
         lambda value: value >= 0,
         "not be negative",
     ),
@@ -107,6 +107,15 @@ def check(config: Any) -> None:
         raise ConfigError(
             f"TrainConfig.prefetch_groups={train.prefetch_groups} is more than TrainConfig.problems={train.problems}: "
             "groups would wait longer than one step; lower it"
+        )
+    if train.prefetch_groups and train.max_staleness:
+        raise ConfigError(
+            f"TrainConfig.max_staleness={train.max_staleness} plays ahead already; set TrainConfig.prefetch_groups=0, "
+            f"which is {train.prefetch_groups}"
+        )
+    if train.next_groups == "finished" and not train.max_staleness:
+        raise ConfigError(
+            "TrainConfig.next_groups='finished' needs groups to choose from; set TrainConfig.max_staleness to 1 or more"
         )
     if config.model.head_width % 2:
         raise ConfigError(f"ModelConfig.head_width={config.model.head_width} must be even, for rotary positions")
