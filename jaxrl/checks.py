@@ -36,7 +36,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Model.local_rope_theta Model.score_width Model.attention_soft_cap Model.logit_soft_cap "
         "Prefer.held_out Prefer.sft_weight Prefer.length_weight Prefer.steps Prefer.learning_rate Prefer.warmup_steps "
         "Prefer.measure_every Critic.learning_rate Critic.warmup_steps Critic.first_steps Distill.task_weight "
-        "Stages.drop_solved Stages.drop_unsolved Lora.rank Mesh.rollout_tensor Mesh.rollout_devices",
+        "Stages.drop_solved Stages.drop_unsolved Lora.rank Mesh.rollout_tensor Mesh.rollout_devices "
+        "Train.max_staleness",
         lambda value: value >= 0,
         "not be negative",
     ),
@@ -117,6 +118,15 @@ def check(config: Any) -> None:
         raise ConfigError(
             f"TrainConfig.prefetch_groups={train.prefetch_groups} is more than TrainConfig.problems={train.problems}: "
             "groups would wait longer than one step; lower it"
+        )
+    if train.prefetch_groups and train.max_staleness:
+        raise ConfigError(
+            f"TrainConfig.max_staleness={train.max_staleness} plays ahead already; set TrainConfig.prefetch_groups=0, "
+            f"which is {train.prefetch_groups}"
+        )
+    if train.next_groups == "finished" and not train.max_staleness:
+        raise ConfigError(
+            "TrainConfig.next_groups='finished' needs groups to choose from; set TrainConfig.max_staleness to 1 or more"
         )
     if config.model.head_width % 2:
         raise ConfigError(f"ModelConfig.head_width={config.model.head_width} must be even, for rotary positions")

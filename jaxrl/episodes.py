@@ -191,14 +191,16 @@ async def play_groups(
 
     def begin(count: int | None) -> None:
         for draw, problem in itertools.islice(source, count):
-            played = _play_group(player, problem, draw, samples, greedy_baseline, extra_samples)
+            played = play_group(
+                player, problem, draw, samples, greedy_baseline=greedy_baseline, extra_samples=extra_samples
+            )
             task = asyncio.create_task(played, name=f"group {draw}")
             task.add_done_callback(report)
             groups.append(task)
 
     def report(task: asyncio.Task[Group]) -> None:
         if not task.cancelled() and task.exception() is not None and not failure.done():
-            failure.set_exception(_first_cause(task.exception()))
+            failure.set_exception(first_cause(task.exception()))
 
     try:
         begin(in_flight)
@@ -216,14 +218,20 @@ async def play_groups(
         await asyncio.gather(*groups, return_exceptions=True)
 
 
-async def _play_group(
+async def play_group(
     player: Player,
     problem: Problem,
     draw: int,
     samples: int,
-    greedy_baseline: bool,
-    extra_samples: Callable[[np.ndarray], int] | None,
+    *,
+    greedy_baseline: bool = False,
+    extra_samples: Callable[[np.ndarray], int] | None = None,
 ) -> Group:
+    """Play ``samples`` trajectories of one drawn problem side by side; further arguments as for ``play_groups``.
+
+    Raises:
+        BaseExceptionGroup: around what an episode raised; see ``first_cause``.
+    """
     async with asyncio.TaskGroup() as tasks:
         episodes = [tasks.create_task(play_episode(player, problem, draw, sample)) for sample in range(samples)]
         if greedy_baseline:
@@ -242,7 +250,7 @@ async def _play_group(
     return Group(problem, draw, trajectories)
 
 
-def _first_cause(error: BaseException) -> BaseException:
+def first_cause(error: BaseException) -> BaseException:
     """The exception that made a task group fail, out of its wrapping."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -153,7 +153,7 @@ def sampled(
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     held = device_bytes()
-    hand_over(params, model, fleet, 1)
+    asyncio.run(hand_over(params, model, fleet, 1))
     report = {"grown_bytes": device_bytes() - held}
     after = asyncio.run(play_all())
     jax.monitoring.clear_event_listeners()

@@ -36,6 +36,7 @@ class ScriptedEngine:
         self.script = script
         self.delay = delay
         self.seconds = 0.0  # that each sample says it took
+        self.version = 3
         self.opened: list[tuple[int, int]] = []
         self.temperatures: set[float | None] = set()
         self.active: set[ScriptedSequence] = set()
@@ -76,7 +77,9 @@ class ScriptedSequence:
             ids = [*ids, tokenizer.end_id]
         ids = ids[:max_new_tokens]
         self.room -= len(ids)
-        return ScriptedSample(ids, [-0.5] * len(ids), [3] * len(ids), ids[-1] == tokenizer.end_id, self.engine.seconds)
+        return ScriptedSample(
+            ids, [-0.5] * len(ids), [self.engine.version] * len(ids), ids[-1] == tokenizer.end_id, self.engine.seconds
+        )
 
     def append(self, ids: Sequence[int]) -> None:
         self.room -= len(ids)

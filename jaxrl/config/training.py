@@ -200,6 +200,13 @@ class TrainConfig:
     prefetch_groups: int = 0
     """Groups of the next step that are played, with the present weights, while this step's stragglers wait for their
     tools and during its update."""
+    max_staleness: int = 0
+    """Versions that the oldest token of a trajectory may be behind the weights it is trained with. 0 is synchronous.
+    Above it, episodes are played on during updates and while weights are handed over, up to
+    (max_staleness + 1) x problems groups at once (docs/asynchronous.md)."""
+    next_groups: Literal["drawn", "finished"] = "drawn"
+    """What an asynchronous step trains on: the problems drawn first, or those played first, so that no straggler holds
+    it up; but then short episodes come earlier, and those that become older than max_staleness are dropped."""
     updates_per_step: int = 1
     """Optimizer updates on one collected batch (mini-batches)."""
     rows: int = 16

@@ -167,7 +167,11 @@ class ProblemStream:
         """The number of this draw, from 0, and its problem."""
         draw = self._next
         self._next += 1
-        return draw, self._draws[draw]
+        return draw, self.problem(draw)
+
+    def problem(self, draw: int) -> Problem:
+        """What this draw gives, whether it has been drawn or not."""
+        return self._draws[draw]
 
     def state(self) -> dict[str, int]:
         """The position, as JSON can hold it."""

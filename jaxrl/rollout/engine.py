@@ -201,7 +201,7 @@ class Engine:
         self._waiting: dict[Track, _Waiting] = {}
         self._wake: asyncio.Event | None = None  # there is one while serving
         self._serving_since = 0.0
-        self._running = False  # a round is on the devices
+        self._round = asyncio.Lock()  # held while a round runs and is delivered
         self._failure: BaseException | None = None
 
     def compile(self) -> None:
@@ -215,13 +215,22 @@ class Engine:
         if config.record_experts:
             self._recorded_experts(decode[0], 0, contextlib.nullcontext())
 
-    def release_weights(self) -> None:
-        """Free the memory of the weights, so that two copies are never held; ``set_weights`` must follow at once.
+    @contextlib.asynccontextmanager
+    async def between_rounds(self) -> AsyncIterator[None]:
+        """No round runs inside, so that the weights may be released and replaced; sequences stay open and wait."""
+        async with self._round:
+            yield
 
-        The arrays handed to the engine are deleted. While a sequence is open or a round runs, nothing happens.
+    def release_weights(self) -> None:
+        """Free the memory of the weights, so that two copies are never held; ``set_weights`` must follow.
+
+        The arrays handed to the engine are deleted.
+
+        Raises:
+            ValueError: a round may be using them; see ``between_rounds``.
         """
-        if self._params is None or self.load or self._running:
-            return
+        if self._wake is not None and not self._round.locked():
+            raise ValueError("weights are released inside `async with engine.between_rounds()`")
         for leaf in jax.tree.leaves(self._params):
             leaf.delete()
         self._params = None
@@ -244,6 +253,7 @@ class Engine:
         if self._wake is not None:
             raise EngineFailure("the engine is already serving")
         self._wake = wake = asyncio.Event()
+        self._round = asyncio.Lock()
         self._serving_since = time.perf_counter()
         with ThreadPoolExecutor(1, thread_name_prefix="jaxrl-engine") as worker:
             task = asyncio.create_task(self._serve(wake, worker))
@@ -408,11 +418,12 @@ class Engine:
             while self._wake is wake:
                 await wake.wait()
                 wake.clear()
-                while self._wake is wake and (cycle := self._plan()) is not None:
-                    self._running = True
-                    output = await loop.run_in_executor(worker, self._run, cycle, self._launches)
-                    self._running = False
-                    self._deliver(output)
+                while self._wake is wake:
+                    async with self._round:
+                        cycle = self._plan()
+                        if cycle is None:
+                            break
+                        self._deliver(await loop.run_in_executor(worker, self._run, cycle, self._launches))
                     for _ in range(SETTLE):
                         if self._scheduler.full:
                             break

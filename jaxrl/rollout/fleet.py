@@ -60,8 +60,16 @@ class Fleet:
         with ThreadPoolExecutor(len(self._engines), thread_name_prefix="jaxrl-compile") as workers:
             list(workers.map(Engine.compile, self._engines))
 
+    @contextlib.asynccontextmanager
+    async def between_rounds(self) -> AsyncIterator[None]:
+        """No replica runs a round inside; see ``Engine.between_rounds``."""
+        async with contextlib.AsyncExitStack() as stack:
+            for engine in self._engines:
+                await stack.enter_async_context(engine.between_rounds())
+            yield
+
     def release_weights(self) -> None:
-        """Free the weights of the replicas that are idle, just before ``set_weights``; see ``Engine``."""
+        """Free the weights of all replicas before ``set_weights``; see ``Engine``."""
         for engine in self._engines:
             engine.release_weights()
 

@@ -21,10 +21,12 @@ class RunProgress:
     step: int = 0  # steps of this stage done; also the weight version during reinforcement
     offset: int = 0  # global step at which this stage began
     stream: dict[str, Any] = dataclasses.field(default_factory=dict)  # data position
-    pending: tuple[Group, ...] = ()  # played ahead for the next step
+    pending: tuple[Group, ...] = ()  # played ahead for later steps
+    unfinished: tuple[int, ...] = ()  # draws begun for later steps and not yet played; begun again on a resume
     problems: tuple[str, ...] | None = None  # ids the present stage keeps; None = all
     skipped_steps: int = 0
     left_out: int = 0  # trajectories that left a batch through faults of ours
+    too_old: int = 0  # trajectories that left a batch because their oldest token was too many versions behind
     before: dict[str, Any] | None = None  # evaluation before reinforcement
     after: dict[str, Any] | None = None  # newest evaluation
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)  # what the alarms look at
@@ -70,4 +72,5 @@ class RunProgress:
             trajectories = tuple(traces.from_json(item) for item in rows)
             groups.append(Group(trajectories[0].problem, trajectories[0].draw, trajectories))
         problems = None if row["problems"] is None else tuple(row["problems"])
-        return cls(**{**row, "pending": tuple(groups), "problems": problems})
+        unfinished = tuple(row.get("unfinished", ()))
+        return cls(**{**row, "pending": tuple(groups), "unfinished": unfinished, "problems": problems})

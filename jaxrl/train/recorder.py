@@ -91,11 +91,17 @@ class Recorder:
         progress.response_tokens += tokens
         progress.rl_seconds += elapsed
         progress.left_out += sum(not t.trainable for t in played)
-        row = pairs.means() | dict(update) | {"skipped_steps": progress.skipped_steps, "left_out": progress.left_out}
+        counts = {"skipped_steps": progress.skipped_steps, "left_out": progress.left_out, "too_old": progress.too_old}
+        row = pairs.means() | dict(update) | counts
         progress.history = [*progress.history, row][-ALARM_HISTORY:]
         for message in alarms.new_alarms(progress.history).values():
             self.view.note(f"alarm: {message}")
-        row |= seconds | self._engine_step(engine) | {"tokens_per_second": tokens / max(elapsed, 1e-9)}
+        trained = seconds.get(f"{metrics.SECONDS}update", 0.0)
+        row |= seconds | self._engine_step(engine)
+        row |= {
+            "tokens_per_second": tokens / max(elapsed, 1e-9),
+            "trainer/idle_share": 1 - trained / max(elapsed, 1e-9),
+        }
         step = progress.global_step
         self._writer.write(step, "rl", row)
         if self._config.train.dump_episodes:

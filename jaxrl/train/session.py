@@ -1,5 +1,6 @@
 """What is fixed during a run, assembled once: tokenizer, problems, model specification, mesh, and the player."""
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -169,13 +170,17 @@ class Session:
             return rollout_params(trained, self.model, self.rollout_mesh)
         return with_adapters(self._rollout_base, trained, self.trained_specs, self.model, self.rollout_mesh)
 
-    def hand_over(self, trained: Any, fleet: Fleet, version: int) -> None:
+    async def hand_over(self, trained: Any, fleet: Fleet, version: int) -> None:
         """Give every replica the trainer's weights; frozen ones stay where they are and are never freed."""
         if self.base is None:
-            hand_over(trained, self.model, fleet, version, self.launches)
+            await hand_over(trained, self.model, fleet, version, self.launches)
             return
-        with self.launches:
-            fleet.set_weights(self.rollout_weights(trained), version)
+
+        def moved() -> tuple[Any, ...]:
+            with self.launches:
+                return self.rollout_weights(trained)
+
+        fleet.set_weights(await asyncio.to_thread(moved), version)
 
     @functools.cached_property
     def _rollout_base(self) -> tuple[lora.Base, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxrl.config import Config
 from jaxrl.episodes import Player, play_groups
+from jaxrl.train.group_queue import GroupQueue
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session
@@ -32,6 +33,7 @@ async def enter(
     reference: Any | None,
     player: Player,
     updater: Updater,
+    queue: GroupQueue,
 ) -> tuple[TrainState, Any | None, Player]:
     """Apply the stage of ``progress.step``: its limits always, its one-time changes on its first step.
 
@@ -48,12 +50,12 @@ async def enter(
     if not begins:
         return state, reference, player
     if stages.drop_solved[number] or stages.drop_unsolved[number]:
+        await queue.discard()
         with recorder.timer.phase("choose problems"):
             progress.problems = await _choose(session, recorder, player, number)
         if progress.stream:
             remaining = session.problem_stream(dataclasses.replace(progress, stream={})).state()
             progress.stream = remaining | {"next_draw": progress.stream["next_draw"]}
-        progress.pending = ()
     if stages.reset_optimizer[number]:
         state = updater.reset(state)
         reference = None if reference is None else copied(state.params)

@@ -1,5 +1,6 @@
 """Hand the trainer's weights to the rollout engines: cast, reshard on the devices, check that all of them arrived."""
 
+import asyncio
 import contextlib
 import functools
 from typing import Any
@@ -14,14 +15,16 @@ from jaxrl.rollout.fleet import Fleet
 from jaxrl.train import transfer
 
 
-def hand_over(
+async def hand_over(
     params: Any,
     model: ModelConfig,
     fleet: Fleet,
     version: int,
     launches: contextlib.AbstractContextManager[Any] | None = None,
 ) -> None:
-    """Give every replica the trainer's weights. An idle one frees its old ones before the new ones are made.
+    """Give every replica the trainer's weights between two of its rounds, whatever sequences are open.
+
+    Its old weights are freed before the new ones are made, so that one copy is held at any time.
 
     Args:
         params: the trainer's, on the devices of the fleet or on others.
@@ -32,9 +35,14 @@ def hand_over(
         ValueError: as for ``rollout_params``; the fleet keeps what it has.
     """
     _check(params, transformer.param_specs(model))
-    fleet.release_weights()
-    with launches or contextlib.nullcontext():
-        fleet.set_weights(rollout_params(params, model, fleet.mesh), version)
+
+    def moved() -> tuple[Any, ...]:
+        with launches or contextlib.nullcontext():
+            return rollout_params(params, model, fleet.mesh)
+
+    async with fleet.between_rounds():
+        fleet.release_weights()
+        fleet.set_weights(await asyncio.to_thread(moved), version)
 
 
 def rollout_params(params: Any, model: ModelConfig, mesh: Mesh) -> tuple[Any, ...]:

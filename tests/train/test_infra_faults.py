@@ -5,6 +5,7 @@ Real sandbox, tool, verifier, collection, selection, advantages and packing; onl
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import os
 import random
@@ -25,7 +26,8 @@ from jaxrl.rewards.verifier import MathVerifier
 from jaxrl.rl.selection import Selection, chooser
 from jaxrl.sandbox import Limits, Pool, Result
 from jaxrl.text.chat import ChatFormat
-from jaxrl.train.loop import Collected, collect, pack
+from jaxrl.train.collect import Collected, collect, open_queue
+from jaxrl.train.loop import pack
 from jaxrl.train.progress import RunProgress
 from tests.sandbox.driver import Driver
 from tests.scripted_engine import ScriptedEngine, answer, call, small_tokenizer
@@ -101,8 +103,9 @@ class Table:
             config=EnvConfig(infra_retries=2),
             max_response_tokens=400,
         )
-        async with collect(session, RECORDER, player, RunProgress(stage="rl")) as collected:
-            return collected
+        progress = RunProgress(stage="rl")
+        async with contextlib.aclosing(open_queue(config, progress)) as queue:
+            return await collect(session, RECORDER, queue, player, progress)
 
     def faulty(self, share: float, losses: int, config: Config = CONFIG) -> tuple[Collected, FaultyPool]:
         pool = FaultyPool(self.driver.pool, share, losses)
