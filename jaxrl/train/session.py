@@ -184,7 +184,7 @@ def open_session(config: Config, run: RunFolder) -> Session:
     worked = demonstrations.load(config.sft, config.data, train) if config.sft.demonstrations else ()
     session = _session(config, run, _tokenizer(config, run, train, worked))
     _check_prompts(config, session.chat, (*train, *held_out))
-    _check_rows(config, session.mesh)
+    check_rows(config, session.mesh)
     if config.optimizer.offload:
         check_offload(session.mesh)
     return dataclasses.replace(session, train_problems=train, eval_problems=held_out, demonstrations=worked)
@@ -268,14 +268,18 @@ def _model(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return config
 
 
-def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Every micro-batch must be cut into equal pieces."""
+def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Every micro-batch must be cut into equal pieces.
+
+    Raises:
+        ConfigError: rows or their tokens cannot be; the message names a number that can.
+    """
     for axis, field, over in (
         ("batch", "rows", "MeshConfig.slice x data x fsdp x expert"),
         ("token_shards", "row_tokens", "MeshConfig.context x tensor"),
     ):
         pieces = meshes.pieces(axis, meshes.COMPUTE_RULES, mesh)
-        for section in (config.sft, config.train):
+        for section in (config.sft, config.train) if config.sft.demonstrations else (config.train,):
             if rest := getattr(section, field) % pieces:
                 raise ConfigError(
                     f"{type(section).__name__}.{field}={getattr(section, field)} cannot be split over {pieces} devices "
