@@ -12,6 +12,7 @@ from jaxrl.check.programs import Resident
 from jaxrl.config import Config, ConfigError
 from jaxrl.model import lora, spec, transformer
 from jaxrl.rollout.scheduler import Scheduler
+from jaxrl.train import transfer
 
 
 def lengths(config: Config, devices: int) -> dict[str, int]:
@@ -20,6 +21,7 @@ def lengths(config: Config, devices: int) -> dict[str, int]:
     Raises:
         ConfigError: they do not divide.
     """
+    devices -= config.mesh.rollout_devices
     asked = {axis: getattr(config.mesh, axis) for axis in meshes.AXES}
     known = math.prod(length for length in asked.values() if length > 0)
     found = {axis: devices // known if length < 0 else length for axis, length in asked.items()}
@@ -52,8 +54,19 @@ def resident(config: Config, devices: int) -> Resident:
         engine=_bytes(specs, meshes.ROLLOUT_RULES, replica, model.compute_dtype) + adapters,
         pages=Scheduler(config.engine).total_pages * config.engine.page_size * token // tensor,
         gradients=weights,
-        hand_over=_bytes(trained, meshes.PARAM_RULES, mesh, model.compute_dtype),
+        hand_over=transfer.CHUNK_BYTES // mesh.size
+        + max(_bytes(one, meshes.PARAM_RULES, mesh, model.compute_dtype) for one in jax.tree.leaves(trained)),
     )
+
+
+def row_pieces(config: Config, devices: int) -> int:
+    """Into how many pieces the rows of a micro-batch are split.
+
+    Raises:
+        ConfigError: as for ``lengths``.
+    """
+    axes = lengths(config, devices)
+    return meshes.pieces("batch", meshes.COMPUTE_RULES, AbstractMesh(tuple(axes.values()), tuple(axes)))
 
 
 def tokens_per_device(config: Config, devices: int) -> int:
@@ -62,8 +75,7 @@ def tokens_per_device(config: Config, devices: int) -> int:
     Raises:
         ConfigError: rows cannot be split over the devices.
     """
-    axes = lengths(config, devices)
-    pieces = axes["slice"] * axes["data"] * axes["fsdp"]
+    axes, pieces = lengths(config, devices), row_pieces(config, devices)
     shards = axes["context"] * axes["tensor"]
     if config.train.rows % pieces or config.train.row_tokens % shards:
         raise ConfigError(f"{config.train.rows} rows of {config.train.row_tokens} tokens over {axes}")

@@ -10,35 +10,52 @@ from jax.extend import core
 DOTS = ("dot_general", "ragged_dot", "ragged_dot_general")
 
 
-def matrix_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> float:
+def matrix_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr, turns: float = 1.0) -> float:
     """FLOPs of all matrix products on all devices together.
 
-    What is computed again in the backward pass is counted again. A loop that the data end counts as one turn.
+    What is computed again in the backward pass is counted again.
+
+    Args:
+        turns: of an innermost loop whose end the data decide, as those over blocks of keys; one around it counts once.
     """
     inner = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-    return sum(_of(equation) for equation in inner.eqns)
+    return sum(_of(equation, turns) for equation in inner.eqns)
 
 
-def _of(equation: core.JaxprEqn) -> float:
+def _of(equation: core.JaxprEqn, turns: float) -> float:
     name, parameters = equation.primitive.name, equation.params
     if name in DOTS:
         return _product(equation)
-    times = 1
+    times = 1.0
     if name == "scan":
         times = parameters["length"]
     elif name == "shard_map":
         times = parameters["mesh"].size  # shapes inside are those of one device, and every axis is split
-    inside = (
+    elif name == "while" and not _loops(parameters["body_jaxpr"]):
+        times = turns
+    inside = _inside(equation)
+    if name in ("custom_vjp_call", "custom_jvp_call"):
+        return matrix_flops(inside[0], turns)
+    if name == "cond":
+        return max((matrix_flops(part, turns) for part in inside), default=0.0)
+    return times * sum(matrix_flops(part, turns) for part in inside)
+
+
+def _inside(equation: core.JaxprEqn) -> list[core.Jaxpr | core.ClosedJaxpr]:
+    return [
         part
-        for value in parameters.values()
+        for value in equation.params.values()
         for part in (value if isinstance(value, tuple | list) else (value,))
         if isinstance(part, core.Jaxpr | core.ClosedJaxpr)
+    ]
+
+
+def _loops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> bool:
+    """Whether there is a loop inside."""
+    inner = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    return any(
+        equation.primitive.name in ("scan", "while") or any(map(_loops, _inside(equation))) for equation in inner.eqns
     )
-    if name in ("custom_vjp_call", "custom_jvp_call"):
-        return next((matrix_flops(part) for part in inside), 0.0)
-    if name == "cond":
-        return max(map(matrix_flops, inside), default=0.0)
-    return times * sum(map(matrix_flops, inside))
 
 
 def _product(equation: core.JaxprEqn) -> float:

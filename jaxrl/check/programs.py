@@ -14,10 +14,14 @@ from jaxrl import mesh as meshes
 from jaxrl.config import Config, ModelConfig
 from jaxrl.model import logprob, lora, spec, transformer
 from jaxrl.records import Batch
+from jaxrl.rl.supervised import SupervisedLoss, supervised_loss
 from jaxrl.rollout import programs as rollout
+from jaxrl.train import transfer
 from jaxrl.train.session import check_rows
 from jaxrl.train.state import TrainState, abstract_params, abstract_state, rl_optimizer
 from jaxrl.train.update import Updater, policy_gradient_loss
+from jaxrl_kernels.interval_attention import plan
+from jaxrl_kernels.paged_attention import xla as paged_attention
 
 TRAINING = ("first", "more", "apply")
 ROLLOUT = ("prefill", "copy", "decode")
@@ -37,7 +41,7 @@ class Resident:
         engine: the replica's copy of the weights.
         pages: KV pages.
         gradients: of all trained weights.
-        hand_over: weights cast to the compute type, before they travel to the engine.
+        hand_over: weights cast to the compute type that have not yet travelled to the engine.
     """
 
     weights: int
@@ -108,18 +112,26 @@ class Shapes:
             engine=per_device(self.engine_params),
             pages=per_device(rollout.abstract_pages(self.config.engine, self.model, self.replica)),
             gradients=per_device(self.state.params),
-            hand_over=per_device(cast),
+            hand_over=max(map(per_device, jax.tree.leaves(cast))) + transfer.CHUNK_BYTES // self.mesh.size,
         )
 
     def mesh_of(self, name: str) -> Mesh:
         """The mesh that a program runs on."""
         return self.replica if name in ROLLOUT else self.mesh
 
+    def visits(self, name: str) -> float:
+        """Blocks of keys that a query sees, on average over rows that one longest sequence fills."""
+        if name in ROLLOUT:
+            engine = self.config.engine
+            return max(1.0, (engine.max_prompt_tokens + engine.max_response_tokens) / paged_attention.BLOCK / 2)
+        tokens = self.config.train.row_tokens
+        return (plan.blocks_of(tokens, plan.block_of(tokens)) + 1) / 2
+
     def traced(self, names: Sequence[str] = NAMES) -> dict[str, jax.stages.Traced]:
         """The programs of these names, traced."""
         config, found = self.config, {}
         if set(names) & set(TRAINING):
-            loss = policy_gradient_loss(self.model, config.algorithm, config.engine.temperature)
+            loss = policy_gradient_loss(self.model, config.algorithm, config.engine.temperature, self._supervised())
             optimizer = rl_optimizer(config.optimizer, self.trained)
             updater = Updater(loss, optimizer, self.mesh, base=self.base)
             found |= updater.traced(self.state, config.train.rows, config.train.row_tokens, self.reference)
@@ -128,6 +140,13 @@ class Shapes:
         if set(names) & set(ROLLOUT):
             found |= rollout.traced(config.engine, self.model, self.replica, self.engine_params)
         return {name: found[name] for name in names}
+
+    def _supervised(self) -> SupervisedLoss | None:
+        """The loss beside the policy's, if there is one."""
+        mix = self.config.mix
+        if mix.demonstrations == "off" and not mix.observation_weight:
+            return None
+        return supervised_loss("MixConfig.loss", mix.loss, mix.loss_settings)
 
     def _scoring(self) -> jax.stages.Traced:
         """Log-probabilities of packed rows, with no gradient."""
@@ -151,11 +170,13 @@ def shapes(config: Config, devices: Sequence[jax.Device]) -> Shapes:
     Raises:
         ConfigError: the mesh does not divide the devices, the model or the rows; as ``jaxrl train`` would refuse it.
     """
-    mesh = meshes.make_mesh(config.mesh, devices)
+    training, playing = meshes.split_devices(config.mesh, devices)
+    mesh = meshes.make_mesh(config.mesh, training)
     check_rows(config, mesh)
     specs = transformer.param_specs(config.model)
     spec.shardings(specs, mesh, meshes.PARAM_RULES)
-    replicas = meshes.make_rollout_mesh(mesh, config.mesh.rollout_tensor)
+    apart = playing if config.mesh.rollout_devices else None
+    replicas = meshes.make_rollout_mesh(mesh, config.mesh.rollout_tensor, apart)
     spec.shardings(specs, replicas, meshes.ROLLOUT_RULES)
     return Shapes(config, config.model, mesh, meshes.replica_meshes(replicas)[0])
 

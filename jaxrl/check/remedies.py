@@ -95,8 +95,7 @@ def _sizes(target: targets.Target, devices: int) -> Iterable[tuple[targets.Targe
 def _rows(config: Config, settings: Settings, devices: int) -> Settings:
     """As many rows as there are pieces of the batch, where another mesh or fewer rows are asked for."""
     asked = changed(config, {key: value for key, value in settings.items() if key != "TrainConfig.rows"})
-    axes = estimate.lengths(asked, devices)
-    pieces = axes["slice"] * axes["data"] * axes["fsdp"]
+    pieces = estimate.row_pieces(asked, devices)
     rows = pieces if "TrainConfig.rows" in settings or config.train.rows % pieces else config.train.rows
     wanted = {"TrainConfig.rows": rows} if rows != config.train.rows else {}
     if config.sft.demonstrations and config.sft.rows % pieces:

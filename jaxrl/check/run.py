@@ -37,7 +37,7 @@ class Result:
 
     @functools.cached_property
     def moments(self) -> list[ledger.Moment]:
-        return ledger.moments(self.resident, self.batch, self.compiled, ahead=self.config.train.prefetch_groups > 0)
+        return _moments(self.config, self.resident, self.batch, self.compiled)
 
     @property
     def fits(self) -> bool:
@@ -141,6 +141,13 @@ def compile_for(
     )
 
 
+def _moments(
+    config: Config, resident: programs.Resident, batch: int, compiled: Mapping[str, Compiled]
+) -> list[ledger.Moment]:
+    ahead, apart = config.train.prefetch_groups > 0, config.mesh.rollout_devices > 0
+    return ledger.moments(resident, batch, compiled, ahead=ahead, apart=apart)
+
+
 def _without_first(names: Sequence[str]) -> tuple[str, ...]:
     """``more`` is ``first`` and a sum beside it, and needs no less."""
     return tuple(name for name in names if name != "first")
@@ -155,8 +162,7 @@ def _needs(config: Config, devices: int, *, base: Result) -> int:
     for name, program in base.compiled.items():
         temporary = int(program.temporary * _growth(name, grows, config, base))
         compiled[name] = dataclasses.replace(program, refused="", temporary=temporary)
-    found = ledger.moments(rests, base.batch, compiled, ahead=config.train.prefetch_groups > 0)
-    return max(moment.total for moment in found)
+    return max(moment.total for moment in _moments(config, rests, base.batch, compiled))
 
 
 def _growth(name: str, gradient: float, config: Config, base: Result) -> float:

@@ -63,7 +63,7 @@ def main() -> int:
             key = _key(lowered, target, config)
             cached = pathlib.Path(request["cache"]) / f"{key}.json" if request["cache"] else None
             result = _cached(cached) or dataclasses.asdict(compiled(lowered, inner))
-            result["flops"] = flops.matrix_flops(traced.jaxpr)
+            result["flops"] = flops.matrix_flops(traced.jaxpr, run.visits(name))
             if cached is not None:
                 cached.parent.mkdir(parents=True, exist_ok=True)
                 cached.write_text(json.dumps(result), encoding="utf-8")
