@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"jaxrl: {message}", file=sys.stderr)
-            options.run_verb(commands, options)
+            code = options.run_verb(commands, options)
     except (ConfigError, commands.DataError, commands.TokenizerError, FileNotFoundError) as error:
         return _complain(error, BAD_USAGE)
     except BrokenPipeError:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped{_how_to_go_on(options)}", file=sys.stderr)
         return INTERRUPTED
-    return DONE
+    return DONE if code is None else code
 
 
 def _how_to_go_on(options: argparse.Namespace) -> str:
@@ -116,6 +116,17 @@ def _export(commands, options: argparse.Namespace) -> None:
 
 def _import(commands, options: argparse.Namespace) -> None:
     commands.import_folder(_config(options), options.folder, options.run)
+
+
+def _check(commands, options: argparse.Namespace) -> int:
+    if options.install:
+        commands.install_compiler(options.install)
+    if options.config is None or options.target is None:
+        if options.install and options.config is None and options.target is None:
+            return DONE
+        raise ConfigError("name a recipe and a --target, or only --install tpu or --install gpu")
+    fits = commands.check(options.config, options.set, options.target, as_json=options.json, again=options.again)
+    return DONE if fits else FAILED
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -264,6 +275,19 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("folder", type=pathlib.Path, help="folder with config.json, safetensors and tokenizer")
     new.add_argument("config", help="recipe to train it with")
     new.add_argument("--run", type=pathlib.Path, required=True, help="run folder to make")
+    new = verb(
+        "check",
+        _check,
+        "compile every program of a recipe for devices that are not there, and say whether it fits on them",
+        "  jaxrl check rstar2_14b --target v5p-64\n  jaxrl check rstar2_14b --target h200x64 --json\n"
+        "  jaxrl check rstar2_14b --target '2x v5e-256' --set TrainConfig.rows=512\n"
+        "  jaxrl check quickstart --target this\n  jaxrl check --install tpu",
+    )
+    new.add_argument("config", nargs="?", help="name of a recipe or path of a .gin file")
+    new.add_argument("--target", help="the devices: v5p-64, v5e-256, v6e-16, '2x v5e-256', h200x8, this (chips, GPUs)")
+    new.add_argument("--install", choices=("tpu", "gpu"), help="install the compiler for these devices (700 MB)")
+    new.add_argument("--again", action="store_true", help="compile again what was compiled before")
+    new.add_argument("--json", action="store_true", help="print one JSON object")
     _add_sandbox(verbs)
     return parser
 

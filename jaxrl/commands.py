@@ -6,9 +6,14 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 
+from jaxrl.check import environment, targets
+from jaxrl.check import report as check_report
+from jaxrl.check import run as check_run
 from jaxrl.config import Config, ConfigError
 from jaxrl.data.problems import DataError, load_held_out
 from jaxrl.episodes import play_groups
@@ -33,6 +38,7 @@ EXPECTED_ERRORS = (
     CheckpointError,
     SandboxUnavailable,
     VerifierStartError,
+    environment.CompilerError,
     OSError,
 )
 """Errors whose message is all a user needs, beside those about what was given (configuration, data, tokenizer, files);
@@ -41,9 +47,11 @@ __all__ = [
     "EXPECTED_ERRORS",
     "DataError",
     "TokenizerError",
+    "check",
     "evaluate",
     "export",
     "import_folder",
+    "install_compiler",
     "prefer",
     "rollout",
     "train",
@@ -177,6 +185,31 @@ def import_folder(config: Config, source: pathlib.Path, folder: pathlib.Path) ->
         f"{source}: {amount}, every name, shape and type as its config.json has it; {count:,} parameters imported as "
         f"{session.model.param_dtype}; train with: jaxrl train --run {folder}"
     )
+
+
+def check(recipe: str, overrides: Sequence[str], target: str, *, as_json: bool, again: bool) -> bool:
+    """``jaxrl check``: whether a recipe fits on a target; prints a table, or one JSON object."""
+    wanted = targets.parse(target)
+    config = check_run.configuration(recipe, overrides)
+    if not environment.installed(wanted.platform):
+        install_compiler(wanted.platform)
+    with Progress(f"check {wanted.name}") as view:
+        view.phase("compile")
+        report = check_run.check(config, wanted, view.note, cached=not again)
+    if as_json:
+        print(check_report.as_json(report))
+    else:
+        check_report.show(report, _console())
+    return report.result.fits
+
+
+def install_compiler(platform: str) -> None:
+    """``jaxrl check --install``: the compiler for TPUs or GPUs, beside jax and unseen by it."""
+
+    def say(line: str) -> None:
+        print(f"jaxrl: {line}", file=sys.stderr)
+
+    say(f"the compiler for {platform}s is in {environment.install(platform, say)}")
 
 
 def _amount(tensors: int, size: int, files: int) -> str:

@@ -120,7 +120,9 @@ def by_slice(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device
     tpu = devices[0].platform == "tpu"
     groups: dict[int, list[jax.Device]] = {}
     for device in devices:
-        groups.setdefault(device.slice_index if tpu else device.process_index, []).append(device)
+        # A topology that is described but not there names no slices where it has only one.
+        group = getattr(device, "slice_index", 0) if tpu else device.process_index
+        groups.setdefault(group, []).append(device)
     if len({len(group) for group in groups.values()}) > 1:
         sizes = {name: len(group) for name, group in groups.items()}
         raise ConfigError(f"the {'slices' if tpu else 'processes'} have different numbers of devices: {sizes}")

@@ -30,10 +30,6 @@ from jaxrl.rollout.scheduler import Cycle, Scheduler, Track
 SETTLE = 4
 """Turns of the asyncio loop that waiters get, at most, to fill free slots before the next round is planned."""
 
-STOP_IDS = 4
-"""Stop ids are padded to a multiple of this, so that their number seldom changes the compiled shape."""
-
-
 class PromptTooLong(ValueError):
     """A prompt that the engine was not compiled for."""
 
@@ -185,7 +181,7 @@ class Engine:
         self._layout = _layout(self._params)
         self._version = version
         self._next_weights: tuple[Any, int] | None = None
-        stops = np.full(-(-max(1, len(self._stop_ids)) // STOP_IDS) * STOP_IDS, -1, np.int32)
+        stops = np.full(rounds.padded_stops(len(self._stop_ids)), -1, np.int32)
         stops[: len(self._stop_ids)] = sorted(self._stop_ids)
         everywhere = NamedSharding(self._mesh, PartitionSpec())
         by_head = NamedSharding(self._mesh, meshes.partition_spec(KV_AXES, meshes.ROLLOUT_RULES, self._mesh))
@@ -206,10 +202,8 @@ class Engine:
 
     def compile(self) -> None:
         """Compile everything that serving runs, by running it once on empty plans."""
-        config, width = self._config, self._scheduler.table_width
-        row = np.zeros((config.prefill_rows, rounds.ROW_TABLE + width + config.prefill_chunk), np.int32)
-        copies = np.full((2, config.slots), self._scheduler.total_pages, np.int32)
-        decode = np.zeros((config.slots, rounds.TABLE + width), np.int32)
+        scheduler = self._scheduler
+        row, copies, decode = rounds.empty_plans(self._config, scheduler.table_width, scheduler.total_pages)
         # Not a word to ``launches``: replicas share no device, and would compile one after the other.
         self._run(Cycle((row,), (copies,), (), decode, 0, 0), contextlib.nullcontext())
         if config.record_experts:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.config import ModelConfig
+from jaxrl.config import EngineConfig, ModelConfig
 from jaxrl.model.logprob import logits
 from jaxrl.model.transformer import KVPages, Params, paged_hidden_states
 from jaxrl.rollout import sampler
@@ -22,6 +22,27 @@ length, draw, sample, bits of the float32 temperature, and from TABLE on the row
 START, COUNT, ROW_TABLE = range(3)
 """Columns of a prefill plan: position of the first token, number of tokens (0 = no row), and from ROW_TABLE on the
 row's pages, followed by the tokens."""
+
+
+STOP_IDS = 4
+"""Stop ids are padded to a multiple of this, so that their number seldom changes the compiled shape."""
+
+
+def padded_stops(count: int) -> int:
+    """How many stop ids ``decode_round`` is given, the padding included, where there are ``count``."""
+    return -(-max(1, count) // STOP_IDS) * STOP_IDS
+
+
+def empty_plans(config: EngineConfig, table_width: int, pages: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Plans of a prefill, a copy and a decode round that do nothing, in the only shapes an engine runs.
+
+    Args:
+        table_width: M, the most pages of a row.
+        pages: P, of the engine.
+    """
+    row = np.zeros((config.prefill_rows, ROW_TABLE + table_width + config.prefill_chunk), np.int32)
+    copies = np.full((2, config.slots), pages, np.int32)
+    return row, copies, np.zeros((config.slots, TABLE + table_width), np.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "steps"), donate_argnames=("kv_pages",))

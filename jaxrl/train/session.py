@@ -223,7 +223,7 @@ def open_session(config: Config, run: RunFolder) -> Session:
     texts = (problem.question for problem in train)
     session = _session(config, run, _tokenizer(config, run, [*texts, *recorded.texts_of(worked)]))
     _check_prompts(config, session.chat, (*train, *held_out))
-    _check_rows((config.sft, config.train), session.mesh)
+    check_rows(packed_sections(config), session.mesh)
     if config.optimizer.offload:
         check_offload(session.mesh)
     return dataclasses.replace(session, train_problems=train, eval_problems=held_out, demonstrations=worked)
@@ -256,7 +256,7 @@ def open_offline_session(config: Config, run: RunFolder, texts: Sequence[str], *
             f"LoraConfig.rank={config.lora.rank}: a model with a value head is trained whole; set it to 0"
         )
     session = dataclasses.replace(_session(config, run, _tokenizer(config, run, texts)), valued=valued)
-    _check_rows((config.prefer,), session.mesh)
+    check_rows((config.prefer,), session.mesh)
     if config.optimizer.offload:
         check_offload(session.mesh)
     return session
@@ -345,8 +345,17 @@ def _model(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return config
 
 
-def _check_rows(sections: Sequence[SftConfig | PreferConfig | TrainConfig], mesh: jax.sharding.Mesh) -> None:
-    """Every micro-batch must be cut into equal pieces."""
+def packed_sections(config: Config) -> tuple[SftConfig | TrainConfig, ...]:
+    """The sections that say how large a micro-batch of ``jaxrl train`` is."""
+    return (config.sft, config.train) if config.sft.demonstrations else (config.train,)
+
+
+def check_rows(sections: Sequence[SftConfig | PreferConfig | TrainConfig], mesh: jax.sharding.Mesh) -> None:
+    """Every micro-batch must be cut into equal pieces.
+
+    Raises:
+        ConfigError: rows or their tokens cannot be; the message names a number that can.
+    """
     for axis, field, over in (
         ("batch", "rows", "MeshConfig.slice x data x fsdp x expert"),
         ("token_shards", "row_tokens", "MeshConfig.context x tensor"),

@@ -124,9 +124,14 @@ def abstract_state(specs: Any, optimizer: optax.GradientTransformation, mesh: ja
     params = abstract_params(specs, mesh)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), jnp.zeros((), jnp.int32)), params)
+    return on_mesh(state, mesh)
+
+
+def on_mesh(types: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The types of traced values as those of arrays on a mesh of devices; what says no layout is on all of them."""
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         partition = leaf.sharding.spec if leaf.sharding is not None else jax.sharding.PartitionSpec()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, partition))
 
-    return jax.tree.map(placed, state)
+    return jax.tree.map(placed, types)

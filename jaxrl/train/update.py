@@ -23,7 +23,7 @@ from jaxrl.rl import divergence, mismatch
 from jaxrl.rl.correction import correction
 from jaxrl.rl.supervised import SupervisedLoss, nll
 from jaxrl.rl.tokens import sampled
-from jaxrl.train.state import DEVICE, HOST, TrainState, in_memory
+from jaxrl.train.state import DEVICE, HOST, TrainState, in_memory, on_mesh
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Name to (sum, count); of a name that ends in _max to (largest, 1 or 0)."""
@@ -276,6 +276,25 @@ class Updater:
             check_layout("after an update", self._apply.output_shardings[0], state)
             self._reset = self._reset.lower(state).compile()
             check_layout("after a reset", self._reset.output_shardings, state)
+
+    def traced(
+        self, state: TrainState, rows: int, row_tokens: int, reference: Any = None
+    ) -> dict[str, jax.stages.Traced]:
+        """The programs of a step, by name, for micro-batches [rows, row_tokens]; nothing is compiled or run.
+
+        Args:
+            state: and ``reference``, and the frozen weights if there are any: shapes, types and shardings suffice.
+        """
+        batch = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._placement),
+            jax.eval_shape(lambda: Batch.zeros(rows, row_tokens)),
+        )
+        with jax.set_mesh(self._mesh):
+            arguments = (state.params, self._base, batch, reference)
+            total = on_mesh(jax.eval_shape(self._first, *arguments), self._mesh)
+            first = self._first.trace(*arguments)
+            more = self._more.trace(total, *arguments)
+            return {"first": first, "more": more, "apply": self._apply.trace(state, total[0])}
 
     def reset(self, state: TrainState) -> TrainState:
         """The same parameters with a fresh optimizer; ``state`` is consumed."""

@@ -46,7 +46,7 @@ def settings(overrides: tuple[str, ...]) -> tuple[str, ...]:
 def test_rows_that_a_mesh_cannot_split_are_refused_with_what_it_could(lengths: tuple[int, ...], message: str) -> None:
     config = Config(sft=SftConfig(rows=6, row_tokens=100), train=TrainConfig(rows=7, row_tokens=512))
     with pytest.raises(ConfigError, match=message):
-        session._check_rows(config, jax.sharding.AbstractMesh(lengths, AXES))
+        session.check_rows(session.packed_sections(config), jax.sharding.AbstractMesh(lengths, AXES))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,81 @@
+"""What a step computes and sends, and how long that takes at the rates of the data sheets."""
+
+import dataclasses
+import math
+
+from jaxrl.check.run import Result
+from jaxrl.check.targets import CHIPS
+from jaxrl.rollout.scheduler import Scheduler
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of a step on every device; seconds are those of the slowest of three limits, which no device beats.
+
+    Attributes:
+        flops: matrix products of one device.
+        read: bytes a device reads from its memory, at least.
+        sent: bytes a device sends within its slice or host, and
+        sent_out: beyond it.
+    """
+
+    name: str
+    flops: float
+    read: float
+    sent: float
+    sent_out: float
+    seconds: float
+
+
+def micro_batches(result: Result) -> int:
+    """Micro-batches of a step at most: every group stays, and every trajectory fills a row."""
+    train = result.config.train
+    return math.ceil(train.problems * result.config.algorithm.keep / train.rows)
+
+
+def phases(result: Result) -> list[Phase]:
+    """Update and decoding of a step whose trajectories all have their longest length.
+
+    Empty for a target without data sheet.
+    """
+    if not result.target.chip:
+        return []
+    return [_update(result), _decoding(result)]
+
+
+def _update(result: Result) -> Phase:
+    more, apply = result.compiled["more"], result.compiled["apply"]
+    number = micro_batches(result)
+    updates = result.config.train.updates_per_step
+    inner, outer = (
+        number * sum(one["sent"] for one in more.traffic if one["outer"] is far)
+        + updates * sum(one["sent"] for one in apply.traffic if one["outer"] is far)
+        for far in (False, True)
+    )
+    read = number * (more.arguments + more.temporary) + updates * (apply.arguments + apply.temporary)
+    return _phase("update", number * more.flops / result.devices, read, inner, outer, result)
+
+
+def _decoding(result: Result) -> Phase:
+    """Every trajectory token by token, with all slots full: a replica reads its weights, and the keys and values of
+    every slot, on average of half the longest sequence, once a token."""
+    config, model = result.config, result.config.model
+    tensor = config.mesh.rollout_tensor or config.mesh.tensor
+    replicas = result.devices // tensor
+    engine = config.engine
+    held = Scheduler(engine).total_pages * engine.page_size
+    sequence = engine.max_prompt_tokens + engine.max_response_tokens
+    slots = min(engine.slots, held // (sequence // 2))
+    tokens = config.train.problems * config.train.samples * engine.max_response_tokens
+    steps = tokens / (replicas * slots)
+    token_bytes = 2 * model.layers * model.kv_heads * model.head_width * 2
+    read = steps * (result.resident.engine + slots * sequence // 2 * token_bytes / tensor)
+    decode = result.compiled["decode"]
+    inner, outer = (steps * sum(one["sent"] for one in decode.traffic if one["outer"] is far) for far in (False, True))
+    return _phase("decoding", steps * decode.flops / tensor, read, inner, outer, result)
+
+
+def _phase(name: str, flops: float, read: float, sent: float, sent_out: float, result: Result) -> Phase:
+    chip = CHIPS[result.target.chip]
+    seconds = max(flops / chip.flops, read / chip.memory_rate, sent / chip.link_rate + sent_out / chip.outer_rate)
+    return Phase(name, flops, read, sent, sent_out, seconds)

@@ -1,0 +1,110 @@
+"""What a configuration needs, added up without compiling: which ways to make a run fit are worth a compilation."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+
+from jaxrl import mesh as meshes
+from jaxrl.check.programs import Resident
+from jaxrl.config import Config, ConfigError
+from jaxrl.model import lora, spec, transformer
+from jaxrl.rollout.scheduler import Scheduler
+from jaxrl.train import transfer
+
+
+def lengths(config: Config, devices: int) -> dict[str, int]:
+    """Length of every axis of the training mesh on so many devices.
+
+    Raises:
+        ConfigError: they do not divide.
+    """
+    devices -= config.mesh.rollout_devices
+    asked = {axis: getattr(config.mesh, axis) for axis in meshes.AXES}
+    known = math.prod(length for length in asked.values() if length > 0)
+    found = {axis: devices // known if length < 0 else length for axis, length in asked.items()}
+    if math.prod(found.values()) != devices:
+        raise ConfigError(f"MeshConfig asks for {found} of {devices} devices")
+    return found
+
+
+def resident(config: Config, devices: int) -> Resident:
+    """What rests on a device, as ``programs.Shapes.resident`` finds it from the types.
+
+    Raises:
+        ConfigError: the mesh cannot split the model.
+    """
+    model, axes = config.model, lengths(config, devices)
+    mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+    tensor = config.mesh.rollout_tensor or axes["tensor"]
+    replica = AbstractMesh((tensor,), ("tensor",))
+    specs = transformer.param_specs(model)
+    trained = lora.adapter_specs(specs, config.lora) if config.lora.rank else specs
+    weights = _bytes(trained, meshes.PARAM_RULES, mesh)
+    frozen = _bytes(specs, meshes.PARAM_RULES, mesh) if config.lora.rank else 0
+    adapters = _bytes(trained, meshes.ROLLOUT_RULES, replica, model.compute_dtype) if config.lora.rank else 0
+    token = 2 * model.layers * model.kv_heads * model.head_width * jax.numpy.dtype(model.compute_dtype).itemsize
+    return Resident(
+        weights=weights + frozen,
+        optimizer=0 if config.optimizer.offload else 2 * weights,
+        offloaded=2 * weights if config.optimizer.offload else 0,
+        reference=weights if config.algorithm.kl_coefficient else 0,
+        engine=_bytes(specs, meshes.ROLLOUT_RULES, replica, model.compute_dtype) + adapters,
+        pages=Scheduler(config.engine).total_pages * config.engine.page_size * token // tensor,
+        gradients=weights,
+        hand_over=transfer.CHUNK_BYTES // mesh.size
+        + max(_bytes(one, meshes.PARAM_RULES, mesh, model.compute_dtype) for one in jax.tree.leaves(trained)),
+    )
+
+
+def row_pieces(config: Config, devices: int) -> int:
+    """Into how many pieces the rows of a micro-batch are split.
+
+    Raises:
+        ConfigError: as for ``lengths``.
+    """
+    axes = lengths(config, devices)
+    return meshes.pieces("batch", meshes.COMPUTE_RULES, AbstractMesh(tuple(axes.values()), tuple(axes)))
+
+
+def tokens_per_device(config: Config, devices: int) -> int:
+    """Tokens of a micro-batch that one device computes.
+
+    Raises:
+        ConfigError: rows cannot be split over the devices.
+    """
+    axes, pieces = lengths(config, devices), row_pieces(config, devices)
+    shards = axes["context"] * axes["tensor"]
+    if config.train.rows % pieces or config.train.row_tokens % shards:
+        raise ConfigError(f"{config.train.rows} rows of {config.train.row_tokens} tokens over {axes}")
+    return config.train.rows // pieces * (config.train.row_tokens // axes["context"])
+
+
+def temporary(config: Config, devices: int) -> int:
+    """A guess at what the gradients of a micro-batch need while they are computed: inputs of every layer, the widest
+    layer's values, one layer's gathered weights and the output matrix."""
+    model, tokens = config.model, tokens_per_device(config, devices)
+    tensor, size = lengths(config, devices)["tensor"], jax.numpy.dtype(model.compute_dtype).itemsize
+    width = max(model.ffn_width, model.experts_per_token * model.expert_width if model.experts else 0) // tensor
+    kept = model.layers * (model.width if model.remat == "full" else 8 * model.width + 3 * width)
+    largest = 6 * model.width + 4 * width + 4 * model.query_heads * model.head_width // tensor
+    layer = spec.count(transformer.param_specs(dataclasses.replace(model, layers=1, vocab_size=8))) // tensor
+    table = model.vocab_size * model.width
+    return tokens * 4 * (kept + largest) + 3 * layer * size + table * (4 + size)
+
+
+def _bytes(specs: Any, rules: meshes.Rules, mesh: AbstractMesh, dtype: str | None = None) -> int:
+    total = 0
+    for one in jax.tree.leaves(specs):
+        length = dict(zip(one.axes, one.shape, strict=True))
+        size = (one.compute_dtype(dtype) if dtype else one.dtype).itemsize
+        pieces = 1
+        for axis in one.axes:
+            parts = meshes.pieces(axis, rules, mesh)
+            if length[axis] % parts:
+                raise ConfigError(f"axis {axis!r} of length {length[axis]} cannot be split over {parts} devices")
+            pieces *= parts
+        total += math.prod(one.shape) // pieces * size
+    return total

@@ -1,0 +1,121 @@
+"""What ``jaxrl check`` prints: one table and a verdict, or one JSON object."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxrl.check import cost, ledger, targets
+from jaxrl.check.remedies import Remedy
+from jaxrl.check.run import Report, Result
+
+_WORDS = {
+    "weights": "weights",
+    "optimizer": "optimizer",
+    "reference": "reference",
+    "engine": "engine's weights",
+    "pages": "KV pages",
+    "gradients": "gradients",
+    "activations": "activations",
+}
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a report."""
+    result = report.result
+    console.print(_memory(result))
+    console.print(_work(result))
+    console.print(verdict(result))
+    if result.fits:
+        return
+    for remedy, outcome in report.mended:
+        console.print(f"  fits with {setting_words(remedy, result)}", soft_wrap=True, highlight=False)
+        left = (outcome.memory - outcome.fullest.total) / targets.GIB
+        costs = "; ".join(remedy.words)
+        console.print(f"    re-checked: {left:.1f} GiB left; {costs}", soft_wrap=True, highlight=False)
+    if not report.mended:
+        console.print("  no change that jaxrl knows makes it fit here; take a larger target or a smaller model")
+
+
+def verdict(result: Result) -> str:
+    """One sentence: whether it fits, and what is left or is too much where."""
+    full = result.fullest
+    where = f"{result.devices} devices of {result.target.name}"
+    if result.fits:
+        return f"fits: {where}, {(result.memory - full.total) / targets.GIB:.1f} GiB left during {full.name!r}"
+    if full.refused:
+        return f"does not fit: {where}, the compiler has no room for {full.name!r}: {full.refused}"
+    largest = max(full.parts, key=lambda part: full.parts[part])
+    return (
+        f"does not fit: {where}, {full.name!r} needs {full.total / targets.GIB:.1f} GiB of "
+        f"{result.memory / targets.GIB:.1f}, most of it {_WORDS[largest]}"
+    )
+
+
+def setting_words(remedy: Remedy, result: Result) -> str:
+    """A remedy as options of the command line."""
+    settings = " ".join(f"--set {key}={value}" for key, value in remedy.settings.items())
+    target = "" if remedy.target == result.target else f"--target '{remedy.target.name}' "
+    return f"{target}{settings}".strip()
+
+
+def as_json(report: Report) -> str:
+    """One JSON object; bytes are those of one device."""
+    whole = _as_values(report.result) | {
+        "remedies": [
+            {"target": remedy.target.name, "settings": remedy.settings, "costs": remedy.words, **_as_values(outcome)}
+            for remedy, outcome in report.mended
+        ]
+    }
+    return json.dumps(whole)
+
+
+def _as_values(result: Result) -> dict[str, Any]:
+    return {
+        "target": result.target.name,
+        "devices": result.devices,
+        "memory": result.memory,
+        "fits": result.fits,
+        "verdict": verdict(result),
+        "left": result.memory - result.fullest.total,
+        "moments": [
+            {"name": moment.name, "total": moment.total, "refused": moment.refused, **moment.parts}
+            for moment in result.moments
+        ],
+        "programs": {name: dataclasses.asdict(program) for name, program in result.compiled.items()},
+        "micro_batches": cost.micro_batches(result),
+        "phases": [dataclasses.asdict(phase) for phase in cost.phases(result)],
+    }
+
+
+def _memory(result: Result) -> Table:
+    table = Table(title=f"GiB on each device of {result.target.name}", title_justify="left")
+    table.add_column("during")
+    for part in ledger.PARTS:
+        table.add_column(_WORDS[part], justify="right")
+    table.add_column("in all", justify="right")
+    table.add_column("left", justify="right")
+    for moment in result.moments:
+        amounts = [f"{moment.parts[part] / targets.GIB:.2f}" for part in ledger.PARTS]
+        left = (result.memory - moment.total) / targets.GIB
+        mark = "refused" if moment.refused else f"{left:.2f}"
+        table.add_row(moment.name, *amounts, f"{moment.total / targets.GIB:.2f}", mark)
+    return table
+
+
+def _work(result: Result) -> Table:
+    table = Table(title=f"work of a step of {cost.micro_batches(result)} micro-batches, at most", title_justify="left")
+    for name in ("program", "TFLOP in all", "collectives", "GB sent by a device", "beyond its slice or host"):
+        table.add_column(name, justify="left" if name in ("program", "collectives") else "right")
+    for name, program in result.compiled.items():
+        kinds = ", ".join(f"{one['count']} {one['kind']}" for one in program.traffic) or "none"
+        near, far = (_sent(program.traffic, outer) for outer in (False, True))
+        table.add_row(name, f"{program.flops / 1e12:,.3g}", kinds, f"{near:.3g}", f"{far:.3g}")
+    return table
+
+
+def _sent(traffic: tuple[Mapping[str, Any], ...], outer: bool) -> float:
+    return sum(one["sent"] for one in traffic if one["outer"] is outer) / 1e9

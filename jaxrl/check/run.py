@@ -1,0 +1,175 @@
+"""``jaxrl check``: compile every program of a run for a target, add up, judge, and look for a way to make it fit."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxrl.check import environment, estimate, ledger, programs, remedies, targets
+from jaxrl.check.worker import Compiled
+from jaxrl.config import Config, dump, load, read_recipe
+from jaxrl.model import hf
+
+Say = Callable[[str], None]
+
+SPLIT = (("more",), ("score", "apply", "decode", "prefill", "copy"), ("first",))
+"""Programs by the process that compiles them: the largest by themselves, so that two cores are busy for as long."""
+
+REMEDIES = 3
+"""Remedies that are shown."""
+TRIES = 6
+"""Remedies that are compiled for, at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was found for one configuration on one target; bytes are those of one device."""
+
+    config: Config
+    target: targets.Target
+    devices: int
+    memory: int
+    batch: int
+    resident: programs.Resident
+    compiled: Mapping[str, Compiled]
+
+    @functools.cached_property
+    def moments(self) -> list[ledger.Moment]:
+        return _moments(self.config, self.resident, self.batch, self.compiled)
+
+    @property
+    def fits(self) -> bool:
+        return ledger.fits(self.moments, self.memory)
+
+    @property
+    def fullest(self) -> ledger.Moment:
+        return ledger.fullest(self.moments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The result for what was asked, and the remedies that were tried, each with its own result."""
+
+    result: Result
+    mended: tuple[tuple[remedies.Remedy, Result], ...] = ()
+
+
+def configuration(recipe: str, overrides: Sequence[str]) -> Config:
+    """A recipe in which what must be set may be left open: the architecture is then that of its own fields.
+
+    Raises:
+        ConfigError: as ``config.load``.
+    """
+    open_keys = re.findall(r"^(\w+\.\w+)\s*=\s*['\"]REQUIRED['\"]", read_recipe(recipe), re.MULTILINE)
+    placeholders = [f"{key}={'' if key == 'ModelConfig.path' else 'stories'!r}" for key in open_keys]
+    config = load(recipe, [*placeholders, *overrides])
+    model = config.model
+    if model.path:
+        model = dataclasses.replace(hf.read_config(model.path, base=model), path="")
+    elif not model.vocab_size:
+        model = dataclasses.replace(model, vocab_size=-(-config.tokenizer.vocab_size // 8) * 8)
+    return dataclasses.replace(config, model=model)
+
+
+def check(config: Config, target: targets.Target, say: Say, *, cached: bool = True, mend: bool = True) -> Report:
+    """Compile for the target, and where it does not fit for the cheapest changes that should help.
+
+    Args:
+        cached: use and keep what compilers said of the same programs before.
+        mend: look for remedies.
+
+    Raises:
+        ConfigError: the configuration cannot be used on the target.
+        CompilerError: there is no compiler for the target, or it failed.
+    """
+    result = compile_for(config, target, say, cached=cached)
+    if result.fits or not mend:
+        return Report(result)
+    found: list[tuple[remedies.Remedy, Result]] = []
+    needs = functools.partial(_needs, base=result)
+    wanted = remedies.candidates(config, target, result.devices, result.memory, needs)
+    for remedy, _ in zip(wanted, range(TRIES), strict=False):
+        say(f"re-checking {', '.join(f'{key}={value}' for key, value in remedy.settings.items())}")
+        changed = remedies.changed(config, remedy.settings)
+        outcome = compile_for(changed, remedy.target, say, cached=cached, names=_without_first(programs.NAMES))
+        if outcome.fits:
+            found.append((remedy, outcome))
+        if len(found) == REMEDIES:
+            break
+    return Report(result, tuple(found))
+
+
+def compile_for(
+    config: Config, target: targets.Target, say: Say, *, cached: bool = True, names: Sequence[str] = programs.NAMES
+) -> Result:
+    """Compile the programs of these names for the target, in two processes side by side.
+
+    Raises:
+        ConfigError, CompilerError: as for ``check``.
+    """
+    request: dict[str, Any] = {
+        "target": dataclasses.asdict(target),
+        "config": dump(config),
+        "cache": str(environment.cache_folder() / "results") if cached and target.chip else "",
+    }
+    general: dict[str, Any] = {}
+    compiled: dict[str, Compiled] = {}
+
+    def work(part: Sequence[str]) -> None:
+        wanted = [name for name in part if name in names]
+        for answer in environment.ask(target.platform, request | {"programs": wanted}):
+            if "program" in answer:
+                name = answer.pop("program")
+                compiled[name] = Compiled(**answer)
+                say(f"{target.name}: compiled {name}")
+            else:
+                general.update(answer)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as workers:
+        for done in [workers.submit(work, part) for part in SPLIT if set(part) & set(names)]:
+            done.result()
+    return Result(
+        config=config,
+        target=target,
+        devices=general["devices"],
+        memory=general["memory"],
+        batch=general["batch"],
+        resident=programs.Resident(**general["resident"]),
+        compiled={name: compiled[name] for name in names},
+    )
+
+
+def _moments(
+    config: Config, resident: programs.Resident, batch: int, compiled: Mapping[str, Compiled]
+) -> list[ledger.Moment]:
+    ahead, apart = config.train.prefetch_groups > 0, config.mesh.rollout_devices > 0
+    return ledger.moments(resident, batch, compiled, ahead=ahead, apart=apart)
+
+
+def _without_first(names: Sequence[str]) -> tuple[str, ...]:
+    """``more`` is ``first`` and a sum beside it, and needs no less."""
+    return tuple(name for name in names if name != "first")
+
+
+def _needs(config: Config, devices: int, *, base: Result) -> int:
+    """Bytes of one device, estimated: what rests exactly, what a program needs in proportion to what it needed."""
+    rests = estimate.resident(config, devices)
+    before = estimate.temporary(base.config, base.devices)
+    grows = max(0.25, estimate.temporary(config, devices) / before)
+    compiled = {}
+    for name, program in base.compiled.items():
+        temporary = int(program.temporary * _growth(name, grows, config, base))
+        compiled[name] = dataclasses.replace(program, refused="", temporary=temporary)
+    return max(moment.total for moment in _moments(config, rests, base.batch, compiled))
+
+
+def _growth(name: str, gradient: float, config: Config, base: Result) -> float:
+    """By how much what a program needs grows: the engine's with its devices, the update's with the weights."""
+    if name in ("first", "more", "score"):
+        return gradient
+    if name in programs.ROLLOUT:
+        now, before = (c.mesh.rollout_tensor or c.mesh.tensor for c in (config, base.config))
+        return before / now
+    return 1.0

@@ -1,0 +1,128 @@
+"""The process that compiles: one configuration, one target, a few programs. It reads a request and writes answers.
+
+It is a process of its own because a compiler for devices that are not there is loaded from a folder of its own, which
+the process that asks must not see, and so that the memory the compiler takes is given back.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import sys
+from typing import Any
+
+import jax
+
+from jaxrl.check import collectives, devices, flops, programs, targets
+from jaxrl.config import Config, ConfigError, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler said of one program; bytes are those of one device.
+
+    Attributes:
+        arguments: bytes of what it is given.
+        results: bytes of what it makes, beyond what it writes over its arguments.
+        temporary: bytes it needs while it runs.
+        flops: of its matrix products, all devices together.
+        traffic: what it sends.
+        refused: why it was not compiled; empty where it was. ``temporary`` is then what the compiler asked for.
+    """
+
+    arguments: int = 0
+    results: int = 0
+    temporary: int = 0
+    flops: float = 0.0
+    traffic: tuple[dict[str, Any], ...] = ()
+    refused: str = ""
+
+
+def main() -> int:
+    """Answer the request on standard input: one JSON object a line, the last one whole."""
+    request = json.load(sys.stdin)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # compilers print to standard output too
+
+    def answer(**values: Any) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    try:
+        target = targets.Target(**request["target"])
+        config = parse([request["config"]])
+        found = devices.described(target)
+        run = programs.shapes(config, found)
+        limit, inner = devices.memory(target, found), devices.inner(target, found)
+        resident = dataclasses.asdict(run.resident())
+        answer(resident=resident, memory=limit, devices=len(found), batch=programs.batch_bytes(config, run.mesh))
+        for name, traced in run.traced(request["programs"]).items():
+            with jax.set_mesh(run.mesh_of(name)):
+                lowered = traced.lower(lowering_platforms=devices.platforms(target))
+            key = _key(lowered, target, config)
+            cached = pathlib.Path(request["cache"]) / f"{key}.json" if request["cache"] else None
+            result = _cached(cached) or dataclasses.asdict(compiled(lowered, inner))
+            result["flops"] = flops.matrix_flops(traced.jaxpr, run.visits(name))
+            if cached is not None:
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                cached.write_text(json.dumps(result), encoding="utf-8")
+            answer(program=name, **result)
+    except ConfigError as error:
+        answer(config_error=str(error))
+        return 2
+    answer(done=True)
+    return 0
+
+
+def compiled(lowered: jax.stages.Lowered, inner: int) -> Compiled:
+    """Compile one program; a refusal for want of memory is a result too.
+
+    Args:
+        inner: devices of one slice or host.
+    """
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = asked_for(str(error))
+        if wanted is None:
+            raise
+        return Compiled(temporary=wanted, refused=str(error).splitlines()[0])
+    memory = program.memory_analysis()
+    sent = collectives.traffic(program.as_text(), inner)
+    return Compiled(
+        arguments=memory.argument_size_in_bytes,
+        results=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        temporary=memory.temp_size_in_bytes,
+        traffic=tuple(map(dataclasses.asdict, sent)),
+    )
+
+
+def asked_for(message: str) -> int | None:
+    """Bytes that a compiler found no room for, by its message; None if the message is about something else."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    found = [
+        float(amount) * 1024 ** "KMGT".index(unit) * 1024
+        for pattern in (r"Used (?:by program )?([\d.]+)([KMGT])", r"required for .*? \(([\d.]+)([KMGT])\)")
+        for amount, unit in re.findall(pattern, message)
+    ]
+    return int(max(found)) if found else None
+
+
+def _key(lowered: jax.stages.Lowered, target: targets.Target, config: Config) -> str:
+    """Name of what the compiler would say again: the program, the devices, and the versions of both compilers."""
+    versions = (jax.__version__, devices.compiler_version(target))
+    text = re.sub(r"loc\(.*?\)", "", lowered.as_text())
+    whole = json.dumps([text, dataclasses.asdict(target), versions, os.environ.get("XLA_FLAGS", "")])
+    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+
+
+def _cached(path: pathlib.Path | None) -> dict[str, Any] | None:
+    if path is None or not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

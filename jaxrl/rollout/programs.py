@@ -1,0 +1,72 @@
+"""The programs of one replica of the engine, for shapes alone: what it compiles, without devices, weights or pages."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl import mesh as meshes
+from jaxrl.config import EngineConfig, ModelConfig
+from jaxrl.model import spec
+from jaxrl.model.transformer import KV_AXES, init_pages, param_specs
+from jaxrl.rollout import rounds
+from jaxrl.rollout.scheduler import Scheduler
+
+
+def abstract_params(model: ModelConfig, mesh: Mesh, specs: spec.Specs | None = None) -> Any:
+    """Shapes, types and shardings of the weights as ``train/sync.py`` hands them to a replica.
+
+    Args:
+        specs: the table of the weights; the decoder's when None.
+
+    Raises:
+        ConfigError: the mesh cannot split a weight.
+    """
+    specs = specs or param_specs(model)
+    return jax.tree.map(
+        lambda one, sharding: jax.ShapeDtypeStruct(
+            one.shape, one.compute_dtype(model.compute_dtype), sharding=sharding
+        ),
+        specs,
+        spec.shardings(specs, mesh, meshes.ROLLOUT_RULES),
+    )
+
+
+def abstract_pages(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Any:
+    """Shapes, types and shardings of a replica's KV pages."""
+    by_head = NamedSharding(mesh, meshes.partition_spec(KV_AXES, meshes.ROLLOUT_RULES, mesh))
+    pages = jax.eval_shape(lambda: init_pages(model, Scheduler(config).total_pages, config.page_size))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_head), pages)
+
+
+def traced(
+    config: EngineConfig, model: ModelConfig, mesh: Mesh, params: Any, stop_ids: int = 1
+) -> dict[str, jax.stages.Traced]:
+    """Every program that ``Engine.compile`` compiles, by name; nothing is compiled or run.
+
+    Args:
+        mesh: of one replica, see ``mesh.replica_meshes``.
+        params: from ``abstract_params``.
+        stop_ids: how many there are.
+    """
+    scheduler, pages = Scheduler(config), abstract_pages(config, model, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    row, copies, decode = rounds.empty_plans(config, scheduler.table_width, scheduler.total_pages)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        return {
+            "prefill": rounds.prefill.trace(params, pages, row, model=model, chunk=config.prefill_chunk),
+            "copy": rounds.copy_pages.trace(pages, copies),
+            "decode": rounds.decode_round.trace(
+                params,
+                pages,
+                decode,
+                np.int32(0),
+                jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere),
+                jax.ShapeDtypeStruct((rounds.padded_stops(stop_ids),), jnp.int32, sharding=everywhere),
+                model=model,
+                steps=config.round_steps,
+            ),
+        }
