@@ -206,7 +206,7 @@ class Engine:
         row, copies, decode = rounds.empty_plans(self._config, scheduler.table_width, scheduler.total_pages)
         # Not a word to ``launches``: replicas share no device, and would compile one after the other.
         self._run(Cycle((row,), (copies,), (), decode, 0, 0), contextlib.nullcontext())
-        if config.record_experts:
+        if self._config.record_experts:
             self._recorded_experts(decode[0], 0, contextlib.nullcontext())
 
     @contextlib.asynccontextmanager
