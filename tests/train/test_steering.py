@@ -41,6 +41,7 @@ def steered(algorithm: AlgorithmConfig, train: TrainConfig = TRAIN) -> tuple[Ste
         mesh=mesh,
         launches=contextlib.nullcontext(),
         base=None,
+        recorded_experts=None,
     )
     specs = transformer.param_specs(MODEL)
     params = jax.device_put(spec.initialize(specs, jax.random.key(0)), spec.shardings(specs, mesh, meshes.PARAM_RULES))
