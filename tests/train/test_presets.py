@@ -27,7 +27,9 @@ from jaxrl.train.state import initial_params, new_state
 from jaxrl.train.update import Updater, policy_gradient_loss
 from tests.scripted_engine import ScriptedEngine, answer, call, small_tokenizer
 
-PRESETS = (*("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rstar2", "retool", "fapo", "dars", "datamind", "verltool"),)
+PRESETS = (
+    *("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rstar2", "retool", "icepop", "fapo", "dars", "datamind", "verltool"),
+)
 RECIPES = ("gsm8k_tool", "quickstart", "rstar2_14b", "smoke")
 """Those that say what is trained, on which data, and how large."""
 SMALL = (
