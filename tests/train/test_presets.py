@@ -16,6 +16,8 @@ from jaxrl.episodes import Player
 from jaxrl.mesh import make_mesh
 from jaxrl.model import transformer
 from jaxrl.observe.metrics import PhaseTimer
+from jaxrl.observe.traces import read_episodes
+from jaxrl.observe.writers import read_metrics
 from jaxrl.records import Problem, RewardStatus, ToolCall, ToolStatus
 from jaxrl.rewards.scorer import scorer
 from jaxrl.rl import algorithm
@@ -26,6 +28,7 @@ from jaxrl.train.session import what_is_recorded
 from jaxrl.train.state import initial_params, new_state
 from jaxrl.train.update import Updater, policy_gradient_loss
 from tests.scripted_engine import ScriptedEngine, answer, call, small_tokenizer
+from tests.train.conftest import RunTiny
 
 PRESETS = (
     *("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rstar2", "retool", "icepop", "fapo", "dars", "datamind", "verltool"),
@@ -152,3 +155,35 @@ def test_a_preset_takes_a_step(name: str, judge: str) -> None:
     assert np.isfinite(metrics["grad_norm"]) and metrics["grad_norm"] > 0
     moved = jax.tree.map(lambda new, old: bool((np.asarray(new) != old).any()), state.params, before)
     assert any(jax.tree.leaves(moved))
+
+
+@pytest.mark.slow
+def test_a_run_that_plays_more_fills_up_masks_and_takes_greedy_baselines(
+    tmp_path: pathlib.Path, run_tiny: RunTiny
+) -> None:
+    changes = (
+        *("AlgorithmConfig.advantage=remax", "AlgorithmConfig.greedy_baseline=True", "AlgorithmConfig.keep=0"),
+        *(
+            "AlgorithmConfig.selection=first",
+            "AlgorithmConfig.selection_settings={}",
+            "AlgorithmConfig.reject_equal=True",
+        ),
+        *("AlgorithmConfig.extra_samples=dars_hard", "AlgorithmConfig.extra_samples_settings={'most': 8}"),
+        *("AlgorithmConfig.mask_out=('truncated',)", "TrainConfig.refill=True", "TrainConfig.max_draws=3"),
+        *("RewardConfig.components={'correct': 1, 'tool_use': 0.1, 'overlong': 0.1}", "TrainConfig.steps=2"),
+    )
+    settings = tuple(argument for change in changes for argument in ("--set", change))
+    done = run_tiny(tmp_path / "run", more=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_metrics(tmp_path / "run", "rl")
+    assert len(rows) == 2
+    for row in rows:
+        assert row["reward"] == pytest.approx(
+            row["reward/correct"] + 0.1 * row["reward/tool_use"] + 0.1 * row["reward/overlong"], abs=1e-6
+        )
+        assert {"select/masked_truncated", "select/groups_kept", "select/group_size"} <= row.keys()
+    played = [t for file in sorted((tmp_path / "run" / "episodes").glob("rl_*.jsonl")) for t in read_episodes(file)]
+    assert {t.greedy_reward is not None for t in played} == {True}
+    sizes = {draw: sum(t.draw == draw for t in played) for draw in {t.draw for t in played}}
+    solved = {draw: np.mean([t.correct for t in played if t.draw == draw and t.sample < 6]) for draw in sizes}
+    assert all((size > 6) == (solved[draw] < 0.5) for draw, size in sizes.items())
