@@ -212,7 +212,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         new = verb(name, function, summary, examples)
         new.add_argument(
-            "config", nargs="?", help="name of a recipe or path of a .gin file; may be left out for an existing --run"
+            "config",
+            nargs="?",
+            help="name of a recipe, path of a .gin file, or several joined by +; may be left out for an existing --run",
         )
         new.add_argument("--run", type=pathlib.Path, help="run folder (default: runs/RECIPE)")
         new.add_argument(

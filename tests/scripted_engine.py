@@ -24,7 +24,7 @@ class ScriptedSample:
     versions: list[int]
     stopped: bool
     seconds: float
-    experts: None = None
+    experts: None = None  # a script chooses none
 
 
 class ScriptedEngine:

@@ -149,8 +149,23 @@ def test_a_value_the_recipe_requires_is_asked_for() -> None:
 
 @pytest.mark.parametrize("name", configuration.recipe_names())
 def test_every_recipe_resolves(name: str) -> None:
-    config = configuration.load(name, ["DataConfig.train=a.jsonl", "DataConfig.eval=b.jsonl", "ModelConfig.path=c"])
+    must_be_set = [
+        "DataConfig.train=a.jsonl",
+        "DataConfig.eval=b.jsonl",
+        "ModelConfig.path=c",
+        "RewardConfig.judge=d.py:e",
+    ]
+    config = configuration.load(name, must_be_set)
     assert config.data.train == "a.jsonl"
+
+
+def test_recipes_on_top_of_each_other(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mine.gin").write_text("TrainConfig.steps = 7\nAlgorithmConfig.keep = 3\n")
+    config = configuration.load(f"quickstart+{tmp_path}/mine.gin+grpo")
+    assert (config.train.steps, config.algorithm.keep) == (7, 0)
+    assert config.model == configuration.load("quickstart").model
+    with pytest.raises(ConfigError, match="no recipe called 'dappo'; did you mean dapo"):
+        configuration.load("quickstart+dappo")
 
 
 def test_include_is_expanded_and_overridden() -> None:

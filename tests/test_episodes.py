@@ -385,10 +385,13 @@ def test_more_of_a_problem_is_played_once_its_first_trajectories_are_graded():
         asked.append(correct.tolist())
         return int((~correct).sum())
 
-    player = make_player(lambda draw, sample: [answer(str(draw) if sample <= draw else "no")])
-    groups = asyncio.run(collect(player, problems(2), 2, extra_samples=one_for_each_wrong))
-    assert sorted(asked) == [[True, False], [True, True]]
-    assert [[t.sample for t in group.trajectories] for group in groups] == [[0, 1, 2], [0, 1]]
+    def script(draw, sample):
+        return [call("lost")] if draw == 2 and sample == 0 else [answer(str(draw) if sample <= draw else "no")]
+
+    player = make_player(script, tool=Tool(lambda code: fault()))
+    groups = asyncio.run(collect(player, problems(3), 2, extra_samples=one_for_each_wrong))
+    assert sorted(asked) == [[True], [True, False], [True, True]], "what our own fault spoiled is not asked about"
+    assert [[t.sample for t in group.trajectories] for group in groups] == [[0, 1, 2], [0, 1], [0, 1]]
 
 
 def comparable(groups):

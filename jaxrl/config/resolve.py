@@ -21,14 +21,15 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """Resolve a recipe and overrides into a checked configuration.
 
     Args:
-        recipe: name of a shipped recipe, path of a .gin file, or "" for the defaults.
+        recipe: name of a shipped recipe or path of a .gin file, or several joined by "+", of which later ones win; ""
+            for the defaults.
         overrides: ``Section.field=value`` bindings that win over the recipe; a bare word is taken as a string.
 
     Raises:
         ConfigError: an unknown key (with the nearest valid one), a value of the wrong type, or values that
             contradict each other.
     """
-    return parse([read_recipe(recipe) if recipe else ""], overrides)
+    return parse([read_recipe(name) for name in recipe.split("+")] if recipe else [""], overrides)
 
 
 def parse(texts: Sequence[str], overrides: Sequence[str] = ()) -> Config:

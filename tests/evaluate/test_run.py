@@ -1,12 +1,15 @@
 import asyncio
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from jaxrl.config import ConfigError, EvalConfig
+from jaxrl.episodes import play_episode
 from jaxrl.evaluate.run import FIRST_EVALUATION_DRAW, evaluate, report
 from jaxrl.records import Group, Problem, RewardStatus, StopReason, ToolCall, ToolStatus, Trajectory, Turn
+from jaxrl.rewards.scorer import CORRECTNESS
 from tests.scripted_engine import UNFINISHED, answer, call
 from tests.test_episodes import Tool, fault, make_player, ok
 
@@ -86,3 +89,14 @@ def test_promise_5_what_the_verifier_could_not_grade_is_left_out():
 def test_no_problems_is_all_nan():
     figures = report([], k=[1], samples=2, greedy=False)
     assert math.isnan(figures.average.value) and math.isnan(figures.calls) and figures.trajectories == 0
+
+
+def test_no_judge_is_asked_in_an_evaluation():
+    asked = []
+    player = dataclasses.replace(
+        make_player(lambda draw, sample: [answer("0")]), scorer=dataclasses.replace(CORRECTNESS, judge=asked.append)
+    )
+    asyncio.run(evaluate(player, PROBLEMS, EvalConfig(samples=2, k=(1,))))
+    assert not asked
+    trajectory = asyncio.run(play_episode(player, PROBLEMS[0], 0, 0))
+    assert asked == [dataclasses.replace(trajectory, reward=0.0, components={})]

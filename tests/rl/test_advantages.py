@@ -244,6 +244,24 @@ def test_the_order_of_trajectories_changes_nothing_and_nothing_is_nan(name: str,
         np.testing.assert_allclose(new, values[old], rtol=1e-5, atol=1e-6)
 
 
+WITHIN_GROUPS = (
+    *("grpo", "dr_grpo", "rloo", "opo", "pass_at_k", "max_rl", "remax", "gigpo", "step_and_episode", "turn_level"),
+    *("tree_depth", "tree_sibling", "optimal_token_baseline"),
+)
+
+
+@pytest.mark.parametrize("name", WITHIN_GROUPS)
+def test_other_groups_change_nothing(name: str) -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(3), [3, 4, 1])[rng.permutation(8)]
+    together = complete(rng.choice([0.0, 0.5, 1.0], 8), groups, 1)
+    values = by_token(name, together)
+    for group in range(3):
+        rows = np.flatnonzero(groups == group)
+        for new, row in zip(by_token(name, reordered(together, rows)), rows, strict=True):
+            np.testing.assert_allclose(new, values[row], rtol=1e-5, atol=1e-6)
+
+
 GROUP_RELATIVE = ("grpo", "dr_grpo", "rloo", "opo", "gpg", "pass_at_k", "max_rl", "reinforce_plus_plus_baseline")
 
 

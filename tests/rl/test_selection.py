@@ -396,6 +396,7 @@ def test_a_masked_trajectory_stays_in_the_group_without_weight_and_is_counted() 
     assert chosen.statistics["masked_truncated"] == (0, 3)
     wrong = trajectory(1, RewardStatus.WRONG, calls=(ToolStatus.ERROR,))
     nothing = select_group([failed, wrong], config, None)
+    assert chosen.statistics["groups_kept"] == (1, 1) and nothing.statistics["groups_kept"] == (0, 1)
     assert nothing.kept == () and nothing.rejected == "masked" and nothing.statistics["masked"] == (2, 2)
 
 

@@ -75,7 +75,7 @@ class Chooser:
         statistics = _statistics(eligible, kept) | self._counted(ordered, trainable, chosen, masked)
         statistics |= {f"groups_{why}": (float(rejected == why), 1.0) for why in ("all_correct", "all_wrong")}
         if chosen and all(masked):
-            return Selection((), "masked", statistics)
+            return Selection((), "masked", statistics | {"groups_kept": (0.0, 1.0)})
         return Selection(chosen, rejected, statistics, masked)
 
     def _rejection(self, trainable: Sequence[Trajectory], eligible: Sequence[Trajectory]) -> str:
@@ -98,6 +98,7 @@ class Chooser:
             "untrainable_share": (float(len(ordered) - len(trainable)), float(len(ordered))),
             "group_size": (float(len(ordered)), 1.0),
             "kept": (float(len(chosen)), 1.0),
+            "groups_kept": (float(len(chosen) > 0), 1.0),
         }
         for name, rule in self.leave_out.items():
             counted[f"left_out_{name}"] = (float(sum(map(rule, trainable))), float(len(trainable)))
