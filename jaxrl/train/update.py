@@ -91,7 +91,11 @@ def policy_gradient_loss(
         )
         corrected = correct(tokens)
         surrogate = policy_loss(corrected.tokens)
-        total = (batch.rl_weights * corrected.weights * surrogate.loss).sum()
+        weights = batch.rl_weights * corrected.weights
+        if algorithm.rejection_renormalizes:
+            left = (batch.rl_weights * corrected.tokens.mask).sum()
+            weights *= jnp.where(left > 0, batch.rl_weights.sum() / jnp.where(left > 0, left, 1.0), 0.0)
+        total = (weights * surrogate.loss).sum()
         metrics = {
             "entropy": _masked(stats.entropy, batch),
             **{name: _masked(values, batch) for name, values in surrogate.metrics.items()},

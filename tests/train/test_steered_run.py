@@ -37,15 +37,16 @@ def test_nothing_is_compiled_once_the_steps_run_and_what_moves_is_shown(
     tiny_config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[str] = []
-    before_step: list[int] = []
+    begun: list[int] = []
+    saved_at: list[int] = []
     begin, save = recorder.Recorder.begin_step, recorder.Recorder.save
 
     def counted(*arguments: object) -> None:
-        before_step.append(len(compiled))
+        begun.append(len(compiled))
         begin(*arguments)
 
     def saved(*arguments: object) -> None:
-        before_step.append(len(compiled))
+        saved_at.append(len(compiled))
         save(*arguments)
 
     monkeypatch.setattr(recorder.Recorder, "begin_step", counted)
@@ -61,8 +62,8 @@ def test_nothing_is_compiled_once_the_steps_run_and_what_moves_is_shown(
     with Progress("tiny", file=io.StringIO(), live=False) as view:
         experiment.train(config, tmp_path / "run", view)
     jax.monitoring.clear_event_listeners()
-    first = before_step[1]  # the save before reinforcement comes first
-    assert first > 0 and before_step[-1] == first
+    assert len(begun) == 3 and begun[0] > 0
+    assert saved_at[-1] == begun[0]
     rows = read_metrics(tmp_path / "run", "rl")
     assert len(rows) == 3
     assert len({row["kl_coefficient"] for row in rows}) == 3
