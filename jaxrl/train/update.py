@@ -59,7 +59,8 @@ def cross_entropy_loss(model: ModelConfig, supervised: SupervisedLoss = nll) -> 
 def policy_gradient_loss(
     model: ModelConfig, algorithm: AlgorithmConfig, temperature: float, supervised: SupervisedLoss | None = None
 ) -> LossFunction:
-    """The policy loss that ``algorithm`` names, with a KL to the reference if its coefficient is not 0.
+    """The policy loss that ``algorithm`` names, of the tokens its corrections leave and weigh, with a KL to the
+    reference and an entropy bonus where their coefficients are not 0.
 
     Args:
         temperature: the sampler's; log-probabilities are those of the temperature-scaled distribution.
