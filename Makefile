@@ -41,7 +41,7 @@ lint: .venv/installed-test
 	.venv/bin/lint-imports --no-cache
 
 bench: .venv/installed-test
-	@$(call benchmarks,sandbox sessions cluster rollout)
+	@$(call benchmarks,sandbox sessions cluster rollout losses)
 
 bench-long: .venv/installed-test
 	@$(call benchmarks,soak learning)

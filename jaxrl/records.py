@@ -152,8 +152,9 @@ class Batch:
     """Packed rows on the device. ``x[b, t]`` of every field belongs to token ``tokens[b, t]``.
 
     The loss of a batch is a sum of components, each a sum over tokens with weights of its own: the policy loss, the KL
-    to the reference, the cross-entropy. The aggregation (token, sequence, constant length) and its global denominator
-    are already in the weights, so any split into micro-batches sums to the same loss, and rows of several kinds mix.
+    to the reference, the entropy bonus, the cross-entropy. The aggregation (token, sequence, constant length) and its
+    global denominator are already in the weights, so any split into micro-batches sums to the same loss, and rows of
+    several kinds mix.
     """
 
     tokens: jax.Array  # [B, T] int32

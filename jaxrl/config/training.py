@@ -122,6 +122,8 @@ class AlgorithmConfig:
     """Which tokens are left out of the policy loss by the same ratio: a name or a path."""
     rejection_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Of ``rejection``, by name, where they are not its defaults."""
+    rejection_renormalizes: bool = False
+    """Give the weight of what a micro-batch rejects to the rest of it; otherwise it is lost."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Steering:
         """``done`` is the share of the step's updates that come before."""
         algorithm = self._algorithm
         scale = np.float32(self._kl_coefficient(progress) / algorithm.kl_coefficient if algorithm.kl_coefficient else 1)
-        bonus = progress.coefficients.get("entropy_paid", algorithm.entropy_coefficient)
+        bonus = self._entropy_coefficient(progress)
         batch = batch.replace(
             kl_weights=batch.kl_weights * scale,
             entropy_weights=batch.rl_weights * np.float32(bonus),
@@ -120,7 +120,7 @@ class Steering:
                 count=trajectories,
             )
         if algorithm.entropy_target:
-            shown["entropy_coefficient"] = state.get("entropy_paid", algorithm.entropy_coefficient)
+            shown["entropy_coefficient"] = self._entropy_coefficient(progress)
             state["entropy"] = entropy.adapted(
                 state.get("entropy", algorithm.entropy_coefficient),
                 metrics["entropy"],
@@ -140,7 +140,12 @@ class Steering:
             return self._mix(reference, params)
 
     def _kl_coefficient(self, progress: RunProgress) -> float:
-        return progress.coefficients.get("kl", self._algorithm.kl_coefficient)
+        fixed = self._algorithm.kl_coefficient
+        return progress.coefficients.get("kl", fixed) if self._algorithm.kl_target else fixed
+
+    def _entropy_coefficient(self, progress: RunProgress) -> float:
+        fixed = self._algorithm.entropy_coefficient
+        return progress.coefficients.get("entropy_paid", fixed) if self._algorithm.entropy_target else fixed
 
 
 def proximal_shares(algorithm: AlgorithmConfig, versions: np.ndarray, step: int, done: float) -> np.ndarray:

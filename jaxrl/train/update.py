@@ -59,7 +59,8 @@ def cross_entropy_loss(model: ModelConfig, supervised: SupervisedLoss = nll) -> 
 def policy_gradient_loss(
     model: ModelConfig, algorithm: AlgorithmConfig, temperature: float, supervised: SupervisedLoss | None = None
 ) -> LossFunction:
-    """The policy loss that ``algorithm`` names, with a KL to the reference if its coefficient is not 0.
+    """The policy loss that ``algorithm`` names, of the tokens its corrections leave and weigh, with a KL to the
+    reference and an entropy bonus where their coefficients are not 0.
 
     Args:
         temperature: the sampler's; log-probabilities are those of the temperature-scaled distribution.
@@ -91,7 +92,11 @@ def policy_gradient_loss(
         )
         corrected = correct(tokens)
         surrogate = policy_loss(corrected.tokens)
-        total = (batch.rl_weights * corrected.weights * surrogate.loss).sum()
+        weights = batch.rl_weights * corrected.weights
+        if algorithm.rejection_renormalizes:
+            left = (batch.rl_weights * corrected.tokens.mask).sum()
+            weights *= jnp.where(left > 0, batch.rl_weights.sum() / jnp.where(left > 0, left, 1.0), 0.0)
+        total = (weights * surrogate.loss).sum()
         metrics = {
             "entropy": _masked(stats.entropy, batch),
             **{name: _masked(values, batch) for name, values in surrogate.metrics.items()},

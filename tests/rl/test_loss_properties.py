@@ -1,6 +1,8 @@
 """What holds for every row of the tables of policy losses and of corrections."""
 
 import functools
+import inspect
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +127,17 @@ def test_nothing_is_infinite_or_nan(name: str) -> None:
             assert np.isfinite(result).all()
     values, slope = computed(name)(extremes[0])
     assert not values.any() and not slope.any()
+
+
+def test_every_method_stands_in_the_page_with_its_settings() -> None:
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for table in (POLICY_LOSSES, MISMATCH, REJECTIONS):
+        for name, method in table.items():
+            settings = list(inspect.signature(method).parameters)[1:]
+            assert any(
+                row.startswith(f"| `{name}` |") and all(f"`{setting}` " in row for setting in settings) for row in rows
+            ), name
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)

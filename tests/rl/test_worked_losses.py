@@ -174,3 +174,10 @@ def test_the_most_uncertain_share_of_the_tokens() -> None:
     np.testing.assert_array_equal(entropy.most_uncertain(tokens, 0.5)[0], [0, 1, 0, 1, 1, 0])
     np.testing.assert_array_equal(entropy.most_uncertain(tokens, 0.2)[0], [0, 1, 0, 0, 0, 0])
     np.testing.assert_array_equal(entropy.most_uncertain(tokens, 1.0), tokens.mask)
+
+
+def test_sums_and_means_over_a_sequence_are_those_of_its_sampled_tokens() -> None:
+    ones = np.ones((1, 5))
+    tokens = tokens_of([[1, 0, 1, 1, 0]], -ones, ones, proximal=-ones, segment_ids=[[1, 1, 1, 2, 2]])
+    np.testing.assert_array_equal(tokens.over_sequence(jnp.asarray(ones)), [[2, 2, 2, 1, 1]])
+    np.testing.assert_array_equal(tokens.mean_over_sequence(jnp.asarray([[1.0, 5, 3, 7, 9]])), [[2, 2, 2, 7, 7]])

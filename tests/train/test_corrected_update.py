@@ -60,7 +60,10 @@ def test_what_is_rejected_changes_no_other_token(batch: Batch) -> None:
     kept = (ratio >= 0.7) & (ratio <= 1.3)
     expected, _ = loss_of(AlgorithmConfig(), batch.replace(rl_weights=batch.rl_weights * kept))
     assert value == pytest.approx(expected, rel=1e-4)
-    assert metrics["mismatch_kept"] == pytest.approx((kept * batch.mask).sum() / batch.mask.sum()) != 1
+    share = (kept * batch.mask).sum() / batch.mask.sum()
+    assert metrics["mismatch_kept"] == pytest.approx(share) != 1
+    asked = AlgorithmConfig(rejection="band", rejection_settings=settings, rejection_renormalizes=True)
+    assert loss_of(asked, batch)[0] == pytest.approx(value / share, rel=1e-4)
 
 
 def test_the_entropy_bonus_is_subtracted_and_has_a_gradient(batch: Batch) -> None:

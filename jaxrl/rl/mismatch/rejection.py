@@ -1,7 +1,7 @@
 """Which tokens are left out because the trainer and the sampler disagree about them: 1 where kept, 0 where not.
 
-What is left out keeps its share of the denominator (AReaL, IcePop), so the rest is not silently weighted up; verl's
-bypass mode divides by what is kept.
+What is left out keeps its share of the denominator (AReaL, IcePop), so the rest is not silently weighted up, unless
+``AlgorithmConfig.rejection_renormalizes`` asks for it.
 """
 
 from typing import Literal
