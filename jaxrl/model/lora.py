@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxrl.config import ConfigError, LoraConfig
 from jaxrl.mesh import compute_spec, to_compute
-from jaxrl.model.quantized import Quantized, all_rounded, matching
+from jaxrl.model.quantized import Quantized, all_rounded, matching, quantized_specs
 from jaxrl.model.spec import LAYERS, ParamSpec, Specs
 from jaxrl_kernels.products import product
 
@@ -71,6 +71,11 @@ def adapter_specs(specs: Specs, config: LoraConfig) -> Specs:
             raise ConfigError(_unknown(target, specs))
         wanted |= matching
     return {name: _pair(spec, config.rank) for name, spec in matrices.items() if name in wanted}
+
+
+def base_specs(specs: Specs, config: LoraConfig) -> Specs:
+    """The table of the weights beneath adapters: ``specs``, in codes where ``config`` says so."""
+    return specs if config.base == "none" else quantized_specs(specs, config.base)
 
 
 def module(spec: ParamSpec) -> str:

@@ -101,7 +101,7 @@ class Critic:
 
     def _score(self, batches: Sequence[Batch]) -> list[np.ndarray]:
         with jax.set_mesh(self._mesh):
-            placed = jax.device_put(list(batches), self._placement)
+            placed = jax.device_put([batch.with_experts(None) for batch in batches], self._placement)
             with self._launches:
                 scored = [self._values(self.state.params, batch) for batch in placed]
         return [np.asarray(jax.device_get(one)) for one in scored]

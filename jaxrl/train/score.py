@@ -24,6 +24,7 @@ class Scorer:
             micro-batches are.
         temperature: the sampler's.
         launches: held while work is handed to the devices; see ``Engine``.
+        experts: as for ``Updater``.
         base: frozen weights; what is scored under are then adapters on them.
     """
 
@@ -37,15 +38,16 @@ class Scorer:
         base: Base | None = None,
         *,
         everywhere: bool = False,
+        experts: jax.ShapeDtypeStruct | None = None,
     ) -> None:
         def score(params: Any, base: Base | None, batch: Batch) -> jax.Array:
             whole = params if base is None else base.adapted(params)
             stats = logprob.sequence_logprobs(
-                whole, model, batch.tokens, batch.positions, batch.segment_ids, temperature
+                whole, model, batch.tokens, batch.positions, batch.segment_ids, temperature, batch.experts
             )
             return meshes.to_compute(value(batch, stats.logprobs), (None if everywhere else "batch", None))
 
-        self._mesh, self._launches, self._base = mesh, launches, base
+        self._mesh, self._launches, self._base, self._experts = mesh, launches, base, experts
         rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)
         self._placement = jax.sharding.NamedSharding(mesh, rows)
         self._score: Callable[..., jax.Array] = jax.jit(score)
@@ -53,13 +55,13 @@ class Scorer:
     def compile(self, params: Any, rows: int, row_tokens: int) -> None:
         """Compile for micro-batches [rows, row_tokens] and weights placed like ``params``."""
         with jax.set_mesh(self._mesh):
-            placed = jax.device_put(Batch.zeros(rows, row_tokens), self._placement)
+            placed = jax.device_put(Batch.zeros(rows, row_tokens, self._experts), self._placement)
             self._score = self._score.lower(params, self._base, placed).compile()
 
     def __call__(self, params: Any, batch: Batch) -> jax.Array:
         """[B, T] the value of every token of packed rows."""
         with jax.set_mesh(self._mesh), self._launches:
-            return self._score(params, self._base, jax.device_put(batch, self._placement))
+            return self._score(params, self._base, jax.device_put(batch.with_experts(self._experts), self._placement))
 
 
 def of_trajectories(

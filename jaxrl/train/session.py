@@ -83,10 +83,7 @@ class Session:
     @property
     def recorded_experts(self) -> jax.ShapeDtypeStruct | None:
         """What an episode records of each token, [L, experts of a token]; None if it does not."""
-        if not self.config.engine.record_experts:
-            return None
-        shape = (self.model.layers, self.model.experts_per_token)
-        return jax.ShapeDtypeStruct(shape, moe.id_type(self.model.experts))
+        return moe.record(self.model) if self.config.engine.record_experts else None
 
     @functools.cached_property
     def rl_optimizer(self) -> optax.GradientTransformation:
@@ -341,10 +338,9 @@ def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:
     spec.shardings(session.specs, session.rollout_mesh, meshes.ROLLOUT_RULES)
     if config.lora.rank:
         lora.adapter_specs(session.specs, config.lora)  # refuses targets that name nothing
-    if config.lora.base != "none":
-        codes = quantized.quantized_specs(session.specs, config.lora.base)
-        spec.shardings(codes, session.mesh, meshes.PARAM_RULES)
-        spec.shardings(codes, session.rollout_mesh, meshes.ROLLOUT_RULES)
+        frozen = lora.base_specs(session.specs, config.lora)
+        spec.shardings(frozen, session.mesh, meshes.PARAM_RULES)
+        spec.shardings(frozen, session.rollout_mesh, meshes.ROLLOUT_RULES)
     return session
 
 

@@ -27,7 +27,7 @@ class Steering:
         self._rescores = config.algorithm.proximal == "recomputed" and config.train.updates_per_step > 1
         estimator = config.algorithm.kl_estimator
         scored = session.model, config.engine.temperature, session.mesh, session.launches, session.base
-        self._logprobs = Scorer(lambda _, logprobs: logprobs, *scored)
+        self._logprobs = Scorer(lambda _, logprobs: logprobs, *scored, experts=session.recorded_experts)
         self._divergence = Scorer(
             lambda batch, reference: divergence.kl(batch.behaviour_logprobs, reference, batch.mask, estimator),
             *scored,
