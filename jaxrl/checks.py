@@ -202,6 +202,8 @@ def _check_lora(lora: Any) -> None:
         raise ConfigError(
             f"LoraConfig.path={lora.path!r} but LoraConfig.rank=0 has no adapters; set the adapter's rank"
         )
+    if lora.base != "none" and not lora.rank:
+        raise ConfigError(f"LoraConfig.base={lora.base!r} but LoraConfig.rank=0 trains all weights; set a rank")
     if lora.rank and not lora.targets:
         raise ConfigError(f"LoraConfig.rank={lora.rank} but LoraConfig.targets is empty; name matrices or 'all-linear'")
 

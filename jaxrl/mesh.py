@@ -40,6 +40,7 @@ PARAM_RULES: Rules = {
     "expert_embed": "fsdp",
     "expert_ffn": None,
     "rank": None,
+    "block": None,
 }
 """Where the weights, their gradients and the optimizer state rest during training."""
 
@@ -56,6 +57,7 @@ _TENSOR_PARALLEL: Rules = {
     "expert_embed": None,
     "expert_ffn": None,
     "rank": None,
+    "block": None,
 }
 
 COMPUTE_RULES: Rules = {

@@ -186,6 +186,15 @@ class Batch:
         integers = {"tokens", "positions", "segment_ids", "versions"}
         names = [field.name for field in dataclasses.fields(cls) if field.name != "experts"]
         batch = cls(**{name: zeros(np.int32 if name in integers else np.float32) for name in names})
+        return batch.with_experts(experts)
+
+    def with_experts(self, experts: np.ndarray | jax.ShapeDtypeStruct | None) -> "Batch":
+        """The rows with ``experts``, of this shape and type: those recorded, else -1; without any where it is None.
+
+        Programs are compiled for one or the other.
+        """
         if experts is None:
-            return batch
-        return batch.replace(experts=np.full((rows, row_tokens, *experts.shape[-2:]), -1, experts.dtype))
+            return self.replace(experts=None)
+        if self.experts is not None:
+            return self
+        return self.replace(experts=np.full((*self.tokens.shape, *experts.shape[-2:]), -1, experts.dtype))

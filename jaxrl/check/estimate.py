@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from jaxrl import mesh as meshes
 from jaxrl.check.programs import Resident
 from jaxrl.config import Config, ConfigError
-from jaxrl.model import lora, spec, transformer
+from jaxrl.model import lora, moe, spec, transformer
 from jaxrl.rollout.scheduler import Scheduler
 from jaxrl.train import transfer
 
@@ -43,16 +43,19 @@ def resident(config: Config, devices: int) -> Resident:
     specs = transformer.param_specs(model)
     trained = lora.adapter_specs(specs, config.lora) if config.lora.rank else specs
     weights = _bytes(trained, meshes.PARAM_RULES, mesh)
-    frozen = _bytes(specs, meshes.PARAM_RULES, mesh) if config.lora.rank else 0
+    base = lora.base_specs(specs, config.lora)
+    frozen = _bytes(base, meshes.PARAM_RULES, mesh) if config.lora.rank else 0
     adapters = _bytes(trained, meshes.ROLLOUT_RULES, replica, model.compute_dtype) if config.lora.rank else 0
     token = 2 * model.layers * model.kv_heads * model.head_width * jax.numpy.dtype(model.compute_dtype).itemsize
+    record = moe.record(model)
+    recorded = record.size * record.dtype.itemsize if config.engine.record_experts else 0
     return Resident(
         weights=weights + frozen,
         optimizer=0 if config.optimizer.offload else 2 * weights,
         offloaded=2 * weights if config.optimizer.offload else 0,
         reference=weights if config.algorithm.kl_coefficient else 0,
-        engine=_bytes(specs, meshes.ROLLOUT_RULES, replica, model.compute_dtype) + adapters,
-        pages=Scheduler(config.engine).total_pages * config.engine.page_size * token // tensor,
+        engine=_bytes(base, meshes.ROLLOUT_RULES, replica, model.compute_dtype) + adapters,
+        pages=Scheduler(config.engine).total_pages * config.engine.page_size * (token // tensor + recorded),
         gradients=weights,
         hand_over=transfer.CHUNK_BYTES // mesh.size
         + max(_bytes(one, meshes.PARAM_RULES, mesh, model.compute_dtype) for one in jax.tree.leaves(trained)),

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxrl import mesh as meshes
 from jaxrl.config import Config, ModelConfig
-from jaxrl.model import logprob, lora, spec, transformer
+from jaxrl.model import logprob, lora, moe, spec, transformer
 from jaxrl.records import Batch
 from jaxrl.rl.supervised import SupervisedLoss, supervised_loss
 from jaxrl.rollout import programs as rollout
@@ -80,7 +80,13 @@ class Shapes:
         """Frozen weights, in a run that trains adapters."""
         if not self.config.lora.rank:
             return None
-        return lora.Base(abstract_params(self.specs, self.mesh), lora.scale_of(self.config.lora))
+        specs = lora.base_specs(self.specs, self.config.lora)
+        return lora.Base(abstract_params(specs, self.mesh), lora.scale_of(self.config.lora))
+
+    @property
+    def recorded_experts(self) -> jax.ShapeDtypeStruct | None:
+        """What an episode records of each token, if it does."""
+        return moe.record(self.model) if self.config.engine.record_experts else None
 
     @property
     def reference(self) -> Any | None:
@@ -89,7 +95,8 @@ class Shapes:
     @functools.cached_property
     def engine_params(self) -> Any:
         """The weights of one replica, with adapters if there are any."""
-        params = rollout.abstract_params(self.model, self.replica)
+        specs = lora.base_specs(self.specs, self.config.lora)
+        params = rollout.abstract_params(self.model, self.replica, specs)
         if self.base is None:
             return params
         return lora.attached(params, rollout.abstract_params(self.model, self.replica, self.trained))
@@ -133,7 +140,7 @@ class Shapes:
         if set(names) & set(TRAINING):
             loss = policy_gradient_loss(self.model, config.algorithm, config.engine.temperature, self._supervised())
             optimizer = rl_optimizer(config.optimizer, self.trained)
-            updater = Updater(loss, optimizer, self.mesh, base=self.base)
+            updater = Updater(loss, optimizer, self.mesh, experts=self.recorded_experts, base=self.base)
             found |= updater.traced(self.state, config.train.rows, config.train.row_tokens, self.reference)
         if "score" in names:
             found["score"] = self._scoring()

@@ -85,6 +85,8 @@ class LoraConfig:
     targets: tuple[str, ...] = ("all-linear",)
     """Matrices with an adapter: names of their modules ("q_proj", "mlp.up_proj") or names here ("query", "up");
     "all-linear" is all of attention and of a feed-forward without experts."""
+    base: Literal["none", "int8", "nf4"] = "none"
+    """Keep the frozen matrices of the layers in codes of 8 or 4 bits."""
     path: str = ""
     """Adapter in PEFT's format to start from; empty starts from the weights as they are."""
 

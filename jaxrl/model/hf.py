@@ -28,6 +28,7 @@ from jaxrl.model.folders import CONFIG, read_json, replaced_folder, together, wr
 from jaxrl.model.placement import load_parameter, on_mesh, whole_tensor
 from jaxrl.model.spec import ParamSpec, shardings
 from jaxrl.model.tensor_files import (
+    INDEX,
     TYPES,
     Headers,
     file_name,
@@ -46,6 +47,9 @@ MAX_FILE_BYTES = 5_000_000_000
 
 OnBytes = Callable[[str, int, int], None]
 """Told how far a transfer is: what is done to the bytes ("read", "written", "read back"), bytes done, bytes in all."""
+
+Keep = Callable[[tuple[str, ...], jax.Array], Any]
+"""Makes of a parameter, named by its key in the tree, what shall be kept of it."""
 
 FlatSpecs = dict[tuple[str, ...], ParamSpec]
 FlatParams = dict[tuple[str, ...], Any]
@@ -70,6 +74,11 @@ def ignore(what: str, done: int, total: int) -> None:
     """The ``OnBytes`` of whoever does not watch."""
 
 
+def unchanged(key: tuple[str, ...], parameter: jax.Array) -> jax.Array:
+    """The ``Keep`` of whoever wants the parameters."""
+    return parameter
+
+
 def read_config(path: str | os.PathLike[str], base: ModelConfig | None = None) -> ModelConfig:
     """The architecture of a folder; see ``config_json.config_from_hf``.
 
@@ -91,6 +100,7 @@ def load_folder(
     mesh: Mesh | None = None,
     rules: Rules = PARAM_RULES,
     on_bytes: OnBytes = ignore,
+    keep: Keep = unchanged,
 ) -> tuple[ModelConfig, Params]:
     """The model in a Hugging Face folder.
 
@@ -101,6 +111,7 @@ def load_folder(
         mesh: where the parameters shall rest; a tensor goes there before the next is read, and each process reads only
             what its devices hold. None leaves them on the host.
         rules: how they rest on ``mesh``.
+        keep: given each parameter with its key before the next is read, returns what stands in its place.
 
     Returns:
         The architecture with ``param_dtype`` set, and the parameters, layers stacked: on ``mesh``, or as numpy arrays.
@@ -115,7 +126,7 @@ def load_folder(
         param_dtype = "bfloat16" if {header.type for header in headers.values()} == {"BF16"} else "float32"
     config = dataclasses.replace(config, param_dtype=param_dtype)
     resting = flax.traverse_util.flatten_dict(shardings(param_specs(config), mesh, rules)) if mesh else {}
-    return config, _load(folder, config, headers, resting, "read", on_bytes)
+    return config, _load(folder, config, headers, resting, "read", on_bytes, keep)
 
 
 def save_folder(
@@ -182,6 +193,29 @@ def save_folder(
     return Exported(len(sizes), total, len(files), difference)
 
 
+def copy_folder(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    also: Callable[[pathlib.Path], None] | None = None,
+) -> None:
+    """Architecture and weights of a folder, byte for byte, in another; ``path`` and ``also`` as for ``save_folder``.
+
+    Raises:
+        ConfigError: ``source`` holds no weights, or something at ``path`` is no export.
+        OSError: the folder cannot be written.
+    """
+    source = pathlib.Path(source)
+    files = {header.file for header in read_headers(source).values()} | {source / CONFIG, source / INDEX}
+    files = {file for file in files if file.is_file()}
+    needed = sum(file.stat().st_size for file in files)
+    with replaced_folder(path, needed_bytes=needed) as staging, together("write"):
+        if jax.process_index() == 0:
+            for file in files:
+                shutil.copyfile(file, staging / file.name)
+            if also is not None:
+                also(staging)
+
+
 def check_vocabulary(config: ModelConfig, tokenizer_size: int) -> None:
     """Refuse a model whose embedding has fewer rows than the tokenizer has pieces (more rows are common padding).
 
@@ -202,6 +236,7 @@ def _load(
     resting: Mapping[tuple[str, ...], NamedSharding],
     what: str,
     on_bytes: OnBytes,
+    keep: Keep = unchanged,
 ) -> Params:
     """The parameters with the shardings in ``resting``, or as numpy arrays where that is empty."""
     specs: FlatSpecs = flax.traverse_util.flatten_dict(param_specs(config))
@@ -217,12 +252,13 @@ def _load(
     params: FlatParams = {}
     for key, spec in specs.items():
         if resting:
-            params[key] = load_parameter(spec, resting[key], headers, arrived)
+            params[key] = keep(key, load_parameter(spec, resting[key], headers, arrived))
             continue
-        params[key] = np.empty(spec.shape, spec.dtype)
+        parameter = np.empty(spec.shape, spec.dtype)
         for place, name in spec.hf_names.items():
-            params[key][place] = spec.from_hf(read_tensor(name, headers[name]))
+            parameter[place] = spec.from_hf(read_tensor(name, headers[name]))
             arrived([name])
+        params[key] = keep(key, parameter)
     return flax.traverse_util.unflatten_dict(params)
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jaxrl.config import ConfigError, LoraConfig
 from jaxrl.mesh import compute_spec, to_compute
+from jaxrl.model.quantized import Quantized, all_rounded, matching, quantized_specs
 from jaxrl.model.spec import LAYERS, ParamSpec, Specs
 from jaxrl_kernels.products import product
 
@@ -72,6 +73,11 @@ def adapter_specs(specs: Specs, config: LoraConfig) -> Specs:
     return {name: _pair(spec, config.rank) for name, spec in matrices.items() if name in wanted}
 
 
+def base_specs(specs: Specs, config: LoraConfig) -> Specs:
+    """The table of the weights beneath adapters: ``specs``, in codes where ``config`` says so."""
+    return specs if config.base == "none" else quantized_specs(specs, config.base)
+
+
 def module(spec: ParamSpec) -> str:
     """Path of the matrix's module in a layer of the Hugging Face model, such as ``self_attn.q_proj``."""
     return spec.hf_name.partition("{layer}.")[2].removesuffix(".weight")
@@ -96,10 +102,11 @@ class Base:
     def merged(self, adapters: Adapters) -> dict[str, Any]:
         """Parameters without adapters: W + scale * A B, added in float32 and rounded once to the type of W.
 
-        Parameters that have no adapter are those of the base, not copies.
+        Parameters that have no adapter are those of the base, not copies; what the base has in codes is rounded to
+        floats, with and without an adapter.
         """
         layers = {name: _sum(self.params["layers"][name], self.scale, **pair) for name, pair in adapters.items()}
-        return {**self.params, "layers": {**self.params["layers"], **layers}}
+        return all_rounded({**self.params, "layers": {**self.params["layers"], **layers}})
 
 
 def scaled(adapters: Adapters, scale: float) -> Adapters:
@@ -113,11 +120,11 @@ def attached(params: dict[str, Any], adapters: Adapters) -> dict[str, Any]:
 
 
 def specs_with_adapters(specs: Specs, params: dict[str, Any]) -> Specs:
-    """The decoder's table with that of the adapters which are attached to ``params``, if any."""
-    pairs = params["layers"].get(ADAPTERS)
+    """The decoder's table as ``params`` are: with codes where they have any, and that of the attached adapters."""
+    own, pairs = matching(specs, params), params["layers"].get(ADAPTERS)
     if pairs is None:
-        return specs
-    return attached(specs, {name: _pair(specs["layers"][name], pair[A].shape[-1]) for name, pair in pairs.items()})
+        return own
+    return attached(own, {name: _pair(specs["layers"][name], pair[A].shape[-1]) for name, pair in pairs.items()})
 
 
 def low_rank_product(
@@ -170,10 +177,11 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, *, bound:
 
 
 @jax.jit
-def _sum(weight: jax.Array, scale: float, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+def _sum(weight: jax.Array | Quantized, scale: float, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
     inputs, outputs = "abc"[: lora_a.ndim - 2], "xyz"[: lora_b.ndim - 2]
     added = product(f"l{inputs}r,lr{outputs}->l{inputs}{outputs}", lora_a, lora_b)
-    return (weight.astype(jnp.float32) + scale * added).astype(weight.dtype)
+    floats = weight.rounded(jnp.float32) if isinstance(weight, Quantized) else weight.astype(jnp.float32)
+    return (floats + scale * added).astype(weight.dtype)
 
 
 def _names(target: str, name: str, spec: ParamSpec) -> bool:

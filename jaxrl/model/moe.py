@@ -41,6 +41,11 @@ def id_type(experts: int) -> np.dtype:
     return np.min_scalar_type(-max(experts, 1))
 
 
+def record(config: ModelConfig) -> jax.ShapeDtypeStruct:
+    """What is recorded of a token: [L, k]."""
+    return jax.ShapeDtypeStruct((config.layers, config.experts_per_token), id_type(config.experts))
+
+
 Rows = tuple[str | None, str | None]
 """Logical names of the first two axes, B and T."""
 

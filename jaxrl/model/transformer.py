@@ -19,6 +19,7 @@ from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model.families import FAMILIES
 from jaxrl.model.lora import ADAPTERS, low_rank_product
 from jaxrl.model.moe import Choice, Load, experts_feed_forward, id_type, load_of, route
+from jaxrl.model.quantized import in_compute
 from jaxrl.model.rotary import frequencies, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl_kernels import Plan, interval_attention, make_plan, paged_attention, segment_ends
@@ -313,7 +314,7 @@ def _layer(
 
     def multiply(equation: str, x: jax.Array, name: str, out_axes: tuple[str | None, ...]) -> jax.Array:
         """A matrix product of operands in the compute type, with a float32 result and what an adapter adds to it."""
-        weight = to_compute(weights[name].astype(dtype), axes[name])
+        weight = in_compute(weights[name], dtype, axes[name])
         spec = compute_spec((*rows, *out_axes))
         y = product(equation, x.astype(dtype), weight, out_sharding=spec)
         if name not in adapters:
@@ -364,7 +365,9 @@ def _experts(
     """What the experts of a layer add to [B, T, D], whose first axes ``rows`` names, and which they were."""
     dtype = jnp.dtype(config.compute_dtype)
     choice = route(weights["router"], normed, config, rows, recorded)
-    gate, up, down = (weights[name].astype(dtype) for name in ("expert_gate", "expert_up", "expert_down"))
+    inwards, outwards = ("experts", "expert_embed", "expert_ffn"), ("experts", "expert_ffn", "expert_embed")
+    gate, up = (in_compute(weights[name], dtype, inwards) for name in ("expert_gate", "expert_up"))
+    down = in_compute(weights["expert_down"], dtype, outwards)
     return experts_feed_forward(normed.astype(dtype), choice, gate, up, down, activation, rows), choice
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrl import mesh as meshes
 from jaxrl.config import EngineConfig, ModelConfig
 from jaxrl.model import spec
-from jaxrl.model.transformer import KV_AXES, init_pages, param_specs
+from jaxrl.model.transformer import KV_AXES, KVPages, init_pages, param_specs
 from jaxrl.rollout import rounds
 from jaxrl.rollout.scheduler import Scheduler
 
@@ -37,8 +37,15 @@ def abstract_params(model: ModelConfig, mesh: Mesh, specs: spec.Specs | None = N
 def abstract_pages(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Any:
     """Shapes, types and shardings of a replica's KV pages."""
     by_head = NamedSharding(mesh, meshes.partition_spec(KV_AXES, meshes.ROLLOUT_RULES, mesh))
-    pages = jax.eval_shape(lambda: init_pages(model, Scheduler(config).total_pages, config.page_size))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_head), pages)
+    everywhere = NamedSharding(mesh, PartitionSpec()) if config.record_experts else None
+    pages = jax.eval_shape(
+        lambda: init_pages(model, Scheduler(config).total_pages, config.page_size, config.record_experts)
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        pages,
+        KVPages(by_head, by_head, everywhere),
+    )
 
 
 def traced(
@@ -56,7 +63,7 @@ def traced(
     row, copies, decode = rounds.empty_plans(config, scheduler.table_width, scheduler.total_pages)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        return {
+        programs = {
             "prefill": rounds.prefill.trace(params, pages, row, model=model, chunk=config.prefill_chunk),
             "copy": rounds.copy_pages.trace(pages, copies),
             "decode": rounds.decode_round.trace(
@@ -70,3 +77,6 @@ def traced(
                 steps=config.round_steps,
             ),
         }
+        if config.record_experts:
+            programs["record"] = rounds.recorded_experts.trace(pages.experts, decode[0, rounds.TABLE :])
+    return programs

@@ -95,13 +95,13 @@ class Critic:
         with_returns = packing.pack_trajectories(trajectories, returns, weights, **shape)
         with_values = packing.pack_trajectories(trajectories, values, weights, **shape)
         return [
-            batch.replace(behaviour_logprobs=other.advantages, experts=None)
+            batch.replace(behaviour_logprobs=other.advantages)
             for batch, other in zip(with_returns, with_values, strict=True)
         ]
 
     def _score(self, batches: Sequence[Batch]) -> list[np.ndarray]:
         with jax.set_mesh(self._mesh):
-            placed = jax.device_put([batch.replace(experts=None) for batch in batches], self._placement)
+            placed = jax.device_put([batch.with_experts(None) for batch in batches], self._placement)
             with self._launches:
                 scored = [self._values(self.state.params, batch) for batch in placed]
         return [np.asarray(jax.device_get(one)) for one in scored]

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import optax
 
-from jaxrl.config import Config
+from jaxrl import mesh as meshes
+from jaxrl.config import Config, MeshConfig
 from jaxrl.model import adapter_folder, companions, hf, spec, value
 from jaxrl.observe import alarms
 from jaxrl.observe.metrics import PhaseTimer
@@ -195,8 +196,14 @@ def _critic(session: Session, checkpoints: Checkpoints, step: int | None, policy
 
 
 def _merged(session: Session, adapters: Any) -> Any:
-    with jax.set_mesh(session.mesh):
-        return session.base.merged(adapters)
+    """Floats with the adapters in them; on the host where the base is in codes because floats might not fit."""
+    mesh, base = session.mesh, session.base
+    if session.config.lora.base != "none" and jax.process_count() == 1:
+        mesh = meshes.make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])
+        everything = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        base, adapters = jax.device_put((base, adapters), everything)
+    with jax.set_mesh(mesh):
+        return base.merged(adapters)
 
 
 def _report(session: Session, progress: RunProgress) -> Report:

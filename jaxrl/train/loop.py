@@ -52,13 +52,14 @@ async def reinforce(
         session.mesh,
         session.launches,
         offload=config.optimizer.offload,
+        experts=session.recorded_experts,
         base=session.base,
         teacher=teacher,
     )
     steering = Steering(session)
     async with contextlib.AsyncExitStack() as stack:
         with timer.phase("compile"):
-            updater.compile(state, config.train.rows, config.train.row_tokens, reference, session.recorded_experts)
+            updater.compile(state, config.train.rows, config.train.row_tokens, reference)
             steering.compile(state.params, reference)
             if critic is not None:
                 critic.compile()

@@ -26,6 +26,7 @@ class Scorer:
             None lets their own router choose.
         temperature: the sampler's.
         launches: held while work is handed to the devices; see ``Engine``.
+        experts: as for ``Updater``.
         base: frozen weights; what is scored under are then adapters on them.
     """
 
@@ -63,7 +64,7 @@ class Scorer:
         """[B, T] the value of every token of packed rows."""
         batch = batch if self._experts else batch.replace(experts=None)
         with jax.set_mesh(self._mesh), self._launches:
-            return self._score(params, self._base, jax.device_put(batch, self._placement))
+            return self._score(params, self._base, jax.device_put(batch.with_experts(self._experts), self._placement))
 
 
 def of_trajectories(

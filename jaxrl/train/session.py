@@ -19,7 +19,7 @@ from jaxrl.data.recorded import Worked
 from jaxrl.envs.python_tool import PythonTool
 from jaxrl.envs.rendering import check_limit
 from jaxrl.episodes import Player
-from jaxrl.model import adapter_folder, companions, folders, hf, lora, moe, spec, transformer, value
+from jaxrl.model import adapter_folder, companions, folders, hf, lora, moe, quantized, spec, transformer, value
 from jaxrl.model.config_json import check_exportable
 from jaxrl.records import Problem
 from jaxrl.rewards.comparing import MATH, comparison
@@ -83,10 +83,7 @@ class Session:
     @property
     def recorded_experts(self) -> jax.ShapeDtypeStruct | None:
         """What an episode records of each token, [L, experts of a token]; None if it does not."""
-        if not self.config.engine.record_experts:
-            return None
-        shape = (self.model.layers, self.model.experts_per_token)
-        return jax.ShapeDtypeStruct(shape, moe.id_type(self.model.experts))
+        return moe.record(self.model) if self.config.engine.record_experts else None
 
     @functools.cached_property
     def rl_optimizer(self) -> optax.GradientTransformation:
@@ -106,8 +103,14 @@ class Session:
     def keep_base(self) -> None:
         """Write the frozen weights into the run folder, once, whole or not at all: checkpoints hold adapters alone, and
         a run must go on from the same bits even when the model it began from has been moved or changed."""
-        if self.base is not None:
-            hf.save_folder(self.run.base, self.model, self.base.params, also=self.chat.save)
+        if self.base is None:
+            return
+        if self.config.lora.base != "none" and self.config.model.path:
+            hf.copy_folder(self.config.model.path, self.run.base, also=self.chat.save)  # floats that are nowhere else
+            return
+        with jax.set_mesh(self.mesh):
+            params = quantized.all_rounded(self.base.params)
+        hf.save_folder(self.run.base, self.model, params, also=self.chat.save)
 
     async def check_sandbox(self) -> None:
         """Start the sandbox and stop it, so that a machine that refuses it is known before anything is trained.
@@ -132,11 +135,15 @@ class Session:
     def first_params(self, on_bytes: hf.OnBytes = hf.ignore) -> Any:
         """Parameters the run starts from: those of ``ModelConfig.path``, or random ones."""
         folder = self.config.model.path
-        if not folder:
-            return initial_params(self.specs, self.mesh, self.config.train.seed)
-        if self.valued:
+        if folder and self.valued:
             return valued_params(self.model, self.mesh, folder, self.config.train.seed, on_bytes)
-        return self._weights_in(folder, on_bytes)
+        if folder:
+            return self._weights_in(folder, on_bytes)
+        params = initial_params(self.specs, self.mesh, self.config.train.seed)
+        if not self.config.lora.rank:
+            return params
+        layers = {name: self._frozen(("layers", name), weight) for name, weight in params["layers"].items()}
+        return {**params, "layers": layers}
 
     def first_adapters(self) -> lora.Adapters:
         """Adapters the run starts from: those of ``LoraConfig.path``, or new ones, which add nothing."""
@@ -187,7 +194,16 @@ class Session:
         return rollout_base(self.base, self.model, self.rollout_mesh)
 
     def _weights_in(self, folder: str | pathlib.Path, on_bytes: hf.OnBytes) -> Any:
-        return hf.load_folder(folder, self.config.model.param_dtype, mesh=self.mesh, on_bytes=on_bytes)[1]
+        dtype = self.config.model.param_dtype
+        return hf.load_folder(folder, dtype, mesh=self.mesh, on_bytes=on_bytes, keep=self._frozen)[1]
+
+    def _frozen(self, key: tuple[str, ...], weight: jax.Array) -> Any:
+        """A parameter as the run keeps it: in codes where the weights beneath adapters are."""
+        kind = self.config.lora.base
+        if kind == "none" or key[0] != "layers":
+            return weight
+        with jax.set_mesh(self.mesh):
+            return quantized.quantized(key[1], self.specs["layers"][key[1]], weight, kind)
 
 
 def valued_params(
@@ -322,6 +338,9 @@ def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:
     spec.shardings(session.specs, session.rollout_mesh, meshes.ROLLOUT_RULES)
     if config.lora.rank:
         lora.adapter_specs(session.specs, config.lora)  # refuses targets that name nothing
+        frozen = lora.base_specs(session.specs, config.lora)
+        spec.shardings(frozen, session.mesh, meshes.PARAM_RULES)
+        spec.shardings(frozen, session.rollout_mesh, meshes.ROLLOUT_RULES)
     return session
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxrl import mesh as meshes
 from jaxrl.config import ModelConfig
-from jaxrl.model import lora, spec, transformer
+from jaxrl.model import lora, quantized, spec, transformer
 from jaxrl.rollout.fleet import Fleet
 from jaxrl.train import transfer
 
@@ -72,7 +72,7 @@ def rollout_base(base: lora.Base, model: ModelConfig, mesh: Mesh) -> tuple[lora.
     Nothing consumes them, so weights that are there in the right type already are the trainer's own and no copy. They
     must not be released (``Fleet.release_weights``).
     """
-    specs = transformer.param_specs(model)
+    specs = quantized.matching(transformer.param_specs(model), base.params)
     _check(base.params, specs)
     return tuple(base.replace(params=params) for params in _moved(base.params, specs, model, mesh, may_alias=True))
 

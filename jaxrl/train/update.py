@@ -198,6 +198,7 @@ class Updater:
         loss: of the decoder's parameters.
         launches: held while work is handed to the devices, where a rollout engine does so as well; see ``Engine``.
         offload: the optimizer state comes and goes in the host's memory.
+        experts: what is recorded of a token, to compute with (``moe.record``); None: the router always chooses.
         base: frozen weights; the state and the reference then hold adapters on them, and only those are differentiated.
         teacher: frozen weights of a teacher; the loss then gets ``Guides`` in place of the reference.
     """
@@ -210,6 +211,7 @@ class Updater:
         launches: contextlib.AbstractContextManager[Any] | None = None,
         *,
         offload: bool = False,
+        experts: jax.ShapeDtypeStruct | None = None,
         base: Base | None = None,
         teacher: Any = None,
     ) -> None:
@@ -243,7 +245,7 @@ class Updater:
 
         self._mesh, self._fixed = mesh, (base, teacher)
         self._launches = launches or contextlib.nullcontext()
-        self._offload = offload
+        self._offload, self._experts = offload, experts
         rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)
         self._placement = jax.sharding.NamedSharding(mesh, rows)
         self._measured = jax.jit(measured)
@@ -252,23 +254,13 @@ class Updater:
         self._apply = jax.jit(apply, donate_argnums=0)
         self._reset = jax.jit(reset, donate_argnums=0)
 
-    def compile(
-        self,
-        state: TrainState,
-        rows: int,
-        row_tokens: int,
-        reference: Any = None,
-        experts: jax.ShapeDtypeStruct | None = None,
-    ) -> None:
+    def compile(self, state: TrainState, rows: int, row_tokens: int, reference: Any = None) -> None:
         """Compile for micro-batches [rows, row_tokens], so that nothing is compiled once training runs.
-
-        Args:
-            experts: of a token, where batches have them, see ``Batch.zeros``.
 
         Raises:
             LayoutError: a gradient, or what the update makes of the state, would rest elsewhere than its parameter.
         """
-        empty = Batch.zeros(rows, row_tokens, experts)
+        empty = Batch.zeros(rows, row_tokens, self._experts)
         with jax.set_mesh(self._mesh):
             total = jax.eval_shape(
                 self._first, state.params, self._fixed, jax.device_put(empty, self._placement), reference
@@ -292,7 +284,7 @@ class Updater:
         """
         batch = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._placement),
-            jax.eval_shape(lambda: Batch.zeros(rows, row_tokens)),
+            jax.eval_shape(lambda: Batch.zeros(rows, row_tokens, self._experts)),
         )
         with jax.set_mesh(self._mesh):
             arguments = (state.params, self._base, batch, reference)
@@ -328,9 +320,12 @@ class Updater:
         total: Metrics = {}
         with jax.set_mesh(self._mesh):
             for batch in batches:
-                new = self._measured(params, self._fixed, jax.device_put(batch, self._placement), reference)
+                new = self._measured(params, self._fixed, self._placed(batch), reference)
                 total = {name: _merge(name, total[name], pair) for name, pair in new.items()} if total else new
         return _values(total)
+
+    def _placed(self, batch: Batch) -> Batch:
+        return jax.device_put(batch.with_experts(self._experts), self._placement)
 
     def _bring(self, state: TrainState) -> TrainState:
         """With its moments on the devices."""
@@ -343,7 +338,7 @@ class Updater:
     def _accumulate(self, state: TrainState, batches: Iterable[Batch], reference: Any) -> tuple[Any, Metrics]:
         total = None
         for batch in batches:
-            placed = jax.device_put(batch, self._placement)
+            placed = self._placed(batch)
             with self._launches:
                 if total is None:
                     total = self._first(state.params, self._fixed, placed, reference)

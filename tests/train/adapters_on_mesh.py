@@ -1,23 +1,47 @@
-"""Updates, merges and hands over adapters on 2x2x2 devices and on one, and says whether they agree."""
+"""Updates, merges and hands over adapters on 2x2x2 devices and on one, and says whether they agree.
+
+``adapters_on_mesh.py none|int8|nf4`` says how the weights beneath them are kept.
+"""
+
+import sys
 
 import jax
 import numpy as np
 
 from jaxrl import mesh as meshes
 from jaxrl.config import AlgorithmConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
-from jaxrl.model import lora, transformer
+from jaxrl.model import lora, quantized, transformer
+from jaxrl.model.spec import Specs, shardings
 from jaxrl.records import Batch
 from jaxrl.train.state import initial_params, new_state, rl_optimizer
 from jaxrl.train.sync import rollout_base, with_adapters
 from jaxrl.train.update import Updater, policy_gradient_loss
 
 MODEL = ModelConfig(
-    vocab_size=48, layers=2, width=16, query_heads=8, kv_heads=4, head_width=8, ffn_width=32, init_scale=0.2
+    vocab_size=48, layers=2, width=128, query_heads=8, kv_heads=4, head_width=8, ffn_width=128, init_scale=0.06
 )
 CONFIG = LoraConfig(rank=3)
 
 
-def main() -> None:
+def frozen(mesh: jax.sharding.Mesh, specs: Specs, kind: str) -> lora.Base:
+    params = initial_params(specs, mesh, 0)
+    if kind != "none":
+        with jax.set_mesh(mesh):
+            layers = {
+                name: quantized.quantized(name, specs["layers"][name], leaf, kind)
+                for name, leaf in params["layers"].items()
+            }
+        params = {**params, "layers": layers}
+        for leaf, wanted in zip(
+            jax.tree.leaves(params),
+            jax.tree.leaves(shardings(quantized.quantized_specs(specs, kind), mesh, meshes.PARAM_RULES)),
+            strict=True,
+        ):
+            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (leaf.sharding, wanted)
+    return lora.Base(params, lora.scale_of(CONFIG))
+
+
+def main(kind: str) -> None:
     specs = transformer.param_specs(MODEL)
     adapter_specs = lora.adapter_specs(specs, CONFIG)
     generator, shape = np.random.default_rng(0), (8, 12)
@@ -39,7 +63,7 @@ def main() -> None:
         meshes.make_mesh(MeshConfig(), jax.devices()[:1]),
     ):
         optimizer = rl_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), adapter_specs)
-        base = lora.Base(initial_params(specs, mesh, 0), lora.scale_of(CONFIG))
+        base = frozen(mesh, specs, kind)
         state = new_state(initial_params(adapter_specs, mesh, 1), optimizer, mesh)
         split = [
             sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(tree))
@@ -63,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -203,8 +203,8 @@ def test_promise_11_compile_covers_every_number_of_micro_batches(mesh: jax.shard
     specs = transformer.param_specs(model)
     optimizer = rl_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), specs)
     state = new_state(initial_params(specs, mesh, 0), optimizer, mesh)
-    updater = Updater(policy_gradient_loss(model, AlgorithmConfig(), 1.0), optimizer, mesh)
-    updater.compile(state, 2, 12, experts=experts)
+    updater = Updater(policy_gradient_loss(model, AlgorithmConfig(), 1.0), optimizer, mesh, experts=experts)
+    updater.compile(state, 2, 12)
     state, _ = updater.step(
         state, cut(random_batch(4, 2, experts=experts), 2)
     )  # the host's own conversions are warm after one step
@@ -213,8 +213,8 @@ def test_promise_11_compile_covers_every_number_of_micro_batches(mesh: jax.shard
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     try:
-        for rows in (2, 4, 8):
-            state, _ = updater.step(state, cut(random_batch(rows, rows, experts=experts), 2))
+        for rows in (2, 4, 8):  # demonstrations have no experts
+            state, _ = updater.step(state, cut(random_batch(rows, rows, experts=experts if rows > 2 else None), 2))
         assert compiled == []
         jax.jit(lambda x: x * 3.25 + 1)(jnp.ones(17))
         assert compiled  # the listener hears a compilation
