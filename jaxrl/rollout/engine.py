@@ -30,6 +30,7 @@ from jaxrl.rollout.scheduler import Cycle, Scheduler, Track
 SETTLE = 4
 """Turns of the asyncio loop that waiters get, at most, to fill free slots before the next round is planned."""
 
+
 class PromptTooLong(ValueError):
     """A prompt that the engine was not compiled for."""
 
