@@ -21,6 +21,8 @@ HEARTBEAT_SECONDS = 30
 """The same for jax's own watch, which ends a process without a word of ours; it is there for when ours hangs."""
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Take the place of the three options where those are not given."""
+ALONE = ("coordinator_address should be defined", "must be called before any JAX calls")
+"""In what jax says where nothing speaks of other processes, and where it was in use before there was any question."""
 FAILED, INTERRUPTED = 1, 130
 """Exit codes of the command line."""
 _ALIVE = "jaxrl/alive/"
@@ -101,7 +103,8 @@ def run(here: Place, work: Callable[[], int]) -> int:
 
 def _met(here: Place) -> bool:
     """Join the others; False where there are none."""
-    if here.count == 1:
+    in_pod = "KUBERNETES_SERVICE_HOST" in os.environ and "TPU_WORKER_HOSTNAMES" not in os.environ
+    if here.count == 1 or (here.coordinator is None and in_pod):  # there jax would need the cluster's permission to ask
         return False
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     late = threading.Timer(here.wait_seconds, _stop, [_nobody(here)])
@@ -119,13 +122,11 @@ def _met(here: Place) -> bool:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except ValueError:
-        if here.coordinator is not None:
-            raise
-        return False  # nothing in this environment speaks of other processes
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
+        if here.coordinator is None and any(words in str(error) for words in ALONE):
+            return False
         raise OSError(
-            f"{here.name} cannot use --coordinator {here.coordinator}: {error}; choose a free port"
+            f"{here.name} cannot join the others at {here.coordinator or 'the coordinator'}: {error}; is the port free?"
         ) from error
     finally:
         late.cancel()

@@ -100,10 +100,15 @@ def test_nobody_at_the_coordinator_is_said_before_long(process: int) -> None:
             ["MeshConfig.tensor=4", "ModelConfig.query_heads=4", "ModelConfig.kv_heads=4"],
             "set MeshConfig.rollout",
         ),
+        (
+            1,
+            ["TrainConfig.max_staleness=1", "CriticConfig.enabled=True"],
+            "CriticConfig.enabled=True, TrainConfig.max_staleness=1 needs a single process, but this run has 2",
+        ),
     ],
-    ids=["more devices than there are", "replicas over several processes"],
+    ids=["more devices than there are", "replicas over several processes", "what takes one process"],
 )
-def test_meshes_that_do_not_fit_the_processes_are_refused(
+def test_what_does_not_fit_several_processes_is_refused(
     devices: int, overrides: list[str], message: str, tmp_path: pathlib.Path
 ) -> None:
     settings = [part for override in overrides for part in ("--set", override)]
