@@ -25,6 +25,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax explains itself at length
+    if options.run_verb not in (_train, _sft):
+        return _run(options)
+    os.environ.setdefault("JAX_ENABLE_PREEMPTION_SERVICE", "0")  # which would catch SIGTERM, and nobody asks it
+    from jaxrl.processes import join
+
+    try:
+        place = join.place(options.coordinator, options.processes, options.process, options.wait, os.environ)
+        return join.run(place, lambda: _run(options))
+    except ConfigError as error:
+        return _complain(error, BAD_USAGE)
+    except OSError as error:
+        return _complain(error, FAILED)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """A verb that may need jax; returns the exit code."""
     from jaxrl import commands  # imports jax, which `--help` and usage errors need not wait for
 
     try:
@@ -222,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
             default="latest",
             help='checkpoint of the folder to go on from: "latest", "best" or a step; newer ones are removed',
         )
+        _add_processes(new)
 
     def checkpoint_verb(name: str, function, summary: str, examples: str) -> argparse.ArgumentParser:
         new = verb(name, function, summary, examples)
@@ -292,6 +309,19 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--json", action="store_true", help="print one JSON object")
     _add_sandbox(verbs)
     return parser
+
+
+def _add_processes(verb: argparse.ArgumentParser) -> None:
+    """Where one run is several processes; docs/launch.md."""
+    several = verb.add_argument_group(
+        "several processes", "one run on several machines; a TPU pod, Slurm and Open MPI need none of these"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="machine of process 0 and a free port there")
+    several.add_argument("--processes", type=int, metavar="N", help="how many processes the run has")
+    several.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    several.add_argument(
+        "--wait", type=int, default=300, metavar="SECONDS", help="how long to wait for the others (default: 300)"
+    )
 
 
 def _add_sandbox(verbs) -> None:

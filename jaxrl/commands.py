@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from jaxrl.model import spec, tensor_files
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.report import final_table
 from jaxrl.observe.traces import EPISODE_LEGEND, format_trajectory
+from jaxrl.processes.exchange import is_first
 from jaxrl.rewards.verifier import VerifierStartError
 from jaxrl.sandbox import SandboxUnavailable
 from jaxrl.text.tokenizer import TokenizerError
@@ -61,10 +63,13 @@ PIPE_COLUMNS = 120
 
 
 def train(config: Config, folder: pathlib.Path, *, cold_start_only: bool, which: str) -> None:
-    """``jaxrl train`` and ``jaxrl sft``."""
-    with Progress(folder.name) as view:
+    """``jaxrl train`` and ``jaxrl sft``. Of several processes the first shows what they do."""
+    with contextlib.ExitStack() as stack:
+        shown = None if is_first() else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        view = stack.enter_context(Progress(folder.name, file=shown))
         report = experiment.train(config, folder, view, cold_start_only=cold_start_only, which=which)
-    _console().print(final_table(report))
+    if is_first():
+        _console().print(final_table(report))
 
 
 def prefer(config: Config, folder: pathlib.Path, which: str) -> None:

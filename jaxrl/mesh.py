@@ -178,7 +178,8 @@ def make_rollout_mesh(mesh: Mesh, tensor: int = 0, devices: Sequence[jax.Device]
         devices: those that roll out, of one slice; those of the training mesh when None.
 
     Raises:
-        ConfigError: the devices of one slice cannot be cut into replicas of this size.
+        ConfigError: the devices of one slice cannot be cut into replicas of this size, or a replica would have devices
+            of several processes.
     """
     tensor = tensor or mesh.shape["tensor"]
     within = mesh.size // mesh.shape["slice"] if devices is None else len(devices)
@@ -188,12 +189,22 @@ def make_rollout_mesh(mesh: Mesh, tensor: int = 0, devices: Sequence[jax.Device]
             f"{', '.join(map(str, divisors(within)))}"
         )
     flat = mesh.devices.flatten() if devices is None else np.array(devices)
-    return Mesh(flat.reshape(-1, tensor), ROLLOUT_AXES, axis_types=(AxisType.Explicit,) * len(ROLLOUT_AXES))
+    replicas = flat.reshape(-1, tensor)
+    if any(len({device.process_index for device in replica}) > 1 for replica in replicas):
+        raise ConfigError(
+            f"a replica of the rollout engine needs {tensor} devices of one process, but these lie in several; set "
+            f"MeshConfig.rollout_tensor to a divisor of the {jax.local_device_count()} devices of a process"
+        )
+    return Mesh(replicas, ROLLOUT_AXES, axis_types=(AxisType.Explicit,) * len(ROLLOUT_AXES))
 
 
 def replica_meshes(rollout_mesh: Mesh) -> tuple[Mesh, ...]:
-    """One mesh for each replica, whose only axis is ``tensor``."""
-    return tuple(Mesh(row, ROLLOUT_AXES[1:], axis_types=(AxisType.Explicit,)) for row in rollout_mesh.devices)
+    """One mesh for each replica on devices of this process, whose only axis is ``tensor``."""
+    return tuple(
+        Mesh(row, ROLLOUT_AXES[1:], axis_types=(AxisType.Explicit,))
+        for row in rollout_mesh.devices
+        if row[0].process_index == jax.process_index()
+    )
 
 
 def divisors(number: int) -> list[int]:

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from jaxrl.config import ConfigError, EvalConfig
@@ -58,6 +58,7 @@ async def evaluate(
     *,
     on_group: Callable[[Group], None] | None = None,
     in_flight: int | None = None,
+    play: Callable[..., AsyncGenerator[Group]] = play_groups,
 ) -> EvalReport:
     """Play ``config.samples`` trajectories of every problem (one where greedy) and report.
 
@@ -65,6 +66,7 @@ async def evaluate(
         player: its temperature is replaced by ``config.temperature``, and no judge is asked.
         on_group: called with every group in the order of the problems (progress, traces).
         in_flight: as for ``play_groups``.
+        play: what plays the groups, called as ``play_groups`` is.
 
     Raises:
         ConfigError: a k greater than the number of samples.
@@ -78,7 +80,7 @@ async def evaluate(
     player = dataclasses.replace(player, temperature=config.temperature, scorer=player.scorer.unjudged())
     draws = ((FIRST_EVALUATION_DRAW + index, problem) for index, problem in enumerate(problems))
     groups = []
-    async with aclosing(play_groups(player, draws, samples, in_flight=in_flight)) as played:
+    async with aclosing(play(player, draws, samples, in_flight=in_flight)) as played:
         async for group in played:
             groups.append(group)
             if on_group is not None:

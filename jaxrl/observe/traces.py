@@ -94,7 +94,9 @@ def _unpacked(shape: Sequence[int], dtype: str, **encoded: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(encoded["base64"]), dtype).reshape(shape)
 
 
-def write_episodes(folder: pathlib.Path, kind: str, step: int, trajectories: Iterable[Trajectory]) -> pathlib.Path:
+def write_episodes(
+    folder: pathlib.Path, kind: str, step: int, trajectories: Iterable[Trajectory], process: int = 0
+) -> pathlib.Path:
     """Write ``<folder>/episodes/<kind>_<step>.jsonl``, one episode a line, and return its path.
 
     The file appears whole or not at all; a resumed run that plays the step again replaces it.
@@ -102,8 +104,9 @@ def write_episodes(folder: pathlib.Path, kind: str, step: int, trajectories: Ite
     Args:
         folder: the run folder.
         kind: "rl" for episodes played to train on, "eval" for those of an evaluation.
+        process: of the run; every one after the first writes a file of its own, ``<kind>_<step>-<process>.jsonl``.
     """
-    path = folder / EPISODES_FOLDER / f"{kind}_{step:06d}.jsonl"
+    path = folder / EPISODES_FOLDER / f"{kind}_{step:06d}{f'-{process}' if process else ''}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".jsonl.tmp")
     with unfinished.open("w", encoding="utf-8") as file:
@@ -111,6 +114,11 @@ def write_episodes(folder: pathlib.Path, kind: str, step: int, trajectories: Ite
             file.write(json.dumps(to_json(trajectory), separators=(",", ":")) + "\n")
     os.replace(unfinished, path)
     return path
+
+
+def step_of(path: pathlib.Path) -> int:
+    """The step whose episodes a file holds, by its name."""
+    return int(path.stem.rpartition("_")[2].partition("-")[0])
 
 
 def read_episodes(path: pathlib.Path) -> tuple[Trajectory, ...]:

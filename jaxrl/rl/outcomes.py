@@ -10,7 +10,9 @@ from jaxrl.config import ConfigError
 from jaxrl.records import Trajectory
 from jaxrl.rl.trees import nodes_of, states_of, turns_of
 
+_OF_ONE_PROCESS = "of several processes each knows only what it played itself; train in one, or take another advantage"
 _SUPPLIED_BY = {
+    **dict.fromkeys(("states", "nodes", "logprobs"), _OF_ONE_PROCESS),
     "turn_rewards": "reward single turns: name a component that does in RewardConfig.components",
     "greedy_rewards": "set AlgorithmConfig.greedy_baseline=True, which plays a greedy trajectory of every problem too",
     "values": "set CriticConfig.enabled=True, which trains a critic beside the policy",
@@ -116,12 +118,14 @@ class Recorded:
         turn_rewards: a component rewards single turns.
         greedy_rewards: a greedy trajectory of every problem is played.
         values: a critic estimates what is still to come.
+        contents: what was written is known of all of them; of several processes each knows only what it played.
     """
 
     component_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     turn_rewards: bool = False
     greedy_rewards: bool = False
     values: bool = False
+    contents: bool = True
 
 
 def of_trajectories(
@@ -152,11 +156,11 @@ def of_trajectories(
         masks=[trajectory.mask for trajectory in trajectories],
         turns=[turns_of(trajectory) for trajectory in trajectories],
         turn_rewards=[np.array([t.reward for t in turns]) for turns in policy_turns] if recorded.turn_rewards else None,
-        states=[states_of(trajectory) for trajectory in trajectories],
-        nodes=nodes_of(trajectories),
+        states=[states_of(trajectory) for trajectory in trajectories] if recorded.contents else None,
+        nodes=nodes_of(trajectories) if recorded.contents else None,
         components=components or None,
         component_weights=recorded.component_weights,
-        logprobs=[trajectory.logprobs for trajectory in trajectories],
+        logprobs=[trajectory.logprobs for trajectory in trajectories] if recorded.contents else None,
         values=values if recorded.values else None,
         greedy_rewards=_greedy_rewards(trajectories, rewards, groups) if recorded.greedy_rewards else None,
         memory=memory,

@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import numpy as np
 
 from jaxrl.config import Config
 from jaxrl.episodes import Player, play_group
-from jaxrl.records import Trajectory
+from jaxrl.records import Group, Trajectory
 from jaxrl.rl import algorithm, selection, staleness
 from jaxrl.train.group_queue import GroupQueue
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session
+from jaxrl.train.shares import known_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +36,16 @@ class Collected:
         return tuple(trajectory for chosen in self.kept for trajectory in chosen.kept)
 
 
-def open_queue(config: Config, progress: RunProgress) -> GroupQueue:
-    """The groups that wait to be trained on, as a run left them."""
+def open_queue(
+    config: Config, progress: RunProgress, play: Callable[..., Coroutine[Any, Any, Group]] = play_group
+) -> GroupQueue:
+    """The groups that wait to be trained on, as a run left them.
+
+    Args:
+        play: called as ``play_group`` is.
+    """
     play = functools.partial(
-        play_group,
+        play,
         samples=config.train.samples,
         greedy_baseline=config.algorithm.greedy_baseline,
         extra_samples=algorithm.extra_samples(config.algorithm),
@@ -44,7 +53,7 @@ def open_queue(config: Config, progress: RunProgress) -> GroupQueue:
     return GroupQueue(
         play,
         finished_first=config.train.next_groups == "finished",
-        pending=progress.pending,
+        pending=map(known_here, progress.pending),
         unfinished=progress.unfinished,
     )
 

@@ -12,10 +12,12 @@ import optax
 from jaxrl import mesh as meshes
 from jaxrl.config import Config, MeshConfig
 from jaxrl.model import adapter_folder, companions, hf, spec, value
+from jaxrl.model.folders import together
 from jaxrl.observe import alarms
 from jaxrl.observe.metrics import PhaseTimer
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.report import Comparison, Estimate, Report, write_summary
+from jaxrl.processes.exchange import is_first
 from jaxrl.rl.preference import VALUED, needs_reference
 from jaxrl.train.checkpoint import Checkpoints
 from jaxrl.train.critic import Critic, abstract_critic, new_critic
@@ -69,9 +71,11 @@ def train(
             if session.base is not None:
                 trained, frozen = spec.count(session.trained_specs), spec.count(session.specs)
                 view.note(f"adapters: {trained:,} trained parameters on {frozen:,} frozen ones")
-            for line in run.write_config(config):
-                view.note(f"changed since the last start: {line}")
-            run.go_back(step, progress.global_step)
+            with together("prepare"):
+                if is_first():
+                    for line in run.write_config(config):
+                        view.note(f"changed since the last start: {line}")
+                    run.go_back(step, progress.global_step)
             if step is not None and (removed := checkpoints.rewind(step)):
                 view.note(f"going back to checkpoint {step}: removed {', '.join(map(str, removed))}")
         if progress.stage == "rl" and progress.step >= config.train.steps and not cold_start_only:
@@ -95,7 +99,8 @@ def train(
             recorder.close()
         checkpoints.wait()
         report = _report(session, progress)
-        write_summary(run.path, report)
+        if is_first():
+            write_summary(run.path, report)
         return report
 
 

@@ -55,6 +55,7 @@ async def reinforce(
         experts=session.recorded_experts,
         base=session.base,
         teacher=teacher,
+        pooled=True,
     )
     steering = Steering(session)
     async with contextlib.AsyncExitStack() as stack:
@@ -65,7 +66,8 @@ async def reinforce(
                 critic.compile()
             weights = session.rollout_weights(state.params)
             player = await stack.enter_async_context(open_player(session, weights, progress.step))
-        queue = await stack.enter_async_context(contextlib.aclosing(open_queue(config, progress)))
+        queue = open_queue(config, progress, session.shares.play_group)
+        await stack.enter_async_context(contextlib.aclosing(queue))
         if progress.before is None:
             progress.before = progress.after = await measure(session, recorder, player, progress)
             recorder.save(progress, state, reference, progress.before.get("pass_rate"), critic and critic.state)
@@ -123,10 +125,11 @@ async def measure(session: Session, recorder: Recorder, player: Player, progress
         played.extend(group.trajectories)
 
     with recorder.timer.phase("evaluate"):
-        sampled = await evaluate(player, problems, config, on_group=note)
+        sampled = await evaluate(player, problems, config, on_group=note, play=session.shares.play)
         greedy = sampled
         if not sampled.greedy:
-            greedy = await evaluate(player, problems, dataclasses.replace(config, temperature=0.0), on_group=note)
+            config = dataclasses.replace(config, temperature=0.0)
+            greedy = await evaluate(player, problems, config, on_group=note, play=session.shares.play)
     return recorder.evaluation(progress, sampled, greedy, played)
 
 

@@ -10,6 +10,7 @@ from jaxrl.data.recorded import Worked
 from jaxrl.records import Batch, Conversation
 from jaxrl.rl.selection import Selection
 from jaxrl.rl.supervised import SupervisedLoss, demonstration_weight, supervised_loss
+from jaxrl.train.placement import said_once
 from jaxrl.train.session import Session
 from jaxrl.train.sft import sequence
 
@@ -66,7 +67,7 @@ class Mixture:
             for batch in batches
         ] + [
             # The mask says what the policy sampled, of which there is nothing here.
-            batch.replace(ce_weights=batch.ce_weights * np.float32(weight), mask=np.zeros_like(batch.mask))
+            said_once(batch.replace(ce_weights=batch.ce_weights * np.float32(weight), mask=np.zeros_like(batch.mask)))
             for batch in packing.pack_sequences(sequences, **shape, row_tokens_key="TrainConfig.row_tokens")
         ]
 

@@ -5,15 +5,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from jaxrl.config import Config
 from jaxrl.evaluate.run import EvalReport
 from jaxrl.observe import alarms, metrics, traces, writers
 from jaxrl.observe.progress import Progress
+from jaxrl.processes.exchange import is_first
 from jaxrl.records import Trajectory
 from jaxrl.rl.selection import Selection
 from jaxrl.train.checkpoint import Checkpoints
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunFolder
+from jaxrl.train.shares import completed, is_own
 
 ALARM_HISTORY = 64
 """Steps the alarms look back on."""
@@ -26,7 +30,8 @@ STEP_PHASES = ("rollout", "update", "sync")
 
 
 class Recorder:
-    """Writes into the run folder and onto the screen.
+    """Writes into the run folder and onto the screen. Of several processes the first writes the metrics, and each the
+    episodes that it played; all of them hand over their checkpoints together.
 
     Args:
         progress: where the run continues from; rows beyond it that a killed run left are dropped.
@@ -46,7 +51,9 @@ class Recorder:
         self._config, self._run, self._checkpoints = config, run, checkpoints
         self._engine_totals: dict[str, float] = {}
         nothing_yet = progress.global_step == 0 and progress.before is None
-        self._writer = writers.MetricsWriter(run.path, -1 if nothing_yet else progress.global_step)
+        self._writer = (
+            writers.MetricsWriter(run.path, -1 if nothing_yet else progress.global_step) if is_first() else None
+        )
 
     def sft_step(self, progress: RunProgress, values: Mapping[str, float]) -> None:
         """One update of the cold start."""
@@ -55,12 +62,12 @@ class Recorder:
     def offline_step(self, progress: RunProgress, stage: str, values: Mapping[str, float]) -> None:
         """One update of a stage that plays no episodes."""
         row = dict(values) | self._take_seconds(progress)
-        self._writer.write(progress.global_step, stage, row)
+        self._write(progress.global_step, stage, row)
         self.view.step(row)
 
     def measurement(self, progress: RunProgress, values: Mapping[str, float]) -> None:
         """What such a stage measured on rows that were kept back."""
-        self._writer.write(progress.global_step, "held_out", dict(values))
+        self._write(progress.global_step, "held_out", dict(values))
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.view.note(f"held out at step {progress.step}: {shown}")
 
@@ -103,10 +110,8 @@ class Recorder:
             "trainer/idle_share": 1 - trained / max(elapsed, 1e-9),
         }
         step = progress.global_step
-        self._writer.write(step, "rl", row)
-        if self._config.train.dump_episodes:
-            traces.write_episodes(self._run.path, "rl", step, played)
-        self.view.step(row, played)
+        self._write(step, "rl", row)
+        self.view.step(row, self._keep_own("rl", step, played))
 
     def evaluation(
         self, progress: RunProgress, sampled: EvalReport, greedy: EvalReport, played: Sequence[Trajectory]
@@ -117,8 +122,7 @@ class Recorder:
             estimates = {"pass@1, sampled": sampled.average} | estimates
             estimates |= {f"pass@{k}": estimate for k, estimate in sampled.pass_at.items() if k > 1}
             estimates[f"maj@{sampled.samples}"] = sampled.majority
-        if self._config.train.dump_episodes:
-            traces.write_episodes(self._run.path, "eval", progress.global_step, played)
+        self._keep_own("eval", progress.global_step, played)
         figures = {
             "pass_rate": sampled.average.value,
             "tool_error_share_in_correct": sampled.tool_error_share_in_correct,
@@ -129,7 +133,7 @@ class Recorder:
         }
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         row = figures | {label: estimate.value for label, estimate in estimates.items()}
-        self._writer.write(progress.global_step, "eval", row)
+        self._write(progress.global_step, "eval", row)
         headline, failed = sampled.average, figures.get("tool_error_share_in_correct")
         self.view.note(
             f"evaluation at step {progress.step}: pass@1 {headline.value:.1%} "
@@ -151,7 +155,8 @@ class Recorder:
         if step == self._checkpoints.latest():
             return
         with self.timer.phase("checkpoint"):
-            self._checkpoints.save(step, state, reference, progress.to_json(), pass_rate, critic)
+            whole = dataclasses.replace(progress, pending=completed(progress.pending, f"pending at {step}"))
+            self._checkpoints.save(step, state, reference, whole.to_json(), pass_rate, critic)
 
     def settle(self, progress: RunProgress) -> None:
         """Count the seconds since the last step, so that the report has all of them."""
@@ -159,11 +164,23 @@ class Recorder:
 
     def close(self) -> None:
         """Close every file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def begin_step(self, engine: Mapping[str, float]) -> None:
         """What the engine did until now, for an evaluation say, is not the step's."""
         self._engine_totals = dict(engine)
+
+    def _write(self, step: int, kind: str, row: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            self._writer.write(step, kind, row)
+
+    def _keep_own(self, kind: str, step: int, played: Sequence[Trajectory]) -> list[Trajectory]:
+        """Write what this process played, and return it."""
+        own = [trajectory for trajectory in played if is_own(trajectory.draw)]
+        if self._config.train.dump_episodes:
+            traces.write_episodes(self._run.path, kind, step, own, jax.process_index())
+        return own
 
     def _engine_step(self, totals: Mapping[str, float]) -> dict[str, float]:
         """What the engine did in this step; its own figures run over its whole life."""

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 
 from jaxrl import config as configuration
 from jaxrl.config import Config
+from jaxrl.model.folders import together
+from jaxrl.observe import traces
 from jaxrl.observe.report import SUMMARY_FILE
 from jaxrl.observe.traces import EPISODES_FOLDER
+from jaxrl.processes.exchange import is_first
 
 
 class RunError(RuntimeError):
@@ -71,7 +74,7 @@ class RunFolder:
         """
         (self.path / SUMMARY_FILE).unlink(missing_ok=True)
         for file in (self.path / EPISODES_FOLDER).glob("*_*.jsonl"):
-            if checkpoint is None or int(file.stem.rpartition("_")[2]) > step:
+            if checkpoint is None or traces.step_of(file) > step:
                 file.unlink()
 
     def write_config(self, config: Config) -> list[str]:
@@ -88,11 +91,24 @@ class RunFolder:
 def open_run(path: pathlib.Path) -> Iterator[RunFolder]:
     """Make or reopen a run folder and hold its lock; the lock dies with the process, however that ends.
 
-    A folder made here into which nothing was written is removed again.
+    A folder made here into which nothing was written is removed again. Of several processes, which share a disk, the
+    first does this for all, and all enter and leave together.
 
     Raises:
         RunError: a live process holds the folder, or it cannot be written.
     """
+    with contextlib.ExitStack() as stack:
+        with together("open"):
+            if is_first():
+                stack.enter_context(_locked(path))
+        with together("open"):
+            if not path.is_dir():
+                raise RunError(f"run folder {path} of process 0 is not here; the processes must share a disk")
+        yield RunFolder(path)
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
     new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -112,7 +128,7 @@ def open_run(path: pathlib.Path) -> Iterator[RunFolder]:
         lock.write(str(os.getpid()))
         lock.flush()
         try:
-            yield RunFolder(path)
+            yield
         finally:
             if new and [file.name for file in path.rglob("*") if not file.is_dir()] == ["lock"]:
                 shutil.rmtree(path)  # it failed before anything was made

@@ -62,7 +62,6 @@ class Scorer:
 
     def __call__(self, params: Any, batch: Batch) -> jax.Array:
         """[B, T] the value of every token of packed rows."""
-        batch = batch if self._experts else batch.replace(experts=None)
         with jax.set_mesh(self._mesh), self._launches:
             return self._score(params, self._base, jax.device_put(batch.with_experts(self._experts), self._placement))
 

@@ -21,6 +21,7 @@ from jaxrl.envs.rendering import check_limit
 from jaxrl.episodes import Player
 from jaxrl.model import adapter_folder, companions, folders, hf, lora, moe, quantized, spec, transformer, value
 from jaxrl.model.config_json import check_exportable
+from jaxrl.processes.exchange import is_first
 from jaxrl.records import Problem
 from jaxrl.rewards.comparing import MATH, comparison
 from jaxrl.rewards.scorer import scorer
@@ -36,6 +37,7 @@ from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunError, RunFolder
+from jaxrl.train.shares import Shares, check_processes
 from jaxrl.train.state import check_offload, initial_params, rl_optimizer
 from jaxrl.train.sync import hand_over, rollout_base, rollout_params, with_adapters
 
@@ -71,6 +73,11 @@ class Session:
         return threading.Lock() if shared else contextlib.nullcontext()
 
     @functools.cached_property
+    def shares(self) -> Shares:
+        """Divides what is played among the processes of the run."""
+        return Shares()
+
+    @functools.cached_property
     def specs(self) -> spec.Specs:
         """The table of the decoder, with a value head if it is to have one."""
         return value.value_specs(self.model) if self.valued else transformer.param_specs(self.model)
@@ -95,10 +102,12 @@ class Session:
         source = self.config.model.path
         if source and not self.run.source.is_dir():
             with folders.replaced_folder(self.run.source) as staging:
-                companions.keep(source, staging, tokenizer=not self.config.tokenizer.path)
+                if is_first():
+                    companions.keep(source, staging, tokenizer=not self.config.tokenizer.path)
         if not self.run.tokenizer.is_dir():
             with folders.replaced_folder(self.run.tokenizer) as staging:
-                self.chat.save(staging)
+                if is_first():
+                    self.chat.save(staging)
 
     def keep_base(self) -> None:
         """Write the frozen weights into the run folder, once, whole or not at all: checkpoints hold adapters alone, and
@@ -227,6 +236,7 @@ def open_session(config: Config, run: RunFolder) -> Session:
         ConfigError: values that the data shows to be wrong, such as prompts longer than the engine takes.
         DataError: problems or demonstrations that cannot be used.
     """
+    check_processes(config)
     algorithm.check(config.algorithm, what_is_recorded(config))
     if config.reward.verifier != MATH:
         comparison(config.reward.verifier)
@@ -321,6 +331,7 @@ def what_is_recorded(config: Config) -> Recorded:
         turn_rewards=bool(rewarded.of_turns),
         greedy_rewards=config.algorithm.greedy_baseline,
         values=config.critic.enabled,
+        contents=jax.process_count() == 1,
     )
 
 

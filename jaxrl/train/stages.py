@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from jaxrl.config import Config
-from jaxrl.episodes import Player, play_groups
+from jaxrl.episodes import Player
 from jaxrl.train.group_queue import GroupQueue
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
@@ -69,7 +69,8 @@ async def _choose(session: Session, recorder: Recorder, player: Player, number: 
     to_solve, to_fail = stages.drop_solved[number], stages.drop_unsolved[number]
     draws = [(DRAWS + position, problem) for position, problem in enumerate(session.train_problems)]
     kept, solved, unsolved = [], 0, 0
-    async with contextlib.aclosing(play_groups(player, draws, max(to_solve, to_fail), in_flight=IN_FLIGHT)) as groups:
+    groups = session.shares.play(player, draws, max(to_solve, to_fail), in_flight=IN_FLIGHT)
+    async with contextlib.aclosing(groups):
         async for group in groups:
             correct = [trajectory.correct for trajectory in group.trajectories]
             always = to_solve > 0 and all(correct[:to_solve])

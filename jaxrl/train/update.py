@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl import mesh as meshes
 from jaxrl.config import AlgorithmConfig, ModelConfig
 from jaxrl.model import logprob, moe
 from jaxrl.model.lora import Base
@@ -23,6 +22,7 @@ from jaxrl.rl import divergence, mismatch
 from jaxrl.rl.correction import correction
 from jaxrl.rl.supervised import SupervisedLoss, nll
 from jaxrl.rl.tokens import sampled
+from jaxrl.train.placement import Placement
 from jaxrl.train.state import DEVICE, HOST, TrainState, in_memory, on_mesh
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -201,6 +201,7 @@ class Updater:
         experts: what is recorded of a token, to compute with (``moe.record``); None: the router always chooses.
         base: frozen weights; the state and the reference then hold adapters on them, and only those are differentiated.
         teacher: frozen weights of a teacher; the loss then gets ``Guides`` in place of the reference.
+        pooled: of several processes each has the contents of its own trajectories alone; see ``Placement``.
     """
 
     def __init__(
@@ -214,6 +215,7 @@ class Updater:
         experts: jax.ShapeDtypeStruct | None = None,
         base: Base | None = None,
         teacher: Any = None,
+        pooled: bool = False,
     ) -> None:
         def loss_of_trained(trained: Any, fixed: Fixed, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
             base, teacher = fixed
@@ -246,8 +248,7 @@ class Updater:
         self._mesh, self._fixed = mesh, (base, teacher)
         self._launches = launches or contextlib.nullcontext()
         self._offload, self._experts = offload, experts
-        rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)
-        self._placement = jax.sharding.NamedSharding(mesh, rows)
+        self._place = Placement(mesh, pooled=pooled)
         self._measured = jax.jit(measured)
         self._first = jax.jit(first)
         self._more = jax.jit(more, donate_argnums=0)
@@ -262,9 +263,7 @@ class Updater:
         """
         empty = Batch.zeros(rows, row_tokens, self._experts)
         with jax.set_mesh(self._mesh):
-            total = jax.eval_shape(
-                self._first, state.params, self._fixed, jax.device_put(empty, self._placement), reference
-            )
+            total = jax.eval_shape(self._first, state.params, self._fixed, self._place(empty), reference)
             check_layout("the gradient of", shardings_of(total[0], self._mesh), state.params)
             gradients, _ = self._accumulate(state, [empty, empty], reference)
             check_layout("the sum of gradients of", jax.tree.map(lambda leaf: leaf.sharding, gradients), state.params)
@@ -283,11 +282,11 @@ class Updater:
             state: and ``reference``, and the frozen weights if there are any: shapes, types and shardings suffice.
         """
         batch = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._placement),
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._place.rows),
             jax.eval_shape(lambda: Batch.zeros(rows, row_tokens, self._experts)),
         )
         with jax.set_mesh(self._mesh):
-            arguments = (state.params, self._base, batch, reference)
+            arguments = (state.params, self._fixed, batch, reference)
             total = on_mesh(jax.eval_shape(self._first, *arguments), self._mesh)
             first = self._first.trace(*arguments)
             more = self._more.trace(total, *arguments)
@@ -325,7 +324,7 @@ class Updater:
         return _values(total)
 
     def _placed(self, batch: Batch) -> Batch:
-        return jax.device_put(batch.with_experts(self._experts), self._placement)
+        return self._place(batch.with_experts(self._experts))
 
     def _bring(self, state: TrainState) -> TrainState:
         """With its moments on the devices."""
@@ -338,8 +337,8 @@ class Updater:
     def _accumulate(self, state: TrainState, batches: Iterable[Batch], reference: Any) -> tuple[Any, Metrics]:
         total = None
         for batch in batches:
-            placed = self._placed(batch)
             with self._launches:
+                placed = self._placed(batch)
                 if total is None:
                     total = self._first(state.params, self._fixed, placed, reference)
                 else:

@@ -1,0 +1,65 @@
+"""Micro-batches on their way to the devices of all processes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl import mesh as meshes
+from jaxrl.processes.exchange import is_first
+from jaxrl.records import Batch
+
+PLANNED = (
+    *("positions", "segment_ids", "mask", "versions", "advantages", "proximal_shares"),
+    *("rl_weights", "kl_weights", "ce_weights", "entropy_weights"),
+)
+"""Fields that every process knows of all trajectories, because they follow from outlines."""
+
+
+def said_once(batch: Batch) -> Batch:
+    """A batch that every process has whole, for a placement that adds up what all have: zeros in all but the first."""
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
+    contents = {name: value for name, value in values.items() if name not in PLANNED and value is not None}
+    return batch if is_first() else batch.replace(**{name: np.zeros_like(value) for name, value in contents.items()})
+
+
+class Placement:
+    """Puts micro-batches where their rows are computed; each process supplies the rows of its devices.
+
+    Args:
+        pooled: of what is not ``PLANNED`` a process knows only what it played itself, and has zeros elsewhere. The
+            devices add up what all processes have, which is exact, so that tokens never pass through another host.
+
+    Attributes:
+        rows: the sharding of every field.
+    """
+
+    def __init__(self, mesh: Mesh, *, pooled: bool = False) -> None:
+        self._pooled = pooled and jax.process_count() > 1
+        self.rows = NamedSharding(mesh, meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh))
+        self._by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        processes = [device.process_index for device in mesh.devices.flat]
+        self._speaks = [process not in processes[:place] for place, process in enumerate(processes)]  # one of each
+        self._add = jax.jit(lambda parts: jax.sharding.reshard(parts.sum(axis=0), self.rows.spec))
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch on the devices. All processes call this together, under the mesh."""
+        return Batch(
+            **{
+                field.name: self._put(getattr(batch, field.name), field.name in PLANNED)
+                for field in dataclasses.fields(Batch)
+                if getattr(batch, field.name) is not None
+            }
+        )
+
+    def _put(self, values: np.ndarray, planned: bool) -> jax.Array:
+        if planned or not self._pooled:
+            return jax.make_array_from_callback(values.shape, self.rows, lambda index: values[index])
+        nothing = np.zeros_like(values)[None]
+        parts = jax.make_array_from_callback(
+            (len(self._speaks), *values.shape),
+            self._by_device,
+            lambda index: values[None] if self._speaks[index[0].start or 0] else nothing,
+        )
+        return self._add(parts)

@@ -1,0 +1,61 @@
+"""One run in several processes on this machine: to try out what many machines do, or one process for each GPU.
+
+    python launch/local.py 2 -- train quickstart --run runs/two
+    python launch/local.py 4 --devices 2 -- train smoke        # on CPUs, with two virtual devices a process
+
+Everything after ``--`` is given to ``jaxrl``. Ends with the first exit code that is not 0; Ctrl-C and SIGTERM reach all
+processes.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+
+
+def main() -> int:
+    """Start the processes and wait for them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("processes", type=int, help="how many")
+    parser.add_argument("--devices", type=int, help="virtual CPU devices of each (default: whatever devices there are)")
+    parser.add_argument("--port", type=int, help="of the coordinator (default: a free one)")
+    parser.add_argument("verb", nargs="+", metavar="-- VERB ...", help="arguments of jaxrl")
+    options = parser.parse_args()
+    environment = dict(os.environ)
+    if options.devices:
+        flags = environment.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={options.devices}"
+        environment["JAX_PLATFORMS"] = "cpu"
+    return run(options.verb, options.processes, options.port or free_port(), environment)
+
+
+def run(verb: list[str], count: int, port: int, environment: Mapping[str, str]) -> int:
+    """``count`` processes of one run, until all have ended; the first exit code that is not 0."""
+    processes: list[subprocess.Popen] = []
+
+    def pass_on(number: int, _: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    place = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count)]
+    command = [sys.executable, "-m", "jaxrl", *verb, *place, "--process"]
+    for index in range(count):
+        processes.append(subprocess.Popen([*command, str(index)], env=environment))
+    codes = [process.wait() for process in processes]
+    return next((code if code > 0 else 128 - code for code in codes if code), 0)
+
+
+def free_port() -> int:
+    """A port of this machine that is free now."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

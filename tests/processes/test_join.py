@@ -1,0 +1,119 @@
+"""Processes that meet, talk, and stop together."""
+
+import json
+import pathlib
+import re
+import sys
+import time
+
+import pytest
+
+from jaxrl.config import ConfigError
+from jaxrl.processes.join import PATIENCE_SECONDS, VARIABLES, Place, place
+from tests.several import REPOSITORY, finished, reserved_port, together
+
+TALKING = pathlib.Path(__file__).with_name("talking.py")
+HERE = {VARIABLES[0]: "there:1", VARIABLES[1]: "2", VARIABLES[2]: "1"}
+
+
+def test_options_come_before_the_environment() -> None:
+    assert place(None, None, None, 9, {}) == Place(None, None, None, 9)
+    assert place(None, None, None, 9, HERE) == Place("there:1", 2, 1, 9)
+    assert place("here:7", 3, 0, 9, HERE) == Place("here:7", 3, 0, 9)
+    assert place(None, 1, None, 9, HERE).count == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("here:7", 2, None), "JAX_PROCESS_ID is missing"),
+        ((None, None, 0), "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES is missing"),
+        (("here:7", 2, 2), "--process 2 is outside 0 ... 1: --processes is 2"),
+        (("here", 2, 1), '--coordinator "here" must be HOST:PORT'),
+        (("here:port", 2, 1), '--coordinator "here:port" must be HOST:PORT'),
+    ],
+)
+def test_a_place_that_is_none_is_refused(options: tuple, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        place(*options, 9, {})
+
+
+def test_a_number_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="JAX_PROCESS_ID=first must be whole numbers"):
+        place(None, None, None, 9, HERE | {VARIABLES[2]: "first"})
+
+
+def test_processes_tell_each_other_what_they_have() -> None:
+    for code, out, err in together(TALKING, 3, 2, "talk"):
+        assert code == 0, err
+        heard = json.loads(out.splitlines()[-1])
+        assert heard["messages"] == ["from 0", "from 1", "from 2"]
+        assert heard["sizes"] == [3 << 20] * 3
+        assert heard["left"] == []
+        assert heard["devices"] == 6
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "message"),
+    [
+        ("fail", 2, "process 1 stopped with exit code 2 (its own message says why)"),
+        ("raise", 1, "process 1 stopped with exit code 1 (its own message says why)"),
+        ("die", -9, "process 1 is gone (no sign of life for 10 s)"),
+    ],
+)
+def test_one_that_ends_early_stops_the_others_within_seconds(what: str, code: int, message: str) -> None:
+    began = time.monotonic()
+    (waiting, _, said), (failed, _, own) = together(TALKING, 2, 1, what)
+    assert (waiting, failed) == (max(code, 1), code)
+    assert f"process 0 stops: {message}; start all processes again" in said
+    assert ("a defect" in own) == (what == "raise")
+    assert time.monotonic() - began < PATIENCE_SECONDS + 60
+
+
+def test_the_death_of_the_first_stops_the_others_at_once() -> None:
+    """The coordination service dies with it: whether jax's own words or ours come first is left open."""
+    (first, _, _), (waiting, _, said) = together(TALKING, 2, 1, "die first")
+    assert first == -9
+    assert waiting in (1, -6)
+    assert "process 0, which all others need, is gone" in said or "another task died" in said
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_nobody_at_the_coordinator_is_said_before_long(process: int) -> None:
+    with reserved_port() as port:
+        place = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(process), "--wait", "2"]
+        code, _, said = finished([sys.executable, "-m", "jaxrl", "train", "smoke", "--run", "none", *place], 1, 60)
+    assert code == 1
+    assert f"jaxrl: process {process} of 2 waited 2 s at 127.0.0.1:{port}, but not all came" in said
+
+
+@pytest.mark.parametrize(
+    ("devices", "overrides", "message"),
+    [
+        (
+            1,
+            ["MeshConfig.fsdp=4"],
+            "MeshConfig asks for 1 x 1 x 4 x 1 x 1 x 1 devices",
+        ),
+        (
+            2,
+            ["MeshConfig.tensor=4", "ModelConfig.query_heads=4", "ModelConfig.kv_heads=4"],
+            "set MeshConfig.rollout",
+        ),
+        (
+            1,
+            ["TrainConfig.max_staleness=1", "CriticConfig.enabled=True"],
+            "CriticConfig.enabled=True, TrainConfig.max_staleness=1 needs a single process, but this run has 2",
+        ),
+    ],
+    ids=["more devices than there are", "replicas over several processes", "what takes one process"],
+)
+def test_what_does_not_fit_several_processes_is_refused(
+    devices: int, overrides: list[str], message: str, tmp_path: pathlib.Path
+) -> None:
+    settings = [part for override in overrides for part in ("--set", override)]
+    launcher = [sys.executable, str(REPOSITORY / "launch" / "local.py"), "2", "--", "train", "smoke"]
+    code, _, said = finished([*launcher, "--run", str(tmp_path / "run"), *settings], devices, 120)
+    assert code == 2
+    assert message in said
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,84 @@
+"""One run in one, two and four processes."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from jaxrl.config import ConfigError
+from jaxrl.records import ToolCall, ToolStatus, Turn
+from jaxrl.rl import selection
+from jaxrl.rl.outcomes import Recorded, of_trajectories
+from jaxrl.train import outlines
+from tests import several
+from tests.train.updating import CONFIG, group
+
+HERE = pathlib.Path(__file__).parent
+
+
+def played(draw: int):
+    """A group with calls, text and answers in it."""
+    plain = group(draw)
+    calls = tuple(
+        ToolCall("python", {"code": f"print({number // 2})"}, status, stdout="12", stderr="oh", seconds=0.5)
+        for number, status in enumerate((ToolStatus.OK, ToolStatus.ERROR, ToolStatus.OK))
+    )
+    return dataclasses.replace(
+        plain,
+        trajectories=tuple(
+            dataclasses.replace(t, text="so", answer="12", answer_tags=1, turns=(Turn(0, len(t.ids), "policy", calls),))
+            for t in plain.trajectories
+        ),
+    )
+
+
+def test_an_outline_is_sent_without_what_was_said() -> None:
+    one = played(3)
+    message = outlines.encode(one)
+    assert b"print" not in message and b"oh" not in message
+    known = outlines.decode(message, one.problem, one.draw)
+    for have, sent, whole in zip(known.trajectories, outlines.outline(one).trajectories, one.trajectories, strict=True):
+        for field in dataclasses.fields(whole):
+            np.testing.assert_array_equal(getattr(have, field.name), getattr(sent, field.name), err_msg=field.name)
+        assert have.ids.shape == whole.ids.shape and not have.ids.any() and not have.logprobs.any()
+        np.testing.assert_array_equal(have.mask, whole.mask)
+        digests = [call.arguments["digest"] for call in have.calls]
+        assert digests[0] == digests[1] != digests[2]  # calls that repeat each other still do
+
+
+def test_selection_from_outlines_is_that_from_what_was_played() -> None:
+    for draw in range(5):
+        whole = played(draw)
+        known = outlines.decode(outlines.encode(whole), whole.problem, draw)
+        rules = selection.chooser(dataclasses.replace(CONFIG.algorithm, selection="roc"))
+        both = [rules.choose(seen.trajectories, np.random.default_rng(0)) for seen in (whole, known)]
+        assert [t.sample for t in both[0].kept] == [t.sample for t in both[1].kept]
+        assert both[0].statistics == both[1].statistics
+
+
+def test_an_advantage_that_reads_what_was_written_is_refused_in_several_processes() -> None:
+    trajectories, groups = group(0).trajectories, np.zeros(5, int)
+    seen = of_trajectories(trajectories, groups, Recorded(contents=False), {})
+    for field in ("states", "nodes", "logprobs"):
+        of_trajectories(trajectories, groups, Recorded(), {}).need(field)
+        with pytest.raises(ConfigError, match="of several processes each knows only what it played itself; train in"):
+            seen.need(field)
+
+
+@pytest.mark.slow
+def test_updates_are_those_of_one_process(tmp_path: pathlib.Path) -> None:
+    """Tokens are joined exactly; the order in which gradients are summed between processes is another."""
+    for processes in (1, 2, 4):
+        for code, _, err in several.together(
+            HERE / "updating.py", processes, 4 // processes, str(tmp_path / str(processes))
+        ):
+            assert code == 0, err
+    one, *others = (np.load(tmp_path / f"{processes}.npz") for processes in (1, 2, 4))
+    for other in others:
+        assert one.files == other.files
+        for name in one.files:
+            if "tokens" in name:
+                assert one[name].any()
+                np.testing.assert_array_equal(other[name], one[name], err_msg=name)
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-5, atol=1e-6, err_msg=name)
