@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.config import ConfigError
-from jaxrl.rl.preference.records import Divergence, Pairs
+from jaxrl.rl.preference.records import MAX_EXPONENT, Divergence, Pairs
 
 
 def sigmoid(
@@ -101,8 +101,8 @@ def discopop(
     """The loss a language model discovered (arXiv 2406.08414, equation 5): -ln σ(h) where h is low, exp(-h) where it is
     high, blended by σ(h / tau)."""
     h = beta * _margin(pairs, divergence, alpha)
-    share = jax.nn.sigmoid(h / tau)
-    return -jax.nn.log_sigmoid(h) * (1 - share) + jnp.exp(-h) * share
+    low = -jax.nn.log_sigmoid(h) * jax.nn.sigmoid(-h / tau)
+    return low + jnp.exp(jnp.minimum(jax.nn.log_sigmoid(h / tau) - h, MAX_EXPONENT))
 
 
 def aot(pairs: Pairs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> jax.Array:

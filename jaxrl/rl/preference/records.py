@@ -12,6 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+MAX_EXPONENT = 40.0  # keeps exp and its square finite in float32; beyond it a term has no gradient
+
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 
@@ -31,11 +33,11 @@ class Answers:
         (u^(alpha - 1) - 1) / (alpha - 1), as in TRL.
         """
         if divergence == "forward_kl":
-            return -jnp.expm1(-self.log_ratios)
+            return -jnp.expm1(jnp.minimum(-self.log_ratios, MAX_EXPONENT))
         if divergence == "js_divergence":
             return jax.nn.log_sigmoid(self.log_ratios) + math.log(2)
         if divergence == "alpha_divergence" and abs(alpha - 1) > 1e-6:
-            return jnp.expm1((alpha - 1) * self.log_ratios) / (alpha - 1)
+            return jnp.expm1(jnp.minimum((alpha - 1) * self.log_ratios, MAX_EXPONENT)) / (alpha - 1)
         return self.log_ratios
 
 
