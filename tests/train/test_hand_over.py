@@ -9,6 +9,7 @@ from jaxrl.config import MeshConfig
 from jaxrl.mesh import make_mesh, make_rollout_mesh
 from jaxrl.model import spec, transformer
 from jaxrl.rollout.fleet import Fleet
+from jaxrl.train import sync
 from jaxrl.train.sync import hand_over, rollout_params
 from tests.rollout.conftest import CONFIG, MODEL, STOPS, play_all, prompt_of
 
@@ -33,11 +34,18 @@ def test_an_idle_engine_frees_its_weights_before_the_new_ones_are_made(params, f
     assert play_all(fleet, [(0, 0)])[0, 0].samples[0].versions[0] == 4
 
 
-def test_a_sequence_in_the_middle_goes_on_with_the_new_weights_and_never_are_there_two_copies(params):
+def test_a_sequence_in_the_middle_goes_on_with_the_new_weights_and_never_are_there_two_copies(params, monkeypatch):
     """Weights arrive twice while it samples. Nothing waits for its end; every token has the version it came from."""
     mesh = make_rollout_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
     fleet = Fleet(CONFIG, MODEL, rollout_params(params, MODEL, mesh), mesh, stop_ids=(), seed=11)
     (engine,) = fleet._engines
+    old = []
+
+    def made(*arguments):
+        assert old and all(leaf.is_deleted() for leaf in old)
+        return rollout_params(*arguments)
+
+    monkeypatch.setattr(sync, "rollout_params", made)
 
     async def run() -> None:
         async with fleet.serving():
@@ -47,9 +55,8 @@ def test_a_sequence_in_the_middle_goes_on_with_the_new_weights_and_never_are_the
                 rounds = engine.counters.rounds
                 while engine.counters.rounds == rounds:
                     await asyncio.sleep(0)
-                old = jax.tree.leaves(engine._params)
+                old[:] = jax.tree.leaves(engine._params)
                 await hand_over(params, MODEL, fleet, version)
-                assert all(leaf.is_deleted() for leaf in old)
                 assert not generating.done()
             sample = await generating
             versions = sample.versions.tolist()
