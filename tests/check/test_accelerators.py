@@ -47,7 +47,7 @@ def test_a_tpu_has_the_memory_that_its_compiler_grants() -> None:
     ("message", "gib"),
     [
         (
-            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.50G) exceeds",
+            "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (2.50G) exceeds",
             2.5,
         ),
         ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 56.75G of 15.75G hbm. Exceeded by 41.00G.", 56.75),
