@@ -16,7 +16,7 @@ help:
 	@echo "                  problem sets, a soak, 45,000 calls; then wheel, kill and resume, learning"
 	@echo "make lint         ruff, and the contract which room may import which"
 	@echo "make bench        sandbox, sessions, cluster, rollout, one JSON object a line; tens of minutes"
-	@echo "make bench-long   soak (ten minutes) and learning (an hour and a half), likewise"
+	@echo "make bench-long   soak (ten minutes), learning (an hour and a half), compilations for pods (half an hour), likewise"
 	@echo "make clean        remove .venv, caches and build leftovers (runs/ stays)"
 	@echo "Another interpreter: make quickstart PYTHON=python3.12"
 
@@ -44,7 +44,7 @@ bench: .venv/installed-test
 	@$(call benchmarks,sandbox sessions cluster rollout losses)
 
 bench-long: .venv/installed-test
-	@$(call benchmarks,soak learning)
+	@$(call benchmarks,soak learning scale)
 
 clean:
 	rm -rf .venv build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis

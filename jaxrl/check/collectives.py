@@ -108,12 +108,12 @@ def _trips(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -
 
 
 def _size(instruction: _Instruction) -> int:
-    """Bytes of the result on one device; of an operation that is only started the larger half, which is the result."""
+    """Bytes of the result on one device; one that is only started names its operands before its results."""
     arrays = [
         math.prod(int(part) for part in shape.split(",") if part) * _bytes(dtype)
         for dtype, shape in _ARRAY.findall(instruction.result)
     ]
-    if instruction.kind == "all-gather-start" and len(arrays) > 1:
+    if instruction.kind in ("all-gather-start", "reduce-scatter-start", "all-to-all-start") and len(arrays) > 1:
         return sum(arrays[len(arrays) // 2 :])
     if instruction.kind == "collective-permute-start":
         return max(arrays, default=0)

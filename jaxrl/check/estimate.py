@@ -86,8 +86,8 @@ def tokens_per_device(config: Config, devices: int) -> int:
 
 
 def temporary(config: Config, devices: int) -> int:
-    """A guess at what the gradients of a micro-batch need while they are computed: inputs of every layer, the widest
-    layer's values, one layer's gathered weights and the output matrix."""
+    """A guess at what the gradients of a micro-batch need while they are computed: inputs of every layer, one layer's
+    values and its gathered weights, or else the embedding, when no layer's are there."""
     model, tokens = config.model, tokens_per_device(config, devices)
     tensor, size = lengths(config, devices)["tensor"], jax.numpy.dtype(model.compute_dtype).itemsize
     width = max(model.ffn_width, model.experts_per_token * model.expert_width if model.experts else 0) // tensor
@@ -95,7 +95,7 @@ def temporary(config: Config, devices: int) -> int:
     largest = 6 * model.width + 4 * width + 4 * model.query_heads * model.head_width // tensor
     layer = spec.count(transformer.param_specs(dataclasses.replace(model, layers=1, vocab_size=8))) // tensor
     table = model.vocab_size * model.width
-    return tokens * 4 * (kept + largest) + 3 * layer * size + table * (4 + size)
+    return max(tokens * 4 * (kept + largest) + 4 * layer * size, table * (4 + 2 * size))
 
 
 def _bytes(specs: Any, rules: meshes.Rules, mesh: AbstractMesh, dtype: str | None = None) -> int:

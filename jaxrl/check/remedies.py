@@ -9,6 +9,15 @@ from jaxrl.check import estimate, targets
 from jaxrl.config import Config, ConfigError
 from jaxrl.rollout.scheduler import Scheduler
 
+MOST_DEVICES = 32
+"""Times as many devices as were asked about, beyond which no remedy is looked for."""
+
+ROOM = 0.97
+"""Share of the memory that an estimate may fill, so that few remedies fail when they are compiled."""
+
+LEAST_SEQUENCES = 4
+"""Longest sequences for which a replica has pages at least."""
+
 Settings = dict[str, Any]
 """Values by key, as ``--set`` takes them."""
 
@@ -67,7 +76,7 @@ def candidates(
             many = devices * growth
             try:
                 settings |= _rows(config, settings, many)
-                if needs(changed(config, settings), many) > memory:
+                if needs(changed(config, settings), many) > ROOM * memory:
                     continue
             except ConfigError:
                 continue
@@ -86,7 +95,7 @@ def _sizes(target: targets.Target, devices: int) -> Iterable[tuple[targets.Targe
     """The target and larger ones of its kind, with how many times as many devices."""
     yield target, 1
     larger = target.larger()
-    while larger is not None and larger.devices <= 16 * devices:
+    while larger is not None and larger.devices <= MOST_DEVICES * devices:
         if larger.devices % devices == 0:
             yield larger, larger.devices // devices
         larger = larger.larger()
@@ -114,6 +123,7 @@ def _knobs(config: Config) -> list[list[_Step]]:
         if config.model.remat == "full"
         else [same, _Step({"ModelConfig.remat": "full"}, 2.0, "a third more products: layers are computed again")],
         [same, *_context(config)],
+        [same, *_tensor(config)],
         [same]
         if config.optimizer.offload
         else [
@@ -126,7 +136,7 @@ def _knobs(config: Config) -> list[list[_Step]]:
 
 def _fewer_pages(config: Config) -> Iterator[_Step]:
     scheduler = Scheduler(config.engine)
-    pages, least = scheduler.total_pages, 4 * (scheduler.table_width + 1)
+    pages, least = scheduler.total_pages, LEAST_SEQUENCES * (scheduler.table_width + 1)
     for halvings in range(1, 7):
         if pages >> halvings >= least:
             words = f"1/{2**halvings} of the KV pages: as many fewer sequences in flight"
@@ -148,6 +158,15 @@ def _context(config: Config) -> Iterator[_Step]:
         if config.mesh.fsdp == -1 and config.train.row_tokens % (wide * config.mesh.tensor) == 0:
             words = f"rows split over {wide} devices: keys and values travel in each layer"
             yield _Step({"MeshConfig.context": wide}, 2.0 + doublings, words)
+
+
+def _tensor(config: Config) -> Iterator[_Step]:
+    model = config.model
+    for doublings in range(1, 4):
+        wide = config.mesh.tensor << doublings
+        if config.mesh.fsdp == -1 and model.kv_heads % wide == model.ffn_width % wide == model.vocab_size % wide == 0:
+            words = f"layers split over {wide} devices: activations travel twice in each"
+            yield _Step({"MeshConfig.tensor": wide}, 3.0 + doublings, words)
 
 
 def _adapters(config: Config) -> _Step:

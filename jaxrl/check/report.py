@@ -27,7 +27,8 @@ def show(report: Report, console: Console) -> None:
     """Print a report."""
     result = report.result
     console.print(_memory(result))
-    console.print(_work(result))
+    if "decode" in result.compiled:
+        console.print(_work(result))
     console.print(verdict(result))
     if result.fits:
         return
@@ -87,7 +88,7 @@ def _as_values(result: Result) -> dict[str, Any]:
         ],
         "programs": {name: dataclasses.asdict(program) for name, program in result.compiled.items()},
         "micro_batches": cost.micro_batches(result),
-        "phases": [dataclasses.asdict(phase) for phase in cost.phases(result)],
+        "phases": [dataclasses.asdict(phase) for phase in cost.phases(result)] if "decode" in result.compiled else [],
     }
 
 

@@ -106,6 +106,8 @@ def compile_for(
 ) -> Result:
     """Compile the programs of these names for the target, in two processes side by side.
 
+    Where what rests is too much already, nothing is compiled.
+
     Raises:
         ConfigError, CompilerError: as for ``check``.
     """
@@ -114,7 +116,13 @@ def compile_for(
         "config": dump(config),
         "cache": str(environment.cache_folder() / "results") if cached and target.chip else "",
     }
-    general: dict[str, Any] = {}
+    (general,) = environment.ask(target.platform, request | {"programs": []})
+    resident = programs.Resident(**general["resident"])
+    result = Result(config, target, general["devices"], general["memory"], general["batch"], resident, {})
+    at_rest = dataclasses.replace(result, compiled={"more": Compiled()})
+    if not at_rest.fits:
+        say(f"{target.name}: what rests on a device is more than it has; nothing is compiled")
+        return at_rest
     compiled: dict[str, Compiled] = {}
 
     def work(part: Sequence[str]) -> None:
@@ -124,21 +132,11 @@ def compile_for(
                 name = answer.pop("program")
                 compiled[name] = Compiled(**answer)
                 say(f"{target.name}: compiled {name}")
-            else:
-                general.update(answer)
 
     with concurrent.futures.ThreadPoolExecutor(2) as workers:
         for done in [workers.submit(work, part) for part in SPLIT if set(part) & set(names)]:
             done.result()
-    return Result(
-        config=config,
-        target=target,
-        devices=general["devices"],
-        memory=general["memory"],
-        batch=general["batch"],
-        resident=programs.Resident(**general["resident"]),
-        compiled={name: compiled[name] for name in names},
-    )
+    return dataclasses.replace(result, compiled={name: compiled[name] for name in names})
 
 
 def _moments(
@@ -155,9 +153,10 @@ def _without_first(names: Sequence[str]) -> tuple[str, ...]:
 
 def _needs(config: Config, devices: int, *, base: Result) -> int:
     """Bytes of one device, estimated: what rests exactly, what a program needs in proportion to what it needed."""
-    rests = estimate.resident(config, devices)
-    before = estimate.temporary(base.config, base.devices)
-    grows = max(0.25, estimate.temporary(config, devices) / before)
+    rests, guess = estimate.resident(config, devices), estimate.temporary(config, devices)
+    if "decode" not in base.compiled:
+        return max(moment.total for moment in _moments(config, rests, 0, {"more": Compiled(temporary=guess)}))
+    grows = max(0.25, guess / estimate.temporary(base.config, base.devices))
     compiled = {}
     for name, program in base.compiled.items():
         temporary = int(program.temporary * _growth(name, grows, config, base))

@@ -229,3 +229,24 @@ def test_abstract_state_is_the_state(mesh: jax.sharding.Mesh) -> None:
     for have, want in zip(jax.tree.leaves(state), jax.tree.leaves(target), strict=True):
         assert (have.shape, have.dtype) == (want.shape, want.dtype)
         assert have.sharding.is_equivalent_to(want.sharding, have.ndim)
+
+
+def test_traced_programs_are_those_that_are_compiled(mesh: jax.sharding.Mesh) -> None:
+    """For shapes alone, and with no device work: what ``jaxrl check`` compiles."""
+    loss = policy_gradient_loss(MODEL, AlgorithmConfig(kl_coefficient=0.1), 1.0)
+    updater = Updater(loss, OPTIMIZER, mesh)
+    abstract = abstract_state(SPECS, OPTIMIZER, mesh)
+    traced = updater.traced(abstract, rows=2, row_tokens=12, reference=abstract.params)
+    state = new_state(initial_params(SPECS, mesh, seed=0), OPTIMIZER, mesh)
+    batch = jax.device_put(random_batch(0, rows=2), updater._placement)
+    with jax.set_mesh(mesh):
+        arguments = (state.params, None, batch, state.params)
+        total = updater._first(*arguments)
+        real = {
+            "first": updater._first.lower(*arguments),
+            "more": updater._more.lower(total, *arguments),
+            "apply": updater._apply.lower(state, total[0]),
+        }
+        assert traced.keys() == real.keys()
+        for name, program in real.items():
+            assert traced[name].lower().as_text() == program.as_text(), name

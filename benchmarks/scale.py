@@ -1,0 +1,105 @@
+"""Large models on pods, on paper: every program of the rstar2 recipe compiled for devices that are not there.
+
+    python benchmarks/scale.py --json                                all models on v5p-64 and 8 hosts with 8 H200 each
+    python benchmarks/scale.py --models 14B,32B --targets h200x64    some of them
+
+Needs the compilers (``jaxrl check --install tpu``, ``--install gpu``); what they said before is read again from the
+user's cache. Seconds are those of data-sheet rates, which no device reaches.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from jaxrl.check import cost, environment, programs, remedies, run, targets
+from jaxrl.model import spec, transformer
+
+MODELS: dict[str, remedies.Settings] = {
+    "14B": {},
+    "32B": {
+        "ModelConfig.layers": 64,
+        "ModelConfig.query_heads": 64,
+        "ModelConfig.ffn_width": 25600,
+    },
+    "30B-A3B": {
+        "ModelConfig.family": "qwen3_moe",
+        "ModelConfig.layers": 48,
+        "ModelConfig.width": 2048,
+        "ModelConfig.query_heads": 32,
+        "ModelConfig.kv_heads": 4,
+        "ModelConfig.experts": 128,
+        "ModelConfig.experts_per_token": 8,
+        "ModelConfig.expert_width": 768,
+        "MeshConfig.expert": 8,
+        "MeshConfig.rollout_tensor": 4,
+    },
+    "235B-A22B": {
+        "ModelConfig.family": "qwen3_moe",
+        "ModelConfig.layers": 94,
+        "ModelConfig.width": 4096,
+        "ModelConfig.query_heads": 64,
+        "ModelConfig.kv_heads": 4,
+        "ModelConfig.experts": 128,
+        "ModelConfig.experts_per_token": 8,
+        "ModelConfig.expert_width": 1536,
+        "MeshConfig.expert": 8,
+        "MeshConfig.rollout_tensor": 4,
+    },
+}
+"""What differs from configs/rstar2_14b.gin, by the models' config.json."""
+
+TARGETS = ("v5p-64", "h200x64")
+PROGRAMS = tuple(name for name in programs.NAMES if name not in ("first", "score"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="as jaxrl check takes them")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    options = parser.parse_args()
+    for row in rows(options.models.split(","), options.targets.split(",")):
+        print(json.dumps(row) if options.json else "  ".join(f"{name}={value}" for name, value in row.items()))
+    return 0
+
+
+def rows(models: list[str], names: list[str]) -> Iterator[dict[str, Any]]:
+    """One for each model and target, of those whose compiler is there."""
+    recipe = run.configuration("rstar2_14b", [])
+    for name in names:
+        target = targets.parse(name)
+        if not environment.installed(target.platform):
+            print(f"scale: {name} left out; jaxrl check --install {target.platform}", file=sys.stderr)
+            continue
+        for model in models:
+            config = remedies.changed(recipe, MODELS[model])
+            result = run.compile_for(config, target, lambda line: print(line, file=sys.stderr), names=PROGRAMS)
+            yield {"figure": f"{model} on {name}", "holds": result.fits, **_values(result)}
+
+
+def _values(result: run.Result) -> dict[str, Any]:
+    gib = {part: round(value / targets.GIB, 2) for part, value in result.fullest.parts.items()}
+    values = {
+        "parameters": spec.count(transformer.param_specs(result.config.model)),
+        "unit": "GiB on a device, TFLOP and GB on a device in a step",
+        "fullest": result.fullest.name,
+        **gib,
+        "needs": round(result.fullest.total / targets.GIB, 2),
+        "memory": round(result.memory / targets.GIB, 2),
+    }
+    if "decode" in result.compiled:
+        for phase in cost.phases(result):
+            values[phase.name] = {
+                "tflop": round(phase.flops / 1e12, 1),
+                "gb_read": round(phase.read / 1e9, 1),
+                "gb_sent": round(phase.sent / 1e9, 1),
+                "gb_sent_beyond": round(phase.sent_out / 1e9, 1),
+                "seconds": round(phase.seconds, 1),
+            }
+    return values
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Compiled for TPUs and GPUs that are not there. The small ones run wherever their compiler is installed."""
+
+import contextlib
+import pathlib
+import re
+import resource
+
+import pytest
+
+from jaxrl.check import environment, report, run, targets
+from jaxrl.check.worker import asked_for
+from tests.check.conftest import SMALL, needs_compiler
+
+POD_BYTES = 4 * targets.GIB
+
+
+@pytest.mark.parametrize("name", ["v5e-4", "h200x4"])
+@pytest.mark.timeout(900)
+def test_a_small_model(name: str) -> None:
+    target = targets.parse(name)
+    needs_compiler(target.platform)
+    config = run.configuration("smoke", SMALL)
+    result = run.compile_for(config, target, lambda line: None, cached=False, names=("more", "apply", "decode", "copy"))
+    assert result.fits and result.devices == 4
+    assert result.memory == target.memory()
+    more = result.compiled["more"]
+    assert more.temporary > 0 and more.traffic
+    assert not any(one["outer"] for one in more.traffic)  # one slice, one host
+    assert result.compiled["copy"].arguments == pytest.approx(result.resident.pages, abs=1 << 16)
+
+
+@pytest.mark.timeout(900)
+def test_a_tpu_has_the_memory_that_its_compiler_grants() -> None:
+    """Pages beyond the memory are found before anything is compiled; a program beyond it by the compiler."""
+    needs_compiler("tpu")
+    target = targets.parse("v5e-4")
+    config = run.configuration("smoke", (*SMALL, "TrainConfig.rows=65536", "ModelConfig.remat=none"))
+    result = run.compile_for(config, target, lambda line: None, cached=False, names=("score",))
+    refused = result.compiled["score"]
+    assert not result.fits and refused.refused and refused.temporary > result.memory
+    granted = re.search(r"of ([\d.]+)G hbm|available HBM \(([\d.]+)G\)", refused.refused)
+    assert granted and float(granted[1] or granted[2]) == pytest.approx(result.memory / targets.GIB, abs=0.01)
+    assert "does not fit" in report.verdict(result)
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (2.50G) exceeds",
+            2.5,
+        ),
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 56.75G of 15.75G hbm. Exceeded by 41.00G.", 56.75),
+        ("RESOURCE_EXHAUSTED: Used 512.00M of 256.00M vmem", 0.5),
+        ("INVALID_ARGUMENT: Used 1.00G of nothing", None),
+    ],
+)
+def test_what_a_compiler_asked_for(message: str, gib: float | None) -> None:
+    assert asked_for(message) == (None if gib is None else int(gib * targets.GIB))
+
+
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The compilers of both, installed from the package registry where they are not there yet."""
+    for platform in ("tpu", "gpu"):
+        with contextlib.suppress(environment.CompilerError):
+            environment.install(platform, print)
+    return environment.cache_folder()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["v5p-64", "h200x64"])
+def test_the_large_recipe_fits(compilers: pathlib.Path, name: str) -> None:
+    needs_compiler(targets.parse(name).platform)
+    config = run.configuration("rstar2_14b", [])
+    result = run.compile_for(config, targets.parse(name), print)
+    print(report.verdict(result))
+    assert result.fits, report.verdict(result)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < POD_BYTES  # of the largest process
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_eight_small_chips_are_not_enough_and_the_remedies_are(compilers: pathlib.Path) -> None:
+    needs_compiler("tpu")
+    found = run.check(run.configuration("rstar2_14b", []), targets.parse("v5e-8"), print)
+    assert not found.result.fits
+    assert len(found.mended) == run.REMEDIES
+    assert all(outcome.fits for _, outcome in found.mended)

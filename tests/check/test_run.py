@@ -1,0 +1,159 @@
+"""``jaxrl check`` for this machine: the whole way, its table and JSON, and bad input."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from jaxrl import cli
+from jaxrl.check import cost, environment, estimate, ledger, programs, report, run, targets
+from jaxrl.config import Config, ConfigError
+from tests.check.conftest import SMALL
+
+DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return run.configuration("smoke", SMALL)
+
+
+@pytest.fixture(scope="module")
+def result(config: Config) -> run.Result:
+    """For eight devices of this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", DEVICES["XLA_FLAGS"])
+        return run.compile_for(config, targets.parse("this"), lambda line: None)
+
+
+def test_every_program_is_compiled(result: run.Result) -> None:
+    assert result.devices == 8
+    assert tuple(result.compiled) == programs.NAMES
+    assert all(program.arguments > 0 for program in result.compiled.values())
+    assert {one["kind"] for one in result.compiled["more"].traffic} >= {"all-gather", "all-reduce"}
+    assert result.compiled["more"].flops == result.compiled["first"].flops > result.compiled["score"].flops > 0
+
+
+def test_flops_are_those_of_the_layers(result: run.Result, config: Config) -> None:
+    """Twice the matrices' sizes a token, four times over: forward, again, and twice backward; the head thrice."""
+    model, tokens = config.model, config.train.rows * config.train.row_tokens
+    heads = model.query_heads + model.kv_heads
+    layer = 2 * model.width * model.head_width * heads + 3 * model.width * model.ffn_width
+    head = model.width * model.vocab_size
+    attention = model.query_heads * model.head_width * config.train.row_tokens  # of both products, forward
+    least = 2 * tokens * (4 * model.layers * layer + 4 * head)
+    most = least + 2 * tokens * model.layers * 2 * attention * 5
+    assert least < result.compiled["more"].flops < most
+
+
+def test_what_rests_is_what_was_estimated(result: run.Result, config: Config) -> None:
+    """To the last byte, but for the optimizer's counters, and the arguments of the programs are made of it."""
+    exact, guess = dataclasses.asdict(result.resident), dataclasses.asdict(estimate.resident(config, 8))
+    assert 0 <= exact.pop("optimizer") - guess.pop("optimizer") < 64
+    assert exact == guess
+    update = result.compiled["apply"].arguments
+    rests = result.resident
+    assert update == pytest.approx(rests.weights + rests.optimizer + rests.gradients, abs=4096)
+    assert result.compiled["copy"].arguments == pytest.approx(rests.pages, abs=4096)
+    assert result.compiled["decode"].arguments == pytest.approx(rests.pages + rests.engine, rel=0.05)
+
+
+def test_table_and_json_say_the_same(result: run.Result) -> None:
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    report.show(run.Report(result), console)
+    shown = console.export_text()
+    assert "fits: 8 devices of this" in shown and "KV pages" in shown
+    values = json.loads(report.as_json(run.Report(result)))
+    assert values["fits"] is True and values["devices"] == 8
+    assert [moment["name"] for moment in values["moments"]] == [*programs.NAMES, "hand over"]
+    for moment in values["moments"]:
+        assert moment["total"] == sum(moment[part] for part in ledger.PARTS)
+
+
+def test_a_result_that_does_not_fit_names_the_part(result: run.Result) -> None:
+    small = dataclasses.replace(result, memory=result.fullest.total - 1)
+    assert not small.fits
+    assert "does not fit: 8 devices of this" in report.verdict(small)
+
+
+def test_nothing_is_compiled_where_what_rests_is_too_much(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", DEVICES["XLA_FLAGS"])
+    huge = dataclasses.replace(config, engine=dataclasses.replace(config.engine, pages=1 << 34))
+    said: list[str] = []
+    found = run.check(huge, targets.parse("this"), said.append, mend=False).result
+    assert not found.fits and not found.compiled["more"].temporary
+    assert found.fullest.parts["pages"] > found.memory
+    assert any("nothing is compiled" in line for line in said)
+
+
+def test_the_seconds_of_a_step_come_from_the_slowest_limit(result: run.Result) -> None:
+    """On the numbers of a data sheet, whatever was compiled for."""
+    on_pod = dataclasses.replace(result, target=targets.parse("v5e-8"))
+    chip = targets.CHIPS["v5e"]
+    for phase in cost.phases(on_pod):
+        limits = phase.flops / chip.flops, phase.read / chip.memory_rate, phase.sent / chip.link_rate
+        assert phase.seconds >= max(limits) > 0
+    assert cost.phases(result) == []
+
+
+def test_a_recipe_may_leave_open_what_must_be_set() -> None:
+    config = run.configuration("rstar2_14b", ["TrainConfig.rows=128"])
+    assert (config.model.path, config.model.width, config.train.rows) == ("", 5120, 128)
+    assert run.configuration("quickstart", []).model.vocab_size == 512
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smoke", "--target", "v5p64"], "no such target; did you mean v5p-64?"),
+        (["smoke"], "name a recipe and a --target"),
+        (["--target", "this"], "name a recipe and a --target"),
+        (["smok", "--target", "this"], "no recipe called 'smok'; did you mean smoke?"),
+        (["smoke", "--target", "this", "--set", "TrainConfig.row=3"], "unknown key TrainConfig.row"),
+        (["smoke", "--target", "this", "--set", "MeshConfig.fsdp=7"], "MeshConfig asks for"),
+    ],
+)
+def test_bad_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert cli.main(["check", *arguments]) == cli.BAD_USAGE
+    assert message in capsys.readouterr().err
+
+
+def test_the_compilers_are_those_that_jax_asks_for() -> None:
+    (tpu,), gpu = environment.requirements("tpu"), environment.requirements("gpu")
+    assert tpu.startswith("libtpu==0.0.")
+    assert gpu[0].startswith("jax-cuda13-plugin<=") and gpu[1:] == ["nvidia-cuda-nvcc"]
+
+
+def test_a_failed_installation_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_INDEX_URL", f"file://{tmp_path}/no-index")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(environment.CompilerError, match="cannot install libtpu.*is there a network"):
+        environment.install("tpu", lambda line: None)
+    assert not environment.installed("tpu")
+    assert list((tmp_path / "jaxrl" / "check").iterdir()) == []
+
+
+def test_a_process_that_dies_is_reported_with_its_last_words() -> None:
+    with pytest.raises(environment.CompilerError, match="ended with code 1"):
+        list(environment.ask("this", {"target": {"name": "this"}}))
+
+
+def test_a_configuration_that_the_target_refuses_is_said_so(config: Config) -> None:
+    wrong = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=5))
+    with pytest.raises(ConfigError, match="MeshConfig asks for"):
+        run.compile_for(wrong, targets.parse("this"), lambda line: None)
+
+
+def test_check_returns_one_when_it_does_not_fit() -> None:
+    command = [sys.executable, "-m", "jaxrl", "check", "smoke", "--target", "this", "--json"]
+    command += ["--set", f"EngineConfig.pages={1 << 34}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["fits"] is False
