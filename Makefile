@@ -41,10 +41,10 @@ lint: .venv/installed-test
 	.venv/bin/lint-imports --no-cache
 
 bench: .venv/installed-test
-	@$(call benchmarks,sandbox sessions cluster rollout losses)
+	@$(call benchmarks,sandbox sessions cluster rollout losses kernels)
 
 bench-long: .venv/installed-test
-	@$(call benchmarks,soak learning scale)
+	@$(call benchmarks,soak learning staleness scale)
 
 clean:
 	rm -rf .venv build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis
