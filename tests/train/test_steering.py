@@ -16,6 +16,7 @@ from jaxrl.model import logprob, spec, transformer
 from jaxrl.records import Trajectory
 from jaxrl.rl.outcomes import Recorded, of_trajectories
 from jaxrl.train.progress import RunProgress
+from jaxrl.train.score import of_trajectories as of_trajectories_scored
 from jaxrl.train.steering import Steering, proximal_shares
 from tests.rl.test_outcomes import trajectory
 
@@ -82,6 +83,13 @@ def test_later_updates_find_the_weights_of_the_steps_beginning_scored() -> None:
     np.testing.assert_array_equal(first[0].proximal_shares, updates[0][0].mask)
     np.testing.assert_array_equal(later[0].proximal_shares, 0)
     np.testing.assert_allclose(later[0].proximal_logprobs, scores(params, updates[1][0]), rtol=1e-5)
+
+
+def test_what_is_scored_comes_back_to_its_token() -> None:
+    trajectories = [dataclasses.replace(one, ids=one.ids + 10 * i) for i, one in enumerate(played(5))]
+    found = of_trajectories_scored(lambda batch: batch.tokens, trajectories, TRAIN)
+    for values, one in zip(found, trajectories, strict=True):
+        np.testing.assert_array_equal(values, one.ids * one.mask)
 
 
 def test_rewards_pay_for_the_kl_of_every_token() -> None:
