@@ -80,11 +80,11 @@ def policy_gradient_loss(
             temperature=temperature,
         )
         stats = score(params, experts=batch.experts)
-        present, shares = jax.lax.stop_gradient(stats.logprobs), batch.proximal_shares
+        shares = batch.proximal_shares
         tokens = sampled(
             batch.mask,
             stats.logprobs,
-            proximal_logprobs=(1 - shares) * batch.proximal_logprobs + shares * present,
+            proximal_logprobs=(1 - shares) * batch.proximal_logprobs + shares * stats.logprobs,
             behaviour_logprobs=batch.behaviour_logprobs,
             advantages=batch.advantages,
             segment_ids=batch.segment_ids,
