@@ -109,6 +109,8 @@ def scorer(config: RewardConfig) -> Scorer:
             "RewardConfig.components names flawed_positive, which takes a judge; "
             'set RewardConfig.judge="path/to/file.py:function"'
         )
+    if config.judge and ":" not in config.judge:
+        raise ConfigError(f'RewardConfig.judge={config.judge!r} must be a function, as "path/to/file.py:function"')
     components = {name: configured(key, COMPONENTS, full, settings[full]) for name, full in short.items()}
     return Scorer(
         components=components,

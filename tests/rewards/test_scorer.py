@@ -109,6 +109,7 @@ def test_a_judge_is_asked_about_correct_answers_and_fails_open(mine: str) -> Non
         ({"components": {"flawed_positive": 1.0}}, "takes a judge"),
         ({"components": {"{mine}:wide": 1.0}}, "gave .* for a trajectory of 2 policy turns"),
         ({"judge": "{mine}:nobody"}, "has no function nobody"),
+        ({"judge": "gpt"}, "must be a function"),
     ],
 )
 def test_what_is_refused(mine: str, fields: dict, words: str) -> None:
