@@ -78,6 +78,9 @@ class AlgorithmConfig:
     """Of the advantage, by name, where they are not its defaults."""
     greedy_baseline: bool = False
     """Play one more, greedy, trajectory of every problem, whose reward the advantage ``remax`` subtracts."""
+    square_sums: bool = False
+    """Score, of every token, the sum of squared probabilities over the vocabulary, which the advantage
+    ``optimal_token_baseline`` needs: one more forward pass a step."""
     loss: str = "ppo_clip"
     """The policy loss of a token: a name in docs/algorithms.md, or "path/to/file.py:function"."""
     loss_settings: dict[str, bool | int | float | str] = field(default_factory=dict)

@@ -79,6 +79,35 @@ def sequence_logprobs(
     return TokenStats(logprobs, entropy, load)
 
 
+def square_sums(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    temperature: float | jax.Array = 1.0,
+    experts: jax.Array | None = None,
+) -> jax.Array:
+    """[B, T] Σ π(v)² over the vocabulary, of the distribution that each token of packed rows was drawn from.
+
+    Arguments as in ``sequence_logprobs``; 0 where nothing predicts a token.
+    """
+    split = ("batch", "token_shards")
+    measure = per_shard(
+        functools.partial(_measure_chunks, chunk=config.logprob_chunk, soft_cap=config.logit_soft_cap),
+        [(*split, None), (None, None), ()],
+        [split],
+    )
+    hidden, _ = hidden_states_and_load(params, config, tokens, positions, segment_ids, experts)
+    (values,) = measure(hidden, _head(params).astype(hidden.dtype), jnp.asarray(temperature, jnp.float32))
+    return _of_tokens(to_compute(values, ("batch", None)), segment_ids)
+
+
+def square_sum(logits: jax.Array) -> jax.Array:
+    """[...] Σ π(v)² of logits [..., V]: the chance that two draws are the same."""
+    return jnp.exp(jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1))
+
+
 def compared(
     params: Params,
     config: ModelConfig,
@@ -161,6 +190,19 @@ def _compare_chunks(
 
     pieces = _cut(hidden, chunk), _cut(their_hidden, chunk)
     _, values = jax.lax.scan(lambda _, piece: (None, compare(*piece)), None, pieces)
+    return (values.reshape(-1)[: batch * tokens].reshape(batch, tokens),)
+
+
+def _measure_chunks(
+    hidden: jax.Array, head: jax.Array, temperature: jax.Array, chunk: int, soft_cap: float
+) -> tuple[jax.Array]:
+    """``square_sum`` of local rows, [B, T]."""
+    batch, tokens, _ = hidden.shape
+
+    def measure(states: jax.Array) -> jax.Array:
+        return square_sum(soft_capped(product("td,vd->tv", states, head), soft_cap) / temperature)
+
+    _, values = jax.lax.scan(lambda _, piece: (None, measure(piece)), None, _cut(hidden, chunk))
     return (values.reshape(-1)[: batch * tokens].reshape(batch, tokens),)
 
 

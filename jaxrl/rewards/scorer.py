@@ -48,7 +48,8 @@ class Scorer:
     async def score(self, trajectory: Trajectory, max_response_tokens: int) -> Trajectory:
         """The trajectory with its reward, its components, and what its turns earned.
 
-        One that cannot be trained on has reward 0 and no components. A judge that fails, or is late, has said nothing.
+        A component that gives None or nan adds nothing. A trajectory that cannot be trained on has reward 0 and no
+        components. A judge that fails, or is late, has said nothing.
         """
         if not trajectory.trainable:
             return trajectory
@@ -60,6 +61,7 @@ class Scorer:
         values = {name: component(graded) for name, component in self.components.items()}
         values = {name: await value if inspect.isawaitable(value) else value for name, value in values.items()}
         given = {name: np.asarray(value, np.float64) for name, value in values.items() if value is not None}
+        given = {name: value for name, value in given.items() if not np.isnan(value).any()}
         for name, value in given.items():
             _check_shape(name, value, trajectory, of_turns=name in self.of_turns)
         earned = sum(self.weights[name] * value for name, value in given.items() if name in self.of_turns)
@@ -90,12 +92,15 @@ def scorer(config: RewardConfig) -> Scorer:
     """What ``components`` and ``judge`` name.
 
     Raises:
-        ConfigError: see ``methods.configured``; a setting of a component that is not there; ``flawed_positive`` without
-            a judge; a component that gives back something else than a number or one for each turn.
+        ConfigError: see ``methods.configured``; two components of one name; a setting of one that is not there;
+            ``flawed_positive`` without a judge; a component that gives back something else than a number or one for
+            each turn.
     """
     key = "RewardConfig.components"
     settings: dict[str, dict[str, Any]] = {name: {} for name in config.components}
     short = {name.rpartition(":")[2]: name for name in settings}
+    if len(short) < len(settings):
+        raise ConfigError(f"{key} has two components of one name: {', '.join(settings)}; rename a function of yours")
     for setting, value in config.component_settings.items():
         component, dot, field = setting.rpartition(".")
         if not dot or component not in short:
@@ -109,6 +114,8 @@ def scorer(config: RewardConfig) -> Scorer:
             "RewardConfig.components names flawed_positive, which takes a judge; "
             'set RewardConfig.judge="path/to/file.py:function"'
         )
+    if config.judge and ":" not in config.judge:
+        raise ConfigError(f'RewardConfig.judge={config.judge!r} must be a function, as "path/to/file.py:function"')
     components = {name: configured(key, COMPONENTS, full, settings[full]) for name, full in short.items()}
     return Scorer(
         components=components,

@@ -59,6 +59,7 @@ def advantage(config: AlgorithmConfig, recorded: Recorded) -> Advantage:
     trajectories = [example(0), example(1)]
     guessed = [np.zeros(one.mask.shape) for one in trajectories]
     outcomes = of_trajectories(trajectories, np.zeros(2, int), recorded, {}, guessed)
+    outcomes = dataclasses.replace(outcomes, square_sums=guessed if recorded.square_sums else None)
     try:
         values = estimate(outcomes).values
     except ConfigError as error:

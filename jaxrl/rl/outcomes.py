@@ -16,8 +16,7 @@ _SUPPLIED_BY = {
     "turn_rewards": "reward single turns: name a component that does in RewardConfig.components",
     "greedy_rewards": "set AlgorithmConfig.greedy_baseline=True, which plays a greedy trajectory of every problem too",
     "values": "set CriticConfig.enabled=True, which trains a critic beside the policy",
-    "square_sums": "the sampler would have to record, for every token, the sum of squared probabilities over the "
-    "vocabulary, and does not",
+    "square_sums": "set AlgorithmConfig.square_sums=True, which scores every token once more",
     "roles": "it takes an environment in which several agents play, and python episodes have one",
     "episodes": "it takes an environment in which several agents play, and python episodes have one",
 }
@@ -117,6 +116,7 @@ class Recorded:
         component_weights: the reward's components.
         turn_rewards: a component rewards single turns.
         greedy_rewards: a greedy trajectory of every problem is played.
+        square_sums: every token is scored once more.
         values: a critic estimates what is still to come.
         contents: what was written is known of all of them; of several processes each knows only what it played.
     """
@@ -124,6 +124,7 @@ class Recorded:
     component_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     turn_rewards: bool = False
     greedy_rewards: bool = False
+    square_sums: bool = False
     values: bool = False
     contents: bool = True
 

@@ -80,7 +80,7 @@ async def reinforce(
             updates, learned = [], {}
             with timer.phase("update"):
                 values = None if critic is None else await asyncio.to_thread(critic.values, collected.trained)
-                charge = functools.partial(steering.charged, reference=reference, progress=progress)
+                charge = functools.partial(steering.seen, params=state.params, reference=reference, progress=progress)
                 packed = await asyncio.to_thread(pack, config, collected.kept, progress.memory, charge, values)
                 if critic is not None and collected.trained:
                     learned = await asyncio.to_thread(critic.learn, collected.trained, values)
@@ -144,7 +144,7 @@ def pack(
 
     Args:
         memory: what the advantage keeps from step to step; brought up to date in place.
-        charge: what rewards pay before advantages are made of them.
+        charge: what is scored and what rewards pay before advantages are made of them.
         values: a critic's, of each kept trajectory [T_i].
     """
     trajectories = [trajectory for group in selections for trajectory in group.kept]

@@ -15,11 +15,16 @@ from jaxrl.model.lora import Base
 from jaxrl.records import Batch, Trajectory
 
 
+def _logprobs(*arguments: Any) -> jax.Array:
+    return logprob.sequence_logprobs(*arguments).logprobs
+
+
 class Scorer:
     """Scores micro-batches of the one shape that ``compile`` was given.
 
     Args:
-        value: of a micro-batch and the log-probabilities [B, T] of its tokens, what is asked for, [B, T].
+        value: of a micro-batch and the statistic [B, T] of its tokens, what is asked for, [B, T].
+        statistic: takes what ``logprob.sequence_logprobs`` takes; the log-probabilities unless said otherwise.
         everywhere: give every device the whole of it, so that the host of each can read it; otherwise it is split as
             micro-batches are.
         experts: of a token, see ``Batch.zeros``, for weights that compute with the experts a batch has recorded;
@@ -41,13 +46,14 @@ class Scorer:
         *,
         everywhere: bool = False,
         experts: jax.ShapeDtypeStruct | None = None,
+        statistic: Callable[..., jax.Array] = _logprobs,
     ) -> None:
         def score(params: Any, base: Base | None, batch: Batch) -> jax.Array:
             whole = params if base is None else base.adapted(params)
-            stats = logprob.sequence_logprobs(
+            scored = statistic(
                 whole, model, batch.tokens, batch.positions, batch.segment_ids, temperature, batch.experts
             )
-            return meshes.to_compute(value(batch, stats.logprobs), (None if everywhere else "batch", None))
+            return meshes.to_compute(value(batch, scored), (None if everywhere else "batch", None))
 
         self._mesh, self._launches, self._base, self._experts = mesh, launches, base, experts
         rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)

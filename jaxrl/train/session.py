@@ -332,6 +332,7 @@ def what_is_recorded(config: Config) -> Recorded:
         greedy_rewards=config.algorithm.greedy_baseline,
         values=config.critic.enabled,
         contents=jax.process_count() == 1,
+        square_sums=config.algorithm.square_sums,
     )
 
 

@@ -1,6 +1,7 @@
 """What changes from step to step beside the weights: coefficients, the reference, and the proximal policy."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxrl.config import AlgorithmConfig
+from jaxrl.model import logprob
 from jaxrl.records import Batch, Trajectory
 from jaxrl.rl import divergence, entropy
 from jaxrl.rl.outcomes import Outcomes
@@ -33,6 +35,13 @@ class Steering:
             *scored,
             everywhere=True,
         )
+        self._squares = Scorer(
+            lambda _, sums: sums,
+            *scored,
+            everywhere=True,
+            experts=session.recorded_experts,
+            statistic=logprob.square_sums,
+        )
         share = config.algorithm.reference_mix
         self._mix: Any = jax.jit(
             lambda reference, params: jax.tree.map(lambda a, b: (1 - share) * a + share * b, reference, params),
@@ -45,9 +54,26 @@ class Steering:
             self._logprobs.compile(params, self._train.rows, self._train.row_tokens)
         if self._charges:
             self._divergence.compile(reference, self._train.rows, self._train.row_tokens)
+        if self._algorithm.square_sums:
+            self._squares.compile(params, self._train.rows, self._train.row_tokens)
         if self._algorithm.reference_every and reference is not None:
             with jax.set_mesh(self._mesh):
                 self._mix = self._mix.lower(reference, params).compile()
+
+    def seen(
+        self,
+        outcomes: Outcomes,
+        trajectories: Sequence[Trajectory],
+        params: Any,
+        reference: Any | None,
+        progress: RunProgress,
+    ) -> Outcomes:
+        """What the advantage sees: ``outcomes`` with every token's Σ π² under ``params``, if the run scores it, and
+        ``charged``."""
+        if self._algorithm.square_sums and trajectories:
+            sums = of_trajectories(functools.partial(self._squares, params), trajectories, self._train)
+            outcomes = dataclasses.replace(outcomes, square_sums=sums)
+        return self.charged(outcomes, trajectories, reference, progress)
 
     def charged(
         self, outcomes: Outcomes, trajectories: Sequence[Trajectory], reference: Any | None, progress: RunProgress

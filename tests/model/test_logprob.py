@@ -1,6 +1,8 @@
 """Chunked log-probabilities against the plain formula, and how little they hold at once."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxrl.config import ModelConfig
-from jaxrl.model.logprob import logits, token_logprobs
+from jaxrl.model.logprob import logits, square_sum, token_logprobs
 
 CONFIG = ModelConfig(vocab_size=40, width=12, logprob_chunk=8)
 
@@ -85,3 +87,11 @@ def test_no_array_holds_the_logits_of_a_long_row() -> None:
     assert max(sizes(jax.make_jaxpr(gradient)(params, hidden).jaxpr)) <= 64 * 512
     temporary = jax.jit(gradient).lower(params, hidden).compile().memory_analysis().temp_size_in_bytes
     assert temporary < 4096 * 512 * 4 // 4
+
+
+def test_sums_of_squared_probabilities(golden: Callable[[str], list[dict[str, Any]]]) -> None:
+    cases = [case for case in golden("verl/value_entropy") if case["id"].startswith("token_stats")]
+    for case in cases:
+        got = square_sum(jnp.asarray(case["inputs"]["logits"]))
+        np.testing.assert_allclose(got, case["outputs"]["sum_pi_squared"], rtol=1e-5)
+    assert len(cases) == 3

@@ -31,6 +31,12 @@ async def slow(graded):
     await asyncio.sleep(0)
     return 2.0
 
+def broken(graded):
+    return float("nan")
+
+def correct(graded):
+    return 5.0
+
 def wide(graded):
     return np.zeros(7)
 
@@ -109,6 +115,8 @@ def test_a_judge_is_asked_about_correct_answers_and_fails_open(mine: str) -> Non
         ({"components": {"flawed_positive": 1.0}}, "takes a judge"),
         ({"components": {"{mine}:wide": 1.0}}, "gave .* for a trajectory of 2 policy turns"),
         ({"judge": "{mine}:nobody"}, "has no function nobody"),
+        ({"components": {"correct": 1.0, "{mine}:correct": 1.0}}, "two components of one name"),
+        ({"judge": "gpt"}, "must be a function"),
     ],
 )
 def test_what_is_refused(mine: str, fields: dict, words: str) -> None:
@@ -163,3 +171,8 @@ def test_an_unknown_verifier_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean math"):
         comparison("maths")
     assert comparison("text")(Pair("a", "a"))
+
+
+def test_a_component_that_gives_nan_adds_nothing(mine: str) -> None:
+    scored = score(RewardConfig(components={"correct": 1.0, f"{mine}:broken": 1.0}))
+    assert scored.reward == 1.0 and scored.components == {"correct": 1.0}

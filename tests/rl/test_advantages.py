@@ -212,9 +212,9 @@ def test_remax_subtracts_what_the_greedy_rollout_got() -> None:
     ("name", "missing"),
     [
         ("remax", "greedy_baseline=True"),
-        ("gae", "critic"),
+        ("gae", "CriticConfig.enabled=True"),
         ("hierarchical", "several agents"),
-        ("optimal_token_baseline", "sum of squared probabilities"),
+        ("optimal_token_baseline", "square_sums=True"),
         ("turn_level", "name a component"),
         ("step_and_episode", "name a component"),
     ],

@@ -83,4 +83,6 @@ def test_a_run_that_cannot_supply_what_its_advantage_needs_does_not_start(advant
 @pytest.mark.parametrize("advantage", ["rae", "gigpo", "tree_depth", "tree_sibling", "reinforce_plus_plus", "max_rl"])
 def test_what_any_run_supplies_is_enough(advantage: str) -> None:
     algorithm.check(AlgorithmConfig(advantage=advantage), Recorded())
-    algorithm.check(AlgorithmConfig(advantage="remax", greedy_baseline=True), Recorded(greedy_rewards=True))
+    algorithm.check(AlgorithmConfig(advantage="remax"), Recorded(greedy_rewards=True))
+    algorithm.check(AlgorithmConfig(advantage="optimal_token_baseline"), Recorded(square_sums=True))
+    algorithm.check(AlgorithmConfig(advantage="gae"), Recorded(values=True))

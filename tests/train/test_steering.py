@@ -14,6 +14,7 @@ from jaxrl.config import AlgorithmConfig, Config, MeshConfig, ModelConfig, Train
 from jaxrl.data import packing
 from jaxrl.model import logprob, spec, transformer
 from jaxrl.records import Trajectory
+from jaxrl.rl.advantages import ADVANTAGES
 from jaxrl.rl.outcomes import Recorded, of_trajectories
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.score import of_trajectories as of_trajectories_scored
@@ -111,6 +112,22 @@ def test_rewards_pay_for_the_kl_of_every_token() -> None:
     by_itself = steering.charged(alone, trajectories[2:], params, RunProgress())
     np.testing.assert_allclose(charged.token_rewards[2], by_itself.token_rewards[0], rtol=1e-5)
     assert progress.coefficients["kl_found"] == pytest.approx(paid / 6, rel=1e-5)
+
+
+def test_the_optimal_token_baseline_finds_every_token_scored() -> None:
+    steering, params = steered(AlgorithmConfig(advantage="optimal_token_baseline", square_sums=True))
+    trajectories = [dataclasses.replace(one, prompt_ids=np.array([5], np.int32)) for one in played(3)]
+    outcomes = of_trajectories(trajectories, np.zeros(3, int), Recorded(), {})
+    seen = steering.seen(outcomes, trajectories, params, None, RunProgress())
+    for one, sums in zip(trajectories, seen.square_sums, strict=True):
+        tokens = np.concatenate([one.prompt_ids, one.ids])[None]
+        rows = tokens, np.arange(tokens.shape[1])[None], np.ones_like(tokens)
+        hidden = transformer.hidden_states(params, MODEL, *rows)
+        probabilities = jax.nn.softmax(logprob.logits(params, MODEL, hidden))[0, : len(one.ids)]
+        expected = (np.asarray(probabilities) ** 2).sum(axis=-1) * one.mask
+        np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    values = ADVANTAGES["optimal_token_baseline"](seen)
+    assert np.isfinite(np.concatenate(values)).all() and values[2][0] > 0 > values[0][0]
 
 
 def test_coefficients_move_and_stand_in_the_weights_of_the_next_step() -> None:

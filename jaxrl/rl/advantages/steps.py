@@ -110,7 +110,7 @@ def turn_level(outcomes: Outcomes, *, outcome_weight: float = 1.0, epsilon: floa
 
 def _with_outcome(outcomes: Outcomes) -> list[np.ndarray]:
     """Of each trajectory [K_i]: what turns earned, and the outcome on the last of them."""
-    counts = [1 + max(turns, default=-1) for turns in outcomes.need("turns")]
+    counts = [1 + int(turns.max(initial=-1)) for turns in outcomes.need("turns")]
     earned = [np.zeros(count) for count in counts]
     if outcomes.turn_rewards is not None:
         earned = [np.array(rewards, np.float64) for rewards in outcomes.turn_rewards]

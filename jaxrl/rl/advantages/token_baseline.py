@@ -43,7 +43,7 @@ def optimal_token_baseline(
         places.append(np.arange(sampled.sum()) if align == "sampled" else np.flatnonzero(sampled))
     advantages = [np.zeros(len(mask), np.float32) for mask in outcomes.masks]
     for group in outcomes.by_group():
-        width = 1 + max((place for row in group for place in places[row]), default=-1)
+        width = 1 + max(int(places[row].max(initial=-1)) for row in group)
         weighted, weights = np.zeros(width), np.zeros(width)
         for row in group:
             weighted[places[row]] += to_come[row] * noise[row]
