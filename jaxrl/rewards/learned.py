@@ -1,6 +1,5 @@
 """A reward model that ``jaxrl prefer`` trained, as a reward."""
 
-import asyncio
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -70,11 +69,6 @@ class RewardModel:
 
 
 @functools.lru_cache(maxsize=4)
-def reward_model(folder: str) -> RewardModel:
+def loaded(folder: str) -> RewardModel:
     """The reward model of a folder, read once."""
     return RewardModel(folder)
-
-
-async def learned_score(trajectory: Trajectory, folder: str) -> float:
-    """What the reward model in ``folder`` gives a whole episode; other episodes go on meanwhile."""
-    return await asyncio.to_thread(reward_model(folder).of_trajectory, trajectory)

@@ -133,6 +133,8 @@ def _rewards_turns(name: str, component: Component) -> bool:
     trajectory = example(0)
     try:
         value = component(Graded(trajectory, max_response_tokens=8))
+    except ConfigError:  # its settings
+        raise
     except Exception:  # it may know problems of its own form only
         return False
     of_turns = np.ndim(value) > 0

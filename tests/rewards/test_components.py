@@ -144,8 +144,9 @@ def test_a_judges_own_verdict() -> None:
     assert same_verdict("7", "no truth") is None and error_location(graded()) is None
 
 
-def test_every_row_of_the_table_is_tried_here() -> None:
+def test_every_row_of_the_table_is_tried() -> None:
+    """Here, but for reward models, which tests/train/test_reward_model.py trains first."""
     assert set(COMPONENTS) == {
         "correct", "form", "length", "overlong", "tool_use", "turn_bonus", "calls_of_turns", "flawed_positive",
-        "error_location", "correct_then_fast", "execution_prediction",
+        "error_location", "correct_then_fast", "execution_prediction", "reward_model", "process_reward",
     }  # fmt: skip

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from jaxrl import config as configuration
-from jaxrl.config import Config, ConfigError, ModelConfig, PreferConfig
+from jaxrl.config import Config, ConfigError, ModelConfig, PreferConfig, RewardConfig
 from jaxrl.data import packing
 from jaxrl.data.demonstrations import story_demonstrations
 from jaxrl.data.preferences import DataError, load
 from jaxrl.model import hf, spec, value
 from jaxrl.observe.progress import Progress
 from jaxrl.records import Problem, Trajectory, Turn
-from jaxrl.rewards.learned import RewardModel, learned_score, reward_model
+from jaxrl.rewards.learned import RewardModel
+from jaxrl.rewards.scorer import scorer
 from jaxrl.rl.preference.scores import Scores, Steps, bradley_terry, step_cross_entropy
 from jaxrl.statuses import StopReason
 from jaxrl.train import prefer
@@ -116,14 +117,22 @@ def test_an_exported_head_is_read_back_and_scores_an_episode(steps_run: Any) -> 
         turns=(Turn(0, 10, "policy"), Turn(10, 20, "tool"), Turn(20, 30, "policy")),
         stop_reason=StopReason.ANSWERED,
     )
-    assert asyncio.run(learned_score(episode, summary["export"])) == pytest.approx(float(wanted[-1]), abs=1e-5)
-    assert reward_model(summary["export"]) is reward_model(summary["export"])
-    turns = model.of_turns(episode)
-    np.testing.assert_allclose(turns, 1 / (1 + np.exp(-np.asarray(wanted)[[49, 69]])), atol=1e-5)
+    chances = 1 / (1 + np.exp(-np.asarray(wanted)[[49, 69]]))
+    rewards = scored(episode, summary["export"], "reward_model")
+    assert rewards.reward == pytest.approx(2 * float(wanted[-1]), abs=1e-5)
+    steps = scored(episode, summary["export"], "process_reward")
+    np.testing.assert_allclose([turn.reward for turn in steps.turns if turn.author == "policy"], 2 * chances, atol=1e-5)
+    with pytest.raises(ConfigError, match="holds no value_head.safetensors"):
+        scored(episode, "", "process_reward")
     with pytest.raises(ValueError, match="beyond the reward model's vocabulary"):
         model.values([config.vocab_size])
     with pytest.raises(ConfigError, match="holds no value_head.safetensors"):
         RewardModel(str(folder))
+
+
+def scored(episode: Trajectory, folder: str, name: str) -> Trajectory:
+    config = RewardConfig(components={name: 2.0}, component_settings={f"{name}.folder": folder})
+    return asyncio.run(scorer(config).score(episode, 100))
 
 
 def test_the_losses_are_their_formulas() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxrl.rewards.components.execution import correct_then_fast, execution_prediction
 from jaxrl.rewards.components.judged import error_location, flawed_positive
+from jaxrl.rewards.components.learned import process_reward, reward_model
 from jaxrl.rewards.components.outcome import correct, form, length, overlong
 from jaxrl.rewards.components.tools import calls_of_turns, tool_use, turn_bonus
 
@@ -25,4 +26,6 @@ COMPONENTS: Mapping[str, Callable[..., float | np.ndarray | None]] = {
     "error_location": error_location,
     "correct_then_fast": correct_then_fast,
     "execution_prediction": execution_prediction,
+    "reward_model": reward_model,
+    "process_reward": process_reward,
 }
