@@ -32,7 +32,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Algorithm.kl_target Algorithm.reference_every Algorithm.entropy_coefficient "
         "Algorithm.entropy_target Algorithm.entropy_step Algorithm.entropy_limit Env.infra_retries "
         "Env.max_turn_tokens Engine.pages Data.seed Train.seed Sandbox.slow_slots Model.vocab_size "
-        "Model.sliding_window Model.sliding_layers Eval.temperature Model.experts Model.balance_coefficient "
+        "Model.sliding_window Model.sliding_layers Model.dense_layers Eval.temperature Model.experts "
+        "Model.balance_coefficient "
         "Model.local_rope_theta Model.score_width Model.attention_soft_cap Model.logit_soft_cap "
         "Prefer.held_out Prefer.sft_weight Prefer.length_weight Prefer.steps Prefer.learning_rate Prefer.warmup_steps "
         "Prefer.measure_every Critic.learning_rate Critic.warmup_steps Critic.first_steps Distill.task_weight "
@@ -135,11 +136,13 @@ def check(config: Any) -> None:
             f"ModelConfig.rope_high_frequency={config.model.rope_high_frequency} must be above "
             f"rope_low_frequency={config.model.rope_low_frequency}"
         )
-    if outside := [layer for layer in config.model.sliding_layers if layer >= config.model.layers]:
-        raise ConfigError(
-            f"ModelConfig.sliding_layers={config.model.sliding_layers} names layer {outside[0]} of "
-            f"{config.model.layers}; they are counted from 0"
-        )
+    for field in ("sliding_layers", "dense_layers"):
+        named = getattr(config.model, field)
+        if outside := [layer for layer in named if layer >= config.model.layers]:
+            raise ConfigError(
+                f"ModelConfig.{field}={named} names layer {outside[0]} of {config.model.layers}; "
+                "they are counted from 0"
+            )
     if config.model.max_positions < longest:
         raise ConfigError(
             f"ModelConfig.max_positions={config.model.max_positions} is less than the longest trajectory of {longest} "

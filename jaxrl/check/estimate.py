@@ -93,7 +93,8 @@ def temporary(config: Config, devices: int) -> int:
     width = max(model.ffn_width, model.experts_per_token * model.expert_width if model.experts else 0) // tensor
     kept = model.layers * (model.width if model.remat == "full" else 8 * model.width + 3 * width)
     largest = 6 * model.width + 4 * width + 4 * model.query_heads * model.head_width // tensor
-    layer = spec.count(transformer.param_specs(dataclasses.replace(model, layers=1, vocab_size=8))) // tensor
+    one = dataclasses.replace(model, layers=1, dense_layers=(), vocab_size=8)
+    layer = spec.count(transformer.param_specs(one)) // tensor
     table = model.vocab_size * model.width
     return max(tokens * 4 * (kept + largest) + 4 * layer * size, table * (4 + 2 * size))
 

@@ -27,6 +27,8 @@ class ModelConfig:
     """How many of them compute a token."""
     expert_width: int = 384
     """ffn_width of one expert."""
+    dense_layers: tuple[int, ...] = ()
+    """Indices of the layers that have one feed-forward of ffn_width and no experts."""
     normalize_expert_weights: bool = True
     """The weights of a token's experts sum to 1; otherwise they are the router's probabilities."""
     balance_coefficient: float = 0.0

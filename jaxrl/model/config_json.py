@@ -27,8 +27,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "vision_config": (None,),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
-    "decoder_sparse_step": (1, None),
-    "mlp_only_layers": ([], None),
 }
 """Keys that switch on something the decoder does not compute, and the values with which they switch on nothing."""
 
@@ -90,7 +88,7 @@ def config_from_hf(document: Document, base: ModelConfig | None = None) -> Model
         kv_heads=kv_heads,
         head_width=head_width,
         ffn_width=_whole(document, "intermediate_size"),
-        **(_experts(document) if family.experts else {"experts": 0}),
+        **(_experts(document, layers) if family.experts else {"experts": 0, "dense_layers": ()}),
         norm_eps=_positive(document, "rms_norm_eps", 1e-6),
         attention_bias=family.biases == "optional" and _flag(document, "attention_bias"),
         score_width=_whole(document, "query_pre_attn_scalar", family.score_width) if family.score_width else 0,
@@ -188,7 +186,7 @@ def _canonical(config: ModelConfig) -> ModelConfig:
     """The same architecture with fields that have no effect at their defaults."""
     neutral = {}
     if not config.experts:
-        neutral = {name: getattr(ModelConfig, name) for name in EXPERT_KEYS.values()}
+        neutral = {name: getattr(ModelConfig, name) for name in (*EXPERT_KEYS.values(), "dense_layers")}
     if not (config.sliding_window and config.sliding_layers):
         neutral |= {"sliding_window": 0, "sliding_layers": ()}
     if config.score_width == config.head_width:
@@ -240,13 +238,25 @@ def _refuse_unknown_features(document: Document, family: Family) -> None:
             )
 
 
-def _experts(document: Document) -> dict[str, Any]:
-    """The fields of the experts; transformers 5 calls their number ``num_local_experts``."""
+def _experts(document: Document, layers: int) -> dict[str, Any]:
+    """The fields of the experts; transformers 5 calls their number ``num_local_experts``.
+
+    A layer has experts if its number, counted from 1, is a multiple of ``decoder_sparse_step``, unless
+    ``mlp_only_layers`` names it, counted from 0.
+    """
     experts = _whole(document, "num_local_experts" if "num_local_experts" in document else "num_experts")
     per_token = _whole(document, "num_experts_per_tok")
     if per_token > experts:
         raise ConfigError(f"config.json has num_experts_per_tok={per_token}, but only {experts} experts; lower it")
+    step, named = _whole(document, "decoder_sparse_step", 1), document.get("mlp_only_layers") or []
+    dense = tuple(layer for layer in range(layers) if (layer + 1) % step or layer in named)
+    if len(dense) == layers:
+        raise ConfigError(
+            f"config.json has decoder_sparse_step={step} and mlp_only_layers={_short(named)}, with which none of "
+            f"{layers} layers has experts; that is no {document['model_type']}"
+        )
     return {
+        "dense_layers": dense,
         "experts": experts,
         "experts_per_token": per_token,
         "expert_width": _whole(document, "moe_intermediate_size"),
@@ -262,7 +272,8 @@ def _expert_keys(config: ModelConfig) -> Document:
             f"experts_per_token={config.experts_per_token} of one token; raise experts"
         )
     keys = {key: getattr(config, field) for key, field in EXPERT_KEYS.items()}
-    return {**keys, "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False}
+    dense = list(config.dense_layers)
+    return {**keys, "decoder_sparse_step": 1, "mlp_only_layers": dense, "output_router_logits": False}
 
 
 def _sliding(document: Document, family: Family, layers: int) -> tuple[int, tuple[int, ...]]:

@@ -164,7 +164,7 @@ def _pair(spec: ParamSpec, rank: int) -> Specs:
 
     def factor(axes: tuple[str, ...], init: Any, letter: str, layout: tuple[tuple[str, ...], ...]) -> ParamSpec:
         shape, hf_name = tuple(length[axis] for axis in axes), f"{name}.lora_{letter}.weight"
-        return ParamSpec(shape, jnp.dtype(jnp.float32), axes, init, hf_name, layout)
+        return ParamSpec(shape, jnp.dtype(jnp.float32), axes, init, hf_name, layout, layers=spec.layers)
 
     return {
         A: factor((LAYERS, *inputs, RANK), functools.partial(_uniform, bound=bound), "A", ((RANK,), inputs)),

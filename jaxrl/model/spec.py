@@ -39,6 +39,7 @@ class ParamSpec:
             stored there as [outputs, inputs]: a query projection with axes ("layers", "embed", "query_heads", "head")
             has the layout (("query_heads", "head"), ("embed",)). Leading axes that it leaves out are stacked tensors.
         decay: whether weight decay applies (not to norms and biases).
+        layers: those on the first axis, in order, of a parameter that not all layers have; None = all.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +49,7 @@ class ParamSpec:
     hf_name: str
     hf_layout: tuple[tuple[str, ...], ...]
     decay: bool = True
+    layers: tuple[int, ...] | None = None
 
     @property
     def stacked_axes(self) -> tuple[str, ...]:
@@ -61,11 +63,14 @@ class ParamSpec:
     @property
     def hf_names(self) -> dict[tuple[int, ...], str]:
         """The Hugging Face tensors that make up the parameter, by their index on its stacked axes."""
-        words = [{LAYERS: "layer", EXPERTS: "expert"}[axis] for axis in self.stacked_axes]
-        return {
-            place: self.hf_name.format(**dict(zip(words, place, strict=True)))
-            for place in np.ndindex(self.shape[: len(words)])
-        }
+        names = {}
+        for place in np.ndindex(self.shape[: len(self.stacked_axes)]):
+            index = dict(zip(self.stacked_axes, place, strict=True))
+            layer = index.get(LAYERS, 0)
+            names[place] = self.hf_name.format(
+                layer=layer if self.layers is None else self.layers[layer], expert=index.get(EXPERTS, 0)
+            )
+        return names
 
     @property
     def hf_shape(self) -> tuple[int, ...]:

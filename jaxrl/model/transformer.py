@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
+from jaxrl.model import stacks
 from jaxrl.model.families import FAMILIES
 from jaxrl.model.lora import ADAPTERS, low_rank_product
 from jaxrl.model.moe import Choice, Load, experts_feed_forward, id_type, load_of, route
@@ -65,10 +66,10 @@ def param_specs(config: ModelConfig) -> Specs:
     normal = jax.nn.initializers.normal(config.init_scale)
     zeros, unit = jax.nn.initializers.zeros, jax.nn.initializers.constant(1.0 - family.norm_offset)
 
-    def weight(name: str, axes: str, layout: str) -> ParamSpec:
-        names = tuple(axes.split())
+    def weight(name: str, axes: str, layout: str, own: tuple[int, ...] | None = None) -> ParamSpec:
+        names, lengths = tuple(axes.split()), length if own is None else {**length, "layers": len(own)}
         merged = tuple(tuple(part.split("*")) for part in layout.split())
-        return ParamSpec(tuple(length[axis] for axis in names), dtype, names, normal, name, merged)
+        return ParamSpec(tuple(lengths[axis] for axis in names), dtype, names, normal, name, merged, layers=own)
 
     def vector(name: str, axes: str, init: Any) -> ParamSpec:
         names = tuple(axes.split())
@@ -85,7 +86,7 @@ def param_specs(config: ModelConfig) -> Specs:
         "value": weight(attention + "v_proj.weight", "layers embed kv_heads head", f"{keys} embed"),
         "output": weight(attention + "o_proj.weight", "layers query_heads head embed", f"embed {queries}"),
         "ffn_norm": vector(layer + f"{before_ffn}_layernorm.weight", "layers embed", unit),
-        **_feed_forward_specs(weight, layer + "mlp.", bool(config.experts)),
+        **_feed_forward_specs(weight, layer + "mlp.", config),
     }
     if family.post_norms:
         layers["post_attention_norm"] = vector(layer + "post_attention_layernorm.weight", "layers embed", unit)
@@ -109,21 +110,28 @@ def param_specs(config: ModelConfig) -> Specs:
     return specs
 
 
-def _feed_forward_specs(weight: Callable[[str, str, str], ParamSpec], prefix: str, experts: bool) -> Specs:
-    """The table of one feed-forward per layer, or of a router and experts."""
-    if not experts:
-        return {
-            "gate": weight(prefix + "gate_proj.weight", "layers embed ffn", "ffn embed"),
-            "up": weight(prefix + "up_proj.weight", "layers embed ffn", "ffn embed"),
-            "down": weight(prefix + "down_proj.weight", "layers ffn embed", "embed ffn"),
+def _feed_forward_specs(weight: Callable[..., ParamSpec], prefix: str, config: ModelConfig) -> Specs:
+    """The table of one feed-forward per layer, or of a router and experts; of both where layers differ."""
+    kinds = stacks.sparse_layers(config)
+    some = {kind: tuple(index for index, sparse in enumerate(kinds) if sparse == kind) for kind in set(kinds)}
+    if len(some) == 1:
+        some = dict.fromkeys(some)
+    specs = {}
+    if False in some:
+        specs = {
+            "gate": weight(prefix + "gate_proj.weight", "layers embed ffn", "ffn embed", some[False]),
+            "up": weight(prefix + "up_proj.weight", "layers embed ffn", "ffn embed", some[False]),
+            "down": weight(prefix + "down_proj.weight", "layers ffn embed", "embed ffn", some[False]),
         }
+    if True not in some:
+        return specs
     inwards, outwards = "layers experts expert_embed expert_ffn", "layers experts expert_ffn expert_embed"
     expert = prefix + "experts.{expert}."
-    return {
-        "router": weight(prefix + "gate.weight", "layers embed choices", "choices embed"),
-        "expert_gate": weight(expert + "gate_proj.weight", inwards, "expert_ffn expert_embed"),
-        "expert_up": weight(expert + "up_proj.weight", inwards, "expert_ffn expert_embed"),
-        "expert_down": weight(expert + "down_proj.weight", outwards, "expert_embed expert_ffn"),
+    return specs | {
+        "router": weight(prefix + "gate.weight", "layers embed choices", "choices embed", some[True]),
+        "expert_gate": weight(expert + "gate_proj.weight", inwards, "expert_ffn expert_embed", some[True]),
+        "expert_up": weight(expert + "up_proj.weight", inwards, "expert_ffn expert_embed", some[True]),
+        "expert_down": weight(expert + "down_proj.weight", outwards, "expert_embed expert_ffn", some[True]),
     }
 
 
@@ -201,8 +209,8 @@ def hidden_states_and_load(
     plan = per_shard(plan_locally, [("batch", None), ("tokens",)], planned)(end, index)
     attention = per_shard(attend_locally, [queries, ("tokens",), keys, keys, ("batch", None), (), *planned], queries)
 
-    def layer(x: jax.Array, scanned: tuple[Params, jax.Array | None, Any]) -> tuple[jax.Array, Load | None]:
-        weights, recorded, (window, layer_frequencies) = scanned
+    def layer(x: jax.Array, scanned: tuple[Params, Any]) -> tuple[jax.Array, Load | None]:
+        weights, (recorded, window, layer_frequencies) = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             return attention(q, index, k, v, end, window, *plan), None
@@ -216,7 +224,7 @@ def hidden_states_and_load(
     x = _embed(params, config, tokens, rows)
     if experts is not None:
         experts = to_compute(jnp.moveaxis(experts, 2, 0), ("layers", *rows, None))
-    x, load = jax.lax.scan(layer, x, (params["layers"], experts, _layer_constants(config)))
+    x, load = stacks.scan(layer, x, params["layers"], config, (experts, *_layer_constants(config)))
     return _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype), load
 
 
@@ -260,11 +268,9 @@ def paged_hidden_states(
     heads = [(None, None, axis, None) for axis in ("query_heads", *["kv_heads"] * 4)]
     attention = per_shard(update_and_attend, [*heads, *[(None, None)] * 4, ()], [heads[0], *heads[3:]])
 
-    def layer(
-        carry: tuple[jax.Array, KVPages], scanned: tuple[Params, jax.Array, jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, KVPages], None]:
+    def layer(carry: tuple[jax.Array, KVPages], scanned: tuple[Params, Any]) -> tuple[tuple[jax.Array, KVPages], None]:
         x, pool = carry
-        weights, window, layer_frequencies, first_page = scanned
+        weights, (window, layer_frequencies, first_page) = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             attended, new_keys, new_values = attention(
@@ -275,7 +281,7 @@ def paged_hidden_states(
         turned = rotation(positions, layer_frequencies)
         x, (keys, values), choice = _layer(weights, config, x, turned, attend, (None, None))
         pool = pool.replace(keys=keys, values=values)
-        if pool.experts is not None:
+        if pool.experts is not None and choice is not None:
             ids = choice.experts.astype(pool.experts.dtype)
             pool = pool.replace(experts=pool.experts.at[target + first_page, offset].set(ids, mode="drop"))
         return (x, pool), None
@@ -284,7 +290,7 @@ def paged_hidden_states(
     # One pool, so that no layer's pages are ever sliced out.
     pool = jax.tree.map(lambda array: array.reshape(layers * pages, *array.shape[2:]), kv_pages)
     first_pages = jnp.arange(layers, dtype=jnp.int32) * pages
-    (x, pool), _ = jax.lax.scan(layer, (x, pool), (params["layers"], *_layer_constants(config), first_pages))
+    (x, pool), _ = stacks.scan(layer, (x, pool), params["layers"], config, (*_layer_constants(config), first_pages))
     hidden = _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype)
     return hidden, jax.tree.map(lambda array, old: array.reshape(old.shape), pool, kv_pages)
 

@@ -23,6 +23,7 @@ CONFIGS = (
         CONFIG, family="gemma3_text", local_rope_theta=50.0, attention_soft_cap=2.0, logit_soft_cap=5.0
     ),
     dataclasses.replace(CONFIG, family="qwen3_moe", experts=4, expert_width=12),
+    dataclasses.replace(CONFIG, family="qwen3_moe", experts=4, expert_width=12, layers=3, dense_layers=(0,)),
 )
 MESHES = (MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(slice=2, fsdp=1, context=2, tensor=2))
 EXPERT_MESH = MeshConfig(fsdp=1, expert=2, context=2, tensor=2)
@@ -59,7 +60,8 @@ def report(config: ModelConfig, lengths: MeshConfig) -> dict[str, object]:
 
 def main() -> None:
     for config in CONFIGS:
-        for lengths in (EXPERT_MESH, MESHES[0]) if config.experts else MESHES:
+        meshes = MESHES if not config.experts else (EXPERT_MESH,) if config.dense_layers else (EXPERT_MESH, MESHES[0])
+        for lengths in meshes:
             print(json.dumps(report(config, lengths)), flush=True)
 
 

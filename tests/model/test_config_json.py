@@ -244,8 +244,11 @@ def test_refusals_name_key_value_and_remedy(changes: dict[str, Any], message: st
     ("document", "message"),
     [
         (of_family("qwen3_moe"), "config.json has no num_experts; add it"),
-        (of_family("qwen3_moe", **EXPERTS, decoder_sparse_step=2), "decoder_sparse_step=2, which is not supported"),
-        (of_family("qwen3_moe", **EXPERTS, mlp_only_layers=[0]), "mlp_only_layers=.0., which is not supported"),
+        (of_family("qwen3_moe", **EXPERTS, decoder_sparse_step=9), "decoder_sparse_step=9 .* none of 4 layers has exp"),
+        (
+            of_family("qwen3_moe", **EXPERTS, mlp_only_layers=[3, 2, 1, 0]),
+            "none of 4 layers has experts; that is no qw",
+        ),
         (of_family("qwen3_moe", **{**EXPERTS, "num_experts_per_tok": 9}), "num_experts_per_tok=9, but only 8 experts"),
         (of_family("qwen3_moe", **EXPERTS, sliding_window=9), "sliding_window=9, which is not supported"),
         (of_family("llama", sliding_window=8), "sliding_window=8, which is not supported .only None"),
@@ -296,7 +299,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         kv_heads=kv_heads,
         head_width=head_width,
         ffn_width=draw(st.integers(1, 9000)),
-        **(draw(expert_fields()) if family.experts else {}),
+        **(draw(expert_fields(layers)) if family.experts else {}),
         rope_theta=rope_theta,
         local_rope_theta=local_rope_theta,
         norm_eps=draw(st.floats(1e-12, 1e-2)),
@@ -313,10 +316,11 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
 
 
 @st.composite
-def expert_fields(draw: st.DrawFn) -> dict[str, Any]:
+def expert_fields(draw: st.DrawFn, layers: int) -> dict[str, Any]:
     """Fields of ModelConfig."""
     experts = draw(st.integers(1, 128))
     return {
+        "dense_layers": tuple(sorted(draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1)))),
         "experts": experts,
         "experts_per_token": draw(st.integers(1, experts)),
         "expert_width": draw(st.integers(1, 2000)),
@@ -387,6 +391,21 @@ def test_export_refuses_what_the_file_cannot_say() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             check_exportable(ModelConfig(vocab_size=8, **fields))
+
+
+@pytest.mark.parametrize(
+    ("keys", "dense"),
+    [
+        ({}, ()),
+        ({"mlp_only_layers": [0, 3]}, (0, 3)),
+        ({"decoder_sparse_step": 2}, (0, 2)),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, (0, 1, 2)),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": None}, (0, 1, 3)),
+    ],
+)
+def test_layers_without_experts_are_those_of_transformers(keys: dict[str, Any], dense: tuple[int, ...]) -> None:
+    """``Qwen3MoeDecoderLayer`` makes the same choice."""
+    assert config_from_hf(of_family("qwen3_moe", **EXPERTS, **keys)).dense_layers == dense
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -60,13 +60,15 @@ OLD_ROPE: dict[str, dict[str, Any]] = {
     "gemma3_text": {"rope_theta": 900.0, "rope_scaling": LINEAR, "rope_local_base_freq": 50.0},
 }
 """The rotary keys of transformers 4 for the same models."""
+SOME_DENSE = {"decoder_sparse_step": 2, "mlp_only_layers": [0, 5]}
+"""Of 7 layers the second and the fourth have experts."""
 ROWS, TOKENS = 2, 150
 
 
-def made_by_transformers(family: str, folder: pathlib.Path) -> Any:
+def made_by_transformers(family: str, folder: pathlib.Path, more: dict[str, Any]) -> Any:
     """A random model, saved in ``folder``, in which no parameter is without effect."""
     torch.manual_seed(1)
-    config = transformers.CONFIG_MAPPING[family](**SIZES, **OPTIONS[family])
+    config = transformers.CONFIG_MAPPING[family](**SIZES, **OPTIONS[family], **more)
     config._attn_implementation = "eager"  # the others leave out the soft cap
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -134,9 +136,9 @@ def tensor_norms(config: ModelConfig, gradient: Any) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_larger_model_of_transformers(family: str, tmp_path: pathlib.Path) -> None:
-    theirs = made_by_transformers(family, tmp_path / "theirs")
+@pytest.mark.parametrize(("family", "more"), [*((family, {}) for family in FAMILIES), ("qwen3_moe", SOME_DENSE)])
+def test_a_larger_model_of_transformers(family: str, more: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    theirs = made_by_transformers(family, tmp_path / "theirs", more)
     tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (ROWS, TOKENS)).astype(np.int32)
     logits, logprobs, norms = reference(theirs, tokens)
     config, params = hf.load_folder(tmp_path / "theirs")

@@ -44,6 +44,9 @@ VARIANTS = {
         TINY, family="qwen3_moe", sliding_window=0, sliding_layers=(), experts=5, experts_per_token=3, expert_width=12,
         normalize_expert_weights=False,
     ),
+    "qwen3 moe, some dense": dataclasses.replace(
+        TINY, family="qwen3_moe", sliding_window=0, sliding_layers=(), experts=5, expert_width=12, dense_layers=(1,)
+    ),
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 11)).astype(np.int32)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from jaxrl.config import ConfigError, ModelConfig
-from jaxrl.model import lora, quantized
+from jaxrl.config import ConfigError, MeshConfig, ModelConfig
+from jaxrl.mesh import make_mesh
+from jaxrl.model import hf, lora, quantized
 from jaxrl.model.logprob import sequence_logprobs
 from jaxrl.model.spec import initialize
 from jaxrl.model.transformer import param_specs
@@ -128,6 +130,27 @@ def test_gradients_reach_the_adapters_as_through_floats(kind: str) -> None:
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), through_codes, through_floats
     )
+
+
+def test_a_copied_folder_is_read_into_the_same_codes(tmp_path: pathlib.Path) -> None:
+    """One parameter after the other, on a mesh; the copy is the folder byte for byte, and whole or not there."""
+    params, specs, mesh = weights(DENSE), param_specs(DENSE)["layers"], make_mesh(MeshConfig(), jax.devices()[:1])
+    hf.save_folder(tmp_path / "source", DENSE, params, max_shard_bytes=200_000)
+    hf.copy_folder(tmp_path / "source", tmp_path / "copy", also=lambda folder: (folder / "more").write_text("x"))
+    for file in (tmp_path / "source").glob("*.safetensors*"):
+        assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
+    assert (tmp_path / "copy" / "more").is_file()
+
+    def keep(key: tuple[str, ...], weight: jax.Array) -> jax.Array | quantized.Quantized:
+        with jax.set_mesh(mesh):
+            return quantized.quantized(key[1], specs[key[1]], weight, "nf4") if key[0] == "layers" else weight
+
+    _, found = hf.load_folder(tmp_path / "copy", mesh=mesh, keep=keep)
+    wanted = {**params, "layers": base(DENSE, "nf4").params["layers"]}
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    with pytest.raises(ConfigError, match="neither model.safetensors nor"):
+        hf.copy_folder(tmp_path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_cannot_be_in_codes_is_refused() -> None:

@@ -24,9 +24,13 @@ MODELS = {
 
 
 @pytest.mark.parametrize(("dtype", "largest", "mean"), [("float32", 1e-5, 2e-6), ("bfloat16", 2e-2, 1e-3)])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", [*MODELS, "some layers dense"])
 def test_promise_1_sampled_logprobs_are_the_trainers(family: str, dtype: str, largest: float, mean: float) -> None:
-    model = dataclasses.replace(MODEL, family=family, init_scale=0.15, compute_dtype=dtype, **MODELS[family])
+    model = dataclasses.replace(MODEL, init_scale=0.15, compute_dtype=dtype)
+    if family in MODELS:
+        model = dataclasses.replace(model, family=family, **MODELS[family])
+    else:
+        model = dataclasses.replace(model, family="qwen3_moe", layers=4, dense_layers=(0, 2), **MODELS["qwen3_moe"])
     params = spec.initialize(transformer.param_specs(model), jax.random.key(0))
     longest = CONFIG.max_prompt_tokens + CONFIG.max_response_tokens
 
