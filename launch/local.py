@@ -35,8 +35,10 @@ def main() -> int:
 def run(verb: list[str], count: int, port: int, environment: Mapping[str, str]) -> int:
     """``count`` processes of one run, until all have ended; the first exit code that is not 0."""
     processes: list[subprocess.Popen] = []
+    heard: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
+        heard.append(number)
         for process in processes:
             process.send_signal(number)
 
@@ -46,6 +48,8 @@ def run(verb: list[str], count: int, port: int, environment: Mapping[str, str]) 
     command = [sys.executable, "-m", "jaxrl", *verb, *place, "--process"]
     for index in range(count):
         processes.append(subprocess.Popen([*command, str(index)], env=environment))
+        for number in heard:  # before this one was there
+            processes[-1].send_signal(number)
     codes = [process.wait() for process in processes]
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
 

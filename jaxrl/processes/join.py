@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 import sys
 import threading
 import time
@@ -107,6 +108,8 @@ def _met(here: Place) -> bool:
     if here.count == 1 or (here.coordinator is None and in_pod):  # there jax would need the cluster's permission to ask
         return False
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if here.index == 0:
+        _check_port(here.coordinator)
     late = threading.Timer(here.wait_seconds, _stop, [_nobody(here)])
     late.daemon = True
     late.start()
@@ -131,6 +134,21 @@ def _met(here: Place) -> bool:
     finally:
         late.cancel()
     return jax.process_count() > 1
+
+
+def _check_port(coordinator: str) -> None:
+    """Refuse a port that is taken; jax's service would take the whole process down.
+
+    Raises:
+        OSError: with what to do.
+    """
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        socket.create_server(("", port), reuse_port=True).close()
+    except OSError as error:
+        raise OSError(
+            f"--coordinator {coordinator}: process 0 cannot listen there: {error}; take a free port"
+        ) from error
 
 
 def _nobody(here: Place) -> str:

@@ -3,13 +3,14 @@
 import json
 import pathlib
 import re
+import socket
 import sys
 import time
 
 import pytest
 
 from jaxrl.config import ConfigError
-from jaxrl.processes.join import PATIENCE_SECONDS, VARIABLES, Place, place
+from jaxrl.processes.join import PATIENCE_SECONDS, VARIABLES, Place, place, run
 from tests.several import REPOSITORY, finished, reserved_port, together
 
 TALKING = pathlib.Path(__file__).with_name("talking.py")
@@ -41,6 +42,13 @@ def test_a_place_that_is_none_is_refused(options: tuple, message: str) -> None:
 def test_a_number_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="JAX_PROCESS_ID=first must be whole numbers"):
         place(None, None, None, 9, HERE | {VARIABLES[2]: "first"})
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
+    with socket.create_server(("", 0)) as taken:
+        here = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(OSError, match=f"--coordinator {here}: process 0 cannot listen there: .*; take a free port"):
+            run(Place(here, 2, 0, 9), lambda: 0)
 
 
 def test_processes_tell_each_other_what_they_have() -> None:

@@ -108,7 +108,7 @@ def test_killed_interrupted_and_resumed_in_other_layouts(tmp_path: pathlib.Path,
     assert [row["step"] for row in rows(many)] == [row["step"] for row in rows(one)]
     for row, expected in zip(rows(many), rows(one), strict=True):
         for name in CURVE:
-            assert row[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), (row["step"], name)
+            assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), (row["step"], name)
     weights = [load_file(folder / "export" / "model.safetensors") for folder in (one, many)]
     for name, tensor in weights[0].items():
         np.testing.assert_allclose(weights[1][name], tensor, rtol=1e-2, atol=1e-4, err_msg=name)

@@ -43,6 +43,7 @@ def test_an_outline_is_sent_without_what_was_said() -> None:
             np.testing.assert_array_equal(getattr(have, field.name), getattr(sent, field.name), err_msg=field.name)
         assert have.ids.shape == whole.ids.shape and not have.ids.any() and not have.logprobs.any()
         np.testing.assert_array_equal(have.mask, whole.mask)
+        np.testing.assert_array_equal(have.versions, whole.versions)
         digests = [call.arguments["digest"] for call in have.calls]
         assert digests[0] == digests[1] != digests[2]  # calls that repeat each other still do
 
