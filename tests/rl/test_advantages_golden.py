@@ -42,7 +42,7 @@ VERL_LEFT_OUT = {
     "grpo_passk/a3/norm_adv_by_std_in_grpo=False": "verl raises on a trajectory alone in its group; here it gets 0",
 }
 TRL_ELSEWHERE = {"vllm_is": 12, "soft_overlong_punishment": 4}
-"""Cases of that file that are no advantages."""
+"""Cases of that file that are no advantages: weights (test_golden_remaining.py) and a reward (test_components.py)."""
 
 
 def verl_outcomes(case: Case) -> Outcomes:

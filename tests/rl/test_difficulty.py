@@ -13,7 +13,7 @@ from jaxrl.rl.outcomes import Recorded
 from jaxrl.rl.selection.difficulty import dars_equal, dars_hard, extra_samples
 
 ELSEWHERE = {"adv": 6, "loss": 12}
-"""Cases of that file that are an advantage (test_advantages_golden.py) or a policy loss."""
+"""Cases of that file that are an advantage (test_advantages_golden.py) or a loss (test_golden_remaining.py)."""
 
 
 def test_dars(golden: Callable[[str], list[dict[str, Any]]]) -> None:
