@@ -2,8 +2,8 @@
 and asynchronous side by side; one JSON object a line.
 
 A small model first learns sums with a calculator in Python. Every mode then trains it from there, and each of its calls
-answers only after a delay: half within 0.3 s, one in forty after more than 2 s (log-normal). The first step, in which
-queues fill, does not count. With several devices the asynchronous mode also runs with half of them for the engine.
+answers only after a delay: half within 0.3 s, one in forty after more than 2 s (log-normal). The first three steps, in
+which queues fill, do not count. With several devices the asynchronous mode also runs with half of them for the engine.
 The modes take turns, and a figure is the median over the rounds; tokens are those of episodes trained on.
 
     python benchmarks/staleness.py --json
@@ -51,6 +51,8 @@ MODES = {
     "asynchronous, 2": ("TrainConfig.max_staleness=2",),
 }
 SHOWN = ("engine/idle_share", "trainer/idle_share", "staleness/mean", "staleness/max", "staleness/dropped_share")
+FILLING = 3
+"""Steps that do not count: one more than the longest queue is ahead."""
 MEDIAN_SECONDS, SPREAD, LONGEST_SECONDS = 0.3, 1.0, 6.0
 
 
@@ -80,8 +82,8 @@ def train(config: Config, folder: pathlib.Path, *, cold_start_only: bool = False
 
 
 def measured(folder: pathlib.Path) -> dict[str, float]:
-    """What a run did after its first step."""
-    rows = read_metrics(folder, "rl")[1:]
+    """What a run did once its queue was full."""
+    rows = read_metrics(folder, "rl")[FILLING:]
     seconds = [sum(row.get(f"seconds/{phase}", 0.0) for phase in ("rollout", "update", "sync")) for row in rows]
     tokens = sum(row["tokens_per_second"] * spent for row, spent in zip(rows, seconds, strict=True))
     shown = {name: sum(row.get(name, 0.0) for row in rows) / len(rows) for name in SHOWN}
@@ -143,6 +145,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="runs of every mode; the median counts (default 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     options = parser.parse_args()
+    if options.steps <= FILLING:
+        parser.error(f"--steps {options.steps} measures nothing, since {FILLING} do not count; give more")
     with tempfile.TemporaryDirectory() as folder:
         made = lines(rounds(options.steps, options.rounds, pathlib.Path(folder)))
     for line in made:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 CHUNK_BYTES = 256 << 20
 """What may be under way at once, of all devices together."""
@@ -52,7 +52,7 @@ def carried(array: jax.Array, dtype: jnp.dtype, sharding: NamedSharding, chunk_b
     for block in _blocks(wanted, held, chunk_bytes // dtype.itemsize // len(wanted)):
         target, lengths = block.target, _lengths(block.box)
         start = _offsets(block.box, _box(block.source.index, array.shape))
-        sent = jax.device_put(_cut(block.source.data, start, lengths=lengths, dtype=dtype), devices[target])
+        sent = jax.device_put(_cut(_plain(block.source), start, lengths=lengths, dtype=dtype), devices[target])
         pieces[target] = _put(pieces[target], sent, _offsets(block.box, wanted[target]))
         written[target] += sent.size
         under_way += sent.nbytes
@@ -91,6 +91,12 @@ def _cuts(box: Box, size: int) -> list[Box]:
     step = max(1, size * lengths[axis] // max(math.prod(lengths), 1))
     first, last = box[axis]
     return [(*box[:axis], (at, min(at + step, last)), *box[axis + 1 :]) for at in range(first, last, step)]
+
+
+def _plain(shard: jax.Shard) -> jax.Array:
+    """What the device holds, as an array that knows of no mesh: on a mesh of one device a shard is the array itself."""
+    alone = SingleDeviceSharding(shard.device)
+    return jax.make_array_from_single_device_arrays(shard.data.shape, alone, [shard.data])
 
 
 def _overlap(one: Box, other: Box) -> Box | None:

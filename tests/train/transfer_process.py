@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxrl.train import transfer
 
 CHUNK = 4096
 LAYOUTS = {
     "equal pieces": ((2, 2), (2,), ("b",), ("t",)),
+    "one device to one": ((1,), (1,), ("a",), ("t",)),
     "whole to pieces": ((4,), (2,), (), ("t",)),
     "pieces to whole": ((4,), (3,), ("a",), ()),
     "another axis": ((4,), (2,), ("a",), (None, "t")),
@@ -33,8 +34,10 @@ def carry(name: str) -> dict[str, Any]:
     have, want, sends, receives = LAYOUTS[name]
     devices = jax.devices()
     sending, receiving = devices[: int(np.prod(have))], devices[-int(np.prod(want)) :]
-    source = NamedSharding(Mesh(np.array(sending).reshape(have), ("a", "b")[: len(have)]), PartitionSpec(*sends))
-    target = NamedSharding(Mesh(np.array(receiving), "t"), PartitionSpec(*receives))
+    axes, explicit = ("a", "b")[: len(have)], (AxisType.Explicit,)
+    giving = Mesh(np.array(sending).reshape(have), axes, axis_types=explicit * len(axes))
+    source = NamedSharding(giving, PartitionSpec(*sends))
+    target = NamedSharding(Mesh(np.array(receiving), ("t",), axis_types=explicit), PartitionSpec(*receives))
     values = np.random.default_rng(0).normal(size=(8, 40, 36)).astype(np.float32)
     array = jax.device_put(values, source)
     held, peaks, cut, put = bytes_of(sending), [0, 0], transfer._cut, transfer._put
