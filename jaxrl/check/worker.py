@@ -66,7 +66,7 @@ def main() -> int:
             key = _key(lowered, target, config)
             cached = pathlib.Path(request["cache"]) / f"{key}.json" if request["cache"] else None
             result = _cached(cached) or dataclasses.asdict(compiled(lowered, inner))
-            result["flops"] = flops.matrix_flops(traced.jaxpr, run.visits(name))
+            result["flops"] = flops.matrix_flops(traced.jaxpr, run.data(name))
             if cached is not None:
                 cached.parent.mkdir(parents=True, exist_ok=True)
                 cached.write_text(json.dumps(result | {"reading": READING}), encoding="utf-8")
