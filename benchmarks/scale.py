@@ -95,7 +95,7 @@ def _values(result: run.Result) -> dict[str, Any]:
                 "tflop": round(phase.flops / 1e12, 1),
                 "gb_read": round(phase.read / 1e9, 1),
                 "gb_sent": round(phase.sent / 1e9, 1),
-                "gb_sent_beyond": round(phase.sent_out / 1e9, 1),
+                "gb_sent_beyond": round(phase.beyond / 1e9, 1),
                 "seconds": round(phase.seconds, 1),
             }
     return values

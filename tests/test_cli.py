@@ -26,7 +26,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    for verb in ("train", "sft", "eval", "rollout", "export", "import"):
+    for verb in ("train", "sft", "eval", "rollout", "export", "import", "check"):
         assert f"    {verb} " in shown
 
 
@@ -37,7 +37,7 @@ def test_the_package_runs_as_the_command_does() -> None:
     assert done.returncode == cli.BAD_USAGE and "no recipe called 'nope'" in done.stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "sft", "eval", "rollout", "export", "import"])
+@pytest.mark.parametrize("verb", ["train", "sft", "eval", "rollout", "export", "import", "check"])
 def test_every_verb_shows_examples(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     with pytest.raises(SystemExit):
         cli.main([verb, "--help"])

@@ -1,5 +1,6 @@
 """What a compiled program sends between its devices, read from its text."""
 
+import collections
 import dataclasses
 import graphlib
 import math
@@ -26,13 +27,14 @@ class Traffic:
     Attributes:
         count: how often they are started.
         sent: bytes that leave each device, if they go along a ring.
-        outer: whether a group reaches beyond one slice or host.
+        beyond: share of a device in the bytes that leave its slice or host, if as many rings begin at each of its
+            devices.
     """
 
     kind: str
     count: int
     sent: int
-    outer: bool = False
+    beyond: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +52,19 @@ def traffic(text: str, inner: int) -> list[Traffic]:
         inner: devices of one slice or host, which are numbered one after the other.
     """
     computations, entry = _parse(text)
-    totals: dict[tuple[str, bool], list[int]] = {}
+    totals: dict[str, list[int]] = {}
     for name, times in _times(computations, entry).items():
         for instruction in computations[name]:
             kind = instruction.kind.removesuffix("-start")
             if kind not in KINDS or instruction.kind.endswith("-done"):
                 continue
-            size, group, outer = _size(instruction), *_group(instruction.line, inner)
+            size, (group, neighbours) = _size(instruction), _group(instruction.line, inner)
             if group > 1:
-                total = totals.setdefault((kind, outer), [0, 0])
+                total, sent = totals.setdefault(kind, [0, 0, 0]), _sent(kind, size, group)
                 total[0] += times
-                total[1] += times * _sent(kind, size, group)
-    return [Traffic(kind, count, sent, outer) for (kind, outer), (count, sent) in sorted(totals.items())]
+                total[1] += times * sent
+                total[2] += times * (sent // neighbours if neighbours < group else 0)
+    return [Traffic(kind, *total) for kind, total in sorted(totals.items())]
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -125,17 +128,17 @@ def _bytes(dtype: str) -> float:
     return int(bits[0]) / 8 if bits else 1
 
 
-def _group(line: str, inner: int) -> tuple[int, bool]:
-    """How many devices take part in one group, and whether a group reaches beyond ``inner`` neighbours."""
+def _group(line: str, inner: int) -> tuple[int, int]:
+    """How many devices take part in one group, and how many of them are in one slice or host."""
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", line):
         found = [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{(\d+,\d+)\}", pairs[1])]
-        return 2, any(a // inner != b // inner for a, b in found)
+        return 2, 1 if any(a // inner != b // inner for a, b in found) else 2
     if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line):
         groups = [list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-        return max(map(len, groups)), _spans(groups, inner)
+        return max(map(len, groups)), _neighbours(groups, inner)
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         groups = _iota(int(iota[1]), int(iota[2]), _integers(iota[3]), _integers(iota[4] or ""))
-        return int(iota[2]), _spans(groups, inner)
+        return int(iota[2]), _neighbours(groups, inner)
     if mesh := _MESH_GROUPS.search(line):
         lengths, shape, order, names = mesh.groups()
         axes = {name: int(length) for name, length in re.findall(r"'(\w+)'=(\d+)", lengths)}
@@ -144,8 +147,8 @@ def _group(line: str, inner: int) -> tuple[int, bool]:
         size, total = math.prod(list(axes.values())[axis] for axis in along), math.prod(axes.values())
         (devices,) = _iota(1, total, _integers(shape or str(total)), _integers(order or ""))
         groups = _iota(total // size, size, list(axes.values()), others + along)
-        return size, _spans([[devices[place] for place in group] for group in groups], inner)
-    return 1, False
+        return size, _neighbours([[devices[place] for place in group] for group in groups], inner)
+    return 1, 1
 
 
 def _integers(text: str) -> list[int]:
@@ -162,8 +165,9 @@ def _iota(groups: int, size: int, shape: list[int], order: list[int]) -> list[li
     return [flat[first * size : (first + 1) * size] for first in range(groups)]
 
 
-def _spans(groups: Iterable[list[int]], inner: int) -> bool:
-    return any(len({device // inner for device in group}) > 1 for group in groups)
+def _neighbours(groups: Iterable[list[int]], inner: int) -> int:
+    """The fewest members that a group has in a slice or host that it touches."""
+    return min(min(collections.Counter(device // inner for device in group).values()) for group in groups)
 
 
 def _sent(kind: str, size: int, group: int) -> int:

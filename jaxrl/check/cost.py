@@ -10,20 +10,20 @@ from jaxrl.rollout.scheduler import Scheduler
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A part of a step on every device; seconds are those of the slowest of three limits, which no device beats.
+    """A part of a step on every device; seconds are those of the slowest of four limits, which no device beats.
 
     Attributes:
         flops: matrix products of one device.
         read: bytes a device reads from its memory, at least.
-        sent: bytes a device sends within its slice or host, and
-        sent_out: beyond it.
+        sent: bytes a device sends to its neighbours, and
+        beyond: its share of what leaves the slice or host.
     """
 
     name: str
     flops: float
     read: float
     sent: float
-    sent_out: float
+    beyond: float
     seconds: float
 
 
@@ -47,13 +47,12 @@ def _update(result: Result) -> Phase:
     more, apply = result.compiled["more"], result.compiled["apply"]
     number = micro_batches(result)
     updates = result.config.train.updates_per_step
-    inner, outer = (
-        number * sum(one["sent"] for one in more.traffic if one["outer"] is far)
-        + updates * sum(one["sent"] for one in apply.traffic if one["outer"] is far)
-        for far in (False, True)
+    sent, beyond = (
+        number * sum(one[field] for one in more.traffic) + updates * sum(one[field] for one in apply.traffic)
+        for field in ("sent", "beyond")
     )
     read = number * (more.arguments + more.temporary) + updates * (apply.arguments + apply.temporary)
-    return _phase("update", number * more.flops / result.devices, read, inner, outer, result)
+    return _phase("update", number * more.flops / result.devices, read, sent, beyond, result)
 
 
 def _decoding(result: Result) -> Phase:
@@ -71,11 +70,11 @@ def _decoding(result: Result) -> Phase:
     token_bytes = 2 * model.layers * model.kv_heads * model.head_width * 2
     read = steps * (result.resident.engine + slots * sequence // 2 * token_bytes / tensor)
     decode = result.compiled["decode"]
-    inner, outer = (steps * sum(one["sent"] for one in decode.traffic if one["outer"] is far) for far in (False, True))
-    return _phase("decoding", steps * decode.flops / tensor, read, inner, outer, result)
+    sent, beyond = (steps * sum(one[field] for one in decode.traffic) for field in ("sent", "beyond"))
+    return _phase("decoding", steps * decode.flops / tensor, read, sent, beyond, result)
 
 
-def _phase(name: str, flops: float, read: float, sent: float, sent_out: float, result: Result) -> Phase:
+def _phase(name: str, flops: float, read: float, sent: float, beyond: float, result: Result) -> Phase:
     chip = CHIPS[result.target.chip]
-    seconds = max(flops / chip.flops, read / chip.memory_rate, sent / chip.link_rate + sent_out / chip.outer_rate)
-    return Phase(name, flops, read, sent, sent_out, seconds)
+    seconds = max(flops / chip.flops, read / chip.memory_rate, sent / chip.link_rate, beyond / chip.outer_rate)
+    return Phase(name, flops, read, sent, beyond, seconds)

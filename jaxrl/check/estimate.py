@@ -90,13 +90,23 @@ def temporary(config: Config, devices: int) -> int:
     values and its gathered weights, or else the embedding, when no layer's are there."""
     model, tokens = config.model, tokens_per_device(config, devices)
     tensor, size = lengths(config, devices)["tensor"], jax.numpy.dtype(model.compute_dtype).itemsize
-    width = max(model.ffn_width, model.experts_per_token * model.expert_width if model.experts else 0) // tensor
+    width = model.ffn_width // tensor
     kept = model.layers * (model.width if model.remat == "full" else 8 * model.width + 3 * width)
     largest = 6 * model.width + 4 * width + 4 * model.query_heads * model.head_width // tensor
     one = dataclasses.replace(model, layers=1, dense_layers=(), vocab_size=8)
     layer = spec.count(transformer.param_specs(one)) // tensor
     table = model.vocab_size * model.width
-    return max(tokens * 4 * (kept + largest) + 4 * layer * size, table * (4 + 2 * size))
+    values = tokens * 4 * (kept + largest) + _expert_rows(config, devices) * 8 * (3 * model.width + model.expert_width)
+    return max(values + 4 * layer * size, table * (4 + 2 * size))
+
+
+def _expert_rows(config: Config, devices: int) -> int:
+    """Rows that one device's experts may have to compute: of each token that travels to it as many as it may choose."""
+    model, axes = config.model, lengths(config, devices)
+    if not model.experts:
+        return 0
+    here = max(1, model.experts // (axes["expert"] * axes["tensor"]))
+    return tokens_per_device(config, devices) * axes["expert"] * min(model.experts_per_token, here)
 
 
 def _bytes(specs: Any, rules: meshes.Rules, mesh: AbstractMesh, dtype: str | None = None) -> int:

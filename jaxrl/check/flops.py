@@ -3,6 +3,7 @@
 XLA's own count takes the body of a loop once, so it is of no use for layers that are scanned.
 """
 
+import dataclasses
 import math
 
 from jax.extend import core
@@ -10,35 +11,48 @@ from jax.extend import core
 DOTS = ("dot_general", "ragged_dot", "ragged_dot_general")
 
 
-def matrix_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr, turns: float = 1.0) -> float:
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a program's data decide.
+
+    Attributes:
+        turns: of an innermost loop whose end they decide, as those over blocks of keys; one around it counts once.
+        experts: of a layer, and
+        experts_per_token: how many a token chooses. A grouped product has room for every token that might come; what
+            comes at even load is counted.
+    """
+
+    turns: float = 1.0
+    experts: int = 0
+    experts_per_token: int = 0
+
+
+def matrix_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr, data: Data) -> float:
     """FLOPs of all matrix products on all devices together.
 
     What is computed again in the backward pass is counted again.
-
-    Args:
-        turns: of an innermost loop whose end the data decide, as those over blocks of keys; one around it counts once.
     """
     inner = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-    return sum(_of(equation, turns) for equation in inner.eqns)
+    return sum(_of(equation, data) for equation in inner.eqns)
 
 
-def _of(equation: core.JaxprEqn, turns: float) -> float:
+def _of(equation: core.JaxprEqn, data: Data) -> float:
     name, parameters = equation.primitive.name, equation.params
     if name in DOTS:
-        return _product(equation)
+        return _product(equation, data)
     times = 1.0
     if name == "scan":
         times = parameters["length"]
     elif name == "shard_map":
         times = parameters["mesh"].size  # shapes inside are those of one device, and every axis is split
     elif name == "while" and not _loops(parameters["body_jaxpr"]):
-        times = turns
+        times = data.turns
     inside = _inside(equation)
     if name in ("custom_vjp_call", "custom_jvp_call"):
-        return matrix_flops(inside[0], turns)
+        return matrix_flops(inside[0], data)
     if name == "cond":
-        return max((matrix_flops(part, turns) for part in inside), default=0.0)
-    return times * sum(matrix_flops(part, turns) for part in inside)
+        return max((matrix_flops(part, data) for part in inside), default=0.0)
+    return times * sum(matrix_flops(part, data) for part in inside)
 
 
 def _inside(equation: core.JaxprEqn) -> list[core.Jaxpr | core.ClosedJaxpr]:
@@ -58,12 +72,21 @@ def _loops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> bool:
     )
 
 
-def _product(equation: core.JaxprEqn) -> float:
+def _product(equation: core.JaxprEqn, data: Data) -> float:
     left, right = (operand.aval.shape for operand in equation.invars[:2])
     result = equation.outvars[0].aval.shape
     if equation.primitive.name != "dot_general":
         # Each of the rows that both sides have meets the matrix of its own group, whichever side holds the matrices.
-        rows = left[0]
-        return 2.0 * math.prod(left) * math.prod(result if len(right) == 3 else right) / rows
+        others = result if len(right) == 3 else right
+        matrices = right[0] if len(right) == 3 else result[0]
+        return 2.0 * math.prod(left) * math.prod(others) / left[0] * _share(matrices, data)
     (contracted, _), _ = equation.params["dimension_numbers"]
     return 2.0 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+
+
+def _share(matrices: int, data: Data) -> float:
+    """Of the rows that a product with so many experts has room for, the share that comes at even load."""
+    if not data.experts:
+        return 1.0
+    per_token = data.experts_per_token * matrices / data.experts
+    return per_token / min(data.experts_per_token, matrices)

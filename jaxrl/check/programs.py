@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrl import mesh as meshes
+from jaxrl.check import flops
 from jaxrl.config import Config, ModelConfig
 from jaxrl.model import logprob, lora, moe, spec, transformer
 from jaxrl.records import Batch
@@ -126,13 +127,13 @@ class Shapes:
         """The mesh that a program runs on."""
         return self.replica if name in ROLLOUT else self.mesh
 
-    def visits(self, name: str) -> float:
-        """Blocks of keys that a query sees, on average over rows that one longest sequence fills."""
+    def data(self, name: str) -> flops.Data:
+        """What the data decide of a program, if one longest sequence fills each row and the experts' load is even."""
+        engine, tokens = self.config.engine, self.config.train.row_tokens
+        turns = (plan.blocks_of(tokens, plan.block_of(tokens)) + 1) / 2
         if name in ROLLOUT:
-            engine = self.config.engine
-            return max(1.0, (engine.max_prompt_tokens + engine.max_response_tokens) / paged_attention.BLOCK / 2)
-        tokens = self.config.train.row_tokens
-        return (plan.blocks_of(tokens, plan.block_of(tokens)) + 1) / 2
+            turns = max(1.0, (engine.max_prompt_tokens + engine.max_response_tokens) / paged_attention.BLOCK / 2)
+        return flops.Data(turns, self.model.experts, self.model.experts_per_token)
 
     def traced(self, names: Sequence[str] = NAMES) -> dict[str, jax.stages.Traced]:
         """The programs of these names, traced."""

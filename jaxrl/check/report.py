@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +28,14 @@ def show(report: Report, console: Console) -> None:
     console.print(_memory(result))
     if "decode" in result.compiled:
         console.print(_work(result))
+        for phase in cost.phases(result):
+            console.print(
+                f"{phase.name}: at least {phase.seconds:,.0f} s of such a step, at data-sheet rates: "
+                f"{phase.flops / 1e15:,.3g} PFLOP, {phase.read / 1e12:,.3g} TB read, {phase.sent / 1e12:,.3g} TB sent, "
+                f"{phase.beyond / 1e12:,.3g} TB of it beyond the slice or host, by each device",
+                soft_wrap=True,
+                highlight=False,
+            )
     console.print(verdict(result))
     if result.fits:
         return
@@ -113,10 +120,6 @@ def _work(result: Result) -> Table:
         table.add_column(name, justify="left" if name in ("program", "collectives") else "right")
     for name, program in result.compiled.items():
         kinds = ", ".join(f"{one['count']} {one['kind']}" for one in program.traffic) or "none"
-        near, far = (_sent(program.traffic, outer) for outer in (False, True))
+        near, far = (sum(one[field] for one in program.traffic) / 1e9 for field in ("sent", "beyond"))
         table.add_row(name, f"{program.flops / 1e12:,.3g}", kinds, f"{near:.3g}", f"{far:.3g}")
     return table
-
-
-def _sent(traffic: tuple[Mapping[str, Any], ...], outer: bool) -> float:
-    return sum(one["sent"] for one in traffic if one["outer"] is outer) / 1e9

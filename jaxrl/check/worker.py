@@ -18,6 +18,9 @@ import jax
 from jaxrl.check import collectives, devices, flops, programs, targets
 from jaxrl.config import Config, ConfigError, parse
 
+READING = 1
+"""Raised when what is read of a compiled program, and how, changes: what was kept before is then not used."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -63,10 +66,10 @@ def main() -> int:
             key = _key(lowered, target, config)
             cached = pathlib.Path(request["cache"]) / f"{key}.json" if request["cache"] else None
             result = _cached(cached) or dataclasses.asdict(compiled(lowered, inner))
-            result["flops"] = flops.matrix_flops(traced.jaxpr, run.visits(name))
+            result["flops"] = flops.matrix_flops(traced.jaxpr, run.data(name))
             if cached is not None:
                 cached.parent.mkdir(parents=True, exist_ok=True)
-                cached.write_text(json.dumps(result), encoding="utf-8")
+                cached.write_text(json.dumps(result | {"reading": READING}), encoding="utf-8")
             answer(program=name, **result)
     except ConfigError as error:
         answer(config_error=str(error))
@@ -121,7 +124,8 @@ def _key(lowered: jax.stages.Lowered, target: targets.Target, config: Config) ->
 def _cached(path: pathlib.Path | None) -> dict[str, Any] | None:
     if path is None or not path.is_file():
         return None
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if found.pop("reading", None) == READING else None
 
 
 if __name__ == "__main__":

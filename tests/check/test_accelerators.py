@@ -25,7 +25,7 @@ def test_a_small_model(name: str) -> None:
     assert result.memory == target.memory()
     more = result.compiled["more"]
     assert more.temporary > 0 and more.traffic
-    assert not any(one["outer"] for one in more.traffic)  # one slice, one host
+    assert not any(one["beyond"] for one in more.traffic)  # one slice, one host
     assert result.compiled["copy"].arguments == pytest.approx(result.resident.pages, abs=1 << 16)
 
 

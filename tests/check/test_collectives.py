@@ -31,21 +31,22 @@ BYTES = 8 * 4 * 4
 
 
 @pytest.mark.parametrize(
-    ("groups", "size", "outer"),
+    ("groups", "size", "neighbours"),
     [
-        ("{{0,1,2,3},{4,5,6,7}}", 4, False),
-        ("{{0,4},{1,5},{2,6},{3,7}}", 2, True),
-        ("[2,4]<=[8]", 4, False),
-        ("[4,2]<=[2,4]T(1,0)", 2, True),
-        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4, False),
-        ("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", 2, True),
-        ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", 4, False),
-        ("mesh['axis_0'=8,'axis_1'=1] {'axis_0'}", 8, True),
+        ("{{0,1,2,3},{4,5,6,7}}", 4, 4),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 2, 1),
+        ("[2,4]<=[8]", 4, 4),
+        ("[4,2]<=[2,4]T(1,0)", 2, 1),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4, 4),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", 2, 1),
+        ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", 4, 4),
+        ("mesh['axis_0'=8,'axis_1'=1] {'axis_0'}", 8, 4),
     ],
 )
-def test_groups_and_loops(groups: str, size: int, outer: bool) -> None:
+def test_groups_and_loops(groups: str, size: int, neighbours: int) -> None:
     found = traffic(LOOP.replace("GROUPS", groups), inner=4)
-    assert found == [Traffic("all-reduce", 5, 5 * int(2 * BYTES * (size - 1) / size), outer)]
+    sent = int(2 * BYTES * (size - 1) / size)
+    assert found == [Traffic("all-reduce", 5, 5 * sent, 5 * (sent // neighbours) if neighbours < size else 0)]
 
 
 def test_a_group_of_one_sends_nothing() -> None:

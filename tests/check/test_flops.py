@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrl.check.flops import matrix_flops
+from jaxrl.check.flops import Data, matrix_flops
 
 SQUARE = jnp.ones((4, 4))
 ONE = 2 * 4 * 4 * 4
 
 
 def flops(function, *arguments, turns: float = 1.0) -> float:
-    return matrix_flops(jax.make_jaxpr(function)(*arguments), turns)
+    return matrix_flops(jax.make_jaxpr(function)(*arguments), Data(turns))
 
 
 def test_products_in_scans_are_counted_as_often_as_they_turn() -> None:
@@ -58,3 +58,11 @@ def test_a_row_meets_the_matrix_of_one_expert(differentiated: bool) -> None:
         return
     gradient = jax.grad(lambda *both: jnp.sin(product(*both)).sum(), argnums=(0, 1))
     assert flops(gradient, rows, matrices) == 3 * one
+
+
+def test_of_experts_held_here_only_their_share_of_the_rows_is_counted() -> None:
+    """Eight experts, of which a token chooses two; four are here: two rows a token are held, one comes."""
+    rows, matrices, sizes = jnp.ones((6, 4)), jnp.ones((4, 4, 5)), jnp.array([1, 1, 1, 0], jnp.int32)
+    jaxpr = jax.make_jaxpr(lambda rows: jax.lax.ragged_dot(rows, matrices, sizes))(rows)
+    assert matrix_flops(jaxpr, Data(experts=8, experts_per_token=2)) == 0.5 * matrix_flops(jaxpr, Data())
+    assert matrix_flops(jaxpr, Data(experts=4, experts_per_token=2)) == matrix_flops(jaxpr, Data())

@@ -76,7 +76,7 @@ def test_estimates_refuse_what_does_not_divide(recipe: Config, name: str) -> Non
 def test_an_estimate_follows_what_was_compiled(recipe: Config) -> None:
     target = targets.parse("h200x64")
     rests = estimate.resident(recipe, 64)
-    compiled = {name: Compiled(temporary=20 * targets.GIB) for name in ("more", "decode")}
+    compiled = {"more": Compiled(temporary=20 * targets.GIB), "decode": Compiled(temporary=targets.GIB)}
     base = run.Result(recipe, target, 64, target.memory(), 0, rests, compiled)
     same = run._needs(recipe, 64, base=base)
     assert same == max(moment.total for moment in base.moments)
