@@ -31,9 +31,10 @@ KILLED = -9
 
 
 async def plain_loop(
-    session: Session, recorder: Recorder, progress: RunProgress, state: TrainState, reference: Any
+    session: Session, recorder: Recorder, progress: RunProgress, state: TrainState, reference: Any, critic: None
 ) -> TrainState:
     """The steps one after the other: nothing is played while anything else is done."""
+    assert critic is None
     config = session.config
     loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature)
     updater = Updater(loss, session.rl_optimizer, session.mesh)
