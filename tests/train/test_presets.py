@@ -32,6 +32,7 @@ from tests.train.conftest import RunTiny
 
 PRESETS = (
     *("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rstar2", "retool", "icepop", "fapo", "dars", "datamind", "verltool"),
+    "ppo",
 )
 RECIPES = ("gsm8k_tool", "quickstart", "rstar2_14b", "smoke")
 """Those that say what is trained, on which data, and how large."""
@@ -113,7 +114,8 @@ def play_and_pack(config: Config):
             return collected
 
     collected = asyncio.run(step())
-    return collected, pack(config, collected.kept, {})
+    values = [np.zeros(len(one.ids)) for one in collected.trained] if config.critic.enabled else None
+    return collected, pack(config, collected.kept, {}, values=values)
 
 
 @pytest.mark.parametrize("name", PRESETS)
