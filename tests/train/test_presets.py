@@ -1,6 +1,7 @@
 """Presets by paper: each stands on a recipe, can be used, and takes a step with what it plays."""
 
 import asyncio
+import contextlib
 import pathlib
 import types
 
@@ -22,7 +23,8 @@ from jaxrl.records import Problem, RewardStatus, ToolCall, ToolStatus
 from jaxrl.rewards.scorer import scorer
 from jaxrl.rl import algorithm
 from jaxrl.text.chat import ChatFormat, ToolSchema
-from jaxrl.train.loop import collect, pack
+from jaxrl.train.collect import collect, open_queue
+from jaxrl.train.loop import pack
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.session import what_is_recorded
 from jaxrl.train.state import initial_params, new_state
@@ -95,7 +97,8 @@ def play_and_pack(config: Config):
     """What one step plays and packs."""
     tokenizer, tool = small_tokenizer(), Tool()
     problems = tuple(Problem(f"sums/{i}", f"{i}?", "15") for i in range(8))
-    session = types.SimpleNamespace(config=config, problem_stream=lambda progress: ProblemStream(problems, 0))
+    stream = ProblemStream(problems, 0)
+    session = types.SimpleNamespace(config=config, problem_stream=lambda progress: stream)
     recorder = types.SimpleNamespace(timer=PhaseTimer(lambda phase: None))
     player = Player(
         ScriptedEngine(tokenizer, script),
@@ -109,8 +112,9 @@ def play_and_pack(config: Config):
     )
 
     async def step():
-        async with collect(session, recorder, player, RunProgress(stage="rl")) as collected:
-            return collected
+        progress = RunProgress(stage="rl")
+        async with contextlib.aclosing(open_queue(config, progress)) as queue:
+            return await collect(session, recorder, queue, player, progress)
 
     collected = asyncio.run(step())
     return collected, pack(config, collected.kept, {})
