@@ -29,7 +29,6 @@ class Scorer:
             None lets their own router choose.
         temperature: the sampler's.
         launches: held while work is handed to the devices; see ``Engine``.
-        experts: as for ``Updater``.
         base: frozen weights; what is scored under are then adapters on them.
     """
 
