@@ -25,13 +25,10 @@ class Scorer:
     Args:
         value: of a micro-batch and the statistic [B, T] of its tokens, what is asked for, [B, T].
         statistic: takes what ``logprob.sequence_logprobs`` takes; the log-probabilities unless said otherwise.
-        everywhere: give every device the whole of it, so that the host of each can read it; otherwise it is split as
-            micro-batches are.
         experts: of a token, see ``Batch.zeros``, for weights that compute with the experts a batch has recorded;
             None lets their own router choose.
         temperature: the sampler's.
         launches: held while work is handed to the devices; see ``Engine``.
-        experts: as for ``Updater``.
         base: frozen weights; what is scored under are then adapters on them.
     """
 
@@ -44,7 +41,6 @@ class Scorer:
         launches: contextlib.AbstractContextManager[Any],
         base: Base | None = None,
         *,
-        everywhere: bool = False,
         experts: jax.ShapeDtypeStruct | None = None,
         statistic: Callable[..., jax.Array] = _logprobs,
     ) -> None:
@@ -53,7 +49,7 @@ class Scorer:
             scored = statistic(
                 whole, model, batch.tokens, batch.positions, batch.segment_ids, temperature, batch.experts
             )
-            return meshes.to_compute(value(batch, scored), (None if everywhere else "batch", None))
+            return meshes.to_compute(value(batch, scored), (None, None))
 
         self._mesh, self._launches, self._base, self._experts = mesh, launches, base, experts
         rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)
@@ -66,14 +62,16 @@ class Scorer:
             placed = jax.device_put(Batch.zeros(rows, row_tokens, self._experts), self._placement)
             self._score = self._score.lower(params, self._base, placed).compile()
 
-    def __call__(self, params: Any, batch: Batch) -> jax.Array:
-        """[B, T] the value of every token of packed rows."""
+    def __call__(self, params: Any, batch: Batch) -> np.ndarray:
+        """[B, T] the value of every token of packed rows, on the host."""
         with jax.set_mesh(self._mesh), self._launches:
-            return self._score(params, self._base, jax.device_put(batch.with_experts(self._experts), self._placement))
+            placed = jax.device_put(batch.with_experts(self._experts), self._placement)
+            values = self._score(params, self._base, placed)
+        return np.asarray(values)
 
 
 def of_trajectories(
-    score: Callable[[Batch], jax.Array], trajectories: Sequence[Trajectory], train: TrainConfig
+    score: Callable[[Batch], np.ndarray], trajectories: Sequence[Trajectory], train: TrainConfig
 ) -> list[np.ndarray]:
     """Of each trajectory [T_i] float32: what ``score`` says of its sampled tokens, 0 elsewhere.
 
@@ -88,7 +86,7 @@ def of_trajectories(
         trajectories, places, weights, rows=train.rows, row_tokens=train.row_tokens
     )  # the advantage of a token thus says whose it is
     scored = [np.zeros(len(trajectory.ids), np.float32) for trajectory in trajectories]
-    for batch, values in zip(batches, map(np.asarray, map(score, batches)), strict=True):
+    for batch, values in zip(batches, map(score, batches), strict=True):
         owners = (batch.advantages * batch.mask).astype(int)
         for owner in np.unique(owners[owners > 0]):
             scored[owner - 1][trajectories[owner - 1].mask > 0] = values[owners == owner]

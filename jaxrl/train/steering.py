@@ -33,12 +33,10 @@ class Steering:
         self._divergence = Scorer(
             lambda batch, reference: divergence.kl(batch.behaviour_logprobs, reference, batch.mask, estimator),
             *scored,
-            everywhere=True,
         )
         self._squares = Scorer(
             lambda _, sums: sums,
             *scored,
-            everywhere=True,
             experts=session.recorded_experts,
             statistic=logprob.square_sums,
         )
