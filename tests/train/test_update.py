@@ -238,9 +238,9 @@ def test_traced_programs_are_those_that_are_compiled(mesh: jax.sharding.Mesh) ->
     abstract = abstract_state(SPECS, OPTIMIZER, mesh)
     traced = updater.traced(abstract, rows=2, row_tokens=12, reference=abstract.params)
     state = new_state(initial_params(SPECS, mesh, seed=0), OPTIMIZER, mesh)
-    batch = jax.device_put(random_batch(0, rows=2), updater._placement)
+    batch = jax.device_put(random_batch(0, rows=2), updater._place.rows)
     with jax.set_mesh(mesh):
-        arguments = (state.params, None, batch, state.params)
+        arguments = (state.params, updater._fixed, batch, state.params)
         total = updater._first(*arguments)
         real = {
             "first": updater._first.lower(*arguments),
