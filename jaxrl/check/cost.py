@@ -5,7 +5,7 @@ import math
 
 from jaxrl.check.run import Result
 from jaxrl.check.targets import CHIPS
-from jaxrl.rollout.scheduler import Scheduler
+from jaxrl.rollout.scheduler import pages_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _decoding(result: Result) -> Phase:
     tensor = config.mesh.rollout_tensor or config.mesh.tensor
     replicas = result.devices // tensor
     engine = config.engine
-    held = Scheduler(engine).total_pages * engine.page_size
+    held = pages_of(engine)[1] * engine.page_size
     sequence = engine.max_prompt_tokens + engine.max_response_tokens
     slots = min(engine.slots, held // (sequence // 2))
     tokens = config.train.problems * config.train.samples * engine.max_response_tokens

@@ -11,7 +11,7 @@ from jaxrl import mesh as meshes
 from jaxrl.check.programs import Resident
 from jaxrl.config import Config, ConfigError
 from jaxrl.model import lora, moe, spec, transformer
-from jaxrl.rollout.scheduler import Scheduler
+from jaxrl.rollout.scheduler import pages_of
 from jaxrl.train import transfer
 
 
@@ -55,7 +55,7 @@ def resident(config: Config, devices: int) -> Resident:
         offloaded=2 * weights if config.optimizer.offload else 0,
         reference=weights if config.algorithm.kl_coefficient else 0,
         engine=_bytes(base, meshes.ROLLOUT_RULES, replica, model.compute_dtype) + adapters,
-        pages=Scheduler(config.engine).total_pages * config.engine.page_size * (token // tensor + recorded),
+        pages=pages_of(config.engine)[1] * config.engine.page_size * (token // tensor + recorded),
         gradients=weights,
         hand_over=transfer.CHUNK_BYTES // mesh.size
         + max(_bytes(one, meshes.PARAM_RULES, mesh, model.compute_dtype) for one in jax.tree.leaves(trained)),

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxrl.check import estimate, targets
 from jaxrl.config import Config, ConfigError
-from jaxrl.rollout.scheduler import Scheduler
+from jaxrl.rollout.scheduler import pages_of
 
 MOST_DEVICES = 32
 """Times as many devices as were asked about, beyond which no remedy is looked for."""
@@ -135,8 +135,8 @@ def _knobs(config: Config) -> list[list[_Step]]:
 
 
 def _fewer_pages(config: Config) -> Iterator[_Step]:
-    scheduler = Scheduler(config.engine)
-    pages, least = scheduler.total_pages, LEAST_SEQUENCES * (scheduler.table_width + 1)
+    width, pages = pages_of(config.engine)
+    least = LEAST_SEQUENCES * (width + 1)
     for halvings in range(1, 7):
         if pages >> halvings >= least:
             words = f"1/{2**halvings} of the KV pages: as many fewer sequences in flight"

@@ -12,7 +12,7 @@ from jaxrl.config import EngineConfig, ModelConfig
 from jaxrl.model import spec
 from jaxrl.model.transformer import KV_AXES, KVPages, init_pages, param_specs
 from jaxrl.rollout import rounds
-from jaxrl.rollout.scheduler import Scheduler
+from jaxrl.rollout.scheduler import pages_of
 
 
 def abstract_params(model: ModelConfig, mesh: Mesh, specs: spec.Specs | None = None) -> Any:
@@ -38,9 +38,7 @@ def abstract_pages(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Any:
     """Shapes, types and shardings of a replica's KV pages."""
     by_head = NamedSharding(mesh, meshes.partition_spec(KV_AXES, meshes.ROLLOUT_RULES, mesh))
     everywhere = NamedSharding(mesh, PartitionSpec()) if config.record_experts else None
-    pages = jax.eval_shape(
-        lambda: init_pages(model, Scheduler(config).total_pages, config.page_size, config.record_experts)
-    )
+    pages = jax.eval_shape(lambda: init_pages(model, pages_of(config)[1], config.page_size, config.record_experts))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         pages,
@@ -58,9 +56,9 @@ def traced(
         params: from ``abstract_params``.
         stop_ids: how many there are.
     """
-    scheduler, pages = Scheduler(config), abstract_pages(config, model, mesh)
+    (width, count), pages = pages_of(config), abstract_pages(config, model, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    row, copies, decode = rounds.empty_plans(config, scheduler.table_width, scheduler.total_pages)
+    row, copies, decode = rounds.empty_plans(config, width, count)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
         programs = {

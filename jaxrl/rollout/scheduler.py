@@ -85,21 +85,31 @@ class Cycle:
     prefill_tokens: int
 
 
+def pages_of(config: EngineConfig) -> tuple[int, int]:
+    """The most pages of a sequence, and the pages of an engine.
+
+    Raises:
+        ConfigError: they cannot hold one longest sequence.
+    """
+    width = pages_for(config.max_prompt_tokens + config.max_response_tokens, config.page_size)
+    # One page more than the longest sequence: the prompt's tail exists twice, shared and copied.
+    pages = config.pages or config.slots * (width + 1)
+    if pages < width + 1:
+        raise ConfigError(
+            f"EngineConfig.pages={pages} of {config.page_size} tokens cannot hold one sequence of "
+            f"max_prompt_tokens={config.max_prompt_tokens} and max_response_tokens={config.max_response_tokens}; "
+            f"give at least {width + 1} pages, or 0 to let the slots decide"
+        )
+    return width, pages
+
+
 class Scheduler:
     """Admission, slots and pages of one engine."""
 
     def __init__(self, config: EngineConfig) -> None:
         """Raises ConfigError when the longest sequence cannot fit into the pages."""
         self.config = config
-        self.table_width = pages_for(config.max_prompt_tokens + config.max_response_tokens, config.page_size)
-        # One page more than the longest sequence: the prompt's tail exists twice, shared and copied.
-        self.total_pages = config.pages or config.slots * (self.table_width + 1)
-        if self.total_pages < self.table_width + 1:
-            raise ConfigError(
-                f"EngineConfig.pages={self.total_pages} of {config.page_size} tokens cannot hold one sequence of "
-                f"max_prompt_tokens={config.max_prompt_tokens} and max_response_tokens={config.max_response_tokens}; "
-                f"give at least {self.table_width + 1} pages, or 0 to let the slots decide"
-            )
+        self.table_width, self.total_pages = pages_of(config)
         self.allocator = PageAllocator(self.total_pages)
         self.prompts = PromptCache(self.allocator, config.page_size)
         self.preemptions = 0

@@ -15,6 +15,8 @@ from jaxrl.check import cost, environment, estimate, ledger, programs, report, r
 from jaxrl.config import Config, ConfigError
 from tests.check.conftest import SMALL
 
+pytestmark = pytest.mark.timeout(900)
+
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 
@@ -83,7 +85,7 @@ def test_a_result_that_does_not_fit_names_the_part(result: run.Result) -> None:
 
 def test_nothing_is_compiled_where_what_rests_is_too_much(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", DEVICES["XLA_FLAGS"])
-    huge = dataclasses.replace(config, engine=dataclasses.replace(config.engine, pages=1 << 34))
+    huge = dataclasses.replace(config, engine=dataclasses.replace(config.engine, pages=1 << 20, page_size=1 << 12))
     said: list[str] = []
     found = run.check(huge, targets.parse("this"), said.append, mend=False).result
     assert not found.fits and not found.compiled["more"].temporary
@@ -104,7 +106,8 @@ def test_the_seconds_of_a_step_come_from_the_slowest_limit(result: run.Result) -
 def test_a_recipe_may_leave_open_what_must_be_set() -> None:
     config = run.configuration("rstar2_14b", ["TrainConfig.rows=128"])
     assert (config.model.path, config.model.width, config.train.rows) == ("", 5120, 128)
-    assert run.configuration("quickstart", []).model.vocab_size == 512
+    made = run.configuration("quickstart", [])
+    assert made.model.vocab_size == made.tokenizer.vocab_size
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_a_configuration_that_the_target_refuses_is_said_so(config: Config) -> N
 
 def test_check_returns_one_when_it_does_not_fit() -> None:
     command = [sys.executable, "-m", "jaxrl", "check", "smoke", "--target", "this", "--json"]
-    command += ["--set", f"EngineConfig.pages={1 << 34}"]
+    command += ["--set", f"EngineConfig.pages={1 << 20}", "--set", "EngineConfig.page_size=4096"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["fits"] is False
