@@ -198,13 +198,14 @@ def check(recipe: str, overrides: Sequence[str], target: str, *, as_json: bool, 
     config = check_run.configuration(recipe, overrides)
     if not environment.installed(wanted.platform):
         install_compiler(wanted.platform)
+    if as_json:
+        report = check_run.check(config, wanted, lambda line: print(line, file=sys.stderr), cached=not again)
+        print(check_report.as_json(report))
+        return report.result.fits
     with Progress(f"check {wanted.name}") as view:
         view.phase("compile")
         report = check_run.check(config, wanted, view.note, cached=not again)
-    if as_json:
-        print(check_report.as_json(report))
-    else:
-        check_report.show(report, _console())
+    check_report.show(report, _console())
     return report.result.fits
 
 

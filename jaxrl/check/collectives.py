@@ -106,7 +106,7 @@ def _trips(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -
     condition = re.search(r"condition=%?([\w.\-]+)", loop.line)
     body = computations.get(condition[1], []) if condition else []
     limits = [int(m[1]) for one in body if one.kind == "constant" and (m := re.search(r"constant\((\d+)\)", one.line))]
-    compares = [one for one in body if one.kind == "compare" and "direction=LT" in one.line]
+    compares = [one for one in body if one.kind == "compare" and "ROOT" in one.line and "direction=LT" in one.line]
     return limits[0] if len(limits) == 1 and len(compares) == 1 else 1
 
 
