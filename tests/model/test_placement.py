@@ -101,7 +101,7 @@ def reports(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def test_every_mesh_gets_the_values_where_they_shall_rest(reports: list[dict[str, Any]]) -> None:
-    meshes = ["1x2x2x1x2", "1x8x1x1x1", "1x1x8x1x1", "1x2x1x1x4", "2x1x1x2x2", "1x2x2x1x2"]
+    meshes = ["1x2x2x1x1x2", "1x8x1x1x1x1", "1x1x8x1x1x1", "1x2x1x1x1x4", "2x1x1x1x2x2", "1x2x2x1x1x2"]
     assert [report["mesh"] for report in reports] == meshes
     assert all(report["equal"] and not report["misplaced"] for report in reports)
     assert [report["most_split"] for report in reports] == [4, 1, 8, 4, 2, 8]
