@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,10 +79,12 @@ async def reinforce(
             updates, learned = [], {}
             with timer.phase("update"):
                 values = None if critic is None else await asyncio.to_thread(critic.values, collected.trained)
-                charge = functools.partial(steering.seen, params=state.params, reference=reference, progress=progress)
-                packed = await asyncio.to_thread(pack, config, collected.kept, progress.memory, charge, values)
+                outcomes = earned(config, collected.kept, progress.memory, values)
+                scored = collected.trained, state.params, reference, progress
+                outcomes = await asyncio.to_thread(steering.seen, outcomes, *scored)
+                packed = await asyncio.to_thread(pack, config, collected.kept, progress.memory, outcomes)
                 if critic is not None and collected.trained:
-                    learned = await asyncio.to_thread(critic.learn, collected.trained, values)
+                    learned = await asyncio.to_thread(critic.learn, collected.trained, outcomes)
                     packed = packed if progress.step >= config.critic.first_steps else []
                 packed = mixture.mixed(packed, collected.kept, progress.step)
                 for batches in await asyncio.to_thread(steering.prepared, packed, state.params, progress):
@@ -133,32 +134,46 @@ async def measure(session: Session, recorder: Recorder, player: Player, progress
     return recorder.evaluation(progress, sampled, greedy, played)
 
 
+def earned(
+    config: Config,
+    selections: tuple[selection.Selection, ...],
+    memory: dict[str, float],
+    values: Sequence[np.ndarray] | None = None,
+) -> Outcomes:
+    """What became of the kept trajectories, before anything is charged for them.
+
+    Args:
+        memory: what the advantage keeps from step to step.
+        values: a critic's, of each kept trajectory [T_i].
+    """
+    trajectories = [trajectory for group in selections for trajectory in group.kept]
+    groups = np.repeat(np.arange(len(selections)), [len(group.kept) for group in selections])
+    masked = np.array([flag for group in selections for flag in group.masked or (False,) * len(group.kept)], bool)
+    outcomes = of_trajectories(trajectories, groups, what_is_recorded(config), memory, values)
+    return dataclasses.replace(outcomes, trained=~masked)
+
+
 def pack(
     config: Config,
     selections: tuple[selection.Selection, ...],
     memory: dict[str, float],
-    charge: Callable[[Outcomes, Sequence[Trajectory]], Outcomes] = lambda outcomes, _: outcomes,
-    values: Sequence[np.ndarray] | None = None,
+    outcomes: Outcomes | None = None,
 ) -> list[list[Batch]]:
     """Micro-batches of each optimizer update: advantages by step, aggregation weights by update, fixed shapes.
 
     Args:
         memory: what the advantage keeps from step to step; brought up to date in place.
-        charge: what is scored and what rewards pay before advantages are made of them.
-        values: a critic's, of each kept trajectory [T_i].
+        outcomes: what advantages are made of; None = what was ``earned``, with nothing charged for it.
     """
     trajectories = [trajectory for group in selections for trajectory in group.kept]
     if not trajectories:
         return []
-    groups = np.repeat(np.arange(len(selections)), [len(group.kept) for group in selections])
-    masked = np.array([flag for group in selections for flag in group.masked or (False,) * len(group.kept)], bool)
-    held = what_is_recorded(config)
-    outcomes = of_trajectories(trajectories, groups, held, memory, values)
-    estimate = algorithm.advantage(config.algorithm, held)(charge(outcomes, trajectories))
+    outcomes = outcomes or earned(config, selections, memory)
+    estimate = algorithm.advantage(config.algorithm, what_is_recorded(config))(outcomes)
     memory.update(estimate.memory)
     updates = []
     for part in np.array_split(np.arange(len(selections)), config.train.updates_per_step):
-        if not (members := np.flatnonzero(np.isin(groups, part) & ~masked).tolist()):
+        if not (members := np.flatnonzero(np.isin(outcomes.groups, part) & outcomes.trained).tolist()):
             continue
         chosen, advantages = [trajectories[i] for i in members], [estimate.values[i] for i in members]
         masks, constant_length = [trajectory.mask for trajectory in chosen], config.engine.max_response_tokens

@@ -24,7 +24,7 @@ from jaxrl.rewards.scorer import scorer
 from jaxrl.rl import algorithm
 from jaxrl.text.chat import ChatFormat, ToolSchema
 from jaxrl.train.collect import collect, open_queue
-from jaxrl.train.loop import pack
+from jaxrl.train.loop import earned, pack
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.session import what_is_recorded
 from jaxrl.train.state import initial_params, new_state
@@ -125,7 +125,7 @@ def play_and_pack(config: Config):
 
     collected = asyncio.run(step())
     values = [np.zeros(len(one.ids)) for one in collected.trained] if config.critic.enabled else None
-    return collected, pack(config, collected.kept, {}, values=values)
+    return collected, pack(config, collected.kept, {}, earned(config, collected.kept, {}, values))
 
 
 @pytest.mark.parametrize("name", PRESETS)
