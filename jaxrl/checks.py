@@ -188,6 +188,12 @@ def _check_kl(algorithm: Any, lora: Any) -> None:
             f"AlgorithmConfig.kl_estimator={estimator!r} differs from {estimator[:-1]!r} by its gradient, and "
             f"kl_placement='reward' has none; use {estimator[:-1]!r}"
         )
+    if algorithm.kl_by_ratio and not (algorithm.kl_coefficient and algorithm.kl_placement == "loss"):
+        raise ConfigError(
+            "AlgorithmConfig.kl_by_ratio=True is of a KL in the loss, but "
+            f"kl_coefficient={algorithm.kl_coefficient} and kl_placement={algorithm.kl_placement!r}; "
+            "set kl_coefficient above 0 with kl_placement='loss', or kl_by_ratio=False"
+        )
     if not algorithm.kl_coefficient and (algorithm.kl_target or algorithm.reference_every):
         raise ConfigError(
             f"AlgorithmConfig.kl_target={algorithm.kl_target} and reference_every={algorithm.reference_every} do "
