@@ -146,7 +146,10 @@ def test_an_advantage_that_needs_values_needs_a_critic() -> None:
     algorithm.check(config, Recorded(values=True))
 
 
-PPO = ("AlgorithmConfig.advantage=gae", "CriticConfig.enabled=True", "CriticConfig.learning_rate=1e-3")
+PPO = (
+    *("AlgorithmConfig.advantage=gae", "AlgorithmConfig.kl_placement=reward", "AlgorithmConfig.kl_estimator=k1"),
+    *("CriticConfig.enabled=True", "CriticConfig.learning_rate=1e-3", "TrainConfig.passes=2"),
+)
 
 
 @pytest.mark.slow
