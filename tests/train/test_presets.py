@@ -22,6 +22,7 @@ from jaxrl.observe.writers import read_metrics
 from jaxrl.records import Problem, RewardStatus, ToolCall, ToolStatus
 from jaxrl.rewards.scorer import scorer
 from jaxrl.rl import algorithm
+from jaxrl.rl.selection import chooser
 from jaxrl.text.chat import ChatFormat, ToolSchema
 from jaxrl.train.collect import collect, open_queue
 from jaxrl.train.loop import earned, pack
@@ -121,11 +122,11 @@ def play_and_pack(config: Config):
     async def step():
         progress = RunProgress(stage="rl")
         async with contextlib.aclosing(open_queue(config, progress)) as queue:
-            return await collect(session, recorder, queue, player, progress)
+            return await collect(session, recorder, queue, player, progress, chooser(config.algorithm))
 
     collected = asyncio.run(step())
     values = [np.zeros(len(one.ids)) for one in collected.trained] if config.critic.enabled else None
-    return collected, pack(config, collected.kept, {}, earned(config, collected.kept, {}, values))
+    return collected, pack(config, collected.kept, {}, earned(what_is_recorded(config), collected.kept, {}, values))
 
 
 @pytest.mark.parametrize("name", PRESETS)
