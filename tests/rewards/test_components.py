@@ -83,7 +83,8 @@ def test_soft_overlong_punishment_is_that_of_trl(golden: Golden) -> None:
             got = overlong(seen, buffer=settings["soft_punish_cache"], longest=settings["max_completion_len"])
             assert got == pytest.approx(expected), case["id"]
     assert len(cases) == 4
-    assert overlong(graded(ids=np.zeros(7), most=8)) == -0.5  # a quarter of 8 is the buffer
+    assert overlong(graded(ids=np.zeros(9), most=10)) == -0.5  # a fifth of 10 is the buffer
+    assert overlong(graded(ids=np.zeros(9), most=12), share=0.5) == -0.5
     assert overlong(graded(ids=np.zeros(4), most=8), buffer=100) == -0.5
 
 

@@ -362,7 +362,7 @@ def test_penalty_switches() -> None:
         ("turn_limit", trajectory(0, stop_reason=StopReason.MAX_TURNS), trajectory(0)),
         ("wall_clock", trajectory(0, stop_reason=StopReason.WALL_CLOCK), trajectory(0)),
         ("void_turn", trajectory(0, stop_reason=StopReason.NO_CALL), trajectory(0)),
-        ("no_valid_call", trajectory(0, calls=(ToolStatus.PARSE_ERROR,)), trajectory(0, calls=())),
+        ("no_valid_call", trajectory(0, calls=()), trajectory(0, calls=(ToolStatus.OK,))),
         (
             "no_valid_call",
             trajectory(0, calls=(ToolStatus.UNKNOWN_TOOL,)),

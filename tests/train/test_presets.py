@@ -36,6 +36,7 @@ from tests.train.conftest import RunTiny
 PRESETS = (
     *("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rstar2", "retool", "icepop", "fapo", "dars", "datamind", "verltool"),
     "ppo",
+    "plain",
 )
 RECIPES = ("gsm8k_tool", "quickstart", "rstar2_14b", "smoke")
 """Those that say what is trained, on which data, and how large."""
@@ -70,8 +71,27 @@ def test_a_preset_sets_the_algorithm_and_leaves_the_rest_to_the_recipe(name: str
     algorithm.check(config.algorithm, what_is_recorded(config))
     for section in ("model", "tokenizer", "chat", "data", "sft", "engine", "sandbox", "env", "optimizer", "eval"):
         assert getattr(config, section) == getattr(plain, section), section
-    assert config.algorithm != plain.algorithm or config.reward != plain.reward or name == "rstar2"
+    assert config.algorithm != plain.algorithm or config.reward != plain.reward or name in ("rstar2", "plain")
     assert configuration.parse([configuration.dump(config)]) == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_stands_on_every_recipe(recipe: str, name: str, judge: str) -> None:
+    required = {
+        "gsm8k_tool": ["DataConfig.train=train.jsonl"],
+        "rstar2_14b": ["DataConfig.train=train.jsonl", "DataConfig.eval=eval.jsonl", "ModelConfig.path=folder"],
+    }
+    if (recipe, name) == ("rstar2_14b", "datamind"):
+        required["rstar2_14b"].append("SftConfig.demonstrations=demonstrations.jsonl")
+    config = preset(name, judge, *required.get(recipe, ()), recipe=recipe)
+    algorithm.check(config.algorithm, what_is_recorded(config))
+
+
+@pytest.mark.parametrize("first", PRESETS)
+def test_of_two_presets_the_second_wins_wholly(first: str, judge: str) -> None:
+    for second in PRESETS:
+        assert preset(second, judge, recipe=f"quickstart+{first}") == preset(second, judge), second
 
 
 class Tool:

@@ -28,8 +28,8 @@ def void_turn(trajectory: Trajectory) -> bool:
 
 
 def no_valid_call(trajectory: Trajectory) -> bool:
-    """It called, and no call could be run (VerlTool masks those)."""
-    return bool(trajectory.calls) and all(call.status in _UNREADABLE for call in trajectory.calls)
+    """No call could be run, be it that there was none (VerlTool masks those)."""
+    return all(call.status in _UNREADABLE for call in trajectory.calls)
 
 
 def unreadable_call(trajectory: Trajectory) -> bool:
