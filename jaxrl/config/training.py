@@ -135,7 +135,7 @@ class MixConfig:
 
     demonstrations: Literal["off", "batch", "any"] = "off"
     """Of SftConfig.demonstrations, one for each problem of the update: "batch" one of that very problem, where there is
-    one; "any" the next in an order of their own."""
+    one; "any" one of them all. Each is drawn anew."""
     peak: float = 0.9
     """Largest weight μ of the demonstrations' loss; the policy loss has 1 - μ."""
     valley: float = 0.05

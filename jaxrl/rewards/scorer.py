@@ -59,8 +59,8 @@ class Scorer:
     async def score(self, trajectory: Trajectory, max_response_tokens: int) -> Trajectory:
         """The trajectory with its reward, its components, and what its turns earned.
 
-        A component that gives None or nan adds nothing. A trajectory that cannot be trained on has reward 0 and no
-        components. A judge that fails, or is late, has said nothing.
+        A component that gives None or nan adds nothing and stays out of them. A trajectory that cannot be trained on
+        has reward 0 and no components. A judge that fails, or is late, has said nothing.
         """
         if not trajectory.trainable:
             return trajectory
@@ -98,6 +98,11 @@ CORRECTNESS = Scorer({"correct": correct}, {"correct": 1.0})
 """1 for a correct answer, 0 for any other."""
 
 
+def component_names(config: RewardConfig) -> list[str]:
+    """What the components are called in ``Trajectory.components``: without the file of a function of the user's."""
+    return [name.rpartition(":")[2] for name in config.components]
+
+
 def scorer(config: RewardConfig) -> Scorer:
     """What ``components`` and ``judge`` name.
 
@@ -108,7 +113,7 @@ def scorer(config: RewardConfig) -> Scorer:
     """
     key = "RewardConfig.components"
     settings: dict[str, dict[str, Any]] = {name: {} for name in config.components}
-    short = {name.rpartition(":")[2]: name for name in settings}
+    short = dict(zip(component_names(config), settings, strict=True))
     if len(short) < len(settings):
         raise ConfigError(f"{key} has two components of one name: {', '.join(settings)}; rename a function of yours")
     for setting, value in config.component_settings.items():

@@ -12,17 +12,9 @@ from jaxrl.model import logprob
 from jaxrl.rl import divergence
 from jaxrl.rl.aggregation import aggregation_weights
 from jaxrl.rl.policy_losses import POLICY_LOSSES
-from tests.rl.rows import close, padded, tokens_of, weights_of
+from tests.rl.rows import VERL_MODES, close, padded, tokens_of, weights_of
 
 Golden = Callable[[str], list[dict[str, Any]]]
-
-VERL_MODES = {
-    "token-mean": "token",
-    "token-sum": "token_sum",
-    "seq-mean-token-mean": "sequence",
-    "seq-mean-token-sum": "sequence_sum",
-    "seq-mean-token-sum-norm": "constant",
-}
 
 
 def verl_loss(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -398,6 +398,26 @@ def test_a_masked_trajectory_stays_in_the_group_without_weight_and_is_counted() 
     nothing = select_group([failed, wrong], config, None)
     assert chosen.statistics["groups_kept"] == (1, 1) and nothing.statistics["groups_kept"] == (0, 1)
     assert nothing.kept == () and nothing.rejected == "masked" and nothing.statistics["masked"] == (2, 2)
+    assert nothing.statistics["kept"] == (0, 1) and nothing.statistics["pass_rate_kept"] == (0, 0)
+    assert nothing.statistics["pass_rate"] == (1, 2)
+
+
+def test_every_group_that_leaves_is_counted_under_its_reason() -> None:
+    config = AlgorithmConfig(selection="first", keep=0, leave_out=("truncated",), mask_out=("failed_call",))
+    wrong, failed = {"status": RewardStatus.WRONG}, {"calls": (ToolStatus.ERROR,)}
+    groups = {
+        "": [trajectory(0), trajectory(1, **wrong)],
+        "untrainable": [trajectory(0, stop_reason=StopReason.INFRA_ERROR)],
+        "filtered": [trajectory(0, stop_reason=StopReason.MAX_TOKENS)],
+        "all_correct": [trajectory(0), trajectory(1)],
+        "all_wrong": [trajectory(0, **wrong), trajectory(1, **wrong)],
+        "masked": [trajectory(0, **failed), trajectory(1, **wrong, **failed)],
+    }
+    for why, group in groups.items():
+        statistics = select_group(group, config, None).statistics
+        counted = {name for name, (total, _) in statistics.items() if name.startswith("groups_") and total}
+        assert counted == {f"groups_{why or 'kept'}"}
+        assert all(statistics[f"groups_{other or 'kept'}"][1] == 1 for other in groups)
 
 
 def test_the_first_and_those_of_largest_variance() -> None:
