@@ -88,6 +88,19 @@ def test_soft_overlong_punishment_is_that_of_trl(golden: Golden) -> None:
     assert overlong(graded(ids=np.zeros(4), most=8), buffer=100) == -0.5
 
 
+def test_soft_overlong_punishment_is_that_of_areal_up_to_the_limit(golden: Golden) -> None:
+    """Behind the longest response, where none of ours ends, AReaL's falls on and ours stays."""
+    cases = [case for case in golden("areal/decoupled_ppo") if case["id"].startswith("overlong/")]
+    for case in cases:
+        settings, lengths = case["settings"], case["inputs"]["lengths"]
+        factor, longest = settings["overlong_penalty_factor"], settings["max_response_length"]
+        for tokens, expected in zip(lengths, case["outputs"]["added_reward"], strict=True):
+            seen = graded(ids=np.zeros(tokens, np.int32))
+            got = factor * overlong(seen, buffer=settings["overlong_tokens"], longest=longest)
+            assert got == pytest.approx(expected if tokens <= longest else -factor, abs=1e-6), (case["id"], tokens)
+    assert len(cases) == 3
+
+
 def test_what_an_answer_and_its_form_are_worth() -> None:
     assert (correct(graded()), correct(graded(WRONG)), correct(graded(WRONG), wrong=-1.0)) == (1, 0, -1)
     assert form(graded()) == 1.0

@@ -165,8 +165,8 @@ def test_kl_matches_verl(golden: Golden) -> None:
 NO_LOSS_HERE = {
     "gvpo": "subtracts the mean of a group, whose trajectories lie in several micro-batches",
     "flowrl": "trains a partition function beside the policy",
-    "prime_rloo": "an advantage of token rewards, not a loss",
-    "prime_ce": "trains a reward model",
+    "prime_rloo": "token rewards of a model trained beside the policy; without them in test_advantages_golden.py",
+    "prime_ce": "trains that model, an implicit one, on answers of the present policy; ours are trained before",
 }
 
 

@@ -37,6 +37,25 @@ def test_every_case_of_verl(golden: Golden) -> None:
     assert checked == 30
 
 
+def test_every_case_of_areal_but_its_huber_losses(golden: Golden) -> None:
+    """There is no Huber loss of a critic here."""
+    cases = [case for case in golden("areal/decoupled_ppo") if case["id"].startswith("critic/")]
+    compared = [case for case in cases if case["settings"]["loss_fn_type"] == "mse"]
+    assert (len(cases), len(compared)) == (4, 2)
+    for case in compared:
+        inputs = {name: np.asarray(value) for name, value in case["inputs"].items()}
+        mask, clip = inputs["loss_mask"], case["settings"]["value_eps_clip"]
+
+        def loss(values: jax.Array, inputs: Any = inputs, mask: Any = mask, clip: float = clip) -> jax.Array:
+            old, returns = inputs["old_value"], inputs["target_value"]
+            per_token, _ = clipped_value_loss(values, old, returns, jnp.asarray(mask), clip=clip)
+            return (per_token * weights_of(mask, "token")).sum()
+
+        value, gradient = jax.value_and_grad(loss)(jnp.asarray(inputs["value"]))
+        np.testing.assert_allclose(value, case["outputs"]["loss"], rtol=1e-5, err_msg=case["id"])
+        np.testing.assert_allclose(gradient, case["outputs"]["grad"], rtol=1e-4, atol=1e-6, err_msg=case["id"])
+
+
 def test_a_masked_token_has_no_gradient_whatever_stands_there() -> None:
     nan = jnp.array([[np.nan, 1.0]])
     mask = jnp.array([[0.0, 1.0]])
