@@ -16,7 +16,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Model.query_heads Model.kv_heads Model.head_width Model.ffn_width Model.experts_per_token Model.expert_width "
         "Prefer.rows Prefer.row_tokens Model.max_positions "
         "Sft.count Sft.rows Sft.row_tokens Train.rows Train.row_tokens Train.problems "
-        "Train.samples Train.max_draws "
+        "Train.samples Train.max_draws Train.passes "
         "Train.updates_per_step Algorithm.kl_horizon Eval.samples Eval.k Env.max_turns Env.max_parallel_calls "
         "Checkpoint.every Checkpoint.keep Data.train_problems Data.eval_problems Reward.workers Sandbox.workers "
         "Sandbox.slots Sandbox.queue Sandbox.output_kib Sandbox.output_hard_mib Sandbox.disk_mib Sandbox.open_files "
@@ -187,6 +187,12 @@ def _check_kl(algorithm: Any, lora: Any) -> None:
         raise ConfigError(
             f"AlgorithmConfig.kl_estimator={estimator!r} differs from {estimator[:-1]!r} by its gradient, and "
             f"kl_placement='reward' has none; use {estimator[:-1]!r}"
+        )
+    if algorithm.kl_by_ratio and not (algorithm.kl_coefficient and algorithm.kl_placement == "loss"):
+        raise ConfigError(
+            "AlgorithmConfig.kl_by_ratio=True is of a KL in the loss, but "
+            f"kl_coefficient={algorithm.kl_coefficient} and kl_placement={algorithm.kl_placement!r}; "
+            "set kl_coefficient above 0 with kl_placement='loss', or kl_by_ratio=False"
         )
     if not algorithm.kl_coefficient and (algorithm.kl_target or algorithm.reference_every):
         raise ConfigError(

@@ -21,6 +21,11 @@ class ToolStatus(enum.StrEnum):
         """Whether the call counts against the model: every outcome but success and faults of ours."""
         return self not in (ToolStatus.OK, ToolStatus.INFRA_ERROR)
 
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether nothing was run because the call itself was wrong."""
+        return self in (ToolStatus.PARSE_ERROR, ToolStatus.UNKNOWN_TOOL, ToolStatus.BAD_ARGUMENTS)
+
 
 class StopReason(enum.StrEnum):
     """Why a trajectory ended."""

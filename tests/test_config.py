@@ -78,6 +78,11 @@ def test_promise_10_bad_configuration_is_refused_with_a_remedy(text: str, messag
         ("ModelConfig.kv_heads = 0", r"ModelConfig.kv_heads=0 must be at least 1"),
         ("ModelConfig.head_width = 15", "head_width=15 must be even"),
         (
+            "AlgorithmConfig.kl_coefficient = 0.1\nAlgorithmConfig.kl_placement = 'reward'\n"
+            "AlgorithmConfig.kl_by_ratio = True",
+            "kl_by_ratio=True is of a KL in the loss, but kl_coefficient=0.1 and kl_placement='reward'",
+        ),
+        (
             "AlgorithmConfig.kl_coefficient = 0.1\nAlgorithmConfig.kl_estimator = 'k1'",
             "kl_estimator='k1' has no gradient in expectation; use 'k2', 'k3' or 'k1\\+' in a loss",
         ),

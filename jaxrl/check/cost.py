@@ -30,7 +30,7 @@ class Phase:
 def micro_batches(result: Result) -> int:
     """Micro-batches of a step at most: every group stays, and every trajectory fills a row."""
     train = result.config.train
-    return math.ceil(train.problems * result.config.algorithm.keep / train.rows)
+    return train.passes * math.ceil(train.problems * result.config.algorithm.keep / train.rows)
 
 
 def phases(result: Result) -> list[Phase]:
@@ -46,7 +46,7 @@ def phases(result: Result) -> list[Phase]:
 def _update(result: Result) -> Phase:
     more, apply = result.compiled["more"], result.compiled["apply"]
     number = micro_batches(result)
-    updates = result.config.train.updates_per_step
+    updates = result.config.train.passes * result.config.train.updates_per_step
     sent, beyond = (
         number * sum(one[field] for one in more.traffic) + updates * sum(one[field] for one in apply.traffic)
         for field in ("sent", "beyond")

@@ -135,7 +135,7 @@ class MixConfig:
 
     demonstrations: Literal["off", "batch", "any"] = "off"
     """Of SftConfig.demonstrations, one for each problem of the update: "batch" one of that very problem, where there is
-    one; "any" the next in an order of their own."""
+    one; "any" one of them all. Each is drawn anew."""
     peak: float = 0.9
     """Largest weight μ of the demonstrations' loss; the policy loss has 1 - μ."""
     valley: float = 0.05
@@ -160,9 +160,10 @@ class CriticConfig:
     learning_rate: float = 2e-6
     """Its optimizer is the policy's (OptimizerConfig) but for this and the warm-up."""
     warmup_steps: int = 0
-    """Updates over which its learning rate rises."""
+    """Updates over which its learning rate rises; for what is called critic warm-up (verl) see ``first_steps``."""
     first_steps: int = 0
-    """Steps at the beginning of reinforcement in which it learns alone and the policy stays as it is."""
+    """Steps at the beginning of reinforcement in which it learns alone and the policy stays as it is: what is called
+    critic warm-up (verl's ``critic_warmup``), which ``warmup_steps`` is not."""
     clip: float = 0.5
     """How far a value may move in one step before its gradient ends, in units of reward."""
     discount: float = 1.0
@@ -213,7 +214,10 @@ class TrainConfig:
     """What an asynchronous step trains on: the problems drawn first, or those played first, so that no straggler holds
     it up; but then short episodes come earlier, and those that become older than max_staleness are dropped."""
     updates_per_step: int = 1
-    """Optimizer updates on one collected batch (mini-batches)."""
+    """Parts that one collected batch is cut into, with an optimizer update on each (mini-batches)."""
+    passes: int = 1
+    """Times that a step goes through these parts (PPO's epochs). Advantages, and the proximal policy unless it is
+    interpolated, stay those of before the first."""
     rows: int = 16
     """Packed rows in one micro-batch."""
     row_tokens: int = 512

@@ -45,7 +45,30 @@ def load(config: PreferConfig, seed: int) -> tuple[tuple[Preference, ...], tuple
     if len(rows) < 2:
         raise DataError(f"{config.data} has {len(rows)} rows; at least 2 are needed")
     back = set(random.Random(f"preferences {seed}").sample(range(len(rows)), min(config.held_out, len(rows) // 2)))
-    return tuple(row for i, row in enumerate(rows) if i not in back), tuple(rows[i] for i in sorted(back))
+    learned, held_out = tuple(row for i, row in enumerate(rows) if i not in back), tuple(rows[i] for i in sorted(back))
+    if config.kind == "judged":
+        for part in (learned, held_out):
+            unrelated(config, part)
+    return learned, held_out
+
+
+def unrelated(config: PreferConfig, rows: Sequence[Preference]) -> list[Preference]:
+    """Of each row the next one, after the last the first, whose prompt is another: its answer was to something else.
+
+    Raises:
+        DataError: all rows have the same prompt.
+    """
+    count, others = len(rows), []
+    for index, row in enumerate(rows):
+        following = (rows[(index + step) % count] for step in range(1, count))
+        other = next((one for one in following if one.prompt != row.prompt), None)
+        if other is None:
+            raise DataError(
+                f"{config.data}: PreferConfig.kind='judged' takes answers to other prompts, and a part of {count} rows "
+                f"has a single prompt; give rows with others, or change PreferConfig.held_out={config.held_out}"
+            )
+        others.append(other)
+    return others
 
 
 def preference(row: Row, kind: str) -> Preference:

@@ -115,6 +115,7 @@ def compared(
     other_config: ModelConfig,
     rows: tuple[jax.Array, jax.Array, jax.Array],
     of_logits: Callable[[jax.Array, jax.Array], jax.Array],
+    experts: jax.Array | None = None,
 ) -> jax.Array:
     """Compare what two models predict of every token of packed rows, without ever holding the logits of a long row.
 
@@ -123,13 +124,15 @@ def compared(
         other: parameters of the other model, whose vocabulary has as many rows.
         rows: tokens, positions and segment ids, [B, T] each, as in ``hidden_states``.
         of_logits: from float32 logits [t, V] of both to [t].
+        experts: of the first model, as in ``sequence_logprobs``; the other always chooses its own.
 
     Returns:
         [B, T] float32; as in ``sequence_logprobs`` 0 where nothing predicts a token.
     """
     tokens, head = ("batch", "token_shards"), (None, None)
     caps = config.logit_soft_cap, other_config.logit_soft_cap
-    hidden, their_hidden = hidden_states(params, config, *rows), hidden_states(other, other_config, *rows)
+    hidden, _ = hidden_states_and_load(params, config, *rows, experts)
+    their_hidden = hidden_states(other, other_config, *rows)
     compare = per_shard(
         functools.partial(_compare_chunks, chunk=config.logprob_chunk, soft_caps=caps, of_logits=of_logits),
         [(*tokens, None), head, (*tokens, None), head],

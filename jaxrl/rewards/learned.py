@@ -26,17 +26,20 @@ class RewardModel:
         Raises:
             ConfigError: no such model there.
         """
+        check_folder(folder)
         path = pathlib.Path(folder)
-        if not (path / value.HEAD_FILE).is_file():
-            raise ConfigError(
-                f"{folder!r} holds no {value.HEAD_FILE}; give the folder export of a run of `jaxrl prefer` with "
-                "PreferConfig.kind='reward' or 'process'"
-            )
         config, decoder = hf.load_folder(path)
         params = {value.DECODER: decoder, value.HEAD: value.load_head(path, config.width)}
-        self._params = jax.device_put(params, jax.devices()[0])
+        self._params = jax.device_put(params, jax.local_devices()[0])
         self._vocab_size = config.vocab_size
         self._score = jax.jit(functools.partial(value.token_values, config=config))
+
+    def compile(self, longest: int) -> None:
+        """Compile for texts of at most ``longest`` tokens, so that nothing is compiled once training runs."""
+        width = LEAST_TOKENS
+        while width <= padded_length(longest):
+            self.values(np.zeros(width, np.int32))
+            width *= 2
 
     def values(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """[T] float32: the value after each token of a text.
@@ -50,7 +53,7 @@ class RewardModel:
         ids = np.asarray(ids, np.int32)
         if len(ids) and int(ids.max()) >= self._vocab_size:
             raise ValueError(f"id {ids.max()} is beyond the reward model's vocabulary of {self._vocab_size}")
-        width = max(LEAST_TOKENS, 1 << max(len(ids) - 1, 0).bit_length())
+        width = padded_length(len(ids))
         row = np.zeros((3, 1, width), np.int32)
         row[0, 0, : len(ids)], row[1, 0], row[2, 0, : len(ids)] = ids, np.arange(width), 1
         tokens, positions, segment_ids = row
@@ -66,6 +69,24 @@ class RewardModel:
         values = self.values(np.concatenate([trajectory.prompt_ids, trajectory.ids]))
         ends = [len(trajectory.prompt_ids) + turn.end - 1 for turn in trajectory.turns if turn.author == "policy"]
         return 1 / (1 + np.exp(-values[ends]))
+
+
+def padded_length(tokens: int) -> int:
+    """How long the row of a text is."""
+    return max(LEAST_TOKENS, 1 << max(tokens - 1, 0).bit_length())
+
+
+def check_folder(folder: str) -> None:
+    """Refuse a folder without a reward model.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    if not (pathlib.Path(folder) / value.HEAD_FILE).is_file():
+        raise ConfigError(
+            f"{folder!r} holds no {value.HEAD_FILE}; give the folder export of a run of `jaxrl prefer` with "
+            "PreferConfig.kind='reward' or 'process'"
+        )
 
 
 @functools.lru_cache(maxsize=4)

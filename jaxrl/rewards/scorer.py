@@ -1,9 +1,12 @@
 """The reward of a trajectory: named components, their weights, and a judge that may be asked about correct answers."""
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import inspect
 import logging
+import threading
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +14,9 @@ import numpy as np
 
 from jaxrl.config import ConfigError, RewardConfig, nearest
 from jaxrl.records import Trajectory
-from jaxrl.rewards.components import COMPONENTS, correct
+from jaxrl.rewards.components import COMPONENTS, OF_MODELS, correct
 from jaxrl.rewards.graded import Graded
+from jaxrl.rewards.learned import check_folder, loaded
 from jaxrl.rl.example import example
 from jaxrl.rl.methods import configured
 
@@ -33,6 +37,7 @@ class Scorer:
         of_turns: names of components that reward single turns.
         judge: asked about trajectories that are correct; None = nobody is.
         judge_seconds: how long it may take.
+        models: folders of the reward models that components ask.
     """
 
     components: Mapping[str, Component]
@@ -40,6 +45,12 @@ class Scorer:
     of_turns: frozenset[str] = frozenset()
     judge: Judge | None = None
     judge_seconds: float = 60.0
+    models: tuple[str, ...] = ()
+
+    def compile(self, longest: int) -> None:
+        """Read and compile the reward models, for episodes of at most ``longest`` tokens with their prompts."""
+        for folder in self.models:
+            loaded(folder).compile(longest)
 
     def unjudged(self) -> "Scorer":
         """The same without a judge, for trajectories that are not trained on."""
@@ -48,8 +59,8 @@ class Scorer:
     async def score(self, trajectory: Trajectory, max_response_tokens: int) -> Trajectory:
         """The trajectory with its reward, its components, and what its turns earned.
 
-        A component that gives None or nan adds nothing. A trajectory that cannot be trained on has reward 0 and no
-        components. A judge that fails, or is late, has said nothing.
+        A component that gives None or nan adds nothing and stays out of them. A trajectory that cannot be trained on
+        has reward 0 and no components. A judge that fails, or is late, has said nothing.
         """
         if not trajectory.trainable:
             return trajectory
@@ -76,8 +87,7 @@ class Scorer:
     async def _ask(self, trajectory: Trajectory) -> str | None:
         try:
             async with asyncio.timeout(self.judge_seconds):
-                reply = self.judge(trajectory)
-                reply = await reply if inspect.isawaitable(reply) else reply
+                reply = await _called(self.judge, trajectory)
             return None if reply is None else str(reply)
         except Exception as error:  # whatever a judge does wrong must not cost the policy its reward
             logging.getLogger(__name__).warning("the judge gave no reply: %s: %s", type(error).__name__, error)
@@ -88,17 +98,22 @@ CORRECTNESS = Scorer({"correct": correct}, {"correct": 1.0})
 """1 for a correct answer, 0 for any other."""
 
 
+def component_names(config: RewardConfig) -> list[str]:
+    """What the components are called in ``Trajectory.components``: without the file of a function of the user's."""
+    return [name.rpartition(":")[2] for name in config.components]
+
+
 def scorer(config: RewardConfig) -> Scorer:
     """What ``components`` and ``judge`` name.
 
     Raises:
         ConfigError: see ``methods.configured``; two components of one name; a setting of one that is not there;
-            ``flawed_positive`` without a judge; a component that gives back something else than a number or one for
-            each turn.
+            ``flawed_positive`` without a judge; a folder without a reward model; a component that gives back something
+            else than a number or one for each turn.
     """
     key = "RewardConfig.components"
     settings: dict[str, dict[str, Any]] = {name: {} for name in config.components}
-    short = {name.rpartition(":")[2]: name for name in settings}
+    short = dict(zip(component_names(config), settings, strict=True))
     if len(short) < len(settings):
         raise ConfigError(f"{key} has two components of one name: {', '.join(settings)}; rename a function of yours")
     for setting, value in config.component_settings.items():
@@ -117,19 +132,44 @@ def scorer(config: RewardConfig) -> Scorer:
     if config.judge and ":" not in config.judge:
         raise ConfigError(f'RewardConfig.judge={config.judge!r} must be a function, as "path/to/file.py:function"')
     components = {name: configured(key, COMPONENTS, full, settings[full]) for name, full in short.items()}
+    models = tuple(str(settings[name].get("folder", "")) for name in OF_MODELS if name in settings)
+    for folder in models:
+        check_folder(folder)
     return Scorer(
         components=components,
         weights={name: config.components[full] for name, full in short.items()},
         of_turns=frozenset(name for name, component in components.items() if _rewards_turns(name, component)),
         judge=configured("RewardConfig.judge", {}, config.judge, {}) if config.judge else None,
         judge_seconds=config.judge_seconds,
+        models=models,
     )
 
 
+async def _called(judge: Judge, trajectory: Trajectory) -> Any:
+    """What a judge says. A plain function is called in a thread of its own, since it may wait for a server: neither
+    other episodes nor the end of the run wait for one that hangs."""
+    if inspect.iscoroutinefunction(getattr(judge, "func", judge)):
+        return await judge(trajectory)
+    said: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    said.set_running_or_notify_cancel()
+
+    def call() -> None:
+        try:
+            said.set_result(judge(trajectory))
+        except Exception as error:
+            said.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    reply = await asyncio.wrap_future(said)
+    return await reply if inspect.isawaitable(reply) else reply
+
+
 def _rewards_turns(name: str, component: Component) -> bool:
-    """Whether a component gives one number for each turn, tried on an example; an asynchronous one never does."""
-    if inspect.iscoroutinefunction(getattr(component, "func", component)):
-        return False
+    """Whether a component gives one number for each turn, tried on an example; of an asynchronous one, which may ask a
+    server, the return type says it."""
+    function = getattr(component, "func", component)
+    if inspect.iscoroutinefunction(function):
+        return typing.get_type_hints(function).get("return") is np.ndarray
     trajectory = example(0)
     try:
         value = component(Graded(trajectory, max_response_tokens=8))

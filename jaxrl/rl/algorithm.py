@@ -1,7 +1,7 @@
 """From the names in ``AlgorithmConfig`` to functions, checked before anything is compiled."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -20,6 +20,13 @@ from jaxrl.rl.tokens import TokenLoss, Tokens, abstract_tokens
 
 PolicyLoss = Callable[[Tokens], TokenLoss]
 Advantage = Callable[[Outcomes], Remembered]
+
+_FOR_ADVANTAGES = {
+    "values": ("CriticConfig.enabled", "gae"),
+    "greedy_rewards": ("AlgorithmConfig.greedy_baseline", "remax"),
+    "square_sums": ("AlgorithmConfig.square_sums", "optimal_token_baseline"),
+}
+"""What is computed for the advantage alone: the setting that has it done, and an advantage that looks at it."""
 
 
 def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
@@ -56,28 +63,50 @@ def advantage(config: AlgorithmConfig, recorded: Recorded) -> Advantage:
         values = estimator(outcomes)
         return values if isinstance(values, Remembered) else Remembered(values, {})
 
-    trajectories = [example(0), example(1)]
-    guessed = [np.zeros(one.mask.shape) for one in trajectories]
-    outcomes = of_trajectories(trajectories, np.zeros(2, int), recorded, {}, guessed)
-    outcomes = dataclasses.replace(outcomes, square_sums=guessed if recorded.square_sums else None)
+    outcomes = _tried(recorded)
     try:
         values = estimate(outcomes).values
     except ConfigError as error:
         raise ConfigError(f"AlgorithmConfig.advantage={config.advantage!r}: {error}") from error
     shapes = [np.shape(value) for value in values]
-    if len(shapes) != 2 or any(s not in ((), t.mask.shape) for s, t in zip(shapes, trajectories, strict=True)):
+    if len(shapes) != 2 or any(s not in ((), m.shape) for s, m in zip(shapes, outcomes.masks, strict=True)):
         raise ConfigError(
             f"AlgorithmConfig.advantage={config.advantage!r} gave entries of shapes {shapes} for trajectories of 3 and "
             "4 tokens; it must give one entry a trajectory, a number or an array with one for each of its tokens"
         )
     if recorded.turn_rewards:
         others = dataclasses.replace(outcomes, turn_rewards=[np.array([3.0, 0.0]), np.array([0.0, 5.0])])
-        if all(np.array_equal(a, b) for a, b in zip(values, estimate(others).values, strict=True)):
+        if _same(values, estimate(others).values):
             raise ConfigError(
                 f"AlgorithmConfig.advantage={config.advantage!r} passes over what single turns earn, which a component "
                 "of RewardConfig.components rewards; take one that credits turns, such as gigpo, or another component"
             )
     return estimate
+
+
+def _tried(recorded: Recorded) -> Outcomes:
+    """Two trajectories of 3 and 4 tokens, to try an advantage on."""
+    trajectories = [example(0), example(1)]
+    guessed = [np.zeros(one.mask.shape) for one in trajectories]
+    outcomes = of_trajectories(trajectories, np.zeros(2, int), recorded, {}, guessed)
+    return dataclasses.replace(outcomes, square_sums=guessed if recorded.square_sums else None)
+
+
+def _same(values: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
+    return all(np.array_equal(value, other) for value, other in zip(values, others, strict=True))
+
+
+def _check_used(config: AlgorithmConfig, recorded: Recorded) -> None:
+    estimate, outcomes = advantage(config, recorded), _tried(recorded)
+    by_token = [np.linspace(0.1, 0.8, len(mask)) ** 2 for mask in outcomes.masks]
+    others = {"values": by_token, "greedy_rewards": np.array([0.25, 0.5]), "square_sums": by_token}
+    for field, (setting, such_as) in _FOR_ADVANTAGES.items():
+        changed = dataclasses.replace(outcomes, **{field: others[field]})
+        if getattr(recorded, field) and _same(estimate(outcomes).values, estimate(changed).values):
+            raise ConfigError(
+                f"{setting}=True is for advantages, but AlgorithmConfig.advantage={config.advantage!r} passes it over; "
+                f"set it to False, or take an advantage such as {such_as}"
+            )
 
 
 def extra_samples(config: AlgorithmConfig) -> Callable[[np.ndarray], int] | None:
@@ -104,6 +133,11 @@ def check(config: AlgorithmConfig, recorded: Recorded) -> None:
     """
     policy_loss(config)
     correction(config)
-    advantage(config, recorded)
+    _check_used(config, recorded)
+    if config.loss == "luspo" and config.aggregation == "sequence_sum":
+        raise ConfigError(
+            "AlgorithmConfig.aggregation='sequence_sum' counts the length of a sequence a second time beside "
+            "loss='luspo'; take aggregation='sequence', or loss='gspo'"
+        )
     chooser(config)
     extra_samples(config)

@@ -51,6 +51,7 @@ class Outcomes:
         greedy_rewards: [N], of a greedy trajectory of the same problem.
         roles: [N], the agent that wrote the trajectory. None = a single one.
         episodes: [N]; trajectories with the same entry were played against each other.
+        trained: [N] bool; False = it counts in the mean of its group alone. None = all are trained on.
         memory: numbers by name that a method kept of the steps before.
     """
 
@@ -72,6 +73,7 @@ class Outcomes:
     greedy_rewards: np.ndarray | None = None
     roles: np.ndarray | None = None
     episodes: np.ndarray | None = None
+    trained: np.ndarray | None = None
     memory: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def by_group(self) -> Iterator[np.ndarray]:
@@ -99,6 +101,11 @@ class Outcomes:
             values[np.flatnonzero(mask)[-1:]] = reward
             by_token.append(values)
         return by_token
+
+    def trained_masks(self) -> list[np.ndarray]:
+        """``masks`` of the trajectories that are trained on; of the others zeros."""
+        trained = np.ones(len(self.masks), bool) if self.trained is None else self.trained
+        return [np.asarray(mask) * bool(flag) for mask, flag in zip(self.masks, trained, strict=True)]
 
     def on_turns(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Of each trajectory [T_i] float32: values [K_i] of its policy turns, on the tokens of each; elsewhere 0."""

@@ -59,7 +59,12 @@ def open_queue(
 
 
 async def collect(
-    session: Session, recorder: Recorder, queue: GroupQueue, player: Player, progress: RunProgress
+    session: Session,
+    recorder: Recorder,
+    queue: GroupQueue,
+    player: Player,
+    progress: RunProgress,
+    rules: selection.Chooser,
 ) -> Collected:
     """Take groups until something survives selection, drawing problems again up to ``TrainConfig.max_draws`` times.
 
@@ -72,7 +77,7 @@ async def collect(
     of ``TrainConfig.max_staleness`` further steps, and nothing waits for them: since as many are begun with each
     version as a step trains on, none that is trained on in the order of the draws is older than that.
     """
-    train, rules = session.config.train, selection.chooser(session.config.algorithm)
+    train = session.config.train
     ahead, wanted = train.problems * train.max_staleness + train.prefetch_groups, train.problems
     limit = max(train.max_staleness, int(train.prefetch_groups > 0))
     played: list[Trajectory] = []

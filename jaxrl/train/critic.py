@@ -67,23 +67,27 @@ class Critic:
             self._score(batches), trajectories, rows=train.rows, row_tokens=train.row_tokens
         )
 
-    def learn(self, trajectories: Sequence[Trajectory], values: Sequence[np.ndarray]) -> dict[str, float]:
-        """One pass of ``TrainConfig.updates_per_step`` updates; returns their metrics, named ``critic/...``.
+    def learn(self, trajectories: Sequence[Trajectory], outcomes: Outcomes) -> dict[str, float]:
+        """``TrainConfig.passes`` times ``updates_per_step`` updates; returns their metrics, named ``critic/...``.
 
         Args:
-            trajectories: those the policy is trained on.
-            values: of each [T_i], as ``values`` gave them when the step began.
+            trajectories: N, of which it learns those that are trained on.
+            outcomes: what the policy's advantages are made of, with the values of when the step began.
         """
-        config = self._config.critic
-        rewards, masks = np.array([one.reward for one in trajectories]), [one.mask for one in trajectories]
-        rewards = Outcomes(rewards, np.zeros(len(masks), int), masks).rewards_by_token()
+        config, train = self._config.critic, self._config.train
+        values, masks = outcomes.need("values"), outcomes.trained_masks()
+        rewards = outcomes.rewards_by_token()
         _, returns = advantages_and_returns(rewards, values, masks, discount=config.discount, decay=config.decay)
+        trained = [index for index, mask in enumerate(masks) if np.any(mask)]
+        parts = [
+            self._pack(*([field[index] for index in part] for field in (trajectories, returns, values)))
+            for part in np.array_split(trained, train.updates_per_step)
+            if len(part)
+        ]
         updates = []
-        for part in np.array_split(np.arange(len(trajectories)), self._config.train.updates_per_step):
-            if len(part):
-                chosen = [[field[index] for index in part] for field in (trajectories, returns, values)]
-                self.state, metrics = self._updater.step(self.state, self._pack(*chosen))
-                updates.append(metrics)
+        for batches in parts * train.passes:
+            self.state, metrics = self._updater.step(self.state, batches)
+            updates.append(metrics)
         explained = explained_variance(values, returns, masks)
         return {f"critic/{name}": x for name, x in (over_updates(updates) | {"explained_variance": explained}).items()}
 

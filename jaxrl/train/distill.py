@@ -76,7 +76,13 @@ def _of_whole(
     """[B, T] of the whole distributions of every token."""
     rows = batch.tokens, batch.positions, batch.segment_ids
     compared = logprob.compared(
-        params, models[0], teacher, models[1], rows, lambda own, theirs: of_token(Predictions(own, theirs))
+        params,
+        models[0],
+        teacher,
+        models[1],
+        rows,
+        lambda own, theirs: of_token(Predictions(own, theirs)),
+        experts=batch.experts,
     )
     return compared, {}
 
@@ -92,7 +98,7 @@ def _of_sampled(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """[B, T] of what both think of the sampled tokens."""
     rows = batch.tokens, batch.positions, batch.segment_ids
-    stats = logprob.sequence_logprobs(params, models[0], *rows, temperature)
+    stats = logprob.sequence_logprobs(params, models[0], *rows, temperature, batch.experts)
     theirs = logprob.sequence_logprobs(teacher, models[1], *rows, temperature).logprobs
     tokens = sampled(
         batch.mask,

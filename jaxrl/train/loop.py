@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,18 @@ from jaxrl.data import packing
 from jaxrl.episodes import Player
 from jaxrl.evaluate.run import evaluate
 from jaxrl.records import Batch, Group, Trajectory
-from jaxrl.rl import algorithm, selection
+from jaxrl.rl import selection
 from jaxrl.rl.aggregation import aggregation_weights
-from jaxrl.rl.outcomes import Outcomes, of_trajectories
+from jaxrl.rl.outcomes import Outcomes, Recorded, of_trajectories
 from jaxrl.train import stages
 from jaxrl.train.collect import collect, open_queue
 from jaxrl.train.critic import Critic
 from jaxrl.train.distill import distilled
+from jaxrl.train.methods import Methods, methods_of
 from jaxrl.train.mixture import Mixture
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
-from jaxrl.train.session import Session, open_player, what_is_recorded
+from jaxrl.train.session import Session, open_player
 from jaxrl.train.state import TrainState
 from jaxrl.train.steering import Steering
 from jaxrl.train.update import Updater, over_updates, policy_gradient_loss
@@ -43,7 +43,7 @@ async def reinforce(
     if progress.step >= config.train.steps and progress.after is not None:
         return state
     recorder.view.stage("reinforcement", config.train.steps, first=progress.step)
-    mixture = Mixture(session)
+    mixture, methods = Mixture(session), methods_of(config)
     loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature, mixture.loss)
     loss, teacher = distilled(session, loss, "reinforcement")
     updater = Updater(
@@ -76,14 +76,16 @@ async def reinforce(
                 session, recorder, progress, state, reference, player, updater, queue
             )
             recorder.begin_step(player.engine.stats())
-            collected = await collect(session, recorder, queue, limited, progress)
+            collected = await collect(session, recorder, queue, limited, progress, methods.rules)
             updates, learned = [], {}
             with timer.phase("update"):
                 values = None if critic is None else await asyncio.to_thread(critic.values, collected.trained)
-                charge = functools.partial(steering.seen, params=state.params, reference=reference, progress=progress)
-                packed = await asyncio.to_thread(pack, config, collected.kept, progress.memory, charge, values)
+                outcomes = earned(methods.recorded, collected.kept, progress.memory, values)
+                scored = collected.trained, state.params, reference, progress
+                outcomes = await asyncio.to_thread(steering.seen, outcomes, *scored)
+                packed = await asyncio.to_thread(pack, config, collected.kept, progress.memory, outcomes, methods)
                 if critic is not None and collected.trained:
-                    learned = await asyncio.to_thread(critic.learn, collected.trained, values)
+                    learned = await asyncio.to_thread(critic.learn, collected.trained, outcomes)
                     packed = packed if progress.step >= config.critic.first_steps else []
                 packed = mixture.mixed(packed, collected.kept, progress.step)
                 for batches in await asyncio.to_thread(steering.prepared, packed, state.params, progress):
@@ -133,32 +135,50 @@ async def measure(session: Session, recorder: Recorder, player: Player, progress
     return recorder.evaluation(progress, sampled, greedy, played)
 
 
+def earned(
+    recorded: Recorded,
+    selections: tuple[selection.Selection, ...],
+    memory: dict[str, float],
+    values: Sequence[np.ndarray] | None = None,
+) -> Outcomes:
+    """What became of the kept trajectories, before anything is charged for them.
+
+    Args:
+        recorded: what the trajectories hold.
+        memory: what the advantage keeps from step to step.
+        values: a critic's, of each kept trajectory [T_i].
+    """
+    trajectories = [trajectory for group in selections for trajectory in group.kept]
+    groups = np.repeat(np.arange(len(selections)), [len(group.kept) for group in selections])
+    masked = np.array([flag for group in selections for flag in group.masked or (False,) * len(group.kept)], bool)
+    outcomes = of_trajectories(trajectories, groups, recorded, memory, values)
+    return dataclasses.replace(outcomes, trained=~masked)
+
+
 def pack(
     config: Config,
     selections: tuple[selection.Selection, ...],
     memory: dict[str, float],
-    charge: Callable[[Outcomes, Sequence[Trajectory]], Outcomes] = lambda outcomes, _: outcomes,
-    values: Sequence[np.ndarray] | None = None,
+    outcomes: Outcomes | None = None,
+    methods: Methods | None = None,
 ) -> list[list[Batch]]:
     """Micro-batches of each optimizer update: advantages by step, aggregation weights by update, fixed shapes.
 
     Args:
         memory: what the advantage keeps from step to step; brought up to date in place.
-        charge: what is scored and what rewards pay before advantages are made of them.
-        values: a critic's, of each kept trajectory [T_i].
+        outcomes: what advantages are made of; None = what was ``earned``, with nothing charged for it.
+        methods: of a run; None makes them of ``config``.
     """
     trajectories = [trajectory for group in selections for trajectory in group.kept]
     if not trajectories:
         return []
-    groups = np.repeat(np.arange(len(selections)), [len(group.kept) for group in selections])
-    masked = np.array([flag for group in selections for flag in group.masked or (False,) * len(group.kept)], bool)
-    held = what_is_recorded(config)
-    outcomes = of_trajectories(trajectories, groups, held, memory, values)
-    estimate = algorithm.advantage(config.algorithm, held)(charge(outcomes, trajectories))
+    methods = methods or methods_of(config)
+    outcomes = outcomes or earned(methods.recorded, selections, memory)
+    estimate = methods.advantage(outcomes)
     memory.update(estimate.memory)
     updates = []
     for part in np.array_split(np.arange(len(selections)), config.train.updates_per_step):
-        if not (members := np.flatnonzero(np.isin(groups, part) & ~masked).tolist()):
+        if not (members := np.flatnonzero(np.isin(outcomes.groups, part) & outcomes.trained).tolist()):
             continue
         chosen, advantages = [trajectories[i] for i in members], [estimate.values[i] for i in members]
         masks, constant_length = [trajectory.mask for trajectory in chosen], config.engine.max_response_tokens

@@ -31,7 +31,7 @@ LINE_EVERY = 25
 
 
 def packed(session: Session, rows: Sequence[Preference]) -> list[Batch]:
-    """Packed rows: the chosen and the rejected answers, or judged answers and those of the next row, or steps."""
+    """Packed rows: the chosen and the rejected answers, or judged answers and those to another prompt, or steps."""
     config = session.config.prefer
     shape = {"rows": config.rows, "row_tokens": config.row_tokens}
 
@@ -41,7 +41,7 @@ def packed(session: Session, rows: Sequence[Preference]) -> list[Batch]:
     if config.kind == "process":
         return packing.pack_steps([_steps(session, row) for row in rows], **shape)
     if config.kind == "judged":
-        others = [rows[(index + 1) % len(rows)] for index in range(len(rows))]
+        others = preferences.unrelated(config, rows)
         couples = [(sequence(index, 0), sequence(index, 0, other)) for index, other in enumerate(others)]
     else:
         couples = [(sequence(index, 0), sequence(index, 1)) for index in range(len(rows))]

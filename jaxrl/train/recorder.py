@@ -13,6 +13,7 @@ from jaxrl.observe import alarms, metrics, traces, writers
 from jaxrl.observe.progress import Progress
 from jaxrl.processes.exchange import is_first
 from jaxrl.records import Trajectory
+from jaxrl.rewards.scorer import component_names
 from jaxrl.rl.selection import Selection
 from jaxrl.train.checkpoint import Checkpoints
 from jaxrl.train.progress import RunProgress
@@ -84,10 +85,7 @@ class Recorder:
         for selection in selections:
             pairs.merge({f"select/{name}": pair for name, pair in selection.statistics.items()})
         pairs.merge(metrics.episode_pairs(played, self._config.engine.max_response_tokens))
-        for trajectory in (t for t in played if t.trainable):
-            pairs.add("reward", trajectory.reward)
-            for name, value in trajectory.components.items():
-                pairs.add(f"reward/{name}", value)
+        pairs.merge(reward_pairs(played, component_names(self._config.reward)))
         for status in {t.reward_status for t in played}:
             pairs.add(f"reward_status/{status}", sum(t.reward_status is status for t in played), len(played))
         for reason in {t.stop_reason for t in played}:
@@ -199,3 +197,20 @@ class Recorder:
         for name, value in seconds.items():
             progress.seconds[name] = progress.seconds.get(name, 0.0) + value
         return {metrics.SECONDS + name: value for name, value in seconds.items()}
+
+
+def reward_pairs(played: Sequence[Trajectory], components: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Rewards of what can be trained on, as (sum, count) by name: whole, by component, and where a component gave none.
+
+    Args:
+        played: the episodes of a step.
+        components: what is rewarded; a component that gave nothing, or nan, is missing.
+    """
+    pairs = metrics.Accumulator()
+    for trajectory in (t for t in played if t.trainable):
+        pairs.add("reward", trajectory.reward)
+        for name, value in trajectory.components.items():
+            pairs.add(f"reward/{name}", value)
+        for name in components:
+            pairs.add(f"reward/{name}_missing", float(name not in trajectory.components))
+    return pairs.pairs()

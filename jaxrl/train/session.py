@@ -309,6 +309,8 @@ async def open_player(session: Session, params: Any, version: int) -> AsyncItera
     )
     del params  # the engines free theirs when they get new ones
     engine.compile()
+    scoring = scorer(config.reward)
+    await asyncio.to_thread(scoring.compile, config.engine.max_prompt_tokens + config.engine.max_response_tokens)
     async with pool_from_config(config.sandbox) as pool, open_verifier(config.reward) as verifier, engine.serving():
         yield Player(
             engine=engine,
@@ -318,7 +320,7 @@ async def open_player(session: Session, params: Any, version: int) -> AsyncItera
             verifier=verifier,
             config=config.env,
             max_response_tokens=config.engine.max_response_tokens,
-            scorer=scorer(config.reward),
+            scorer=scoring,
         )
 
 

@@ -57,11 +57,12 @@ def check_processes(config: Config) -> None:
         ConfigError: naming the setting.
     """
     algorithm, train = config.algorithm, config.train
+    several_updates = train.updates_per_step * train.passes > 1
     needs_one = {
         "EngineConfig.record_experts=True": config.engine.record_experts,
         "CriticConfig.enabled=True": config.critic.enabled,
         'AlgorithmConfig.kl_placement="reward"': algorithm.kl_coefficient and algorithm.kl_placement == "reward",
-        'AlgorithmConfig.proximal="recomputed"': algorithm.proximal == "recomputed" and train.updates_per_step > 1,
+        'AlgorithmConfig.proximal="recomputed"': algorithm.proximal == "recomputed" and several_updates,
         f"TrainConfig.max_staleness={train.max_staleness}": train.max_staleness,
         'TrainConfig.next_groups="finished"': train.next_groups == "finished",
     }

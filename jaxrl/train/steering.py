@@ -26,7 +26,8 @@ class Steering:
         self._algorithm, self._train, self._mesh = config.algorithm, config.train, session.mesh
         self._launches = session.launches
         self._charges = bool(config.algorithm.kl_coefficient) and config.algorithm.kl_placement == "reward"
-        self._rescores = config.algorithm.proximal == "recomputed" and config.train.updates_per_step > 1
+        several = config.train.updates_per_step * config.train.passes > 1
+        self._rescores = config.algorithm.proximal == "recomputed" and several
         estimator = config.algorithm.kl_estimator
         scored = session.model, config.engine.temperature, session.mesh, session.launches, session.base
         self._logprobs = Scorer(lambda _, logprobs: logprobs, *scored, experts=session.recorded_experts)
@@ -98,25 +99,37 @@ class Steering:
         Args:
             updates: of the step that begins.
             params: the weights it begins with; needed before the first update consumes them.
+
+        Returns:
+            The updates, ``TrainConfig.passes`` times in the same order.
         """
-        return [
-            [self._prepared(batch, params, progress, number / len(updates)) for batch in batches]
+        passes = self._train.passes
+        scored = [
+            [self._rescored(batch, params) if number or passes > 1 else batch for batch in batches]
             for number, batches in enumerate(updates)
         ]
+        total = len(scored) * passes
+        return [
+            [self._prepared(batch, progress, number / total) for batch in batches]
+            for number, batches in enumerate(scored * passes)
+        ]
 
-    def _prepared(self, batch: Batch, params: Any, progress: RunProgress, done: float) -> Batch:
+    def _rescored(self, batch: Batch, params: Any) -> Batch:
+        """With the log-probabilities of ``params`` as the proximal ones, if the run takes these."""
+        if not (self._rescores and batch.mask.any()):
+            return batch
+        return batch.replace(proximal_logprobs=self._logprobs(params, batch))
+
+    def _prepared(self, batch: Batch, progress: RunProgress, done: float) -> Batch:
         """``done`` is the share of the step's updates that come before."""
         algorithm = self._algorithm
         scale = np.float32(self._kl_coefficient(progress) / algorithm.kl_coefficient if algorithm.kl_coefficient else 1)
         bonus = self._entropy_coefficient(progress)
-        batch = batch.replace(
+        return batch.replace(
             kl_weights=batch.kl_weights * scale,
             entropy_weights=batch.rl_weights * np.float32(bonus),
             proximal_shares=proximal_shares(algorithm, batch.versions, progress.step, done) * (batch.mask > 0),
         )
-        if self._rescores and done and batch.mask.any():
-            return batch.replace(proximal_logprobs=self._logprobs(params, batch))
-        return batch
 
     def adapt(self, metrics: Mapping[str, float], trajectories: int, progress: RunProgress) -> dict[str, float]:
         """Move the coefficients by what the step found.

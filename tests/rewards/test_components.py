@@ -83,8 +83,22 @@ def test_soft_overlong_punishment_is_that_of_trl(golden: Golden) -> None:
             got = overlong(seen, buffer=settings["soft_punish_cache"], longest=settings["max_completion_len"])
             assert got == pytest.approx(expected), case["id"]
     assert len(cases) == 4
-    assert overlong(graded(ids=np.zeros(7), most=8)) == -0.5  # a quarter of 8 is the buffer
+    assert overlong(graded(ids=np.zeros(9), most=10)) == -0.5  # a fifth of 10 is the buffer
+    assert overlong(graded(ids=np.zeros(9), most=12), share=0.5) == -0.5
     assert overlong(graded(ids=np.zeros(4), most=8), buffer=100) == -0.5
+
+
+def test_soft_overlong_punishment_is_that_of_areal_up_to_the_limit(golden: Golden) -> None:
+    """Behind the longest response, where none of ours ends, AReaL's falls on and ours stays."""
+    cases = [case for case in golden("areal/decoupled_ppo") if case["id"].startswith("overlong/")]
+    for case in cases:
+        settings, lengths = case["settings"], case["inputs"]["lengths"]
+        factor, longest = settings["overlong_penalty_factor"], settings["max_response_length"]
+        for tokens, expected in zip(lengths, case["outputs"]["added_reward"], strict=True):
+            seen = graded(ids=np.zeros(tokens, np.int32))
+            got = factor * overlong(seen, buffer=settings["overlong_tokens"], longest=longest)
+            assert got == pytest.approx(expected if tokens <= longest else -factor, abs=1e-6), (case["id"], tokens)
+    assert len(cases) == 3
 
 
 def test_what_an_answer_and_its_form_are_worth() -> None:

@@ -19,6 +19,7 @@ from jaxrl.rl.outcomes import Recorded
 
 MINE = """
 import asyncio
+import time
 import numpy as np
 
 def tokens(graded, *, price: float = 0.5):
@@ -49,6 +50,10 @@ def fails(trajectory):
 
 async def late(trajectory):
     await asyncio.sleep(60)
+
+def slow_to_speak(trajectory):
+    time.sleep(0.5)
+    return "step \\\\boxed{1}"
 
 def same_length(pair):
     return len(pair.answer) == len(pair.gold)
@@ -101,9 +106,24 @@ def test_a_judge_is_asked_about_correct_answers_and_fails_open(mine: str) -> Non
     assert score(config, sample=1).components == {"correct": 0.0, "flawed_positive": 0.0}
     unjudged = asyncio.run(scorer(config).unjudged().score(example(0), 8))
     assert unjudged.reward == 1.0 and "judge_failed" not in unjudged.components
-    for judge in ("fails", "late"):
+    for judge in ("fails", "late", "slow_to_speak"):
         broken = dataclasses.replace(config, judge=f"{mine}:{judge}", judge_seconds=0.05)
         assert score(broken).components == {"correct": 1.0, "flawed_positive": 0.0, "judge_failed": 1.0}
+
+
+def test_a_plain_judge_keeps_nobody_waiting(mine: str) -> None:
+    """Two are asked at once; each waits until the other was asked, too."""
+    pathlib.Path(mine).write_text(
+        "import threading\nboth = threading.Barrier(2)\n"
+        "def judge(trajectory):\n    both.wait(20)\n    return r'\\boxed{1}'\n"
+    )
+    config = RewardConfig(components={"correct": 1.0, "flawed_positive": 1.0}, judge=f"{mine}:judge")
+    asked = scorer(config)
+
+    async def ask_both():
+        return await asyncio.gather(*(asked.score(example(0), 8) for _ in range(2)))
+
+    assert [scored.components["judge_failed"] for scored in asyncio.run(ask_both())] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +137,8 @@ def test_a_judge_is_asked_about_correct_answers_and_fails_open(mine: str) -> Non
         ({"judge": "{mine}:nobody"}, "has no function nobody"),
         ({"components": {"correct": 1.0, "{mine}:correct": 1.0}}, "two components of one name"),
         ({"judge": "gpt"}, "must be a function"),
+        ({"components": {"reward_model": 1.0}, "component_settings": {"reward_model.folder": "no"}}, "'no' holds no"),
+        ({"components": {"process_reward": 1.0}}, "'' holds no value_head.safetensors"),
     ],
 )
 def test_what_is_refused(mine: str, fields: dict, words: str) -> None:

@@ -8,6 +8,15 @@ import numpy as np
 from jaxrl.rl.aggregation import aggregation_weights
 from jaxrl.rl.tokens import Tokens, sampled
 
+VERL_MODES = {
+    "token-mean": "token",
+    "token-sum": "token_sum",
+    "seq-mean-token-mean": "sequence",
+    "seq-mean-token-sum": "sequence_sum",
+    "seq-mean-token-sum-norm": "constant",
+}
+"""Ours for each mode of verl's aggregation; the last takes the padded length."""
+
 
 def tokens_of(
     mask: Any,

@@ -111,6 +111,32 @@ def test_whitening(golden: Golden) -> None:
     assert len(cases) == 3
 
 
+def test_normalisation_of_areal_is_whitening_with_the_variance_over_n(golden: Golden) -> None:
+    """Its std is of n tokens where ours is of n - 1, with 1e-5 beside it."""
+    cases = [case for case in golden("areal/decoupled_ppo") if case["id"].startswith("norm/")]
+    for case in cases:
+        values, masks = list(case["inputs"]["x"]), list(case["inputs"]["mask"])
+        chosen = np.stack(masks) > 0
+        assert case["settings"] == {"unbiased": False, "eps": 1e-5}
+        got = np.stack(whitened(values, masks))[chosen] * np.sqrt(chosen.sum() / (chosen.sum() - 1))
+        np.testing.assert_allclose(got, case["outputs"]["normalised"][chosen], rtol=1e-4, atol=1e-6, err_msg=case["id"])
+    assert len(cases) == 2
+
+
+def test_prime_without_its_reward_model_is_rloo_whitened_over_tokens(golden: Golden) -> None:
+    """The cases whose weight of the outcome is 1; the others are left out in test_golden_verl.py."""
+    cases = [case for case in golden("verl/recipe_losses") if case["id"].startswith("prime_rloo/")]
+    cases = [case for case in cases if case["settings"]["reward_dpo_coef"] == 0]
+    for case in cases:
+        masks, rewards = np.asarray(case["inputs"]["loss_mask"]), np.asarray(case["inputs"]["acc"], np.float64)
+        groups = np.arange(len(rewards)) // case["settings"]["n_samples"]
+        values = ADVANTAGES["rloo"](Outcomes(rewards=rewards, groups=groups, masks=list(masks)))
+        got = np.stack(whitened([value * mask for value, mask in zip(values, masks, strict=True)], list(masks)))
+        expected = case["outputs"]["advantages"] * masks
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6, err_msg=case["id"])
+    assert len(cases) == 3
+
+
 def trl_advantages(case: Case) -> np.ndarray:
     """Trajectories that no function scored leave first, as those do here that cannot train."""
     settings, inputs = case["settings"], case["inputs"]

@@ -9,7 +9,8 @@ import pytest
 
 from jaxrl.config import AlgorithmConfig, ConfigError
 from jaxrl.rl import algorithm
-from jaxrl.rl.outcomes import Recorded
+from jaxrl.rl.advantages.group import grpo
+from jaxrl.rl.outcomes import Outcomes, Recorded
 from jaxrl.rl.selection.difficulty import dars_equal, dars_hard, extra_samples
 
 ELSEWHERE = {"adv": 6, "loss": 12}
@@ -28,8 +29,11 @@ def test_dars(golden: Callable[[str], list[dict[str, Any]]]) -> None:
             assert got == case["outputs"]["extra_rollouts"], case["id"]
         elif kind == "id2mean":
             scores, groups = inputs["token_level_rewards"].sum(axis=1), np.asarray(inputs["index"])
+            masks = [np.ones(1)] * len(scores)
+            less_mean = grpo(Outcomes(rewards=scores, groups=groups, masks=masks), scale="none", alone="zero")
             for group, mean in case["outputs"].items():
-                assert scores[groups == group].mean() == pytest.approx(mean)
+                of_group = groups == group
+                np.testing.assert_allclose(less_mean[of_group], scores[of_group] - mean, rtol=1e-5, atol=1e-6)
     assert counted == {"schedule_ET": 10, "schedule_HW": 10, "id2mean": 3, **ELSEWHERE}
 
 

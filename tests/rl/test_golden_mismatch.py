@@ -143,8 +143,8 @@ def areal_correction(tokens: Tokens, rule: dict[str, Any] | None) -> tuple[jax.A
     return weights, divergence(tokens, estimator=estimator, over=over, most=upper)
 
 
-# Cases of AReaL's file that are no loss of the policy.
-ELSEWHERE = {"critic": "value loss", "overlong": "reward", "norm": "normalisation of advantages"}
+ELSEWHERE = {"critic": "test_value_loss.py", "overlong": "test_components.py", "norm": "test_advantages_golden.py"}
+"""Where the cases of AReaL's file are compared that are no loss of the policy."""
 
 
 def test_decoupled_losses_match_areal(golden: Golden) -> None:

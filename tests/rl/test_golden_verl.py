@@ -12,17 +12,9 @@ from jaxrl.model import logprob
 from jaxrl.rl import divergence
 from jaxrl.rl.aggregation import aggregation_weights
 from jaxrl.rl.policy_losses import POLICY_LOSSES
-from tests.rl.rows import close, padded, tokens_of, weights_of
+from tests.rl.rows import VERL_MODES, close, padded, tokens_of, weights_of
 
 Golden = Callable[[str], list[dict[str, Any]]]
-
-VERL_MODES = {
-    "token-mean": "token",
-    "token-sum": "token_sum",
-    "seq-mean-token-mean": "sequence",
-    "seq-mean-token-sum": "sequence_sum",
-    "seq-mean-token-sum-norm": "constant",
-}
 
 
 def verl_loss(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -173,8 +165,8 @@ def test_kl_matches_verl(golden: Golden) -> None:
 NO_LOSS_HERE = {
     "gvpo": "subtracts the mean of a group, whose trajectories lie in several micro-batches",
     "flowrl": "trains a partition function beside the policy",
-    "prime_rloo": "an advantage of token rewards, not a loss",
-    "prime_ce": "trains a reward model",
+    "prime_rloo": "token rewards of a model trained beside the policy; without them in test_advantages_golden.py",
+    "prime_ce": "trains that model, an implicit one, on answers of the present policy; ours are trained before",
 }
 
 

@@ -86,3 +86,22 @@ def test_what_any_run_supplies_is_enough(advantage: str) -> None:
     algorithm.check(AlgorithmConfig(advantage="remax"), Recorded(greedy_rewards=True))
     algorithm.check(AlgorithmConfig(advantage="optimal_token_baseline"), Recorded(square_sums=True))
     algorithm.check(AlgorithmConfig(advantage="gae"), Recorded(values=True))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "setting"),
+    [
+        (Recorded(values=True), "CriticConfig.enabled"),
+        (Recorded(greedy_rewards=True), "AlgorithmConfig.greedy_baseline"),
+        (Recorded(square_sums=True), "AlgorithmConfig.square_sums"),
+    ],
+)
+def test_what_an_advantage_passes_over_is_not_computed_for_it(recorded: Recorded, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"{setting}=True is for advantages, but .*'grpo' passes it over"):
+        algorithm.check(AlgorithmConfig(), recorded)
+
+
+def test_a_length_is_not_counted_twice() -> None:
+    with pytest.raises(ConfigError, match="'sequence_sum' counts the length of a sequence a second time"):
+        algorithm.check(AlgorithmConfig(loss="luspo", aggregation="sequence_sum"), Recorded())
+    algorithm.check(AlgorithmConfig(loss="luspo", aggregation="sequence"), Recorded())

@@ -7,23 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.rl.aggregation import aggregation_weights
 from jaxrl.rl.value_loss import clipped_value_loss
+from tests.rl.rows import VERL_MODES, weights_of
 
 Golden = Callable[[str], list[dict[str, Any]]]
-
-
-def weights_of(mask: np.ndarray, mode: str) -> np.ndarray:
-    """Weights of verl's modes, as the trainer would make them."""
-    if mode == "token-sum":
-        return mask.astype(np.float32)
-    name, length = {
-        "token-mean": ("token", 0),
-        "seq-mean-token-mean": ("sequence", 0),
-        "seq-mean-token-sum": ("constant", 1),
-        "seq-mean-token-sum-norm": ("constant", mask.shape[1]),
-    }[mode]
-    return np.stack(aggregation_weights(list(mask), name, length))
 
 
 def test_every_case_of_verl(golden: Golden) -> None:
@@ -39,7 +26,8 @@ def test_every_case_of_verl(golden: Golden) -> None:
             per_token, clipped = clipped_value_loss(
                 values, inputs["values"], inputs["returns"], jnp.asarray(mask), clip=settings["cliprange_value"]
             )
-            return (per_token * weights_of(mask, settings["loss_agg_mode"])).sum(), clipped
+            weights = weights_of(mask, VERL_MODES[settings["loss_agg_mode"]], mask.shape[1])
+            return (per_token * weights).sum(), clipped
 
         (value, clipped), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(inputs["vpreds"]))
         np.testing.assert_allclose(value, outputs["loss"], rtol=1e-5, atol=1e-6, err_msg=case["id"])
@@ -47,6 +35,25 @@ def test_every_case_of_verl(golden: Golden) -> None:
         np.testing.assert_allclose(clipped.sum() / mask.sum(), outputs["clipfrac"], rtol=1e-5, err_msg=case["id"])
         checked += 1
     assert checked == 30
+
+
+def test_every_case_of_areal_but_its_huber_losses(golden: Golden) -> None:
+    """There is no Huber loss of a critic here."""
+    cases = [case for case in golden("areal/decoupled_ppo") if case["id"].startswith("critic/")]
+    compared = [case for case in cases if case["settings"]["loss_fn_type"] == "mse"]
+    assert (len(cases), len(compared)) == (4, 2)
+    for case in compared:
+        inputs = {name: np.asarray(value) for name, value in case["inputs"].items()}
+        mask, clip = inputs["loss_mask"], case["settings"]["value_eps_clip"]
+
+        def loss(values: jax.Array, inputs: Any = inputs, mask: Any = mask, clip: float = clip) -> jax.Array:
+            old, returns = inputs["old_value"], inputs["target_value"]
+            per_token, _ = clipped_value_loss(values, old, returns, jnp.asarray(mask), clip=clip)
+            return (per_token * weights_of(mask, "token")).sum()
+
+        value, gradient = jax.value_and_grad(loss)(jnp.asarray(inputs["value"]))
+        np.testing.assert_allclose(value, case["outputs"]["loss"], rtol=1e-5, err_msg=case["id"])
+        np.testing.assert_allclose(gradient, case["outputs"]["grad"], rtol=1e-4, atol=1e-6, err_msg=case["id"])
 
 
 def test_a_masked_token_has_no_gradient_whatever_stands_there() -> None:

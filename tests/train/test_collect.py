@@ -14,6 +14,7 @@ from jaxrl.data.problems import ProblemStream
 from jaxrl.episodes import Player
 from jaxrl.observe.metrics import PhaseTimer
 from jaxrl.records import Problem, RewardStatus, ToolCall, ToolStatus
+from jaxrl.rl.selection import chooser
 from jaxrl.text.chat import ChatFormat, ToolSchema
 from jaxrl.train.collect import Collected, collect, open_queue
 from jaxrl.train.group_queue import GroupQueue
@@ -74,11 +75,12 @@ async def opened(
 ) -> AsyncIterator[tuple[GroupQueue, Player, Callable[[], Awaitable[Collected]]]]:
     """A queue, its player with a tool whose gate is shut, and what collects the next step."""
     session, player = make_session(**changes), make_player(script, GatedTool())
+    rules = chooser(session.config.algorithm)
     progress = progress or RunProgress(stage="rl")
     async with contextlib.aclosing(open_queue(session.config, progress)) as queue:
 
         async def step() -> Collected:
-            collected = await collect(session, RECORDER, queue, player, progress)
+            collected = await collect(session, RECORDER, queue, player, progress, rules)
             progress.step += 1
             return collected
 

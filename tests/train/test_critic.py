@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 
 from jaxrl import config as configuration
-from jaxrl.config import Config, ConfigError, CriticConfig
+from jaxrl.config import AlgorithmConfig, Config, ConfigError, CriticConfig
 from jaxrl.model import hf, value
 from jaxrl.observe.writers import read_metrics
 from jaxrl.records import Problem, Trajectory, Turn
 from jaxrl.rl import algorithm
-from jaxrl.rl.outcomes import Recorded
+from jaxrl.rl.outcomes import Outcomes, Recorded
 from jaxrl.statuses import StopReason
 from jaxrl.train.critic import Critic, explained_variance, new_critic
+from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunFolder
 from jaxrl.train.session import Session, open_session
 from jaxrl.train.state import initial_params
+from jaxrl.train.steering import Steering
 
 
 def episode(draw: int, good: bool) -> Trajectory:
@@ -49,11 +51,23 @@ def episode(draw: int, good: bool) -> Trajectory:
 EPISODES = [episode(draw, draw % 2 == 0) for draw in range(24)]
 
 
+def seen(values: list[np.ndarray], episodes: list[Trajectory] = EPISODES) -> Outcomes:
+    rewards = np.array([one.reward for one in episodes])
+    return Outcomes(rewards, np.zeros(len(episodes), int), [one.mask for one in episodes], values=values)
+
+
+def mean_return(rewards: list[np.ndarray], masks: list[np.ndarray]) -> float:
+    """Over the sampled tokens, of what is still to come from each."""
+    to_come = [earned[mask > 0][::-1].cumsum() for earned, mask in zip(rewards, masks, strict=True)]
+    return float(np.concatenate(to_come).mean())
+
+
 @pytest.fixture(scope="module")
 def session(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Session:
     critic = CriticConfig(enabled=True, learning_rate=3e-3, clip=5.0)
     train = dataclasses.replace(tiny_config.train, rows=4, row_tokens=160)
-    config = dataclasses.replace(tiny_config, critic=critic, train=train)
+    algorithm = dataclasses.replace(tiny_config.algorithm, advantage="gae")
+    config = dataclasses.replace(tiny_config, critic=critic, train=train, algorithm=algorithm)
     return open_session(config, RunFolder(tmp_path_factory.mktemp("critic")))
 
 
@@ -74,9 +88,9 @@ def test_values_are_those_of_each_episode_alone_before_its_token(session: Sessio
 
 def test_it_learns_what_an_episode_will_earn(critic: Critic) -> None:
     """Before the telling token no better than the mean, after it nearly the reward; the environment's tokens aside."""
-    first = critic.learn(EPISODES, critic.values(EPISODES))
+    first = critic.learn(EPISODES, seen(critic.values(EPISODES)))
     for _ in range(40):
-        last = critic.learn(EPISODES, critic.values(EPISODES))
+        last = critic.learn(EPISODES, seen(critic.values(EPISODES)))
     assert last["critic/value_loss"] < 0.2 * first["critic/value_loss"] and last["critic/explained_variance"] > 0.5
     after = [values[5:].mean() for values in critic.values(EPISODES)]
     good = np.array([one.reward for one in EPISODES]) > 0
@@ -88,8 +102,34 @@ def test_an_old_value_far_from_the_present_one_ends_the_gradient(session: Sessio
     critic = new_critic(dataclasses.replace(session, config=config), initial_params(session.specs, session.mesh, 0))
     below = [values - 1.0 for values in critic.values(EPISODES)]  # the value rose by 1 since, more than clip allows
     high = [dataclasses.replace(one, reward=50.0) for one in EPISODES]
-    metrics = critic.learn(high, below)
+    metrics = critic.learn(high, seen(below, high))
     assert metrics["critic/value_clip_fraction"] == 1 and metrics["critic/grad_norm"] == 0
+
+
+def test_it_learns_what_the_policy_is_paid(session: Session, critic: Critic) -> None:
+    charge = AlgorithmConfig(kl_coefficient=0.5, kl_placement="reward", kl_estimator="k1")
+    charging = dataclasses.replace(session, config=dataclasses.replace(session.config, algorithm=charge))
+    plain, progress = seen(critic.values(EPISODES)), RunProgress()
+    reference = initial_params(session.specs, session.mesh, 1)
+    charged = Steering(charging).charged(plain, EPISODES, reference, progress)
+    wanted, bare = (mean_return(one.rewards_by_token(), one.masks) for one in (charged, plain))
+    assert abs(wanted - bare) > 0.5
+    assert critic.learn(EPISODES, charged)["critic/return"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_it_learns_from_what_is_trained_on_alone(critic: Critic) -> None:
+    good = np.array([one.reward for one in EPISODES]) > 0
+    outcomes = dataclasses.replace(seen(critic.values(EPISODES)), trained=good)
+    metrics = critic.learn(EPISODES, outcomes)
+    assert metrics["critic/return"] == pytest.approx(1.0) and metrics["critic/explained_variance"] == 0
+
+
+def test_passes_go_through_the_updates_again(session: Session, critic: Critic) -> None:
+    train = dataclasses.replace(session.config.train, updates_per_step=2, passes=3)
+    often = dataclasses.replace(session, config=dataclasses.replace(session.config, train=train))
+    repeated = new_critic(often, initial_params(session.specs, session.mesh, 0))
+    repeated.learn(EPISODES, seen(repeated.values(EPISODES)))
+    assert int(repeated.state.step) == 6
 
 
 def test_explained_variance_has_its_ends() -> None:
@@ -106,7 +146,10 @@ def test_an_advantage_that_needs_values_needs_a_critic() -> None:
     algorithm.check(config, Recorded(values=True))
 
 
-PPO = ("AlgorithmConfig.advantage=gae", "CriticConfig.enabled=True", "CriticConfig.learning_rate=1e-3")
+PPO = (
+    *("AlgorithmConfig.advantage=gae", "AlgorithmConfig.kl_placement=reward", "AlgorithmConfig.kl_estimator=k1"),
+    *("CriticConfig.enabled=True", "CriticConfig.learning_rate=1e-3", "TrainConfig.passes=2"),
+)
 
 
 @pytest.mark.slow

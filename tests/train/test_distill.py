@@ -1,5 +1,6 @@
 """A student and its teacher on packed rows, in both stages, and a run that ends near its teacher."""
 
+import dataclasses
 import pathlib
 import subprocess
 from collections.abc import Callable
@@ -71,6 +72,20 @@ def test_packed_and_chunked_is_the_divergence_of_whole_logits(batch: Batch, stag
     wanted = by_hand(batch, student, teacher, beta=0.3, temperature=2.0)
     assert float(value) == pytest.approx(wanted, rel=1e-5)
     assert float(metrics["distillation"][0] / metrics["distillation"][1]) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["generalised_jsd", "k2"])
+def test_a_student_computes_with_the_experts_that_were_recorded(batch: Batch, name: str) -> None:
+    model = dataclasses.replace(STUDENT, family="qwen3_moe", experts=4, expert_width=8)
+    student, teacher = parameters(model, 0), parameters(TEACHER, 1)
+    loss = distillation_loss(cross_entropy_loss(model), (model, TEACHER), DistillConfig(loss=name), "reinforcement")
+
+    def value(experts: list[int] | None) -> float:
+        shape = (*batch.tokens.shape, model.layers, model.experts_per_token)
+        given = None if experts is None else np.broadcast_to(np.array(experts, np.int8), shape)
+        return float(loss(student, batch.replace(experts=given), Guides(None, teacher))[0])
+
+    assert len({value(None), value([0, 1]), value([2, 3])}) == 3
 
 
 def test_the_stages_own_loss_is_added_by_its_weight(batch: Batch) -> None:

@@ -105,7 +105,7 @@ class Table:
         )
         progress = RunProgress(stage="rl")
         async with contextlib.aclosing(open_queue(config, progress)) as queue:
-            return await collect(session, RECORDER, queue, player, progress)
+            return await collect(session, RECORDER, queue, player, progress, chooser(config.algorithm))
 
     def faulty(self, share: float, losses: int, config: Config = CONFIG) -> tuple[Collected, FaultyPool]:
         pool = FaultyPool(self.driver.pool, share, losses)

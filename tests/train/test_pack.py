@@ -66,3 +66,14 @@ def test_what_is_masked_counts_in_the_mean_and_is_not_packed() -> None:
     (batches,) = pack(config("dr_grpo"), masked, {})
     assert sorted(np.concatenate(advantages([batches]))) == pytest.approx([-1 / 3, -1 / 3, 2 / 3, 2 / 3])
     assert sum(batch.rl_weights.sum() for batch in batches) == pytest.approx(1.0)
+
+
+def test_whitening_is_over_what_is_trained_on() -> None:
+    """The outlier pulls its group's mean and neither the mean nor the std of the batch."""
+    first, second = groups([1.0, 0.0, 50.0], [1.0, 0.0, 2.0])
+    masked = Selection(first.kept, "", {}, (False, False, True))
+    for advantage in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+        (batches,) = pack(config(advantage), (masked, second), {})
+        (values,) = advantages([batches])
+        assert len(values) == 10
+        assert values.mean() == pytest.approx(0.0, abs=1e-5) and values.std(ddof=1) == pytest.approx(1.0, abs=1e-5)

@@ -218,3 +218,14 @@ def test_a_loss_of_another_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match="PreferConfig.loss='kto' is no method"):
         preference_loss.method(PreferConfig(loss="kto"))
     assert preference_loss.method(PreferConfig(loss="kto", kind="judged"))
+
+
+def test_an_unrelated_answer_is_to_another_prompt(tmp_path: pathlib.Path) -> None:
+    rows = [{"prompt": p, "completion": f"{p}{i}", "label": True} for i, p in enumerate("aabca")]
+    section = PreferConfig(data=write(tmp_path / "rows.jsonl", rows), kind="judged", loss="kto", held_out=0)
+    loaded, _ = preferences.load(section, 0)
+    others = [one.prompt[-1].text for one in preferences.unrelated(section, loaded)]
+    assert others == ["b", "b", "c", "a", "b"]
+    alike = dataclasses.replace(section, data=write(tmp_path / "alike.jsonl", rows[:2]))
+    with pytest.raises(DataError, match="a part of 2 rows has a single prompt"):
+        preferences.load(alike, 0)

@@ -22,9 +22,10 @@ from jaxrl.observe.writers import read_metrics
 from jaxrl.records import Problem, RewardStatus, ToolCall, ToolStatus
 from jaxrl.rewards.scorer import scorer
 from jaxrl.rl import algorithm
+from jaxrl.rl.selection import chooser
 from jaxrl.text.chat import ChatFormat, ToolSchema
 from jaxrl.train.collect import collect, open_queue
-from jaxrl.train.loop import pack
+from jaxrl.train.loop import earned, pack
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.session import what_is_recorded
 from jaxrl.train.state import initial_params, new_state
@@ -35,6 +36,7 @@ from tests.train.conftest import RunTiny
 PRESETS = (
     *("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rstar2", "retool", "icepop", "fapo", "dars", "datamind", "verltool"),
     "ppo",
+    "plain",
 )
 RECIPES = ("gsm8k_tool", "quickstart", "rstar2_14b", "smoke")
 """Those that say what is trained, on which data, and how large."""
@@ -69,8 +71,27 @@ def test_a_preset_sets_the_algorithm_and_leaves_the_rest_to_the_recipe(name: str
     algorithm.check(config.algorithm, what_is_recorded(config))
     for section in ("model", "tokenizer", "chat", "data", "sft", "engine", "sandbox", "env", "optimizer", "eval"):
         assert getattr(config, section) == getattr(plain, section), section
-    assert config.algorithm != plain.algorithm or config.reward != plain.reward or name == "rstar2"
+    assert config.algorithm != plain.algorithm or config.reward != plain.reward or name in ("rstar2", "plain")
     assert configuration.parse([configuration.dump(config)]) == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_stands_on_every_recipe(recipe: str, name: str, judge: str) -> None:
+    required = {
+        "gsm8k_tool": ["DataConfig.train=train.jsonl"],
+        "rstar2_14b": ["DataConfig.train=train.jsonl", "DataConfig.eval=eval.jsonl", "ModelConfig.path=folder"],
+    }
+    if (recipe, name) == ("rstar2_14b", "datamind"):
+        required["rstar2_14b"].append("SftConfig.demonstrations=demonstrations.jsonl")
+    config = preset(name, judge, *required.get(recipe, ()), recipe=recipe)
+    algorithm.check(config.algorithm, what_is_recorded(config))
+
+
+@pytest.mark.parametrize("first", PRESETS)
+def test_of_two_presets_the_second_wins_wholly(first: str, judge: str) -> None:
+    for second in PRESETS:
+        assert preset(second, judge, recipe=f"quickstart+{first}") == preset(second, judge), second
 
 
 class Tool:
@@ -121,11 +142,11 @@ def play_and_pack(config: Config):
     async def step():
         progress = RunProgress(stage="rl")
         async with contextlib.aclosing(open_queue(config, progress)) as queue:
-            return await collect(session, recorder, queue, player, progress)
+            return await collect(session, recorder, queue, player, progress, chooser(config.algorithm))
 
     collected = asyncio.run(step())
     values = [np.zeros(len(one.ids)) for one in collected.trained] if config.critic.enabled else None
-    return collected, pack(config, collected.kept, {}, values=values)
+    return collected, pack(config, collected.kept, {}, earned(what_is_recorded(config), collected.kept, {}, values))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import io
 import json
+import logging
 import pathlib
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_a_process_reward_model_finds_wrong_steps_on_unseen_answers(steps_run: A
     assert summary["after"]["preference_loss"] < 0.5
 
 
-def test_an_exported_head_is_read_back_and_scores_an_episode(steps_run: Any) -> None:
+def test_an_exported_head_is_read_back_and_scores_an_episode(steps_run: Any, caplog: pytest.LogCaptureFixture) -> None:
     folder, summary = steps_run
     model = RewardModel(summary["export"])
     config, decoder = hf.load_folder(summary["export"])
@@ -122,8 +123,13 @@ def test_an_exported_head_is_read_back_and_scores_an_episode(steps_run: Any) -> 
     assert rewards.reward == pytest.approx(2 * float(wanted[-1]), abs=1e-5)
     steps = scored(episode, summary["export"], "process_reward")
     np.testing.assert_allclose([turn.reward for turn in steps.turns if turn.author == "policy"], 2 * chances, atol=1e-5)
-    with pytest.raises(ConfigError, match="holds no value_head.safetensors"):
-        scored(episode, "", "process_reward")
+    model.compile(200)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        model.values(ids)
+        model.values(np.zeros(201, np.int32))
+        assert not caplog.records
+        model.values(np.zeros(257, np.int32))
+        assert caplog.records
     with pytest.raises(ValueError, match="beyond the reward model's vocabulary"):
         model.values([config.vocab_size])
     with pytest.raises(ConfigError, match="holds no value_head.safetensors"):

@@ -86,6 +86,19 @@ def test_later_updates_find_the_weights_of_the_steps_beginning_scored() -> None:
     np.testing.assert_allclose(later[0].proximal_logprobs, scores(params, updates[1][0]), rtol=1e-5)
 
 
+def test_every_pass_is_taken_against_the_policy_before_the_first() -> None:
+    train = dataclasses.replace(TRAIN, updates_per_step=1, passes=2)
+    steering, params = steered(AlgorithmConfig(proximal="recomputed"), train)
+    (batch,) = packed(played(2))
+    (first,), (again,) = steering.prepared([[batch]], params, RunProgress())
+    np.testing.assert_array_equal(first.proximal_shares, batch.mask > 0)
+    np.testing.assert_array_equal(again.proximal_shares, 0)
+    np.testing.assert_allclose(again.proximal_logprobs, scores(params, batch), rtol=1e-5)
+    as_sampled = steered(AlgorithmConfig(), train)[0].prepared([[batch]], params, RunProgress())
+    for (one,) in as_sampled:
+        np.testing.assert_array_equal(one.proximal_logprobs, batch.proximal_logprobs)
+
+
 def test_what_is_scored_comes_back_to_its_token() -> None:
     trajectories = [dataclasses.replace(one, ids=one.ids + 10 * i) for i, one in enumerate(played(5))]
     found = of_trajectories_scored(lambda batch: batch.tokens, trajectories, TRAIN)

@@ -1,10 +1,11 @@
 """Reward components by name: each a function of ``Graded`` whose keyword arguments are its settings.
 
 It gives back a number; or an array [policy turns], one number for each turn, which reaches advantages that credit
-turns; or None where it has nothing to say.
+turns; or None where it has nothing to say. One that is asynchronous and rewards turns says so by its return type,
+np.ndarray.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from jaxrl.rewards.components.learned import process_reward, reward_model
 from jaxrl.rewards.components.outcome import correct, form, length, overlong
 from jaxrl.rewards.components.tools import calls_of_turns, tool_use, turn_bonus
 
-COMPONENTS: Mapping[str, Callable[..., float | np.ndarray | None]] = {
+Value = float | np.ndarray | None
+
+COMPONENTS: Mapping[str, Callable[..., Value | Awaitable[Value]]] = {
     "correct": correct,
     "form": form,
     "length": length,
@@ -29,3 +32,6 @@ COMPONENTS: Mapping[str, Callable[..., float | np.ndarray | None]] = {
     "reward_model": reward_model,
     "process_reward": process_reward,
 }
+
+OF_MODELS = ("reward_model", "process_reward")
+"""Those that ask the reward model in their setting ``folder``."""

@@ -5,8 +5,6 @@ import json
 from jaxrl.records import ToolStatus
 from jaxrl.rewards.graded import Graded
 
-_UNREADABLE = (ToolStatus.PARSE_ERROR, ToolStatus.UNKNOWN_TOOL, ToolStatus.BAD_ARGUMENTS)
-
 
 def correct_then_fast(
     graded: Graded,
@@ -34,7 +32,7 @@ def correct_then_fast(
     if trajectory.correct:
         return 0.5 + 0.5 * min(reference_seconds / max(trajectory.tool_seconds, 1e-9), cap)
     status = trajectory.calls[-1].status if trajectory.calls else ToolStatus.PARSE_ERROR
-    if status in _UNREADABLE:
+    if status.is_unreadable:
         return unreadable
     return failed if status.is_error else wrong
 

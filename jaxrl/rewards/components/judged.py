@@ -29,7 +29,7 @@ def error_location(graded: Graded) -> float | None:
     "error_location" too. None where it is something else.
     """
     truth = _truth_of(graded.trajectory.problem.answer)
-    return None if truth is None else location_reward(read_integer(graded.trajectory.answer or ""), *truth)
+    return None if truth is None else location_reward(_step_number(graded.trajectory.answer or ""), *truth)
 
 
 def location_reward(verdict: int | None, truth: int, steps: int) -> float:
@@ -50,7 +50,7 @@ def location_reward(verdict: int | None, truth: int, steps: int) -> float:
 def same_verdict(answer: str, gold: str) -> bool | None:
     """Whether a judge's answer finds an error where there is one, and none where there is none."""
     truth = _truth_of(gold)
-    return None if truth is None else location_reward(read_integer(answer), *truth) > 0
+    return None if truth is None else location_reward(_step_number(answer), *truth) > 0
 
 
 def _truth_of(gold: str) -> tuple[int, int] | None:
@@ -65,9 +65,9 @@ def _truth_of(gold: str) -> tuple[int, int] | None:
 def verdict_of(reply: str) -> int | None:
     """The integer in the last box of a judge's reply; None without a box or with anything else in it."""
     box = last_box(reply)
-    return None if box is None else read_integer(box)
+    return None if box is None else _step_number(box)
 
 
-def read_integer(text: str) -> int | None:
+def _step_number(text: str) -> int | None:
     """An integer in ASCII digits, white space around it aside."""
     return int(text) if re.fullmatch(r"\s*[-+]?[0-9]{1,9}\s*", text) else None

@@ -19,11 +19,12 @@ async def reward_model(graded: Graded, *, folder: str = "") -> float:
     return await asyncio.to_thread(model.of_trajectory, graded.trajectory)
 
 
-def process_reward(graded: Graded, *, folder: str = "") -> np.ndarray:
+async def process_reward(graded: Graded, *, folder: str = "") -> np.ndarray:
     """[policy turns]: the chance that each turn is right, by a process reward model at the turn's last token.
 
     Args:
         graded: as for ``reward_model``.
         folder: the export of a run of kind "process".
     """
-    return loaded(folder).of_turns(graded.trajectory)
+    model = await asyncio.to_thread(loaded, folder)
+    return await asyncio.to_thread(model.of_turns, graded.trajectory)

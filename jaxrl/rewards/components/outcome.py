@@ -30,17 +30,18 @@ def length(graded: Graded) -> float:
     return -len(graded.trajectory.ids) / graded.max_response_tokens
 
 
-def overlong(graded: Graded, *, buffer: int = -1, longest: int = 0) -> float:
+def overlong(graded: Graded, *, buffer: int = -1, share: float = 0.2, longest: int = 0) -> float:
     """Soft overlong punishment (DAPO, arXiv 2503.14476, equation 13): 0 up to longest - buffer, then down to -1.
 
     -(tokens - (longest - buffer)) / buffer inside the buffer, -1 behind it.
 
     Args:
         graded: see ``Graded``; tokens count tool output.
-        buffer: tokens, at most ``longest``; -1 = a quarter of it; 0 punishes only what is longer.
+        buffer: tokens, at most ``longest``; -1 = ``share`` of it; 0 punishes only what is longer.
+        share: 4096 of 20480 tokens in DAPO.
         longest: tokens; 0 = the longest response allowed.
     """
     longest = longest or graded.max_response_tokens
-    buffer = longest // 4 if buffer < 0 else min(buffer, longest)
+    buffer = round(share * longest) if buffer < 0 else min(buffer, longest)
     excess = len(graded.trajectory.ids) - (longest - buffer)
     return -min(excess / max(buffer, 1), 1.0) if excess > 0 else 0.0

@@ -21,7 +21,7 @@ def reinforce_plus_plus(outcomes: Outcomes, *, discount: float = 1.0) -> list[np
         values = np.zeros(len(sampled))
         values[sampled] = discounted_sums(rewards[sampled], discount)
         returns.append(values)
-    return whitened(returns, outcomes.masks)
+    return whitened(returns, outcomes.trained_masks())
 
 
 def reinforce_plus_plus_baseline(outcomes: Outcomes) -> list[np.ndarray]:
@@ -72,4 +72,4 @@ def gdpo(
 
 def _whitened_over_tokens(values: np.ndarray, outcomes: Outcomes) -> list[np.ndarray]:
     on_tokens = [np.full(len(mask), value) for value, mask in zip(values, outcomes.masks, strict=True)]
-    return whitened(on_tokens, outcomes.masks)
+    return whitened(on_tokens, outcomes.trained_masks())

@@ -26,7 +26,9 @@ def gae(outcomes: Outcomes, *, discount: float = 1.0, decay: float = 1.0, whiten
     advantages, _ = advantages_and_returns(
         outcomes.rewards_by_token(), outcomes.need("values"), outcomes.masks, discount=discount, decay=decay
     )
-    return whitened(advantages, outcomes.masks) if whiten else [values.astype(np.float32) for values in advantages]
+    if whiten:
+        return whitened(advantages, outcomes.trained_masks())
+    return [values.astype(np.float32) for values in advantages]
 
 
 def advantages_and_returns(

@@ -42,7 +42,7 @@ def whitened(values: Sequence[np.ndarray], masks: Sequence[np.ndarray], *, shift
 
     Args:
         values: of each [T_i].
-        masks: of each [T_i]; only tokens with 1 count, and all others come out as 0.
+        masks: of each [T_i], such as ``Outcomes.trained_masks``; only tokens with 1 count, others come out as 0.
         shift: False keeps the mean.
 
     Returns:

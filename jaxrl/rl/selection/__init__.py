@@ -6,6 +6,7 @@ group's mean and is not trained on. Everything that leaves is counted.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -22,6 +23,7 @@ from jaxrl.rl.selection.simple import first, max_variance
 
 Statistics = dict[str, tuple[float, float]]  # name -> (sum, count); groups add up
 Filter = Callable[[Trajectory], bool]
+Rejection = Literal["", "untrainable", "filtered", "all_correct", "all_wrong", "masked"]
 
 SELECTIONS: Mapping[str, Callable[..., np.ndarray]] = {
     "roc": roc,
@@ -43,7 +45,7 @@ class Selection:
     """
 
     kept: tuple[Trajectory, ...]
-    rejected: Literal["", "untrainable", "filtered", "all_correct", "all_wrong", "masked"]
+    rejected: Rejection
     statistics: Statistics
     masked: tuple[bool, ...] = ()
 
@@ -72,13 +74,14 @@ class Chooser:
         kept = np.arange(0) if rejected else np.asarray(self.method(Candidates(eligible, self.keep, rng)), int)
         chosen = tuple(eligible[index] for index in kept)
         masked = tuple(_holds(self.mask_out, trajectory) for trajectory in chosen)
-        statistics = _statistics(eligible, kept) | self._counted(ordered, trainable, chosen, masked)
-        statistics |= {f"groups_{why}": (float(rejected == why), 1.0) for why in ("all_correct", "all_wrong")}
+        counted = self._counted(ordered, trainable, chosen, masked)
         if chosen and all(masked):
-            return Selection((), "masked", statistics | {"groups_kept": (0.0, 1.0)})
-        return Selection(chosen, rejected, statistics, masked)
+            rejected, kept, chosen, masked = "masked", kept[:0], (), ()
+        counted |= {"kept": (float(len(chosen)), 1.0), "groups_kept": (float(len(chosen) > 0), 1.0)}
+        counted |= {f"groups_{why}": (float(rejected == why), 1.0) for why in typing.get_args(Rejection) if why}
+        return Selection(chosen, rejected, _statistics(eligible, kept) | counted, masked)
 
-    def _rejection(self, trainable: Sequence[Trajectory], eligible: Sequence[Trajectory]) -> str:
+    def _rejection(self, trainable: Sequence[Trajectory], eligible: Sequence[Trajectory]) -> Rejection:
         if not eligible:
             return "filtered" if trainable else "untrainable"
         correct = [trajectory.correct for trajectory in eligible]
@@ -97,8 +100,6 @@ class Chooser:
         counted = {
             "untrainable_share": (float(len(ordered) - len(trainable)), float(len(ordered))),
             "group_size": (float(len(ordered)), 1.0),
-            "kept": (float(len(chosen)), 1.0),
-            "groups_kept": (float(len(chosen) > 0), 1.0),
         }
         for name, rule in self.leave_out.items():
             counted[f"left_out_{name}"] = (float(sum(map(rule, trainable))), float(len(trainable)))

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from jaxrl.records import StopReason, ToolStatus, Trajectory
-
-_UNREADABLE = (ToolStatus.PARSE_ERROR, ToolStatus.UNKNOWN_TOOL, ToolStatus.BAD_ARGUMENTS)
+from jaxrl.records import StopReason, Trajectory
 
 
 def truncated(trajectory: Trajectory) -> bool:
@@ -28,13 +26,13 @@ def void_turn(trajectory: Trajectory) -> bool:
 
 
 def no_valid_call(trajectory: Trajectory) -> bool:
-    """It called, and no call could be run (VerlTool masks those)."""
-    return bool(trajectory.calls) and all(call.status in _UNREADABLE for call in trajectory.calls)
+    """No call could be run, be it that there was none (VerlTool masks those)."""
+    return all(call.status.is_unreadable for call in trajectory.calls)
 
 
 def unreadable_call(trajectory: Trajectory) -> bool:
     """A call could not be run."""
-    return any(call.status in _UNREADABLE for call in trajectory.calls)
+    return any(call.status.is_unreadable for call in trajectory.calls)
 
 
 def failed_call(trajectory: Trajectory) -> bool:
