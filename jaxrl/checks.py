@@ -72,6 +72,20 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 """Fields by the range they must lie in, each entry of a tuple: names without "Config", what holds, the words for it."""
 
 
+_OF_POLICY_LOSS = (
+    "loss",
+    "loss_settings",
+    "kl_coefficient",
+    "entropy_coefficient",
+    "entropy_target",
+    "top_entropy",
+    "proximal",
+    "mismatch",
+    "rejection",
+)
+"""Fields of ``AlgorithmConfig`` that only the policy loss reads, or the rewards that it is paid by."""
+
+
 def check(config: Any) -> None:
     """Refuse values of a ``Config`` that are out of range or contradict each other.
 
@@ -112,6 +126,12 @@ def check(config: Any) -> None:
             "raise samples or lower k"
         )
     _check_kl(algorithm, config.lora)
+    trained = train.problems * (algorithm.keep or train.samples)
+    if algorithm.kl_target and trained >= 5 * algorithm.kl_horizon:
+        raise ConfigError(
+            f"AlgorithmConfig.kl_horizon={algorithm.kl_horizon} must be above a fifth of the {trained} trajectories of "
+            "a step, one of which could bring the KL's weight to 0 for good; raise it"
+        )
     _check_mix(config)
     if not config.data.eval and "stories" in config.data.train.split(","):
         raise ConfigError("DataConfig.eval is empty: stories have a split of their own; set DataConfig.eval='stories'")
@@ -170,10 +190,30 @@ def _check_mix(config: Any) -> None:
             f"DistillConfig.loss={config.distill.loss!r} is of tokens that the policy sampled; on demonstrations "
             f"(DistillConfig.stages={config.distill.stages!r}) take 'generalised_jsd'"
         )
+    _check_task(config)
     if config.mix.observation_weight and config.mix.loss != "nll":
         raise ConfigError(
             f"MixConfig.observation_weight={config.mix.observation_weight} is of the cross-entropy, but "
             f"MixConfig.loss={config.mix.loss!r} would hold for observations too; set it to 'nll', or the weight to 0"
+        )
+
+
+def _check_task(config: Any) -> None:
+    """Refuse settings of a policy loss that a teacher takes the place of."""
+    distill = config.distill
+    if not distill.teacher or distill.task_weight or distill.stages == "cold_start":
+        return
+    fields = [(config.algorithm, name) for name in _OF_POLICY_LOSS]
+    fields += [(config.mix, "demonstrations"), (config.mix, "observation_weight")]
+    unused = [
+        f"{type(section).__name__}.{name}={getattr(section, name)!r}"
+        for section, name in fields
+        if getattr(section, name) != getattr(type(section)(), name)
+    ]
+    if unused:
+        raise ConfigError(
+            f"{', '.join(unused)} would do nothing: with DistillConfig.task_weight=0 the policy learns from "
+            "DistillConfig.teacher alone; set a task_weight above 0, or these to their defaults"
         )
 
 

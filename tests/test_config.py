@@ -106,6 +106,10 @@ def test_promise_10_bad_configuration_is_refused_with_a_remedy(text: str, messag
         ("SandboxConfig.threads = 0", "SandboxConfig.threads=0 must be at least 1"),
         ("SandboxConfig.session_memory_mib = 0", "SandboxConfig.session_memory_mib=0 must be at least 1"),
         ("SandboxConfig.program_folders = ('/opt', 3)", "SandboxConfig.program_folders=.* must be tuple of str"),
+        (
+            "AlgorithmConfig.kl_target = 0.1\nAlgorithmConfig.kl_coefficient = 0.1\nAlgorithmConfig.kl_horizon = 1",
+            "kl_horizon=1 must be above a fifth of the 128 trajectories",
+        ),
         ("SandboxConfig.slow_slots = -1", "SandboxConfig.slow_slots=-1 must not be negative"),
     ],
 )

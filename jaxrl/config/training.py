@@ -94,7 +94,7 @@ class AlgorithmConfig:
     kl_placement: Literal["loss", "reward"] = "loss"
     """Added to the loss, or subtracted from the reward of every token before advantages are made of it."""
     kl_by_ratio: bool = False
-    """In the loss: multiply the estimate by the ratio to the proximal policy."""
+    """In the loss: multiply the estimate by the ratio to the proximal policy, over what the loss takes it."""
     kl_target: float = 0.0
     """KL to the reference, nats, that ``kl_coefficient`` is adapted to after every step; 0 = it stays as it is."""
     kl_horizon: int = 10_000
@@ -125,8 +125,6 @@ class AlgorithmConfig:
     """Which tokens are left out of the policy loss by the same ratio: a name or a path."""
     rejection_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Of ``rejection``, by name, where they are not its defaults."""
-    rejection_renormalizes: bool = False
-    """Give the weight of what a micro-batch rejects to the rest of it; otherwise it is lost."""
 
 
 @dataclasses.dataclass(frozen=True)

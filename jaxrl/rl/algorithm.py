@@ -81,6 +81,8 @@ def advantage(config: AlgorithmConfig, recorded: Recorded) -> Advantage:
                 f"AlgorithmConfig.advantage={config.advantage!r} passes over what single turns earn, which a component "
                 "of RewardConfig.components rewards; take one that credits turns, such as gigpo, or another component"
             )
+    if config.kl_coefficient and config.kl_placement == "reward":
+        _check_charged(config.advantage, estimate, outcomes)
     return estimate
 
 
@@ -107,6 +109,25 @@ def _check_used(config: AlgorithmConfig, recorded: Recorded) -> None:
                 f"{setting}=True is for advantages, but AlgorithmConfig.advantage={config.advantage!r} passes it over; "
                 f"set it to False, or take an advantage such as {such_as}"
             )
+
+
+def _check_charged(name: str, estimate: Advantage, outcomes: Outcomes) -> None:
+    """Refuse an advantage that is the same whatever is subtracted from rewards."""
+    cost = 3.0 * np.arange(1, len(outcomes.rewards) + 1)[::-1]
+    charged = [
+        rewards - (mask > 0) * each
+        for rewards, mask, each in zip(outcomes.rewards_by_token(), outcomes.masks, cost, strict=True)
+    ]
+    others = dataclasses.replace(
+        outcomes,
+        rewards=outcomes.rewards - [each * (mask > 0).sum() for each, mask in zip(cost, outcomes.masks, strict=True)],
+        token_rewards=charged,
+    )
+    if all(np.array_equal(a, b) for a, b in zip(estimate(outcomes).values, estimate(others).values, strict=True)):
+        raise ConfigError(
+            f"AlgorithmConfig.advantage={name!r} passes over the KL that AlgorithmConfig.kl_placement='reward' takes "
+            "from rewards; set kl_placement='loss', kl_coefficient=0, or an advantage of rewards, such as grpo"
+        )
 
 
 def extra_samples(config: AlgorithmConfig) -> Callable[[np.ndarray], int] | None:

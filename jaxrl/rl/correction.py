@@ -45,16 +45,17 @@ def correction(config: AlgorithmConfig) -> Callable[[Tokens], Corrected]:
             raise ConfigError(f"{name!r} gave {result} for tokens [2, 3]; it must give an array of one number a token")
     _check_counted_once(config)
     changes_nothing = config.mismatch == config.rejection == "none"
+    changes_nothing &= config.proximal == "behaviour" and config.top_entropy == 1
 
     def correct(tokens: Tokens) -> Corrected:
-        chosen = most_uncertain(tokens, config.top_entropy)
         if changes_nothing:
-            return Corrected(tokens.only(chosen), tokens.mask, {})
+            return Corrected(tokens, tokens.mask, {})
         judged = tokens
         if config.proximal == "behaviour":
             judged = tokens.replace(proximal_logprobs=jax.lax.stop_gradient(tokens.logprobs))
         weights, keep = (jax.lax.stop_gradient(values(judged)) for values in (weigh, reject))
-        return Corrected(tokens.only(chosen * keep), weights, correction_metrics(judged, weights * keep))
+        keep *= most_uncertain(tokens, config.top_entropy)
+        return Corrected(tokens.only(keep), weights, correction_metrics(judged, weights * keep))
 
     return correct
 

@@ -47,7 +47,7 @@ def _value(difference: jax.Array, estimator: str) -> jax.Array:
     if estimator == "k2":
         return 0.5 * difference**2
     exponent = bounded(-difference)
-    return jnp.clip(jnp.exp(exponent) - exponent - 1, -MAX_K3, MAX_K3)
+    return jnp.clip(jnp.expm1(exponent) - exponent, -MAX_K3, MAX_K3)
 
 
 def _difference(logprobs: jax.Array, other: jax.Array, sampled: jax.Array) -> jax.Array:
@@ -69,4 +69,4 @@ def adapted(coefficient: float, divergence: float, *, target: float, horizon: in
         count: trajectories of the update.
     """
     error = min(max(divergence / target - 1, -0.2), 0.2)
-    return coefficient * (1 + error * count / horizon)
+    return coefficient * max(1 + error * count / horizon, 0.0)

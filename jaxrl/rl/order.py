@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl import mesh as meshes
+from jaxrl.rl import sequences
 
 
 def ascending(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -21,15 +22,19 @@ def ascending(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def lowest(values: jax.Array, mask: jax.Array, count: jax.Array) -> jax.Array:
-    """[B, T] bool, the ``count`` masked tokens of least value; more where the last of them are equal.
+    """[B, T] bool, the ``count`` masked tokens of least value; of equal ones those that lie first, row by row.
 
     Args:
         values: [B, T] float, finite.
         mask: [B, T] bool.
-        count: [] int; 0 selects none.
+        count: [] int; 0 selects none, more than there are selects all.
     """
     last = ascending(values, mask)[jnp.clip(count - 1, 0, values.size - 1)]
-    return mask & (values <= last) & (count > 0)
+    below, equal = (
+        meshes.to_compute(mask & chosen & (count > 0), (None, None)) for chosen in (values < last, values == last)
+    )
+    place = jnp.cumsum(equal.ravel()).reshape(equal.shape)
+    return mask & meshes.to_compute(below | (equal & (place <= count - below.sum())), sequences.ROWS)
 
 
 def quantiles(values: jax.Array, mask: jax.Array, shares: tuple[float, ...]) -> list[jax.Array]:

@@ -35,6 +35,7 @@ class Tokens:
     mask: jax.Array  # [B, T] float, 1 where the policy sampled the token
     segment_ids: jax.Array  # [B, T] int32, 0 = padding; one segment is one trajectory
     entropy: jax.Array  # [B, T] nats, of the distribution the token was drawn from; a constant
+    recorded: jax.Array  # [B, T] float, the mask before tokens were left out; denominators count these
 
     @property
     def log_ratio(self) -> jax.Array:
@@ -66,12 +67,12 @@ class Tokens:
             advantages=self.advantages,
             segment_ids=self.segment_ids,
             entropy=self.entropy,
-        )
+        ).replace(recorded=self.recorded)
 
     @property
-    def lengths(self) -> jax.Array:
-        """[B, T] sampled tokens of the trajectory a token belongs to, at least 1."""
-        return sequences.length(self.mask, self.segment_ids)
+    def recorded_lengths(self) -> jax.Array:
+        """[B, T] sampled tokens of the trajectory a token belongs to, those left out among them, at least 1."""
+        return sequences.length(self.recorded, self.segment_ids)
 
     def over_sequence(self, values: jax.Array) -> jax.Array:
         """[B, T] the sum of ``values`` over the sampled tokens of the trajectory, at every one of its tokens."""
@@ -97,7 +98,7 @@ class Tokens:
 def abstract_tokens() -> Tokens:
     """Shapes and types of a record of 2 rows of 3 tokens, to try out what is made of one."""
     floats, integers = (jax.ShapeDtypeStruct((2, 3), dtype) for dtype in (jnp.float32, jnp.int32))
-    return Tokens(floats, floats, floats, floats, floats, integers, floats)
+    return Tokens(floats, floats, floats, floats, floats, integers, floats, floats)
 
 
 def bounded(log_ratio: jax.Array) -> jax.Array:
@@ -110,7 +111,8 @@ class TokenLoss(NamedTuple):
 
     Attributes:
         loss: [B, T], before aggregation; it is weighted and summed by the trainer.
-        metrics: by name, [B, T]; their means over sampled tokens are logged. The names must not depend on values.
+        metrics: by name, [B, T]; their means over the tokens it was given are logged. The names must not depend on
+            values.
     """
 
     loss: jax.Array
@@ -141,4 +143,5 @@ def sampled(
         mask=here.astype(logprobs.dtype),
         segment_ids=segment_ids,
         entropy=constant(entropy),
+        recorded=here.astype(logprobs.dtype),
     )

@@ -20,6 +20,7 @@ from jaxrl.records import Batch
 from jaxrl.rl import algorithm as rl_algorithm
 from jaxrl.rl import divergence, mismatch
 from jaxrl.rl.correction import correction
+from jaxrl.rl.policy_losses import SPANS
 from jaxrl.rl.supervised import SupervisedLoss, nll
 from jaxrl.rl.tokens import sampled
 from jaxrl.train.placement import Placement
@@ -48,7 +49,7 @@ def cross_entropy_loss(model: ModelConfig, supervised: SupervisedLoss = nll) -> 
     def loss(params: Any, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
         del reference
         stats = logprob.sequence_logprobs(params, model, batch.tokens, batch.positions, batch.segment_ids)
-        metrics = {"nll": _masked(-stats.logprobs, batch), "entropy": _masked(stats.entropy, batch)}
+        metrics = {"nll": _masked(-stats.logprobs, batch.mask), "entropy": _masked(stats.entropy, batch.mask)}
         learned = (batch.ce_weights * supervised(jnp.where(batch.mask > 0, stats.logprobs, 0.0))).sum()
         balance, load_metrics = _balance(model, stats, batch)
         return learned + balance, metrics | load_metrics
@@ -68,6 +69,7 @@ def policy_gradient_loss(
     """
 
     policy_loss, correct = rl_algorithm.policy_loss(algorithm), correction(algorithm)
+    span = algorithm.loss_settings.get("span", SPANS.get(algorithm.loss, "token"))
     pays_entropy = algorithm.entropy_coefficient or algorithm.entropy_target
 
     def loss(params: Any, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
@@ -92,14 +94,10 @@ def policy_gradient_loss(
         )
         corrected = correct(tokens)
         surrogate = policy_loss(corrected.tokens)
-        weights = batch.rl_weights * corrected.weights
-        if algorithm.rejection_renormalizes:
-            left = (batch.rl_weights * corrected.tokens.mask).sum()
-            weights *= jnp.where(left > 0, batch.rl_weights.sum() / jnp.where(left > 0, left, 1.0), 0.0)
-        total = (weights * surrogate.loss).sum()
+        total = (batch.rl_weights * corrected.weights * surrogate.loss).sum()
         metrics = {
-            "entropy": _masked(stats.entropy, batch),
-            **{name: _masked(values, batch) for name, values in surrogate.metrics.items()},
+            "entropy": _masked(stats.entropy, batch.mask),
+            **{name: _masked(values, corrected.tokens.mask) for name, values in surrogate.metrics.items()},
             **mismatch.gap(stats.logprobs, batch.behaviour_logprobs, batch.mask),
             **corrected.metrics,
         }
@@ -108,9 +106,9 @@ def policy_gradient_loss(
         if algorithm.kl_coefficient and algorithm.kl_placement == "loss":
             reference_stats = score(jax.lax.stop_gradient(reference))
             to_reference = divergence.kl(stats.logprobs, reference_stats.logprobs, batch.mask, algorithm.kl_estimator)
-            counted = to_reference * tokens.ratio if algorithm.kl_by_ratio else to_reference
+            counted = to_reference * tokens.ratio_of(span) if algorithm.kl_by_ratio else to_reference
             total += algorithm.kl_coefficient * (batch.kl_weights * counted).sum()
-            metrics["kl_to_reference"] = _masked(to_reference, batch)
+            metrics["kl_to_reference"] = _masked(to_reference, batch.mask)
         if supervised is not None:
             learned = batch.ce_weights > 0
             logprobs = jnp.where(learned, stats.logprobs, 0.0)
@@ -137,9 +135,9 @@ def _balance(model: ModelConfig, stats: logprob.TokenStats, batch: Batch) -> tup
     return model.balance_coefficient * loss * (batch.rl_weights + batch.ce_weights).sum(), metrics
 
 
-def _masked(values: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sum and count of [B, T] values over the sampled tokens; what stands elsewhere does not matter, NaN included."""
-    return jnp.where(batch.mask > 0, values, 0.0).sum(), batch.mask.sum()
+def _masked(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum and count of [B, T] values where the mask is; what stands elsewhere does not matter, NaN included."""
+    return jnp.where(mask > 0, values, 0.0).sum(), mask.sum()
 
 
 def _merge(name: str, total: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array]) -> tuple:

@@ -76,6 +76,16 @@ def test_kl_gradients_point_where_the_docstring_says(estimator: Any) -> None:
         assert value == pytest.approx(float(forward(logits)), abs=1e-6)
 
 
+def test_a_small_kl_is_measured_by_more_than_rounding() -> None:
+    value = divergence.kl(jnp.array([[1e-3]]), jnp.zeros((1, 1)), jnp.ones((1, 1)), "k3")
+    assert float(value[0, 0]) == pytest.approx(0.5e-6 - 1e-9 / 6, rel=1e-3)
+
+
+def test_an_adapted_coefficient_is_never_negative() -> None:
+    assert divergence.adapted(0.1, 0.0, target=1.0, horizon=10, count=100) == 0
+    assert divergence.adapted(0.1, 0.0, target=1.0, horizon=10, count=5) == pytest.approx(0.09)
+
+
 @pytest.mark.parametrize("rubbish", [0.0, np.nan, np.inf, -np.inf, 1e30])
 def test_promise_3_a_masked_token_has_exactly_zero_gradient_whatever_stands_in_it(rubbish: float) -> None:
     rng = np.random.default_rng(0)

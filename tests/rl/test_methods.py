@@ -55,7 +55,7 @@ def test_a_loss_and_an_advantage_from_a_file(files: pathlib.Path) -> None:
         advantage_settings={"factor": 2},
     )
     one = jnp.ones((1, 2))
-    tokens = Tokens(0.5 * one, 0 * one, 0 * one, 2 * one, one, jnp.ones((1, 2), jnp.int32), one)
+    tokens = Tokens(0.5 * one, 0 * one, 0 * one, 2 * one, one, jnp.ones((1, 2), jnp.int32), one, one)
     result = algorithm.policy_loss(config)(tokens)
     np.testing.assert_allclose(result.loss, -6 * np.exp(0.5) * np.ones((1, 2)), rtol=1e-6)
     outcomes = Outcomes(rewards=np.array([1.0, 0.5]), groups=np.zeros(2, int), masks=[np.ones(1)] * 2)

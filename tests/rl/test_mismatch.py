@@ -34,6 +34,11 @@ def test_micro_batches_add_up_and_masked_rubbish_does_not_count() -> None:
     assert total["ratio"][1] == 9
 
 
+def test_a_small_gap_is_measured_by_more_than_rounding() -> None:
+    gap = mismatch.gap(jnp.array([[1e-3]]), jnp.zeros((1, 1)), jnp.ones((1, 1)))
+    assert float(gap["sampler_kl"][0]) == pytest.approx(0.5e-6 + 1e-9 / 6, rel=1e-3)
+
+
 def test_no_gradient_flows_and_huge_gaps_stay_finite() -> None:
     one = jnp.ones((1, 1))
     assert jax.grad(lambda x: mismatch.gap(x * one, 0 * one, one)["sampler_kl"][0])(2.0) == 0

@@ -80,6 +80,15 @@ def test_a_run_that_cannot_supply_what_its_advantage_needs_does_not_start(advant
         algorithm.check(AlgorithmConfig(advantage=advantage), Recorded())
 
 
+def test_a_kl_in_the_reward_needs_an_advantage_that_sees_rewards() -> None:
+    recorded = Recorded(component_weights={"correct": 1.0})
+    charged = {"kl_coefficient": 0.1, "kl_placement": "reward"}
+    algorithm.check(AlgorithmConfig(advantage="gdpo"), recorded)
+    algorithm.check(AlgorithmConfig(advantage="gigpo", **charged), recorded)
+    with pytest.raises(ConfigError, match="advantage='gdpo' passes over the KL"):
+        algorithm.check(AlgorithmConfig(advantage="gdpo", **charged), recorded)
+
+
 @pytest.mark.parametrize("advantage", ["rae", "gigpo", "tree_depth", "tree_sibling", "reinforce_plus_plus", "max_rl"])
 def test_what_any_run_supplies_is_enough(advantage: str) -> None:
     algorithm.check(AlgorithmConfig(advantage=advantage), Recorded())

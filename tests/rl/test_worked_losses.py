@@ -53,10 +53,10 @@ P, P_OLD = np.exp(LOGPROB), np.exp(PROXIMAL)
         ("dppo_tv", 2.0, 1.0, {"drop_high": P - P_OLD - 0.01}, 0.0, 0.0),
         ("dppo_tv", 2.0, -1.0, {"drop_high": 0.0}, 2 * LOGPROB, 2.0),  # pulled back, however far it rose
         ("dppo_tv", 2.0, 1.0, {"cap": 1.5}, -1.5 * LOGPROB, -1.5),
-        ("prime", 2.0, 1.0, {}, -2 + 1e-3 * np.log(2) ** 2, -2 + 2e-3 * np.log(2)),
-        ("prime", 2.0, 1.0, {"drop_high": 0.1}, 1e-3 * np.log(2) ** 2, 2e-3 * np.log(2)),
-        ("prime", 2.0, -1.0, {"drop_high": 0.1}, 2 + 1e-3 * np.log(2) ** 2, 2 + 2e-3 * np.log(2)),
-        ("prime_symmetric", 2.0, -1.0, {}, 1e-3 * np.log(2) ** 2, 2e-3 * np.log(2)),
+        ("prime_rl", 2.0, 1.0, {}, -2 + 1e-3 * np.log(2) ** 2, -2 + 2e-3 * np.log(2)),
+        ("prime_rl", 2.0, 1.0, {"drop_high": 0.1}, 1e-3 * np.log(2) ** 2, 2e-3 * np.log(2)),
+        ("prime_rl", 2.0, -1.0, {"drop_high": 0.1}, 2 + 1e-3 * np.log(2) ** 2, 2 + 2e-3 * np.log(2)),
+        ("prime_rl_symmetric", 2.0, -1.0, {}, 1e-3 * np.log(2) ** 2, 2e-3 * np.log(2)),
         ("sppo", 2.0, 1.0, {"eta": 2.0}, (np.log(2) - 2) ** 2, 2 * (np.log(2) - 2)),
     ],
 )
@@ -78,6 +78,18 @@ def test_the_length_of_luspo_is_that_of_the_sequence() -> None:
     mask = np.array([[1, 1, 0, 1, 1, 0]])
     tokens = tokens_of(mask, -mask, mask, proximal=-mask, segment_ids=[[1, 1, 1, 1, 2, 0]])
     np.testing.assert_allclose((POLICY_LOSSES["luspo"](tokens).loss * mask)[0], [-3, -3, 0, -3, -1, 0])
+    kept = tokens.only(jnp.asarray([[1, 0, 0, 0, 1, 0]]))  # the denominator stays 3, and so does the length
+    np.testing.assert_allclose(POLICY_LOSSES["luspo"](kept).loss[0], [-3, 0, 0, 0, -1, 0])
+
+
+def test_kl_cov_penalises_its_share_of_equal_covariances_and_nothing_without_one() -> None:
+    advantages, logprobs = (np.repeat([[1.0], [-1.0]], 4, axis=1), np.repeat([[-1.0], [-3.0]], 4, axis=1))
+    tied = tokens_of(np.ones((2, 4)), logprobs, advantages, proximal=logprobs - 0.5)
+    result = POLICY_LOSSES["kl_cov"](tied, share=0.25)
+    np.testing.assert_array_equal(result.metrics["covariance_penalty_fraction"], [[1, 1, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(result.loss + tied.advantages * tied.ratio, [[0.5, 0.5, 0, 0], [0] * 4], atol=1e-6)
+    for alike in (tied.replace(advantages=jnp.ones((2, 4))), tied.replace(advantages=-tied.advantages)):
+        assert not POLICY_LOSSES["kl_cov"](alike, share=0.25).metrics["covariance_penalty_fraction"].any()
 
 
 def judged(ratios: list[float], advantages: Any = None, proximal: Any = None) -> Any:
@@ -141,6 +153,27 @@ def test_a_rejection_leaves_the_rest_as_it_was() -> None:
     for name, share in (("p1", 0.01), ("p50", 0.5), ("p99", 0.99)):
         value, count = corrected.metrics[f"mismatch_{name}"]
         assert value / count == pytest.approx(np.exp(np.quantile(tokens.mismatch, share)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [({"top_entropy": 0.5}, 2), ({"proximal": "recomputed"}, 4), ({"proximal": "interpolated"}, 4)],
+)
+def test_whatever_comes_between_sampler_and_loss_is_reported(settings: dict[str, Any], kept: int) -> None:
+    tokens = judged([1.0, 3.0, 1.2, 0.2]).replace(entropy=jnp.asarray([[0.1, 0.2, 0.3, 0.4]]))
+    metrics = correction(AlgorithmConfig(**settings))(tokens).metrics
+    assert metrics["mismatch_kept"] == metrics["mismatch_weight"] == (kept, 4)
+    assert {"mismatch_p1", "mismatch_p50", "mismatch_p99"} < metrics.keys()
+    assert correction(AlgorithmConfig())(tokens).metrics == {}
+
+
+def test_a_small_divergence_is_judged_by_more_than_rounding() -> None:
+    """A log-ratio of 0.001 is 5e-7 nats, of which exp(d) - 1 - d in float32 is off by a tenth."""
+    for estimator in ("k3", "k3_mirrored"):
+        for sign in (1, -1):
+            tokens = tokens_of([[1]], [[0.0]], [[1]], proximal=[[sign * 1e-3]], behaviour=[[0.0]])
+            assert REJECTIONS["divergence"](tokens, estimator=estimator, most=5.02e-7).all()
+            assert not REJECTIONS["divergence"](tokens, estimator=estimator, most=4.98e-7).any()
 
 
 def test_without_a_proximal_policy_the_ratio_to_the_sampler_is_judged() -> None:

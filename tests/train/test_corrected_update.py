@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl.config import AlgorithmConfig
-from jaxrl.model import spec, transformer
+from jaxrl.model import logprob, spec, transformer
 from jaxrl.records import Batch
 from jaxrl.train.update import policy_gradient_loss
 from tests.train.test_update import MODEL, random_batch, score
@@ -62,8 +62,6 @@ def test_what_is_rejected_changes_no_other_token(batch: Batch) -> None:
     assert value == pytest.approx(expected, rel=1e-4)
     share = (kept * batch.mask).sum() / batch.mask.sum()
     assert metrics["mismatch_kept"] == pytest.approx(share) != 1
-    asked = AlgorithmConfig(rejection="band", rejection_settings=settings, rejection_renormalizes=True)
-    assert loss_of(asked, batch)[0] == pytest.approx(value / share, rel=1e-4)
 
 
 def test_the_entropy_bonus_is_subtracted_and_has_a_gradient(batch: Batch) -> None:
@@ -89,5 +87,29 @@ def test_the_kl_is_multiplied_by_the_ratio_or_left_out_where_rewards_pay_it(batc
 
 def test_only_the_most_uncertain_tokens_are_trained_on(batch: Batch) -> None:
     value, _ = loss_of(AlgorithmConfig(top_entropy=0.3, loss="reinforce"), batch)
-    whole, _ = loss_of(AlgorithmConfig(loss="reinforce"), batch)
-    assert value != pytest.approx(whole, rel=1e-3)
+    stats = logprob.sequence_logprobs(params(0), MODEL, batch.tokens, batch.positions, batch.segment_ids)
+    entropy, here = np.asarray(stats.entropy), batch.mask > 0
+    chosen = here & (entropy >= np.quantile(entropy[here], 0.7))
+    assert chosen.sum() == round(0.3 * here.sum())
+    expected = -(batch.rl_weights * chosen * batch.advantages * np.asarray(stats.logprobs)).sum()
+    assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_metrics_of_a_loss_are_means_over_what_is_left(batch: Batch) -> None:
+    settings = {"loss": "sapo", "rejection": "band", "rejection_settings": {"low": 0.7, "high": 1.3}}
+    _, metrics = loss_of(AlgorithmConfig(**settings), batch)
+    ratio = np.exp(np.asarray(score(params(0), batch)) - batch.behaviour_logprobs)
+    kept = (batch.mask > 0) & (ratio >= 0.7) & (ratio <= 1.3)
+    gate = 1 / (1 + np.exp(-np.where(batch.advantages > 0, 1.0, 1.05) * (ratio - 1)))
+    assert metrics["gate"] == pytest.approx((4 * gate * (1 - gate))[kept].mean(), rel=1e-5) and kept.sum() < 20
+
+
+def test_the_kl_takes_the_ratio_over_what_the_loss_takes_it(batch: Batch) -> None:
+    weighted = batch.replace(kl_weights=batch.rl_weights, advantages=0 * batch.advantages)
+    settings = {"kl_coefficient": 0.5, "kl_estimator": "k2", "kl_by_ratio": True}
+    present, reference = (np.asarray(score(params(seed), batch)) for seed in (0, 1))
+    logs = (present - batch.proximal_logprobs) * batch.mask
+    ratio = np.exp(logs.sum(axis=1) / batch.mask.sum(axis=1))[:, None]
+    expected = 0.5 * (batch.rl_weights * 0.5 * (present - reference) ** 2 * ratio).sum()
+    for loss in ({"loss": "gspo"}, {"loss_settings": {"span": "geometric"}}):
+        assert loss_of(AlgorithmConfig(**settings, **loss), weighted, params(1))[0] == pytest.approx(expected, rel=1e-4)

@@ -128,6 +128,22 @@ def test_losses_of_sampled_tokens_are_refused_on_demonstrations() -> None:
         configuration.load("", ["DistillConfig.loss=on_policy", "DistillConfig.stages=both"])
 
 
+def test_settings_of_a_policy_loss_that_is_not_taken_are_refused() -> None:
+    """Their metrics would be missing once a coefficient is adapted to them."""
+    settings = [
+        "AlgorithmConfig.entropy_target=0.5",
+        "AlgorithmConfig.kl_coefficient=0.1",
+        "MixConfig.observation_weight=0.1",
+    ]
+    for taught in (["DistillConfig.teacher=t"], ["DistillConfig.teacher=t", "DistillConfig.stages=both"]):
+        configuration.load("", taught)
+        for setting in settings:
+            with pytest.raises(ConfigError, match=f"{setting} would do nothing: with DistillConfig.task_weight=0"):
+                configuration.load("", [*taught, setting])
+        configuration.load("", [*taught, *settings, "DistillConfig.task_weight=0.5"])
+    configuration.load("", ["DistillConfig.teacher=t", "DistillConfig.stages=cold_start", *settings])
+
+
 @pytest.mark.slow
 def test_a_run_distils_on_demonstrations_and_on_its_own_samples(
     tiny_run: pathlib.Path, tmp_path: pathlib.Path, run_tiny: Callable[..., subprocess.CompletedProcess[str]]

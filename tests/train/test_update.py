@@ -27,6 +27,7 @@ MODEL = ModelConfig(
 )
 SPECS = transformer.param_specs(MODEL)
 OPTIMIZER = rl_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), SPECS)
+PLAIN = AlgorithmConfig()
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +61,41 @@ def cut(batch: Batch, rows: int) -> list[Batch]:
     ]
 
 
-def updated(batches: list[Batch], mesh: jax.sharding.Mesh) -> tuple[dict, dict[str, float]]:
+def updated(
+    batches: list[Batch], mesh: jax.sharding.Mesh, algorithm: AlgorithmConfig = PLAIN
+) -> tuple[dict, dict[str, float]]:
     state = new_state(initial_params(SPECS, mesh, 0), OPTIMIZER, mesh)
-    updater = Updater(policy_gradient_loss(MODEL, AlgorithmConfig(), 1.0), OPTIMIZER, mesh)
+    updater = Updater(policy_gradient_loss(MODEL, algorithm, 1.0), OPTIMIZER, mesh)
     state, metrics = updater.step(state, batches)
     return jax.device_get(state.params), metrics
 
 
-def test_promise_3_an_update_does_not_depend_on_the_micro_batch_cut(mesh: jax.sharding.Mesh) -> None:
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        PLAIN,
+        AlgorithmConfig(
+            loss="luspo",
+            proximal="recomputed",
+            mismatch="tis",
+            rejection="band",
+            rejection_settings={"low": 0.7, "high": 1.3},
+            entropy_coefficient=0.1,
+        ),
+    ],
+)
+def test_promise_3_an_update_does_not_depend_on_the_micro_batch_cut(
+    mesh: jax.sharding.Mesh, algorithm: AlgorithmConfig
+) -> None:
     batch = random_batch(1, 4)
-    (whole, metrics), (parts, other) = updated([batch], mesh), updated(cut(batch, 1), mesh)
+    shifted = batch.behaviour_logprobs + 0.4 * batch.advantages * batch.mask
+    batch = batch.replace(proximal_logprobs=shifted, entropy_weights=0.1 * batch.rl_weights)
+    (whole, metrics), (parts, other) = updated([batch], mesh, algorithm), updated(cut(batch, 1), mesh, algorithm)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), whole, parts)
-    for name in ("loss", "grad_norm", "entropy", "ratio", "logprob_gap", "logprob_gap_max"):
-        assert metrics[name] == pytest.approx(other[name], rel=1e-4), name
+    assert ("mismatch_kept" in metrics) == (algorithm.loss == "luspo")
+    assert metrics.get("mismatch_kept", 0.5) not in (0, 1)
+    for name in metrics.keys() - {"mismatch_p1", "mismatch_p50", "mismatch_p99"}:  # which are means over micro-batches
+        assert metrics[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
 
 
 def test_an_update_moves_the_policy_towards_what_had_an_advantage(mesh: jax.sharding.Mesh) -> None:

@@ -30,14 +30,13 @@ def gap(logprobs: jax.Array, behaviour_logprobs: jax.Array, mask: jax.Array) -> 
     sampled = mask > 0
     difference = jax.lax.stop_gradient(jnp.where(sampled, logprobs, 0.0) - jnp.where(sampled, behaviour_logprobs, 0.0))
     clipped = bounded(difference)
-    ratio = jnp.exp(clipped)
     count = sampled.sum().astype(difference.dtype)
     size = jnp.abs(difference)
     return {
         "logprob_gap": (size.sum(), count),
         "logprob_gap_max": (size.max(), sampled.any().astype(difference.dtype)),
-        "sampler_kl": ((ratio - clipped - 1).sum(), count),
-        "ratio": (jnp.where(sampled, ratio, 0.0).sum(), count),
+        "sampler_kl": ((jnp.expm1(clipped) - clipped).sum(), count),
+        "ratio": (jnp.where(sampled, jnp.exp(clipped), 0.0).sum(), count),
     }
 
 

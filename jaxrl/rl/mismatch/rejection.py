@@ -1,7 +1,6 @@
 """Which tokens are left out because the trainer and the sampler disagree about them: 1 where kept, 0 where not.
 
-What is left out keeps its share of the denominator (AReaL, IcePop), so the rest is not silently weighted up, unless
-``AlgorithmConfig.rejection_renormalizes`` asks for it.
+What is left out keeps its share of the denominator (AReaL, IcePop), so the rest is not silently weighted up.
 """
 
 from typing import Literal
@@ -71,8 +70,8 @@ def divergence(
     log = tokens.mismatch
     estimate = {
         "k2": 0.5 * log**2,
-        "k3": jnp.exp(log) - 1 - log,
-        "k3_mirrored": jnp.exp(-log) - 1 + log,
+        "k3": jnp.expm1(log) - log,
+        "k3_mirrored": jnp.expm1(-log) + log,
     }[estimator] * tokens.mask
     if over == "largest":
         estimate = sequences.largest(estimate, tokens.segment_ids)

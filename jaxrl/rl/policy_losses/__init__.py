@@ -7,8 +7,8 @@ from jaxrl.rl.policy_losses.covariance import clip_cov, kl_cov
 from jaxrl.rl.policy_losses.regression import sppo
 from jaxrl.rl.policy_losses.reinforce import cispo, cispo_absolute, dro, reinforce, reinforce_capped, topr, vespo
 from jaxrl.rl.policy_losses.smooth import sapo
-from jaxrl.rl.policy_losses.trust_region import dppo_kl, dppo_tv, prime, prime_symmetric
-from jaxrl.rl.tokens import TokenLoss
+from jaxrl.rl.policy_losses.trust_region import dppo_kl, dppo_tv, prime_rl, prime_rl_symmetric
+from jaxrl.rl.tokens import Span, TokenLoss
 
 POLICY_LOSSES: Mapping[str, Callable[..., TokenLoss]] = {
     "ppo_clip": ppo_clip,
@@ -26,15 +26,21 @@ POLICY_LOSSES: Mapping[str, Callable[..., TokenLoss]] = {
     "sapo": sapo,
     "dppo_tv": dppo_tv,
     "dppo_kl": dppo_kl,
-    "prime": prime,
-    "prime_symmetric": prime_symmetric,
+    "prime_rl": prime_rl,
+    "prime_rl_symmetric": prime_rl_symmetric,
     "sppo": sppo,
     "clip_cov": clip_cov,
     "kl_cov": kl_cov,
 }
 
-AGAINST_BEHAVIOUR = frozenset({"dppo_tv", "dppo_kl", "prime", "prime_symmetric"})
+AGAINST_BEHAVIOUR = frozenset({"dppo_tv", "dppo_kl", "prime_rl", "prime_rl_symmetric"})
 """Losses whose ratio is that to the behaviour policy, whatever the proximal one is."""
 
 WITHOUT_RATIO = frozenset({"reinforce"})
 """Losses that compare the policy with none."""
+
+SPANS: Mapping[str, Span] = {
+    **dict.fromkeys(("gspo", "gspo_token", "luspo", "gmpo"), "geometric"),
+    **dict.fromkeys(("vespo", "sppo"), "product"),
+}
+"""Over what a loss takes its ratio, if not over the token and not by its setting ``span``."""

@@ -95,13 +95,13 @@ def luspo(tokens: Tokens, *, clip_low: float = 2e-3, clip_high: float = 2.5e-3) 
     the ratio of tokens is ``ppo_clip`` aggregated by ``sequence_sum``.
 
     Args:
-        tokens: see ``Tokens``.
+        tokens: see ``Tokens``; the length is that of the denominator, and counts tokens that were left out.
         clip_low: how far below 1 the sequence's ratio counts.
         clip_high: how far above 1 it counts.
     """
     not_negative("luspo", clip_low=clip_low, clip_high=clip_high)
     result = gspo(tokens, clip_low=clip_low, clip_high=clip_high)
-    return TokenLoss(result.loss * tokens.lengths, result.metrics)
+    return TokenLoss(result.loss * tokens.recorded_lengths, result.metrics)
 
 
 def gmpo(tokens: Tokens, *, clip_low: float = 0.4, clip_high: float = 0.4) -> TokenLoss:

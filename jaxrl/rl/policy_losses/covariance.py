@@ -57,14 +57,16 @@ def kl_cov(tokens: Tokens, *, share: float = 2e-4, penalty: float = 1.0) -> Toke
 
     Args:
         tokens: see ``Tokens``.
-        share: of the sampled tokens that are penalised, rounded down, but at least one.
+        share: of the sampled tokens that are penalised, rounded down, but at least one; fewer where fewer have a
+            covariance above 0, and of equal ones those that lie first.
         penalty: weight of the absolute log-ratio: 1 where verl's loss is called by itself, 0.1 through its
             configuration.
     """
     not_negative("kl_cov", share=share, penalty=penalty)
     log_ratio = tokens.logprobs - tokens.proximal_logprobs
     here = tokens.mask > 0
-    chosen = order.lowest(-_covariance(tokens), here, _count(share, here))
+    covariance = _covariance(tokens)
+    chosen = order.lowest(-covariance, here & (covariance > 0), _count(share, here))
     loss = -tokens.advantages * tokens.ratio + penalty * chosen * log_ratio * jnp.sign(log_ratio)
     return TokenLoss(loss, {"covariance_penalty_fraction": chosen.astype(loss.dtype)})
 

@@ -47,10 +47,13 @@ def dppo_kl(tokens: Tokens, *, drop_low: float = 0.05, drop_high: float = 0.05, 
     return _capped(tokens, cap, ~dropped)
 
 
-def prime(tokens: Tokens, *, drop_low: float = 0.2, drop_high: float = 0.2, drift_penalty: float = 1e-3) -> TokenLoss:
+def prime_rl(
+    tokens: Tokens, *, drop_low: float = 0.2, drop_high: float = 0.2, drift_penalty: float = 1e-3
+) -> TokenLoss:
     """-A r keep + drift_penalty (ln r)^2, ``keep`` being the rule of ``dppo_tv``; no clip.
 
-    The default loss of prime-rl. The penalty holds for tokens that are left out, too.
+    The default loss of prime-rl, which has nothing to do with the process rewards of PRIME (arXiv 2502.01456). The
+    penalty holds for tokens that are left out, too.
 
     Args:
         tokens: see ``Tokens``.
@@ -58,12 +61,12 @@ def prime(tokens: Tokens, *, drop_low: float = 0.2, drop_high: float = 0.2, drif
         drop_high: how far it may have risen.
         drift_penalty: weight of the squared log-ratio.
     """
-    not_negative("prime", drop_low=drop_low, drop_high=drop_high, drift_penalty=drift_penalty)
+    not_negative("prime_rl", drop_low=drop_low, drop_high=drop_high, drift_penalty=drift_penalty)
     return _penalised(tokens, _within_variation(tokens, drop_low, drop_high), drift_penalty)
 
 
-def prime_symmetric(tokens: Tokens, *, drop: float = 0.1, drift_penalty: float = 1e-3) -> TokenLoss:
-    """As ``prime``, but a token is kept where abs(p - p_b) <= drop, whatever its advantage.
+def prime_rl_symmetric(tokens: Tokens, *, drop: float = 0.1, drift_penalty: float = 1e-3) -> TokenLoss:
+    """As ``prime_rl``, but a token is kept where abs(p - p_b) <= drop, whatever its advantage.
 
     What prime-rl calls its "ipo" loss; it has nothing to do with the preference loss IPO.
 
@@ -72,7 +75,7 @@ def prime_symmetric(tokens: Tokens, *, drop: float = 0.1, drift_penalty: float =
         drop: how far the probability may have moved.
         drift_penalty: weight of the squared log-ratio.
     """
-    not_negative("prime_symmetric", drop=drop, drift_penalty=drift_penalty)
+    not_negative("prime_rl_symmetric", drop=drop, drift_penalty=drift_penalty)
     return _penalised(tokens, jnp.abs(_probability_change(tokens)) <= drop, drift_penalty)
 
 
