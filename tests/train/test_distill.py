@@ -155,6 +155,7 @@ def test_a_run_distils_on_demonstrations_and_on_its_own_samples(
         "SftConfig.steps=30",
         "TrainConfig.steps=2",
         "AlgorithmConfig.reject_equal=False",
+        "AlgorithmConfig.kl_coefficient=0.0",
         "AlgorithmConfig.keep=0",
     )
     folder = tmp_path / "run"
