@@ -9,7 +9,7 @@ import pytest
 from jaxrl.observe.traces import read_episodes, to_json
 from jaxrl.observe.writers import read_metrics
 
-TIMED = ("seconds/", "engine/", "tokens_per_second", "tool_seconds")
+TIMED = ("seconds/", "engine/", "trainer/idle_share", "tokens_per_second", "tool_seconds")
 KILLED = -9
 
 
