@@ -22,6 +22,7 @@ MODELS: dict[str, remedies.Settings] = {
         "ModelConfig.layers": 64,
         "ModelConfig.query_heads": 64,
         "ModelConfig.ffn_width": 25600,
+        "EngineConfig.pages": 8192,
     },
     "30B-A3B": {
         "ModelConfig.family": "qwen3_moe",

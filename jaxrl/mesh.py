@@ -8,6 +8,7 @@ Meshes have explicit axis types, so the sharding of every value is part of its t
 passes through the same functions, which then do nothing.
 """
 
+import collections
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -170,7 +171,9 @@ def split_devices(
 
 
 def make_rollout_mesh(mesh: Mesh, tensor: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Devices in their order, regrouped as replicas of the rollout engine.
+    """Devices regrouped as replicas of the rollout engine, those of a process beside each other.
+
+    A training mesh lays neighbours of a TPU slice along its axes, across the processes that hold them.
 
     Args:
         mesh: the training mesh.
@@ -188,12 +191,14 @@ def make_rollout_mesh(mesh: Mesh, tensor: int = 0, devices: Sequence[jax.Device]
             f"MeshConfig.rollout_tensor={tensor} does not divide the {within} devices of a slice; choose one of "
             f"{', '.join(map(str, divisors(within)))}"
         )
-    flat = mesh.devices.flatten() if devices is None else np.array(devices)
-    replicas = flat.reshape(-1, tensor)
+    slices = mesh.devices.reshape(mesh.shape["slice"], -1) if devices is None else [devices]
+    ordered = [device for each in slices for device in sorted(each, key=lambda device: device.process_index)]
+    replicas = np.array(ordered).reshape(-1, tensor)
     if any(len({device.process_index for device in replica}) > 1 for replica in replicas):
+        smallest = min(collections.Counter(device.process_index for device in ordered).values())
         raise ConfigError(
             f"a replica of the rollout engine needs {tensor} devices of one process, but these lie in several; set "
-            f"MeshConfig.rollout_tensor to a divisor of the {jax.local_device_count()} devices of a process"
+            f"MeshConfig.rollout_tensor to a divisor of the {smallest} devices of a process"
         )
     return Mesh(replicas, ROLLOUT_AXES, axis_types=(AxisType.Explicit,) * len(ROLLOUT_AXES))
 

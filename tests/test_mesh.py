@@ -156,12 +156,22 @@ def test_replicas_never_cross_slices_and_must_divide_one() -> None:
         make_rollout_mesh(mesh, 4)
 
 
+def test_a_replica_has_devices_of_one_process_in_whatever_order_the_mesh_has_them() -> None:
+    """A plane of a TPU slice: four processes hold two by two devices each, and the mesh goes along its lines."""
+    lines = [Device(4 * y + x, process_index=10 + y // 2 * 2 + x // 2) for y in range(4) for x in range(4)]
+    mesh = jax.sharding.Mesh(np.array(lines).reshape(1, 1, 16, 1, 1, 1), AXES)
+    replicas = make_rollout_mesh(mesh, 4).devices.tolist()
+    assert [[device.id for device in one] for one in replicas[:2]] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    with pytest.raises(ConfigError, match=r"needs 8 devices of one process.*divisor of the 4 devices of a process"):
+        make_rollout_mesh(mesh, 8)
+
+
 def test_the_last_devices_roll_out_and_the_others_train() -> None:
     devices = [Device(index, platform="cpu") for index in range(8)]
     training, playing = split_devices(MeshConfig(rollout_devices=3), devices)
     assert [device.id for device in training] == [0, 1, 2, 3, 4] and [device.id for device in playing] == [5, 6, 7]
     assert split_devices(MeshConfig(), devices) == (devices, devices)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1] * 6).reshape(1, 1, 3, 1, 2), AXES)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1] * 6).reshape(1, 1, 3, 1, 1, 2), AXES)
     assert dict(make_rollout_mesh(mesh, 0, devices[-4:]).shape) == {"replica": 2, "tensor": 2}
     with pytest.raises(ConfigError, match=r"rollout_tensor=2 does not divide the 3 devices"):
         make_rollout_mesh(mesh, 0, playing)

@@ -17,6 +17,7 @@ _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{(.*?)\}"
 )
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _BITS = re.compile(r"\d+")
 
 
@@ -51,20 +52,33 @@ def traffic(text: str, inner: int) -> list[Traffic]:
         text: of the optimised module.
         inner: devices of one slice or host, which are numbered one after the other.
     """
-    computations, entry = _parse(text)
     totals: dict[str, list[int]] = {}
-    for name, times in _times(computations, entry).items():
-        for instruction in computations[name]:
-            kind = instruction.kind.removesuffix("-start")
-            if kind not in KINDS or instruction.kind.endswith("-done"):
-                continue
-            size, (group, neighbours) = _size(instruction), _group(instruction.line, inner)
-            if group > 1:
-                total, sent = totals.setdefault(kind, [0, 0, 0]), _sent(kind, size, group)
-                total[0] += times
-                total[1] += times * sent
-                total[2] += times * (sent // neighbours if neighbours < group else 0)
+    for instruction, times in _started(*_parse(text)):
+        kind, size = instruction.kind.removesuffix("-start"), _size(instruction)
+        group, neighbours = _group(instruction.line, inner)
+        if group > 1:
+            total, sent = totals.setdefault(kind, [0, 0, 0]), _sent(kind, size, group)
+            total[0] += times
+            total[1] += times * sent
+            total[2] += times * (sent // neighbours if neighbours < group else 0)
     return [Traffic(kind, *total) for kind, total in sorted(totals.items())]
+
+
+def _started(computations: Mapping[str, list[_Instruction]], entry: str) -> list[tuple[_Instruction, int]]:
+    """Every collective, with how often it is started.
+
+    The compiler for TPUs writes an asynchronous one several times under one ``chain_id``: in the fusion that starts it,
+    in those that compute beside it, and in the one that awaits it.
+    """
+    found: dict[tuple[str, ...], tuple[_Instruction, int]] = {}
+    for name, times in _times(computations, entry).items():
+        for place, instruction in enumerate(computations[name]):
+            if instruction.kind.removesuffix("-start") in KINDS:
+                chain = _CHAIN.search(instruction.line)
+                key = ("chain", chain[1]) if chain else (name, str(place))
+                if times > found.get(key, (instruction, 0))[1]:
+                    found[key] = instruction, times
+    return list(found.values())
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:

@@ -52,7 +52,14 @@ def _update(result: Result) -> Phase:
         for field in ("sent", "beyond")
     )
     read = number * (more.arguments + more.temporary) + updates * (apply.arguments + apply.temporary)
-    return _phase("update", number * more.flops / result.devices, read, sent, beyond, result)
+    return _phase(
+        "update",
+        number * more.flops / (result.devices - result.config.mesh.rollout_devices),
+        read,
+        sent,
+        beyond,
+        result,
+    )
 
 
 def _decoding(result: Result) -> Phase:
@@ -60,7 +67,7 @@ def _decoding(result: Result) -> Phase:
     every slot, on average of half the longest sequence, once a token."""
     config, model = result.config, result.config.model
     tensor = config.mesh.rollout_tensor or config.mesh.tensor
-    replicas = result.devices // tensor
+    replicas = (config.mesh.rollout_devices or result.devices) // tensor
     engine = config.engine
     held = pages_of(engine)[1] * engine.page_size
     sequence = engine.max_prompt_tokens + engine.max_response_tokens

@@ -5,6 +5,7 @@ the compiling process has on its path: everything else goes on as if they were n
 ones that a run would use.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -104,7 +105,7 @@ def ask(platform: str, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         )
         assert process.stdin is not None and process.stdout is not None
         try:
-            with process.stdin as stdin:
+            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # it has died; its last words follow
                 json.dump(request, stdin)
             done = False
             for line in process.stdout:

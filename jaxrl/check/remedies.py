@@ -59,7 +59,7 @@ def changed(config: Config, settings: Settings) -> Config:
 def candidates(
     config: Config, target: targets.Target, devices: int, memory: int, needs: Callable[[Config, int], int]
 ) -> Iterator[Remedy]:
-    """Remedies that should be enough, the cheapest first; none changes all that a cheaper one changes, and more.
+    """Remedies that should be enough, the cheapest first.
 
     Args:
         devices: of ``target``.
@@ -76,19 +76,40 @@ def candidates(
             many = devices * growth
             try:
                 settings |= _rows(config, settings, many)
-                if needs(changed(config, settings), many) > ROOM * memory:
+                asked = changed(config, settings)
+                if larger.of_process % (asked.mesh.rollout_tensor or asked.mesh.tensor):
+                    continue  # a replica of the engine lies in one process
+                if needs(asked, many) > ROOM * memory:
                     continue
             except ConfigError:
                 continue
             price = sum(step.price for step in steps) + 10 * (growth.bit_length() - 1)
             words = tuple(step.words for step in steps if step.words)
             found.append((price, settings, larger, ((f"{larger.name}: more devices",) if growth > 1 else ()) + words))
-    given: list[frozenset[str]] = []
     for price, settings, larger, words in sorted(found, key=lambda entry: (entry[0], len(entry[1]))):
-        kinds = frozenset(settings) | ({"target"} if larger != target else frozenset())
-        if not any(kinds >= earlier for earlier in given):
-            given.append(kinds)
-            yield Remedy(settings, larger, price, words)
+        yield Remedy(settings, larger, price, words)
+
+
+def goes_further(remedy: Remedy, other: Remedy, config: Config) -> bool:
+    """Whether a remedy changes all that another changes, each at least as far from ``config``."""
+    if remedy.target.devices < other.target.devices:
+        return False
+    return all(
+        key in remedy.settings and _as_far(remedy.settings[key], value, _value(config, key))
+        for key, value in other.settings.items()
+    )
+
+
+def _as_far(value: Any, other: Any, start: Any) -> bool:
+    if isinstance(other, int) and not isinstance(other, bool):
+        return min(start, value) <= other <= max(start, value)
+    return value == other
+
+
+def _value(config: Config, key: str) -> Any:
+    section, field = key.split(".")
+    (found,) = (one for one in vars(config).values() if type(one).__name__ == section)
+    return getattr(found, field)
 
 
 def _sizes(target: targets.Target, devices: int) -> Iterable[tuple[targets.Target, int]]:

@@ -45,7 +45,9 @@ def show(report: Report, console: Console) -> None:
         costs = "; ".join(remedy.words)
         console.print(f"    re-checked: {left:.1f} GiB left; {costs}", soft_wrap=True, highlight=False)
     if not report.mended:
-        console.print("  no change that jaxrl knows makes it fit here; take a larger target or a smaller model")
+        console.print(
+            f"  none of the {report.tried} changes tried makes it fit; take a larger target or a smaller model"
+        )
 
 
 def verdict(result: Result) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxrl.check import environment, estimate, ledger, programs, remedies, targets
 from jaxrl.check.worker import Compiled
-from jaxrl.config import Config, dump, load, read_recipe
+from jaxrl.config import Config, ConfigError, dump, load, read_recipe
 from jaxrl.model import hf
 
 Say = Callable[[str], None]
@@ -50,10 +50,15 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The result for what was asked, and the remedies that were tried, each with its own result."""
+    """The result for what was asked, and the remedies that helped, each with its own result.
+
+    Attributes:
+        tried: remedies that were compiled for.
+    """
 
     result: Result
     mended: tuple[tuple[remedies.Remedy, Result], ...] = ()
+    tried: int = 0
 
 
 def configuration(recipe: str, overrides: Sequence[str]) -> Config:
@@ -77,7 +82,7 @@ def check(config: Config, target: targets.Target, say: Say, *, cached: bool = Tr
     """Compile for the target, and where it does not fit for the cheapest changes that should help.
 
     Args:
-        cached: use and keep what compilers said of the same programs before.
+        cached: use what compilers said of the same programs before; what they say is kept in any case.
         mend: look for remedies.
 
     Raises:
@@ -88,17 +93,24 @@ def check(config: Config, target: targets.Target, say: Say, *, cached: bool = Tr
     if result.fits or not mend:
         return Report(result)
     found: list[tuple[remedies.Remedy, Result]] = []
+    tried = 0
     needs = functools.partial(_needs, base=result)
     wanted = remedies.candidates(config, target, result.devices, result.memory, needs)
-    for remedy, _ in zip(wanted, range(TRIES), strict=False):
+    for remedy in wanted:
+        if any(remedies.goes_further(remedy, helped, config) for helped, _ in found):
+            continue
         say(f"re-checking {', '.join(f'{key}={value}' for key, value in remedy.settings.items())}")
         changed = remedies.changed(config, remedy.settings)
-        outcome = compile_for(changed, remedy.target, say, cached=cached, names=_without_first(programs.NAMES))
-        if outcome.fits:
-            found.append((remedy, outcome))
-        if len(found) == REMEDIES:
+        tried += 1
+        try:
+            outcome = compile_for(changed, remedy.target, say, cached=cached, names=_without_first(programs.NAMES))
+        except ConfigError as error:
+            say(f"cannot run: {error}")
+        else:
+            found += [(remedy, outcome)] if outcome.fits else []
+        if len(found) == REMEDIES or tried == TRIES:
             break
-    return Report(result, tuple(found))
+    return Report(result, tuple(found), tried)
 
 
 def compile_for(
@@ -111,10 +123,12 @@ def compile_for(
     Raises:
         ConfigError, CompilerError: as for ``check``.
     """
+    check_modelled(config)
     request: dict[str, Any] = {
         "target": dataclasses.asdict(target),
         "config": dump(config),
-        "cache": str(environment.cache_folder() / "results") if cached and target.chip else "",
+        "cache": str(environment.cache_folder() / "results") if target.chip else "",
+        "read": cached,
     }
     (general,) = environment.ask(target.platform, request | {"programs": []})
     resident = programs.Resident(**general["resident"])
@@ -139,10 +153,27 @@ def compile_for(
     return dataclasses.replace(result, compiled={name: compiled[name] for name in names})
 
 
+def check_modelled(config: Config) -> None:
+    """Refuse what takes memory that is not added up.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    left_out = {
+        "CriticConfig.enabled=True": config.critic.enabled,
+        f"DistillConfig.teacher={config.distill.teacher!r}": config.distill.teacher,
+    }
+    if found := [setting for setting, used in left_out.items() if used]:
+        raise ConfigError(
+            f"jaxrl check knows nothing of the weights and programs of {', '.join(found)}; leave it out, and leave room"
+        )
+
+
 def _moments(
     config: Config, resident: programs.Resident, batch: int, compiled: Mapping[str, Compiled]
 ) -> list[ledger.Moment]:
-    ahead, apart = config.train.prefetch_groups > 0, config.mesh.rollout_devices > 0
+    ahead = config.train.prefetch_groups > 0 or config.train.max_staleness > 0
+    apart = config.mesh.rollout_devices > 0
     return ledger.moments(resident, batch, compiled, ahead=ahead, apart=apart)
 
 

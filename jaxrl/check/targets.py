@@ -38,7 +38,6 @@ _NVIDIA_PAGES = "nvidia.com/en-us/data-center/"
 # Links of a TPU are half of the bidirectional figure of its page; its share of the host's network follows from the page
 # as well. A GPU's link is half of NVLink's figure, and its share of the network one adapter of 400 Gb/s.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip("tpu", int(15.25 * GIB), 137e12, 614e9, 75e9, 3.1e9, _TPU_PAGES + "v4, half a chip"),
     "v5e": Chip("tpu", int(15.75 * GIB), 197e12, 819e9, 200e9, 3.1e9, _TPU_PAGES + "v5e"),
     "v5p": Chip("tpu", int(95.74 * GIB), 459e12, 2765e9, 600e9, 6.2e9, _TPU_PAGES + "v5p"),
     "v6e": Chip("tpu", int(31.25 * GIB), 918e12, 1638e9, 400e9, 12.5e9, _TPU_PAGES + "v6e"),
@@ -46,7 +45,7 @@ CHIPS: dict[str, Chip] = {
     "h200": Chip("gpu", 150_121_545_728, 989e12, 4800e9, 450e9, 50e9, _NVIDIA_PAGES + "h200"),
 }
 
-_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {
     4: "2x2x1",
     8: "2x2x2",
@@ -58,9 +57,10 @@ _CUBES = {
     512: "8x8x8",
     1024: "8x8x16",
 }
-SHAPES: dict[str, dict[int, str]] = {"v4": _CUBES, "v5p": _CUBES, "v5e": _FLAT, "v6e": _FLAT}
+SHAPES: dict[str, dict[int, str]] = {"v5p": _CUBES, "v5e": _FLAT, "v6e": _FLAT}
 """Of each TPU, the shape of a slice by its number of chips."""
 
+TPUS_PER_PROCESS = 4
 GPUS_PER_HOST = 8
 
 GPU_SHARE = 0.75
@@ -86,8 +86,13 @@ class Target:
 
     @property
     def devices(self) -> int:
-        """As jax counts them: a chip of TPU v4 is two."""
-        return self.slices * self.count * (2 if self.chip == "v4" else 1)
+        return self.slices * self.count
+
+    @property
+    def of_process(self) -> int:
+        """Devices of one process; 0 for this machine, where it has all."""
+        most = {"tpu": TPUS_PER_PROCESS, "gpu": GPUS_PER_HOST, "this": 0}[self.platform]
+        return min(most, self.count)
 
     def memory(self, share: float = GPU_SHARE) -> int:
         """Bytes of one device that jax can use.
@@ -157,6 +162,6 @@ def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.3)
     nearest = f"; did you mean {close[0]}?" if close else "."
     return (
-        f"--target {name}: no such target{nearest} Targets: v4-, v5e-, v5p-, v6e- and a number of chips, with '2x ' "
+        f"--target {name}: no such target{nearest} Targets: v5e-, v5p-, v6e- and a number of chips, with '2x ' "
         f"before it two slices; h100x, h200x and a number of GPUs; this. For example {', '.join(EXAMPLES)}"
     )

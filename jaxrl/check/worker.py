@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax
 from jaxrl.check import collectives, devices, flops, programs, targets
 from jaxrl.config import Config, ConfigError, parse
 
-READING = 1
+READING = 2
 """Raised when what is read of a compiled program, and how, changes: what was kept before is then not used."""
 
 
@@ -65,11 +66,10 @@ def main() -> int:
                 lowered = traced.lower(lowering_platforms=devices.platforms(target))
             key = _key(lowered, target, config)
             cached = pathlib.Path(request["cache"]) / f"{key}.json" if request["cache"] else None
-            result = _cached(cached) or dataclasses.asdict(compiled(lowered, inner))
+            result = (_cached(cached) if request["read"] else None) or dataclasses.asdict(compiled(lowered, inner))
             result["flops"] = flops.matrix_flops(traced.jaxpr, run.data(name))
             if cached is not None:
-                cached.parent.mkdir(parents=True, exist_ok=True)
-                cached.write_text(json.dumps(result | {"reading": READING}), encoding="utf-8")
+                _keep(cached, result)
             answer(program=name, **result)
     except ConfigError as error:
         answer(config_error=str(error))
@@ -124,8 +124,19 @@ def _key(lowered: jax.stages.Lowered, target: targets.Target, config: Config) ->
 def _cached(path: pathlib.Path | None) -> dict[str, Any] | None:
     if path is None or not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found.pop("reading", None) == READING else None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if found.pop("reading") == READING else None
+    except (ValueError, KeyError, AttributeError, TypeError):  # cut off, or not written here: as if it were not there
+        return None
+
+
+def _keep(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """Write whole or not at all: other checks read and write the same folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
+        json.dump(result | {"reading": READING}, file)
+    os.replace(file.name, path)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def open_session(config: Config, run: RunFolder) -> Session:
         ConfigError: values that the data shows to be wrong, such as prompts longer than the engine takes.
         DataError: problems or demonstrations that cannot be used.
     """
-    check_processes(config)
+    check_processes(config, jax.process_count())
     algorithm.check(config.algorithm, what_is_recorded(config))
     if config.reward.verifier != MATH:
         comparison(config.reward.verifier)

@@ -50,8 +50,11 @@ def completed(groups: Sequence[Group], name: str) -> tuple[Group, ...]:
     )
 
 
-def check_processes(config: Config) -> None:
+def check_processes(config: Config, processes: int) -> None:
     """Refuse what one process alone can do.
+
+    Args:
+        processes: of the run.
 
     Raises:
         ConfigError: naming the setting.
@@ -66,9 +69,9 @@ def check_processes(config: Config) -> None:
         f"TrainConfig.max_staleness={train.max_staleness}": train.max_staleness,
         'TrainConfig.next_groups="finished"': train.next_groups == "finished",
     }
-    if jax.process_count() > 1 and (found := [setting for setting, used in needs_one.items() if used]):
+    if processes > 1 and (found := [setting for setting, used in needs_one.items() if used]):
         raise ConfigError(
-            f"{', '.join(found)} needs a single process, but this run has {jax.process_count()}: each knows whole "
+            f"{', '.join(found)} needs a single process, but this run has {processes}: each knows whole "
             "trajectories, and when they ended, only of what it played; change it, or train in one process"
         )
 

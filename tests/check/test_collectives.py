@@ -53,6 +53,37 @@ def test_a_group_of_one_sends_nothing() -> None:
     assert traffic(LOOP.replace("GROUPS", "{{0},{1},{2},{3}}"), inner=4) == []
 
 
+FUSIONS = """
+%start (a: f32[2,4]) -> f32[8,4] {
+  ROOT %g.1 = f32[8,4] all-gather(%a), channel_id=7, replica_groups=[1,4]<=[4], frontend_attributes={chain_id="3"}
+}
+
+%async_collective_fusion (a: f32[2,4]) -> f32[8,4] {
+  ROOT %g.2 = f32[8,4] all-gather(%a), channel_id=7, replica_groups=[1,4]<=[4], frontend_attributes={chain_id="3"}
+}
+
+%done (a: f32[2,4]) -> f32[8,4] {
+  ROOT %g.3 = f32[8,4] all-gather(%a), channel_id=7, replica_groups=[1,4]<=[4], frontend_attributes={chain_id="3"}
+}
+
+%body (a: f32[2,4]) -> f32[8,4] {
+  %f.1 = f32[8,4] fusion(%a), kind=kCustom, calls=%start
+  %f.2 = f32[8,4] fusion(%f.1), kind=kOutput, calls=%async_collective_fusion
+  %f.3 = f32[8,4] fusion(%f.2), kind=kCustom, calls=%done
+  ROOT %g.4 = f32[8,4] all-gather(%a), channel_id=9, replica_groups=[1,4]<=[4], frontend_attributes={chain_id="4"}
+}
+
+ENTRY %main (a: f32[2,4]) -> f32[8,4] {
+  ROOT %w = f32[8,4] while(%a), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+
+
+def test_one_that_a_tpu_starts_and_awaits_in_fusions_is_one() -> None:
+    """Three instructions of one chain and one of another, in a loop of five turns."""
+    assert traffic(FUSIONS, inner=4) == [Traffic("all-gather", 10, 10 * BYTES * 3 // 4)]
+
+
 @pytest.mark.parametrize(
     ("instruction", "expected"),
     [

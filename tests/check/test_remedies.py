@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl.check import estimate, run, targets
 from jaxrl.check.programs import Resident
-from jaxrl.check.remedies import Remedy, candidates, changed
+from jaxrl.check.remedies import Remedy, candidates, changed, goes_further
 from jaxrl.check.worker import Compiled
 from jaxrl.config import Config, ConfigError
 
@@ -23,7 +23,13 @@ def proposed(config: Config, name: str, count: int = 6) -> list[Remedy]:
     base = run.Result(config, target, target.devices, target.memory(), 0, nothing, {})
     needs = functools.partial(run._needs, base=base)
     found = candidates(config, target, target.devices, target.memory(), needs)
-    return [remedy for remedy, _ in zip(found, range(count), strict=False)]
+    chosen: list[Remedy] = []
+    for remedy in found:
+        if not any(goes_further(remedy, earlier, config) for earlier in chosen):
+            chosen.append(remedy)
+        if len(chosen) == count:
+            break
+    return chosen
 
 
 def test_changed_values_are_those_of_the_section() -> None:
@@ -37,17 +43,45 @@ def test_cheap_changes_come_before_devices(recipe: Config) -> None:
     assert [remedy.price for remedy in found] == sorted(remedy.price for remedy in found)
     assert found[0].target.name == "h100x8" and found[0].settings["TrainConfig.rows"] == 8
     assert any("OptimizerConfig.offload" in remedy.settings for remedy in found)
-    assert found[-1].target.devices > 8
+    assert proposed(recipe, "h100x8", 12)[-1].target.devices > 8
 
 
-def test_none_is_a_cheaper_one_and_more(recipe: Config) -> None:
-    kinds = [
-        frozenset(remedy.settings) | ({"target"} if remedy.target.name != "v5e-8" else set())
-        for remedy in proposed(recipe, "v5e-8")
-    ]
-    assert len(kinds) >= 3
-    for index, later in enumerate(kinds):
-        assert not any(later >= earlier for earlier in kinds[:index])
+def test_what_goes_further_than_another(recipe: Config) -> None:
+    here, more = targets.parse("v5e-8"), targets.parse("v5e-16")
+
+    def one(target: targets.Target = here, **settings: int | str) -> Remedy:
+        return Remedy({f"EngineConfig.{name}": value for name, value in settings.items()}, target, 1.0, ())
+
+    half, quarter = one(pages=8192), one(pages=4096)
+    assert goes_further(quarter, half, recipe) and not goes_further(half, quarter, recipe)
+    assert goes_further(one(pages=8192, slots=64), half, recipe) and not goes_further(one(slots=64), half, recipe)
+    assert goes_further(one(more, pages=8192), half, recipe) and not goes_further(half, one(more, pages=8192), recipe)
+
+
+def test_no_replica_is_wider_than_a_process(recipe: Config) -> None:
+    target = targets.parse("v5e-8")
+    found = list(candidates(recipe, target, 8, target.memory(), lambda config, devices: 0))
+    assert {remedy.settings.get("MeshConfig.rollout_tensor", 4) for remedy in found} == {4}
+
+
+def test_what_the_mesh_refuses_is_no_remedy_and_what_did_not_help_hides_nothing(
+    recipe: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = targets.parse("h100x8")
+    asked = []
+
+    def compiled(config: Config, target: targets.Target, *rest: object, **how: object) -> run.Result:
+        asked.append(config)
+        if len(asked) == 2:
+            raise ConfigError("MeshConfig asks for what is not there")
+        nothing = Resident(*[0] * len(dataclasses.fields(Resident)))
+        activations = Compiled(temporary=10**13 if len(asked) < 4 else 0)
+        return run.Result(config, target, target.devices, target.memory(), 0, nothing, {"more": activations})
+
+    monkeypatch.setattr(run, "compile_for", compiled)
+    monkeypatch.setattr(run, "_needs", lambda config, devices, base: 0)
+    report = run.check(recipe, target, lambda line: None)
+    assert len(report.mended) == run.REMEDIES and report.tried == run.REMEDIES + 2
 
 
 def test_every_one_can_run_and_is_estimated_to_fit(recipe: Config) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from jaxrl import cli
-from jaxrl.check import cost, environment, estimate, ledger, programs, report, run, targets
+from jaxrl.check import cost, environment, estimate, ledger, programs, report, run, targets, worker
 from jaxrl.config import Config, ConfigError
 from tests.check.conftest import SMALL
 
@@ -141,6 +141,35 @@ def test_a_failed_installation_leaves_nothing(tmp_path: pathlib.Path, monkeypatc
         environment.install("tpu", lambda line: None)
     assert not environment.installed("tpu")
     assert list((tmp_path / "jaxrl" / "check").iterdir()) == []
+
+
+def test_a_kept_answer_that_is_cut_off_is_as_if_not_there(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "results" / "key.json"
+    worker._keep(path, {"temporary": 3})
+    assert worker._cached(path) == {"temporary": 3} and list(path.parent.iterdir()) == [path]
+    for broken in ('{"temporary": 3, "rea', "[]", '{"temporary": 3}', '{"reading": 0}'):
+        path.write_text(broken)
+        assert worker._cached(path) is None
+
+
+@pytest.mark.parametrize("override", ["CriticConfig.enabled=True", "DistillConfig.teacher=/models/teacher"])
+def test_what_is_not_added_up_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        run.check_modelled(run.configuration("smoke", [override]))
+
+
+def test_steps_played_ahead_find_gradients(config: Config) -> None:
+    stale = dataclasses.replace(config, train=dataclasses.replace(config.train, max_staleness=1, prefetch_groups=0))
+    same = dataclasses.replace(config, train=dataclasses.replace(config.train, max_staleness=0, prefetch_groups=0))
+    rests = estimate.resident(config, 8)
+    (ahead, *_), (waiting, *_) = (run._moments(one, rests, 0, {"decode": worker.Compiled()}) for one in (stale, same))
+    assert ahead.parts["gradients"] == rests.gradients > 0 == waiting.parts["gradients"]
+
+
+def test_a_process_that_dies_before_it_reads_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(environment.CompilerError, match="ended with code 1"):
+        list(environment.ask("this", {"long": "x" * (1 << 20)}))
 
 
 def test_a_process_that_dies_is_reported_with_its_last_words() -> None:
