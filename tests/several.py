@@ -17,7 +17,8 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 def reserved_port() -> Iterator[int]:
     """A port that nobody else gets meanwhile; jax's coordinator may listen on it."""
     with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for shared in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            held.setsockopt(socket.SOL_SOCKET, shared, 1)
         held.bind(("127.0.0.1", 0))
         yield held.getsockname()[1]
 

@@ -79,8 +79,8 @@ def run(here: Place, work: Callable[[], int]) -> int:
     """``work()`` as one of the processes of a run; returns its exit code once all are done.
 
     Where this is the only process, nothing but ``work()``. Otherwise a process that fails stops the others within
-    seconds, one that dies too; they say so on standard error and exit with its code, or 1, and this function does not
-    return.
+    a quarter of a minute, one that dies too; they say so on standard error and exit with its code, or 1, and this
+    function does not return.
     """
     if not _met(here):
         return work()
@@ -144,7 +144,8 @@ def _check_port(coordinator: str) -> None:
     """
     port = int(coordinator.rpartition(":")[2])
     try:
-        socket.create_server(("", port), reuse_port=True).close()
+        # Without SO_REUSEPORT: jax's service sets it, so that one which listens already would share the port.
+        socket.create_server(("", port)).close()
     except OSError as error:
         raise OSError(
             f"--coordinator {coordinator}: process 0 cannot listen there: {error}; take a free port"

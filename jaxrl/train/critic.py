@@ -44,6 +44,7 @@ class Critic:
             critic_optimizer(config, value.value_specs(session.model)),
             session.mesh,
             session.launches,
+            offload=config.optimizer.offload,
         )
         self._launches = session.launches
         rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, session.mesh)
@@ -159,7 +160,8 @@ def new_critic(session: Session, policy: Any) -> Critic:
         raise ConfigError(
             f"CriticConfig.path={config.critic.path!r} holds a decoder of another shape than the policy's"
         )
-    return Critic(session, new_state(params, critic_optimizer(config, specs), session.mesh))
+    optimizer, offload = critic_optimizer(config, specs), config.optimizer.offload
+    return Critic(session, new_state(params, optimizer, session.mesh, offload=offload))
 
 
 def abstract_critic(session: Session) -> TrainState:

@@ -35,6 +35,7 @@ from jaxrl.train.state import (
     copied,
     in_memory,
     new_state,
+    restarted,
     sft_optimizer,
 )
 
@@ -87,7 +88,7 @@ def train(
             if progress.stage == "sft" and not cold_start_only:
                 progress.begin_reinforcement()
                 offload = config.optimizer.offload
-                state = new_state(state.params, session.rl_optimizer, session.mesh, offload=offload)
+                state = restarted(state, session.rl_optimizer, session.mesh, offload=offload)
                 reference = copied(state.params) if config.algorithm.kl_coefficient else None
             if not cold_start_only:
                 critic = _critic(session, checkpoints, step, state.params) if config.critic.enabled else None
@@ -197,7 +198,11 @@ def _needs(session: Session, stage: Stage) -> tuple[optax.GradientTransformation
 def _critic(session: Session, checkpoints: Checkpoints, step: int | None, policy: Any) -> Critic:
     """The critic of a checkpoint, or a new one where reinforcement begins."""
     state = None if step is None else checkpoints.critic(step, abstract_critic(session))
-    return new_critic(session, policy) if state is None else Critic(session, state)
+    if state is None:
+        return new_critic(session, policy)
+    if session.config.optimizer.offload:
+        state = state.replace(opt_state=in_memory(state.opt_state, HOST))
+    return Critic(session, state)
 
 
 def _merged(session: Session, adapters: Any) -> Any:

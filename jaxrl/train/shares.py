@@ -64,6 +64,7 @@ def check_processes(config: Config, processes: int) -> None:
     needs_one = {
         "EngineConfig.record_experts=True": config.engine.record_experts,
         "CriticConfig.enabled=True": config.critic.enabled,
+        "AlgorithmConfig.square_sums=True": algorithm.square_sums,
         'AlgorithmConfig.kl_placement="reward"': algorithm.kl_coefficient and algorithm.kl_placement == "reward",
         'AlgorithmConfig.proximal="recomputed"': algorithm.proximal == "recomputed" and several_updates,
         f"TrainConfig.max_staleness={train.max_staleness}": train.max_staleness,

@@ -69,6 +69,15 @@ def new_state(
     return TrainState(params, in_memory(opt_state, HOST) if offload else opt_state, step)
 
 
+def restarted(
+    state: TrainState, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, *, offload: bool = False
+) -> TrainState:
+    """As ``new_state`` with the parameters of ``state``, which is consumed: its moments are freed before there are
+    others."""
+    jax.tree.map(lambda leaf: leaf.delete(), state.opt_state)
+    return new_state(state.params, optimizer, mesh, offload=offload)
+
+
 def in_memory(opt_state: Any, kind: str) -> Any:
     """The optimizer state moved to ``HOST`` or ``DEVICE`` memory, split as it is; ``opt_state`` is consumed.
 

@@ -48,10 +48,11 @@ async def hand_over(
 def rollout_params(params: Any, model: ModelConfig, mesh: Mesh) -> tuple[Any, ...]:
     """Copies of ``params``, one for each replica, split over its devices: what is multiplied is in the compute type.
 
-    A weight is cast where it rests, and travels straight from there to where it is used; neither a single device nor
-    the host ever sees more of it than its own piece. What is cast and not yet there is bounded: other devices get a
-    weight in blocks (``transfer``), the same ones weight by weight. The copies are real even where nothing has to
-    move: the trainer donates its buffers to the next update.
+    A weight is cast where it rests, and travels straight from there to where it is used, never through the host. What
+    is cast and not yet there is bounded: other devices get a weight in blocks (``transfer``), the same ones weight by
+    weight, in a program that reshards it. Where XLA knows no exchange between the two layouts, that program holds the
+    one weight whole on every device for a moment. The copies are real even where nothing has to move: the trainer
+    donates its buffers to the next update.
 
     Args:
         params: the trainer's weights.
@@ -100,7 +101,7 @@ def _moved(params: Any, specs: spec.Specs, model: ModelConfig, mesh: Mesh, *, ma
         dtype = one.compute_dtype(model.compute_dtype)
         if devices.isdisjoint(leaf.sharding.device_set):
             return transfer.carried(leaf, dtype, sharding)
-        moved = jax.device_put(leaf.astype(dtype), sharding, may_alias=may_alias)
+        moved = _resharded(leaf.astype(dtype), sharding, may_alias=may_alias)
         under_way.append(moved)
         if sum(array.nbytes for array in under_way) > transfer.CHUNK_BYTES:
             jax.block_until_ready(under_way)  # and what was cast is free again
@@ -111,6 +112,20 @@ def _moved(params: Any, specs: spec.Specs, model: ModelConfig, mesh: Mesh, *, ma
     return tuple(
         jax.tree.map(functools.partial(_piece, replica=replica), moved) for replica in meshes.replica_meshes(mesh)
     )
+
+
+def _resharded(array: jax.Array, sharding: NamedSharding, *, may_alias: bool) -> jax.Array:
+    """The array laid out anew on its own devices.
+
+    ``jax.device_put`` would take it through the host where one process has all devices and the pieces differ.
+    """
+    if array.sharding.is_equivalent_to(sharding, array.ndim):
+        return jax.device_put(array, sharding, may_alias=may_alias)
+    return jax.jit(_same, out_shardings=sharding)(array)
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array
 
 
 def _piece(array: jax.Array, replica: Mesh) -> jax.Array:

@@ -45,16 +45,19 @@ def test_scripts_are_bash(script: str) -> None:
 def test_slurm_gives_every_task_its_place(tmp_path: pathlib.Path) -> None:
     stand_in(tmp_path, "scontrol", 'printf "node7\\nnode8\\n"')
     stand_in(
-        tmp_path, "srun", 'while [[ $1 == --* ]]; do shift; done; for i in 0 1; do SLURM_PROCID=$i "$@" || exit; done'
+        tmp_path,
+        "srun",
+        '[[ " $* " == *" --cpu-bind=none "* ]] || exit 9; '
+        'while [[ $1 == --* ]]; do shift; done; for i in 0 1; do SLURM_PROCID=$i "$@" || exit; done',
     )
     variables = '"$JAX_COORDINATOR_ADDRESS" "$JAX_NUM_PROCESSES" "$JAX_PROCESS_ID"'
     stand_in(tmp_path, "jaxrl", f'printf "%s\\n" {variables} "$@" end')
-    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "70000", "SLURM_NTASKS": "2"}
+    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "70123", "SLURM_NTASKS": "2"}
     done = run(tmp_path, "slurm.sbatch", *ARGUMENTS, **job)
     assert done.returncode == 0, done.stderr
     for index, lines in enumerate(done.stdout.strip().removesuffix("\nend").split("\nend\n")):
         found, arguments = heard(lines.split("\n"))
-        assert found == Place("node7:53616", 2, index, 300)
+        assert found == Place("node7:20123", 2, index, 300)
         assert arguments == ["train", *ARGUMENTS]
 
 
@@ -98,6 +101,17 @@ def test_local_processes_end_together_and_say_how() -> None:
         _, said = launcher.communicate(timeout=120)
     assert launcher.returncode == 1
     assert "run folder /proc/none cannot be written" in said
+
+
+def test_local_processes_see_gpus_of_their_own(tmp_path: pathlib.Path) -> None:
+    """A stand-in of the package writes down what each process sees."""
+    said = "import os, sys; open(sys.argv[-1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    (tmp_path / "jaxrl").mkdir()
+    (tmp_path / "jaxrl" / "__main__.py").write_text(said)
+    command = [sys.executable, str(LAUNCH / "local.py"), "2", "--gpus", "2", "--", "train", "smoke"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    assert [(tmp_path / process).read_text() for process in "01"] == ["0,1", "2,3"]
 
 
 def test_signals_reach_all_local_processes() -> None:

@@ -44,8 +44,9 @@ def test_a_number_that_is_none_is_refused() -> None:
         place(None, None, None, 9, HERE | {VARIABLES[2]: "first"})
 
 
-def test_a_port_that_is_taken_is_refused() -> None:
-    with socket.create_server(("", 0)) as taken:
+@pytest.mark.parametrize("reuse_port", [False, True], ids=["by anything", "by another run, as jax listens"])
+def test_a_port_that_is_taken_is_refused(reuse_port: bool) -> None:
+    with socket.create_server(("", 0), reuse_port=reuse_port) as taken:
         here = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(OSError, match=f"--coordinator {here}: process 0 cannot listen there: .*; take a free port"):
             run(Place(here, 2, 0, 9), lambda: 0)
@@ -110,8 +111,8 @@ def test_nobody_at_the_coordinator_is_said_before_long(process: int) -> None:
         ),
         (
             1,
-            ["TrainConfig.max_staleness=1", "CriticConfig.enabled=True"],
-            "CriticConfig.enabled=True, TrainConfig.max_staleness=1 needs a single process, but this run has 2",
+            ["TrainConfig.max_staleness=1", "AlgorithmConfig.square_sums=True"],
+            "AlgorithmConfig.square_sums=True, TrainConfig.max_staleness=1 needs a single process, but this run has 2",
         ),
     ],
     ids=["more devices than there are", "replicas over several processes", "what takes one process"],

@@ -97,6 +97,16 @@ def test_it_learns_what_an_episode_will_earn(critic: Critic) -> None:
     assert np.mean(np.array(after)[good]) > 0.7 > 0.3 > np.mean(np.array(after)[~good])
 
 
+def test_its_moments_rest_on_the_host_where_the_policys_do(session: Session) -> None:
+    optimizer = dataclasses.replace(session.config.optimizer, offload=True)
+    offloaded = dataclasses.replace(session, config=dataclasses.replace(session.config, optimizer=optimizer))
+    critic = new_critic(offloaded, initial_params(session.specs, session.mesh, 0))
+    for _ in range(2):
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(critic.state.opt_state) if leaf.ndim}
+        assert kinds == {"pinned_host"}
+        critic.learn(EPISODES[:2], critic.values(EPISODES[:2]))
+
+
 def test_an_old_value_far_from_the_present_one_ends_the_gradient(session: Session) -> None:
     config = dataclasses.replace(session.config, critic=dataclasses.replace(session.config.critic, clip=1e-3))
     critic = new_critic(dataclasses.replace(session, config=config), initial_params(session.specs, session.mesh, 0))

@@ -1,6 +1,7 @@
 """The optimizer step on a tiny decoder: independence of the micro-batch cut, compilation, gradient of masked tokens."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxrl import mesh as meshes
 from jaxrl.config import AlgorithmConfig, ConfigError, MeshConfig, ModelConfig, OptimizerConfig
 from jaxrl.model import logprob, moe, spec, transformer
 from jaxrl.records import Batch
+from jaxrl.train import state as states
 from jaxrl.train.state import abstract_state, check_offload, initial_params, new_state, rl_optimizer
 from jaxrl.train.update import (
     LayoutError,
@@ -152,6 +154,21 @@ def test_offloaded_moments_rest_on_the_host_and_change_no_bit(mesh: jax.sharding
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
         states.append(jax.device_get(state))
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_old_moments_are_free_before_there_are_new_ones(
+    mesh: jax.sharding.Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = new_state(initial_params(SPECS, mesh, 0), OPTIMIZER, mesh)
+
+    def made(*arguments: Any, **options: Any) -> states.TrainState:
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.opt_state))
+        return new_state(*arguments, **options)
+
+    monkeypatch.setattr(states, "new_state", made)
+    after = states.restarted(before, OPTIMIZER, mesh)
+    assert after.params is before.params
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
 
 
 def test_offloading_is_refused_without_pinned_memory() -> None:
