@@ -101,6 +101,10 @@ def test_the_seconds_of_a_step_come_from_the_slowest_limit(result: run.Result) -
         limits = phase.flops / chip.flops, phase.read / chip.memory_rate, phase.sent / chip.link_rate
         assert phase.seconds >= max(limits) > 0
     assert cost.phases(result) == []
+    apart = dataclasses.replace(result.config.mesh, rollout_devices=4)
+    halves = dataclasses.replace(on_pod, config=dataclasses.replace(result.config, mesh=apart))
+    for half, whole in zip(cost.phases(halves), cost.phases(on_pod), strict=True):
+        assert half.flops == pytest.approx(2 * whole.flops)
 
 
 def test_a_recipe_may_leave_open_what_must_be_set() -> None:
