@@ -119,7 +119,10 @@ def _resharded(array: jax.Array, sharding: NamedSharding, *, may_alias: bool) ->
 
     ``jax.device_put`` would take it through the host where one process has all devices and the pieces differ.
     """
-    if array.sharding.is_equivalent_to(sharding, array.ndim):
+    now = array.sharding
+    # No one program takes devices in two orders, which a TPU slice has where processes cross the mesh.
+    ordered = not isinstance(now, NamedSharding) or list(now.mesh.devices.flat) == list(sharding.mesh.devices.flat)
+    if not ordered or now.is_equivalent_to(sharding, array.ndim):
         return jax.device_put(array, sharding, may_alias=may_alias)
     return jax.jit(_same, out_shardings=sharding)(array)
 
