@@ -6,7 +6,7 @@ JOBS ?= 2
 PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help quickstart test test-fast test-slow lint bench bench-long clean
+.PHONY: help quickstart test test-fast test-slow test-pods lint bench bench-long clean
 
 help:
 	@echo "make quickstart   install into .venv, then train: cold start and GRPO-RoC on problems made on the spot"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-fast    only the fast ones; up to 25 minutes"
 	@echo "make test-slow    only the slow ones; up to forty minutes, mostly the sandbox: attacks with processes, chaos, Ray nodes,"
 	@echo "                  problem sets, a soak, 45,000 calls; then wheel, kill and resume, learning"
+	@echo "make test-pods    compile the largest recipe for pods; installs compilers (1.4 GB), twenty minutes"
 	@echo "make lint         ruff, and the contract which room may import which"
 	@echo "make bench        sandbox, sessions, cluster, rollout, one JSON object a line; tens of minutes"
 	@echo "make bench-long   soak (ten minutes), learning (an hour and a half), compilations for pods (half an hour), likewise"
@@ -35,6 +36,10 @@ test-fast: .venv/installed-test
 
 test-slow: .venv/installed-test
 	$(PYTEST) -m slow
+
+# Compiles the largest recipe for pods that are not there; installs the compilers, twice 700 MB.
+test-pods: .venv/installed-test
+	JAXRL_COMPILE_PODS=1 $(PYTEST) -m slow tests/check
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .
