@@ -157,7 +157,7 @@ def test_promise_8_killed_and_resumed_gives_the_same_bits(
     resumed = run_lora(folder)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "reinforcement: 4 steps, from step" in resumed.stdout  # it went on, and did not begin again
-    clocks = ("seconds/", "engine/", "tokens_per_second", "tool_seconds")
+    clocks = ("seconds/", "engine/", "tokens_per_second", "tool_seconds", "trainer/idle_share")
     curves = [
         [{name: value for name, value in row.items() if not name.startswith(clocks)} for row in read_metrics(run)]
         for run in (folder, lora_run)
