@@ -174,6 +174,8 @@ def _at(blocks: jax.Array, index: int | jax.Array) -> jax.Array:
 
 
 def _add_at(blocks: jax.Array, index: int | jax.Array, more: jax.Array) -> jax.Array:
+    if blocks.shape[0] == 1:
+        return blocks + more
     return jax.lax.dynamic_update_index_in_dim(blocks, _at(blocks, index) + more, index, 0)
 
 
