@@ -104,7 +104,7 @@ def test_its_moments_rest_on_the_host_where_the_policys_do(session: Session) -> 
     for _ in range(2):
         kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(critic.state.opt_state) if leaf.ndim}
         assert kinds == {"pinned_host"}
-        critic.learn(EPISODES[:2], critic.values(EPISODES[:2]))
+        critic.learn(EPISODES[:2], seen(critic.values(EPISODES[:2]), EPISODES[:2]))
 
 
 def test_an_old_value_far_from_the_present_one_ends_the_gradient(session: Session) -> None:
