@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jaxrl.check import collectives, devices, flops, programs, targets
-from jaxrl.config import Config, ConfigError, parse
+from jaxrl.config import ConfigError, parse
 
 READING = 2
 """Raised when what is read of a compiled program, and how, changes: what was kept before is then not used."""
@@ -64,7 +64,7 @@ def main() -> int:
         for name, traced in run.traced(request["programs"]).items():
             with jax.set_mesh(run.mesh_of(name)):
                 lowered = traced.lower(lowering_platforms=devices.platforms(target))
-            key = _key(lowered, target, config)
+            key = _key(lowered, target)
             cached = pathlib.Path(request["cache"]) / f"{key}.json" if request["cache"] else None
             result = (_cached(cached) if request["read"] else None) or dataclasses.asdict(compiled(lowered, inner))
             result["flops"] = flops.matrix_flops(traced.jaxpr, run.data(name))
@@ -113,7 +113,7 @@ def asked_for(message: str) -> int | None:
     return int(max(found)) if found else None
 
 
-def _key(lowered: jax.stages.Lowered, target: targets.Target, config: Config) -> str:
+def _key(lowered: jax.stages.Lowered, target: targets.Target) -> str:
     """Name of what the compiler would say again: the program, the devices, and the versions of both compilers."""
     versions = (jax.__version__, devices.compiler_version(target))
     text = re.sub(r"loc\(.*?\)", "", lowered.as_text())
