@@ -39,7 +39,7 @@ class Mixture:
         An update for whose problems there is no demonstration stays as it is.
 
         Args:
-            updates: as ``loop.pack`` makes them of ``kept``.
+            updates: as ``pack`` makes them of ``kept``.
             kept: every group of the step that is trained on.
             step: which step of reinforcement, from 0.
         """

@@ -17,7 +17,7 @@ from jaxrl.observe.traces import read_episodes
 from jaxrl.rl import selection
 from jaxrl.train import experiment
 from jaxrl.train.checkpoint import Checkpoints
-from jaxrl.train.loop import pack
+from jaxrl.train.pack import pack
 from jaxrl.train.run import RunFolder
 from jaxrl.train.session import open_session
 from jaxrl.train.update import Updater, policy_gradient_loss

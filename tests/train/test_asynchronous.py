@@ -20,7 +20,7 @@ from jaxrl.observe.writers import read_metrics
 from jaxrl.records import Trajectory
 from jaxrl.rl.selection import chooser
 from jaxrl.train import experiment
-from jaxrl.train.loop import pack
+from jaxrl.train.pack import pack
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session, open_player

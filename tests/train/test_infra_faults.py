@@ -27,7 +27,7 @@ from jaxrl.rl.selection import Selection, chooser
 from jaxrl.sandbox import Limits, Pool, Result
 from jaxrl.text.chat import ChatFormat
 from jaxrl.train.collect import Collected, collect, open_queue
-from jaxrl.train.loop import pack
+from jaxrl.train.pack import pack
 from jaxrl.train.progress import RunProgress
 from tests.sandbox.driver import Driver
 from tests.scripted_engine import ScriptedEngine, answer, call, small_tokenizer

@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 
 from jaxrl.config import RewardConfig
-from jaxrl.train.loop import pack
 from jaxrl.train.methods import methods_of
+from jaxrl.train.pack import pack
 from tests.train.test_pack import advantages, config, groups
 
 OWN = """

@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl.config import AlgorithmConfig, Config, EngineConfig, TrainConfig
 from jaxrl.rl.selection import Selection
-from jaxrl.train.loop import pack
+from jaxrl.train.pack import pack
 from jaxrl.train.progress import RunProgress
 from tests.rl.test_outcomes import trajectory
 

@@ -25,7 +25,7 @@ from jaxrl.rl import algorithm
 from jaxrl.rl.selection import chooser
 from jaxrl.text.chat import ChatFormat, ToolSchema
 from jaxrl.train.collect import collect, open_queue
-from jaxrl.train.loop import earned, pack
+from jaxrl.train.pack import earned, pack
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.session import what_is_recorded
 from jaxrl.train.state import initial_params, new_state

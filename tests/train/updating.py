@@ -17,7 +17,7 @@ from jaxrl.processes.exchange import is_first
 from jaxrl.records import Group, Problem, RewardStatus, StopReason, Trajectory
 from jaxrl.rl import selection
 from jaxrl.train import shares
-from jaxrl.train.loop import pack
+from jaxrl.train.pack import pack
 from jaxrl.train.placement import said_once
 from jaxrl.train.state import initial_params, new_state, rl_optimizer
 from jaxrl.train.update import Updater, policy_gradient_loss
