@@ -107,6 +107,17 @@ def test_the_seconds_of_a_step_come_from_the_slowest_limit(result: run.Result) -
         assert half.flops == pytest.approx(2 * whole.flops)
 
 
+def test_every_pass_over_a_step_is_counted(result: run.Result) -> None:
+    once = dataclasses.replace(result, target=targets.parse("v5e-8"))
+    train = dataclasses.replace(result.config.train, passes=3)
+    thrice = dataclasses.replace(once, config=dataclasses.replace(result.config, train=train))
+    (update, decoding), (more_updates, same) = cost.phases(once), cost.phases(thrice)
+    assert cost.micro_batches(thrice) == 3 * cost.micro_batches(once)
+    for field in ("flops", "read", "sent"):
+        assert getattr(more_updates, field) == pytest.approx(3 * getattr(update, field))
+    assert same == decoding
+
+
 def test_a_recipe_may_leave_open_what_must_be_set() -> None:
     config = run.configuration("rstar2_14b", ["TrainConfig.rows=128"])
     assert (config.model.path, config.model.width, config.train.rows) == ("", 5120, 128)
