@@ -69,7 +69,7 @@ def interval_attention(
     match implementation:
         case "auto" | "xla":
             plan = make_plan(end, queries=queries, first=first) if plan is None else plan
-            return xla.interval_attention(q, k, v, end, window, first, scale, soft_cap, plan)[0]
+            return xla.interval_attention(q, k, v, end, window, first, scale, soft_cap, plan)
         case "reference":
             return reference.interval_attention(q, k, v, end, window, first, scale, soft_cap)
     raise ValueError(f"implementation={implementation!r} is unknown; choose auto, xla or reference")

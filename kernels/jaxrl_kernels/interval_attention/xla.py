@@ -26,7 +26,7 @@ def interval_attention(
     scale: float,
     soft_cap: float,
     plan: Plan,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """As the contract says. The gradient of a query that sees nothing is exactly zero."""
     batch, queries, heads, width = q.shape
     kv_heads, block = k.shape[2], block_of(k.shape[1])
@@ -38,10 +38,9 @@ def interval_attention(
     k, v = (jnp.pad(x, (*fill, (0, 0), (0, 0))).reshape(batch, key_blocks, block, kv_heads, width) for x in (k, v))
     k, v = (jnp.einsum("bnskh->nbksh", x) for x in (k, v))
     ends = jnp.einsum("bns->nbs", jnp.pad(end, fill).reshape(batch, key_blocks, block))
-    attended, log_total = _attend(soft_cap, q, k, v, ends, window, jnp.asarray(first, jnp.int32), plan)
+    attended = _attend(soft_cap, q, k, v, ends, window, jnp.asarray(first, jnp.int32), plan)
     output = jnp.einsum("nbkgch->bnckgh", attended).reshape(batch, query_blocks * block, heads, width)
-    log_total = jnp.einsum("nbkgc->bkgnc", log_total[..., 0]).reshape(batch, heads, query_blocks * block)
-    return output[:, :queries], log_total[:, :, :queries]
+    return output[:, :queries]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -54,12 +53,9 @@ def _attend(
     window: jax.Array,
     first: jax.Array,
     plan: Plan,
-) -> tuple[jax.Array, jax.Array]:
-    """Blocks of scaled queries [n, B, K, G, C, H] over blocks of keys and values [m, B, K, S, H], ends [m, B, S].
-
-    Returns:
-        Attended values [n, B, K, G, C, H], and the log-sum-exp of scores [n, B, K, G, C, 1], 0 where nothing is seen.
-    """
+) -> jax.Array:
+    """Blocks of scaled queries [n, B, K, G, C, H] over blocks of keys and values [m, B, K, S, H], ends [m, B, S],
+    giving [n, B, K, G, C, H]."""
     return _forward(soft_cap, q, k, v, ends, window, first, plan)[0]
 
 
@@ -72,7 +68,7 @@ def _forward(
     window: jax.Array,
     first: jax.Array,
     plan: Plan,
-) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+) -> tuple[jax.Array, tuple]:
     def attend_block(nothing: tuple, block: tuple[jax.Array, ...]) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
         query, start, listed, visits = block
 
@@ -90,7 +86,7 @@ def _forward(
 
     pieces = (q, *_visits(q, k, window, first, plan))
     _, (output, log_total) = _scanned(attend_block, (), pieces)
-    return (output, log_total), (q, k, v, ends, window, first, plan, output, log_total)
+    return output, (q, k, v, ends, window, first, plan, output, log_total)
 
 
 def _added(state: tuple[jax.Array, ...], scores: jax.Array, values: jax.Array) -> tuple[jax.Array, ...]:
@@ -103,11 +99,9 @@ def _added(state: tuple[jax.Array, ...], scores: jax.Array, values: jax.Array) -
     return shrink * output + attended, new_top, shrink * total + weights.sum(axis=-1, keepdims=True)
 
 
-def _backward(soft_cap: float, saved: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array | None, ...]:
+def _backward(soft_cap: float, saved: tuple, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, ends, window, first, plan, output, log_total = saved
-    gradient, log_total_gradient = gradients
     delta = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
-    delta -= log_total_gradient
 
     def differentiate_block(
         sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]
