@@ -18,13 +18,9 @@ def oldest(trajectory: Trajectory, version: int) -> int:
     return version - int(sampled.min()) if len(sampled) else 0
 
 
-def split(
-    trajectories: Iterable[Trajectory], version: int, limit: int
-) -> tuple[tuple[Trajectory, ...], tuple[Trajectory, ...]]:
-    """Those whose oldest token is at most ``limit`` versions behind, and the others."""
-    trajectories = tuple(trajectories)
-    fresh = tuple(trajectory for trajectory in trajectories if oldest(trajectory, version) <= limit)
-    return fresh, tuple(trajectory for trajectory in trajectories if oldest(trajectory, version) > limit)
+def young(trajectories: Iterable[Trajectory], version: int, limit: int) -> tuple[Trajectory, ...]:
+    """Those whose oldest token is at most ``limit`` versions behind."""
+    return tuple(trajectory for trajectory in trajectories if oldest(trajectory, version) <= limit)
 
 
 def figures(fresh: Sequence[Trajectory], dropped: int, version: int) -> dict[str, float]:

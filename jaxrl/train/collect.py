@@ -92,7 +92,7 @@ async def collect(
             groups = await queue.take(wanted)
         for group in groups:
             rng = np.random.default_rng((train.seed, group.draw))
-            young, _ = staleness.split(group.trajectories, progress.step, limit)
+            young = staleness.young(group.trajectories, progress.step, limit)
             selections.append(rules.choose(young, rng))
             played += group.trajectories
             fresh += young

@@ -16,8 +16,8 @@ def sampled(*versions: int) -> types.SimpleNamespace:
 def test_the_oldest_token_decides_and_what_the_environment_wrote_does_not() -> None:
     old, mixed, new, nothing = sampled(3, 3), sampled(4, -1, 7), sampled(-1, 7), sampled()
     assert [staleness.oldest(one, 7) for one in (old, mixed, new, nothing)] == [4, 3, 0, 0]
-    assert staleness.split([old, mixed, new, nothing], 7, 3) == ((mixed, new, nothing), (old,))
-    assert staleness.split([old, mixed, new], 7, 0) == ((new,), (old, mixed))
+    assert staleness.young([old, mixed, new, nothing], 7, 3) == (mixed, new, nothing)
+    assert staleness.young([old, mixed, new], 7, 0) == (new,)
 
 
 def test_figures_are_over_sampled_tokens_of_what_is_trained_on() -> None:

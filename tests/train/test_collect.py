@@ -108,6 +108,20 @@ def at_once(draw: int, sample: int) -> list[str]:
     return [answer("15" if sample % 2 else "16")]
 
 
+def test_groups_ahead_are_one_version_old_and_trained_on() -> None:
+    async def run() -> None:
+        async with opened(at_once) as (queue, player, step):
+            player.engine.version = 0
+            await step()
+            await queue.settle()
+            player.engine.version = 1
+            collected = await step()
+            assert {version for one in collected.trained for version in one.versions[one.mask > 0]} == {0, 1}
+            assert not collected.too_old
+
+    asyncio.run(run())
+
+
 def test_groups_ahead_are_still_played_during_the_update() -> None:
     async def run() -> None:
         async with opened(half_right) as (queue, player, step):
