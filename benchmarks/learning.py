@@ -39,19 +39,24 @@ def main() -> None:
     }
     for (variant, seed), folder in folders.items():
         overrides = [*options.set, f"TrainConfig.seed={seed}", f"DataConfig.seed={seed}"]
-        cold = options.runs / f"cold_start_{seed}"
-        if not folder.exists():
-            if not (cold / SUMMARY_FILE).exists():
-                run("sft", options.recipe, cold, overrides)
-            copy = folder.with_suffix(".tmp")
-            shutil.copytree(cold, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SUMMARY_FILE))
-            copy.rename(folder)
+        branch(options.recipe, options.runs / f"cold_start_{seed}", folder, overrides)
         if not (folder / SUMMARY_FILE).exists():
             run("train", options.recipe, folder, [*overrides, *VARIANTS[variant]])
     for row in figures(folders):
         print(json.dumps(row), flush=True)
     if options.picture:
         draw(folders, options.picture)
+
+
+def branch(recipe: str, cold: pathlib.Path, folder: pathlib.Path, overrides: list[str]) -> None:
+    """Makes a run that goes on from a cold start; makes that first where it is not there, and keeps a run that is."""
+    if folder.exists():
+        return
+    if not (cold / SUMMARY_FILE).exists():
+        run("sft", recipe, cold, overrides)
+    copy = folder.with_suffix(".tmp")
+    shutil.copytree(cold, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SUMMARY_FILE))
+    copy.rename(folder)
 
 
 def run(verb: str, recipe: str, folder: pathlib.Path, overrides: list[str]) -> None:
