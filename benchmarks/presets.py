@@ -17,8 +17,6 @@ from learning import branch, run
 
 from jaxrl.observe.report import SUMMARY_FILE
 from jaxrl.observe.writers import read_metrics
-from jaxrl.records import Trajectory
-from jaxrl.statuses import ToolStatus
 
 PRESETS = (
     *("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rstar2", "retool", "icepop", "fapo", "dars", "datamind", "verltool"),
@@ -28,13 +26,8 @@ LAST_STEPS = 5
 """Steps at the end of training that lengths and shares are averaged over."""
 
 
-async def failed_before_it_answered(trajectory: Trajectory) -> str:
-    """A judge for the preset ``fapo``: an answer is flawed if a call of its failed."""
-    failed = any(call.status is not ToolStatus.OK for call in trajectory.calls)
-    return f"step \\boxed{{{0 if failed else -1}}}"
-
-
-NEEDED = {"fapo": [f"RewardConfig.judge={pathlib.Path(__file__).resolve()}:{failed_before_it_answered.__name__}"]}
+JUDGE = pathlib.Path(__file__).resolve().with_name("judge.py")
+NEEDED = {"fapo": [f"RewardConfig.judge={JUDGE}:failed_before_it_answered"]}
 
 
 def main() -> None:

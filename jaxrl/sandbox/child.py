@@ -11,8 +11,11 @@ import socket
 import time
 from typing import NoReturn
 
-from jaxrl.sandbox import cell, files, forks, jail, landlock, programs, seccomp, syscalls
+from jaxrl.sandbox import files, forks, jail, landlock, seccomp, syscalls
+from jaxrl.sandbox.cell import run as run_snippet
 from jaxrl.sandbox.orders import STARTED, send_packet
+from jaxrl.sandbox.programs import join
+from jaxrl.sandbox.programs import run as run_program
 from jaxrl.sandbox.protocol import UnpackedCall
 from jaxrl.sandbox.start import PENDING_SIGNALS, leave, take_descriptors
 
@@ -51,12 +54,15 @@ class Child:
         self._rehearse()
 
     def _rehearse(self) -> None:
-        """Run code of ``become`` without effect: the interpreter specialises it here rather than in every child."""
-        idle = [syscalls.prepare("sched_yield")]
+        """Run a child's set-up without effect: the interpreter specialises it here rather than in every child."""
+        if self._processes or not self._jailed:
+            return  # these do more, which has an effect
+        call, idle = (b"", 0, (), b"", b"", False), [syscalls.prepare("sched_yield")]
         for _ in range(_REHEARSALS):
-            _take_descriptors([1, 2, _STARTED], wanted=False)
-            syscalls.perform(idle)
-            STARTED.pack(time.monotonic())
+            os.dup2(2, _STARTED)
+            self._set_up(call, (idle, idle), [1, 2, _STARTED], "")
+        os.dup2(2, _STARTED)
+        gc.disable()
 
     def plan(self, limits: tuple, address_space: int, program: bool) -> Plan:
         """The system calls of a child under these limits; made before the fork.
@@ -129,35 +135,39 @@ class Child:
             directory: working directory where there is no jail.
         """
         code = 1
-        source, flags, _, given, command, wanted = call
-        walls, limits = plan
+        source, flags, _, _, command, _ = call
         try:
-            if self._groups:
-                os.dup2(fds[1], 2)  # what fails is said there
-                programs.join(fds, self._groups)  # and what follows is charged there
-            _take_descriptors(fds, wanted)
-            syscalls.perform(walls)
-            if not self._jailed:
-                os.chdir(directory)
-                os.environ.update(HOME=directory, TMPDIR=directory)
-            if self._processes or not self._jailed:
-                forks.register_hooks()
-            if given:
-                files.place(given)
-            if wanted:
-                _show_directory()
-            syscalls.perform(limits)
-            gc.enable()
-            # Written by us and closed before the snippet begins: without it the fault is ours, with it the snippet's.
-            os.write(_STARTED, STARTED.pack(time.monotonic()))
-            os.close(_STARTED)
+            self._set_up(call, plan, fds, directory)
         except BaseException as error:
             os.write(2, f"the sandbox could not prepare a call: {error!r}".encode())
             os._exit(0)
         try:
-            code = programs.run(command) if command else cell.run(source, flags)
+            code = run_program(command) if command else run_snippet(source, flags)
         finally:
             leave(code | _FAILED if code else 0)
+
+    def _set_up(self, call: UnpackedCall, plan: Plan, fds: list[int], directory: str) -> None:
+        _, _, _, given, _, wanted = call
+        walls, limits = plan
+        if self._groups:
+            os.dup2(fds[1], 2)  # what fails is said there
+            join(fds, self._groups)  # and what follows is charged there
+        _take_descriptors(fds, wanted)
+        syscalls.perform(walls)
+        if not self._jailed:
+            os.chdir(directory)
+            os.environ.update(HOME=directory, TMPDIR=directory)
+        if self._processes or not self._jailed:
+            forks.register_hooks()
+        if given:
+            files.place(given)
+        if wanted:
+            _show_directory()
+        syscalls.perform(limits)
+        gc.enable()
+        # Written by us and closed before the snippet begins: without it the fault is ours, with it the snippet's.
+        os.write(_STARTED, STARTED.pack(time.monotonic()))
+        os.close(_STARTED)
 
 
 def reserve_descriptors() -> None:

@@ -9,8 +9,7 @@ import gc
 import os
 from collections.abc import Callable
 
-_HUGE_SHIFT = 21  # huge pages of 2 MiB
-_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
+from jaxrl.sandbox.mappings import HUGE_PAGE, MADV_COLLAPSE, MADV_HUGEPAGE
 
 _register = os.register_at_fork
 _hooks: list[dict[str, Callable[[], None]]] = []
@@ -43,11 +42,10 @@ def settle_heap() -> None:
     (measured with numpy, scipy and sympy). A kernel that cannot do it (before 6.1) is left as it is.
     """
     gc.collect()
-    regions = {id(thing) >> _HUGE_SHIFT for thing in gc.get_objects()}
+    regions = {id(thing) & -HUGE_PAGE for thing in gc.get_objects()}
     gc.freeze()
     gc.disable()
     libc = ctypes.CDLL(None)
-    size = 1 << _HUGE_SHIFT
     for region in regions:
-        for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
-            libc.madvise(ctypes.c_void_p(region << _HUGE_SHIFT), ctypes.c_size_t(size), advice)
+        for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
+            libc.madvise(ctypes.c_void_p(region), ctypes.c_size_t(HUGE_PAGE), advice)

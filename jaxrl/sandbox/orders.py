@@ -38,7 +38,10 @@ ANSWER_EXISTS, ANSWER_ENTERED, ANSWER_OVER, ANSWER_COPIED = b"H", b"E", b"O", b"
 # Largest packet: below the kernel's default socket buffer (208 KiB). Larger calls travel in a memfd.
 PACKET_LIMIT = 96 * 1024
 _MOST_DESCRIPTORS = 16  # of a call: three pipes, files, input, the doors of its control groups, the call itself
-_FDS = struct.Struct("i")
+_SPACE = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize)
+_room = memoryview(bytearray(PACKET_LIMIT + 4096))  # for the packet that is being received, in each process its own
+# Plain numbers: arithmetic on the enumerations of ``socket`` is Python code.
+_CLOSE_ON_EXEC, _AT_ONCE, _TRUNCATED = map(int, (socket.MSG_CMSG_CLOEXEC, socket.MSG_DONTWAIT, socket.MSG_CTRUNC))
 
 
 def send_packet(channel: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
@@ -55,17 +58,17 @@ def receive_packet(channel: socket.socket, wait: bool = True) -> tuple[bytes, li
         BlockingIOError: there is none, and none is to be waited for.
         OSError: descriptors were lost on the way.
     """
-    how = socket.MSG_CMSG_CLOEXEC if wait else socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-    space = socket.CMSG_SPACE(_MOST_DESCRIPTORS * _FDS.size)
+    how = _CLOSE_ON_EXEC if wait else _CLOSE_ON_EXEC | _AT_ONCE
     try:
-        data, ancillary, flags, _ = channel.recvmsg(PACKET_LIMIT + 4096, space, how)
+        length, ancillary, flags, _ = channel.recvmsg_into([_room], _SPACE, how)
     except ConnectionResetError:
         return b"", []
+    data = bytes(_room[:length])
     fds: list[int] = []
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds += [fd for (fd,) in _FDS.iter_unpack(payload[: len(payload) - len(payload) % _FDS.size])]
-    if flags & socket.MSG_CTRUNC:
+            fds += array.array("i", payload[: len(payload) & -array.array("i").itemsize])
+    if flags & _TRUNCATED:
         for fd in fds:
             os.close(fd)
         raise OSError(errno.EMFILE, f"only {len(fds)} descriptors of a packet arrived")

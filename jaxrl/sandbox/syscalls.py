@@ -49,6 +49,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # For prepared calls: without argument types, so that nothing is converted, and without letting other threads run.
 _plain = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_wait = _plain.wait4
+_STATUS, _USAGE = struct.Struct("=i"), struct.Struct("=5q")  # the latter begins struct rusage
+_status, _usage = ctypes.create_string_buffer(_STATUS.size), ctypes.create_string_buffer(144)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 
@@ -100,9 +103,15 @@ def copy_process() -> int:
     return _check(_plain.syscall(ctypes.c_long(_CLONE), ctypes.c_long(COPY_FLAGS), *zeros), "clone")
 
 
-def enter_pid_namespace(pidfd: int) -> None:
-    """Let the next fork be born in the pid namespace of the process behind ``pidfd``."""
-    _check(_libc.setns(pidfd, CLONE_NEWPID), "setns(pid)")
+def bury(pid: int) -> tuple[int, float, float, int]:
+    """Reap a child that has ended: wait status, user seconds, system seconds, peak of resident memory in KiB.
+
+    ``os.wait4`` says the same, but looks for a module each time, on pages that a template would copy after each fork.
+    """
+    _check(_wait(pid, _status, 0, _usage), "wait4")
+    (status,) = _STATUS.unpack(_status)
+    user, user_micro, system, system_micro, peak_kib = _USAGE.unpack_from(_usage)
+    return status, user + 1e-6 * user_micro, system + 1e-6 * system_micro, peak_kib
 
 
 def enter_mount_namespace(pidfd: int) -> None:
@@ -160,7 +169,7 @@ def hear_only_ends_of_children() -> None:
 
 def prepare_close_from(first: int) -> Prepared:
     """Close every descriptor numbered ``first`` or higher. Linux 5.9."""
-    return prepare("syscall", _CLOSE_RANGE, first, -1, 0)
+    return prepare("syscall", _CLOSE_RANGE, first, 0xFFFFFFFF, 0)
 
 
 def close_all_but(kept: list[int]) -> None:

@@ -61,6 +61,7 @@ def launch(control_fd: int, settings: dict) -> NoReturn:
         send_packet(control, orders.ANSWER_FAILED + str(error).encode())
         os._exit(1)
     mappings.merge()
+    mappings.enlarge_code_pages()
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 2)  # up to here errors went to the user's terminal
     os.close(null)
@@ -134,6 +135,8 @@ class _Template:
         self._jailed = jailed
         self._work = settings["view"]["work"]
         self._own = os.pidfd_open(os.getpid())
+        self._into_new_namespace = [syscalls.prepare("unshare", syscalls.CLONE_NEWPID)]
+        self._back = [syscalls.prepare("setns", self._own, syscalls.CLONE_NEWPID)]  # for the next one to be made
         self._child = Child(self._own, self._work, jailed, settings["processes"], settings["groups"])
         self._keeper = Keeper(self._own, self._work) if jailed and not settings["processes"] else None
         self._poller = select.poll()
@@ -174,16 +177,17 @@ class _Template:
         _, _, limits, _, command, wanted = call
         plan = self._child.plan(limits, address_space, program=bool(command))
         directory = "" if self._jailed else _scratch(self._work)
+        become, arguments = self._child.become, (call, plan, fds, directory)
         try:
             if self._jailed:
-                syscalls.unshare(syscalls.CLONE_NEWPID)
+                syscalls.perform(self._into_new_namespace)
             pid = os.fork()
         except OSError:
             pid = -1  # the closed pipes tell the warden that nothing started
         if pid == 0:
-            self._child.become(call, plan, fds, directory)
+            become(*arguments)  # starred: any other call the interpreter would specialise, in every child anew
         if self._jailed:
-            syscalls.enter_pid_namespace(self._own)  # back to our own, for the next unshare
+            syscalls.perform(self._back)
         for fd in fds:
             os.close(fd)
         if pid < 0:
@@ -201,13 +205,13 @@ class _Template:
         assert self._keeper is not None, "sessions are kept in a jail, and not beside calls that start processes"
         id, *_ = orders.FAMILY.unpack(order)
         try:
-            syscalls.unshare(syscalls.CLONE_NEWPID)
+            syscalls.perform(self._into_new_namespace)
             pid = os.fork()
         except OSError:
             pid = -1  # its closed control socket tells the warden
         if pid == 0:
             self._keeper.become(order, fds)
-        syscalls.enter_pid_namespace(self._own)
+        syscalls.perform(self._back)
         for fd in fds:
             os.close(fd)
         if pid > 0:
@@ -224,10 +228,10 @@ class _Template:
             # What it started and left behind; in a jail the kernel has done this.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
-        _, status, usage = os.wait4(pid, 0)
+        ended = syscalls.bury(pid)
         if directory:
             _remove(directory)
-        died = orders.DIED.pack(id, status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss)
+        died = orders.DIED.pack(id, *ended)
         send_packet(self._control, orders.ANSWER_DIED + died)
 
 
