@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+import time
 
 import pytest
 
@@ -34,3 +35,18 @@ def test_whether_a_process_is_alive() -> None:
         syscalls.perform([syscalls.prepare_check_alive(other)])
     os.close(own)
     os.close(other)
+
+
+def test_what_is_known_of_a_child_that_has_ended() -> None:
+    child = os.fork()
+    if not child:
+        held, began = bytearray(64 << 20), time.process_time()
+        while time.process_time() < began + 0.1:
+            held[::4096] = bytes(len(held) // 4096)  # touch every page
+        os._exit(3)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    status, user, system, peak_kib = syscalls.bury(child)
+    assert os.waitstatus_to_exitcode(status) == 3
+    assert 0.1 <= user + system < 60 and peak_kib > 64 << 10
+    with pytest.raises(OSError, match="wait4"):
+        syscalls.bury(child)
