@@ -145,29 +145,34 @@ def split_devices(
 ) -> tuple[list[jax.Device], list[jax.Device]]:
     """The devices that train and those that roll out: the same ones, or with ``rollout_devices`` the last so many.
 
+    Of several processes each gives as many: weights then reach every replica from devices of its own process.
+
     Args:
         devices: as for ``make_mesh``.
 
     Raises:
-        ConfigError: none would be left to train, or they belong to several processes, which could not send weights to
-            each other's devices.
+        ConfigError: none would be left to train, or the processes cannot give equally many.
     """
     devices = list(jax.devices() if devices is None else devices)
     playing = config.rollout_devices
     if not playing:
         return devices, devices
-    if playing >= len(devices):
+    of_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        of_process.setdefault(device.process_index, []).append(device)
+    processes, smallest = len(of_process), min(map(len, of_process.values()))
+    if playing % processes:
         raise ConfigError(
-            f"MeshConfig.rollout_devices={playing} leaves none of the {len(devices)} devices to train; lower it, or "
-            "set it to 0 so that all of them do both"
+            f"MeshConfig.rollout_devices={playing} cannot be taken in equal parts from {processes} processes; make it "
+            f"{playing + processes - playing % processes}, or another multiple of {processes}"
         )
-    processes = len({device.process_index for device in devices})
-    if processes > 1:
+    if playing // processes >= smallest:
         raise ConfigError(
-            f"MeshConfig.rollout_devices={playing} needs a single process, but the devices belong to {processes}; "
-            "set it to 0 so that all of them train and roll out"
+            f"MeshConfig.rollout_devices={playing} leaves none of the {smallest} devices"
+            f"{' of a process' if processes > 1 else ''} to train; lower it, or set it to 0 so that all of them do both"
         )
-    return devices[:-playing], devices[-playing:]
+    given = {device.id for own in of_process.values() for device in own[-(playing // processes) :]}
+    return [one for one in devices if one.id not in given], [one for one in devices if one.id in given]
 
 
 def make_rollout_mesh(mesh: Mesh, tensor: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:

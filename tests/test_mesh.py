@@ -177,11 +177,18 @@ def test_the_last_devices_roll_out_and_the_others_train() -> None:
         make_rollout_mesh(mesh, 0, playing)
     with pytest.raises(ConfigError, match=r"rollout_devices=8 leaves none of the 8 devices to train; lower it"):
         split_devices(MeshConfig(rollout_devices=8), devices)
-    two = [Device(index, platform="cpu", process_index=index // 4) for index in range(8)]
-    with pytest.raises(
-        ConfigError, match=r"rollout_devices=4 needs a single process, but the devices belong to 2; set"
-    ):
-        split_devices(MeshConfig(rollout_devices=4), two)
+
+
+def test_every_process_gives_as_many_devices_to_roll_out() -> None:
+    crossing = [Device(index, process_index=index // 2 % 2) for index in range(8)]
+    training, playing = split_devices(MeshConfig(rollout_devices=4), crossing)
+    assert [device.id for device in training] == [0, 1, 2, 3] and [device.id for device in playing] == [4, 5, 6, 7]
+    training, playing = split_devices(MeshConfig(rollout_devices=2), crossing)
+    assert [device.id for device in training] == [0, 1, 2, 3, 4, 6] and [device.id for device in playing] == [5, 7]
+    with pytest.raises(ConfigError, match=r"rollout_devices=3 cannot be .* equal parts from 2 processes; make it 4"):
+        split_devices(MeshConfig(rollout_devices=3), crossing)
+    with pytest.raises(ConfigError, match=r"rollout_devices=8 leaves none of the 4 devices of a process to train"):
+        split_devices(MeshConfig(rollout_devices=8), crossing)
 
 
 def compared(which: str) -> list[dict]:

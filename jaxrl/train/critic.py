@@ -23,6 +23,7 @@ from jaxrl.rl.advantages.gae import advantages_and_returns
 from jaxrl.rl.aggregation import aggregation_weights
 from jaxrl.rl.outcomes import Outcomes
 from jaxrl.rl.value_loss import clipped_value_loss
+from jaxrl.train.placement import Placement, once
 from jaxrl.train.session import Session, valued_params
 from jaxrl.train.state import TrainState, abstract_state, copied, initial_params, new_state, rl_optimizer
 from jaxrl.train.update import LossFunction, Metrics, Updater, over_updates
@@ -45,11 +46,11 @@ class Critic:
             session.mesh,
             session.launches,
             offload=config.optimizer.offload,
+            pooled=True,
         )
         self._launches = session.launches
-        rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, session.mesh)
-        self._placement = jax.sharding.NamedSharding(session.mesh, rows)
-        self._values = jax.jit(functools.partial(_values_before, model=session.model))
+        self._place = Placement(session.mesh, pooled=True)
+        self._values = jax.jit(functools.partial(_values_for_all, model=session.model))
 
     def compile(self) -> None:
         """Compile everything, so that nothing is compiled once training runs."""
@@ -100,16 +101,14 @@ class Critic:
         with_returns = packing.pack_trajectories(trajectories, returns, weights, **shape)
         with_values = packing.pack_trajectories(trajectories, values, weights, **shape)
         return [
-            batch.replace(behaviour_logprobs=other.advantages)
+            batch.replace(behaviour_logprobs=once(other.advantages))
             for batch, other in zip(with_returns, with_values, strict=True)
         ]
 
     def _score(self, batches: Sequence[Batch]) -> list[np.ndarray]:
-        with jax.set_mesh(self._mesh):
-            placed = jax.device_put([batch.with_experts(None) for batch in batches], self._placement)
-            with self._launches:
-                scored = [self._values(self.state.params, batch) for batch in placed]
-        return [np.asarray(jax.device_get(one)) for one in scored]
+        with jax.set_mesh(self._mesh), self._launches:
+            scored = [self._values(self.state.params, self._place(batch.with_experts(None))) for batch in batches]
+        return [np.asarray(one) for one in scored]
 
 
 def value_loss(model: ModelConfig, config: CriticConfig) -> LossFunction:
@@ -131,6 +130,11 @@ def value_loss(model: ModelConfig, config: CriticConfig) -> LossFunction:
 def _values_before(params: Any, batch: Batch, *, model: ModelConfig) -> jax.Array:
     """[B, T]: at each token the value of what precedes it in its segment."""
     return jnp.roll(value.token_values(params, model, batch.tokens, batch.positions, batch.segment_ids), 1, axis=1)
+
+
+def _values_for_all(params: Any, batch: Batch, *, model: ModelConfig) -> jax.Array:
+    """The same, where every process reads them."""
+    return meshes.to_compute(_values_before(params, batch, model=model), (None, None))
 
 
 def critic_optimizer(config: Config, specs: spec.Specs) -> optax.GradientTransformation:

@@ -9,12 +9,14 @@ played.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxrl.observe import traces
 from jaxrl.records import Group, Problem, ToolCall, Trajectory
+from jaxrl.train.placement import UNSAID
 
 EXACT = ("mask", "versions")
 """Arrays that are sent as they are; they have long runs of one value."""
@@ -37,16 +39,17 @@ def decode(message: bytes, problem: Problem, draw: int) -> Group:
 
 
 def _outline(trajectory: Trajectory) -> Trajectory:
-    contents = {
-        name: np.broadcast_to(value.dtype.type(0), value.shape)  # takes no memory
-        for name, value in _arrays(trajectory).items()
-        if name not in EXACT
-    }
+    arrays = _arrays(trajectory)
+    contents = {name: _unsaid(name, value.dtype, value.shape) for name, value in arrays.items() if name not in EXACT}
     turns = tuple(
         dataclasses.replace(turn, calls=tuple(_without_contents(call) for call in turn.calls))
         for turn in trajectory.turns
     )
     return dataclasses.replace(trajectory, text="", turns=turns, **contents)
+
+
+def _unsaid(name: str, dtype: np.dtype | str, shape: Sequence[int]) -> np.ndarray:
+    return np.broadcast_to(np.dtype(dtype).type(UNSAID.get(name, 0)), shape)  # takes no memory
 
 
 def _without_contents(call: ToolCall) -> ToolCall:
@@ -70,7 +73,7 @@ def _row(trajectory: Trajectory) -> dict[str, Any]:
 
 def _trajectory(row: dict[str, Any], problem: Problem) -> Trajectory:
     shapes, runs = row.pop("arrays"), row.pop("runs")
-    arrays = {name: np.broadcast_to(np.dtype(dtype).type(0), shape) for name, (dtype, shape) in shapes.items()}
+    arrays = {name: _unsaid(name, dtype, shape) for name, (dtype, shape) in shapes.items()}
     for name in EXACT:
         dtype, (length,) = shapes[name]
         starts, values = runs[name]

@@ -17,19 +17,30 @@ PLANNED = (
 """Fields that every process knows of all trajectories, because they follow from outlines."""
 
 
+UNSAID = {"experts": -1}
+"""What stands for contents that a process does not know, where it is not 0."""
+
+
 def said_once(batch: Batch) -> Batch:
-    """A batch that every process has whole, for a placement that adds up what all have: zeros in all but the first."""
+    """A batch that every process has whole, for a placement that adds up what all have: nothing in all but the
+    first."""
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
     contents = {name: value for name, value in values.items() if name not in PLANNED and value is not None}
-    return batch if is_first() else batch.replace(**{name: np.zeros_like(value) for name, value in contents.items()})
+    return batch.replace(**{name: once(value, UNSAID.get(name, 0)) for name, value in contents.items()})
+
+
+def once(values: np.ndarray, unsaid: int = 0) -> np.ndarray:
+    """The same of a single field."""
+    return values if is_first() else np.full_like(values, unsaid)
 
 
 class Placement:
     """Puts micro-batches where their rows are computed; each process supplies the rows of its devices.
 
     Args:
-        pooled: of what is not ``PLANNED`` a process knows only what it played itself, and has zeros elsewhere. The
-            devices add up what all processes have, which is exact, so that tokens never pass through another host.
+        pooled: of what is not ``PLANNED`` a process knows only what it played itself, and has zeros elsewhere, or what
+            is ``UNSAID``. The devices add up what all processes have, which is exact, so that tokens never pass through
+            another host.
 
     Attributes:
         rows: the sharding of every field.
@@ -41,25 +52,31 @@ class Placement:
         self._by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         processes = [device.process_index for device in mesh.devices.flat]
         self._speaks = [process not in processes[:place] for place, process in enumerate(processes)]  # one of each
-        self._add = jax.jit(lambda parts: jax.sharding.reshard(parts.sum(axis=0), self.rows.spec))
+        self._add = jax.jit(self._added)
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch on the devices. All processes call this together, under the mesh."""
         return Batch(
             **{
-                field.name: self._put(getattr(batch, field.name), field.name in PLANNED)
+                field.name: self._put(getattr(batch, field.name), field.name)
                 for field in dataclasses.fields(Batch)
                 if getattr(batch, field.name) is not None
             }
         )
 
-    def _put(self, values: np.ndarray, planned: bool) -> jax.Array:
-        if planned or not self._pooled:
+    def _put(self, values: np.ndarray, name: str) -> jax.Array:
+        if name in PLANNED or not self._pooled:
             return jax.make_array_from_callback(values.shape, self.rows, lambda index: values[index])
-        nothing = np.zeros_like(values)[None]
+        unsaid = values.dtype.type(UNSAID.get(name, 0))
+        nothing = np.full_like(values, unsaid)[None]
         parts = jax.make_array_from_callback(
             (len(self._speaks), *values.shape),
             self._by_device,
             lambda index: values[None] if self._speaks[index[0].start or 0] else nothing,
         )
-        return self._add(parts)
+        return self._add(parts, unsaid)
+
+    def _added(self, parts: jax.Array, unsaid: jax.Array) -> jax.Array:
+        """[processes' parts, B, T, ...] -> [B, T, ...]."""
+        said = (parts - unsaid).sum(axis=0, dtype=parts.dtype)
+        return jax.sharding.reshard(said + unsaid, self.rows.spec)

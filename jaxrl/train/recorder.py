@@ -18,7 +18,7 @@ from jaxrl.rl.selection import Selection
 from jaxrl.train.checkpoint import Checkpoints
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunFolder
-from jaxrl.train.shares import completed, is_own
+from jaxrl.train.shares import agreed, is_own
 
 ALARM_HISTORY = 64
 """Steps the alarms look back on."""
@@ -153,7 +153,8 @@ class Recorder:
         if step == self._checkpoints.latest():
             return
         with self.timer.phase("checkpoint"):
-            whole = dataclasses.replace(progress, pending=completed(progress.pending, f"pending at {step}"))
+            pending, unfinished = agreed(progress.pending, progress.unfinished, f"pending at {step}")
+            whole = dataclasses.replace(progress, pending=pending, unfinished=unfinished)
             self._checkpoints.save(step, state, reference, whole.to_json(), pass_rate, critic)
 
     def settle(self, progress: RunProgress) -> None:

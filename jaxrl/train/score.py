@@ -13,6 +13,7 @@ from jaxrl.data import packing
 from jaxrl.model import logprob
 from jaxrl.model.lora import Base
 from jaxrl.records import Batch, Trajectory
+from jaxrl.train.placement import Placement
 
 
 def _logprobs(*arguments: Any) -> jax.Array:
@@ -20,7 +21,8 @@ def _logprobs(*arguments: Any) -> jax.Array:
 
 
 class Scorer:
-    """Scores micro-batches of the one shape that ``compile`` was given.
+    """Scores micro-batches of the one shape that ``compile`` was given. Of several processes each has the contents of
+    its own trajectories alone, see ``Placement``, and gets what is said of all; they score together.
 
     Args:
         value: of a micro-batch and the statistic [B, T] of its tokens, what is asked for, [B, T].
@@ -52,20 +54,19 @@ class Scorer:
             return meshes.to_compute(value(batch, scored), (None, None))
 
         self._mesh, self._launches, self._base, self._experts = mesh, launches, base, experts
-        rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh)
-        self._placement = jax.sharding.NamedSharding(mesh, rows)
+        self._place = Placement(mesh, pooled=True)
         self._score: Callable[..., jax.Array] = jax.jit(score)
 
     def compile(self, params: Any, rows: int, row_tokens: int) -> None:
         """Compile for micro-batches [rows, row_tokens] and weights placed like ``params``."""
         with jax.set_mesh(self._mesh):
-            placed = jax.device_put(Batch.zeros(rows, row_tokens, self._experts), self._placement)
+            placed = self._place(Batch.zeros(rows, row_tokens, self._experts))
             self._score = self._score.lower(params, self._base, placed).compile()
 
     def __call__(self, params: Any, batch: Batch) -> np.ndarray:
         """[B, T] the value of every token of packed rows, on the host."""
         with jax.set_mesh(self._mesh), self._launches:
-            placed = jax.device_put(batch.with_experts(self._experts), self._placement)
+            placed = self._place(batch.with_experts(self._experts))
             values = self._score(params, self._base, placed)
         return np.asarray(values)
 

@@ -36,18 +36,25 @@ def known_here(group: Group) -> Group:
     return group if is_own(group.draw) else outlines.outline(group)
 
 
-def completed(groups: Sequence[Group], name: str) -> tuple[Group, ...]:
-    """Groups that are whole, from such as each process knows; all processes call this together, with a fresh name."""
+def agreed(pending: Sequence[Group], unfinished: Sequence[int], name: str) -> tuple[tuple[Group, ...], tuple[int, ...]]:
+    """Groups that have been played, whole, and draws that have not, where each process knows its own groups whole and
+    may not have heard yet that one of another has ended: whoever plays a draw says what it has.
+
+    All processes call this together, of the same draws and with a fresh name.
+
+    Returns:
+        In the order of the draws, and the same in every process.
+    """
     if jax.process_count() == 1:
-        return tuple(groups)
-    own = {group.draw: [traces.to_json(t) for t in group.trajectories] for group in groups if is_own(group.draw)}
-    rows = {}
+        return tuple(pending), tuple(unfinished)
+    draws = {group.draw for group in pending} | set(unfinished)
+    own = {group.draw: [traces.to_json(t) for t in group.trajectories] for group in pending if is_own(group.draw)}
+    whole = {}
     for message in exchange(f"jaxrl/groups/{name}", json.dumps(own).encode()):
-        rows |= json.loads(message)
-    return tuple(
-        Group(group.problem, group.draw, tuple(traces.from_json(row) for row in rows[str(group.draw)]))
-        for group in groups
-    )
+        for draw, rows in json.loads(message).items():
+            trajectories = tuple(map(traces.from_json, rows))
+            whole[int(draw)] = Group(trajectories[0].problem, int(draw), trajectories)
+    return tuple(whole[draw] for draw in sorted(whole)), tuple(sorted(draws - set(whole)))
 
 
 def check_processes(config: Config, processes: int) -> None:
@@ -59,21 +66,10 @@ def check_processes(config: Config, processes: int) -> None:
     Raises:
         ConfigError: naming the setting.
     """
-    algorithm, train = config.algorithm, config.train
-    several_updates = train.updates_per_step * train.passes > 1
-    needs_one = {
-        "EngineConfig.record_experts=True": config.engine.record_experts,
-        "CriticConfig.enabled=True": config.critic.enabled,
-        "AlgorithmConfig.square_sums=True": algorithm.square_sums,
-        'AlgorithmConfig.kl_placement="reward"': algorithm.kl_coefficient and algorithm.kl_placement == "reward",
-        'AlgorithmConfig.proximal="recomputed"': algorithm.proximal == "recomputed" and several_updates,
-        f"TrainConfig.max_staleness={train.max_staleness}": train.max_staleness,
-        'TrainConfig.next_groups="finished"': train.next_groups == "finished",
-    }
-    if processes > 1 and (found := [setting for setting, used in needs_one.items() if used]):
+    if processes > 1 and config.train.next_groups == "finished":
         raise ConfigError(
-            f"{', '.join(found)} needs a single process, but this run has {processes}: each knows whole "
-            "trajectories, and when they ended, only of what it played; change it, or train in one process"
+            f'TrainConfig.next_groups="finished" needs a single process, but this run has {processes}, each of which '
+            'knows when its own groups end; set it to "drawn", or train in one process'
         )
 
 

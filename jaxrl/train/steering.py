@@ -13,6 +13,7 @@ from jaxrl.model import logprob
 from jaxrl.records import Batch, Trajectory
 from jaxrl.rl import divergence, entropy
 from jaxrl.rl.outcomes import Outcomes
+from jaxrl.train.placement import once
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.score import Scorer, of_trajectories
 from jaxrl.train.session import Session
@@ -118,7 +119,7 @@ class Steering:
         """With the log-probabilities of ``params`` as the proximal ones, if the run takes these."""
         if not (self._rescores and batch.mask.any()):
             return batch
-        return batch.replace(proximal_logprobs=self._logprobs(params, batch))
+        return batch.replace(proximal_logprobs=once(self._logprobs(params, batch)))
 
     def _prepared(self, batch: Batch, progress: RunProgress, done: float) -> Batch:
         """``done`` is the share of the step's updates that come before."""

@@ -1,4 +1,4 @@
-"""A whole run in several processes: killed in two, interrupted in four, finished in one, it is the run in one."""
+"""Whole runs in several processes: killed in two, interrupted in four, finished in one, one is the run in one."""
 
 import contextlib
 import os
@@ -24,6 +24,14 @@ MORE = (
     *(f"TrainConfig.steps={STEPS}", "TrainConfig.samples=4", "TrainConfig.eval_every=0"),
     *("AlgorithmConfig.reject_equal=False", "CheckpointConfig.keep=3"),
 )
+OWN_DEVICES = ("MeshConfig.data=1", "MeshConfig.rollout_devices=2")
+READS_TOKENS = (
+    *("ModelConfig.family=qwen3_moe", "ModelConfig.experts=4", "ModelConfig.expert_width=32"),
+    *("EngineConfig.record_experts=True", "CriticConfig.enabled=True", "CriticConfig.learning_rate=1e-3"),
+    *("AlgorithmConfig.advantage=gae", "AlgorithmConfig.kl_placement=reward", "AlgorithmConfig.kl_estimator=k1"),
+    *("AlgorithmConfig.proximal=recomputed", "TrainConfig.updates_per_step=2", "TrainConfig.steps=3"),
+)
+"""What the trainer makes of tokens besides gradients."""
 CURVE = ("loss", "grad_norm", "entropy", "ratio", "kl_to_reference", "pass_rate", "response_tokens", "calls")
 Run = Callable[[int], contextlib.AbstractContextManager[subprocess.Popen[str]]]
 
@@ -32,7 +40,7 @@ def training(folder: pathlib.Path, overrides: tuple[str, ...]) -> Run:
     """Starts a run in ``folder`` in so many processes, which have four devices together."""
 
     def run(processes: int) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-        settings = [argument for override in (*overrides, *MORE) for argument in ("--set", override)]
+        settings = [argument for override in overrides for argument in ("--set", override)]
         launcher = str(several.REPOSITORY / "launch" / "local.py")
         command = [sys.executable, launcher, str(processes), "--", "train", "smoke", "--run", str(folder), *settings]
         return several.started(command, 4 // processes)
@@ -68,6 +76,20 @@ def rows(folder: pathlib.Path) -> list[dict]:
     return read_metrics(folder, "rl")
 
 
+def check_curve(folder: pathlib.Path, expected: pathlib.Path, names: tuple[str, ...]) -> None:
+    for row, wanted in zip(rows(folder), rows(expected), strict=True):
+        for name in ("step", *names):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), (row["step"], name)
+
+
+def whole_run(run: Run, processes: int) -> str:
+    """What is shown of a run to its end."""
+    with run(processes) as process:
+        shown, said = process.communicate(timeout=600)
+        assert process.returncode == 0, shown + said
+    return shown
+
+
 def ids(folder: pathlib.Path) -> dict[tuple[int, int], list[int]]:
     episodes = [t for file in (folder / "episodes").glob("rl_*.jsonl") for t in read_episodes(file)]
     found = {(t.draw, t.sample): t.ids.tolist() for t in episodes}
@@ -79,10 +101,9 @@ def ids(folder: pathlib.Path) -> dict[tuple[int, int], list[int]]:
 @pytest.mark.timeout(1500)
 def test_killed_interrupted_and_resumed_in_other_layouts(tmp_path: pathlib.Path, tiny_overrides: tuple) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
-    with training(one, tiny_overrides)(1) as process:
-        said = process.communicate(timeout=600)
-        assert process.returncode == 0, said
-    run = training(many, tiny_overrides)
+    overrides = (*tiny_overrides, *MORE)
+    whole_run(training(one, overrides), 1)
+    run = training(many, overrides)
 
     with run(2) as launcher:
         wait_for_step(many, 1, launcher)
@@ -99,16 +120,46 @@ def test_killed_interrupted_and_resumed_in_other_layouts(tmp_path: pathlib.Path,
         assert launcher.returncode == 130
     assert steps_done(many) < STEPS
 
-    with run(1) as process:
-        shown, said = process.communicate(timeout=600)
-        assert process.returncode == 0, said
+    shown = whole_run(run, 1)
     assert f"reinforcement: {STEPS} steps, from step" in shown
 
     assert ids(many) == ids(one)
-    assert [row["step"] for row in rows(many)] == [row["step"] for row in rows(one)]
-    for row, expected in zip(rows(many), rows(one), strict=True):
-        for name in CURVE:
-            assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), (row["step"], name)
+    check_curve(many, one, CURVE)
     weights = [load_file(folder / "export" / "model.safetensors") for folder in (one, many)]
     for name, tensor in weights[0].items():
         np.testing.assert_allclose(weights[1][name], tensor, rtol=1e-2, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_recorded_experts_a_critic_and_scores_with_devices_of_their_own(
+    tmp_path: pathlib.Path, tiny_overrides: tuple
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, processes in ((one, 1), (two, 2)):
+        whole_run(training(folder, (*tiny_overrides, *MORE, *OWN_DEVICES, *READS_TOKENS)), processes)
+    assert ids(two) == ids(one)
+    shown = ("critic/value", "critic/value_loss", "critic/grad_norm", "critic/explained_variance")
+    check_curve(two, one, (*CURVE, *shown))
+    assert rows(two)[0]["ratio"] == pytest.approx(1, abs=1e-4)
+    assert all(row["kl_to_reference"] != 0 for row in rows(two)[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_killed_while_groups_are_played_ahead_it_trains_on_every_draw_once(
+    tmp_path: pathlib.Path, tiny_overrides: tuple
+) -> None:
+    """Of what is played ahead each process knows something else: the checkpoint has what those say who play it."""
+    staleness = ("TrainConfig.prefetch_groups=0", "TrainConfig.max_staleness=2", "TrainConfig.steps=5")
+    run = training(tmp_path, (*tiny_overrides, *MORE, *OWN_DEVICES, *staleness))
+    with run(2) as launcher:
+        wait_for_step(tmp_path, 2, launcher)
+        stopped_by(signal.SIGKILL, process_id(launcher, 1), launcher)
+    assert "reinforcement: 5 steps, from step" in whole_run(run, 2)
+    played = ids(tmp_path)
+    assert {draw for draw, _ in played} == set(range(len(played) // 4))
+    assert len(rows(tmp_path)) == 5
+    assert max(row["staleness/max"] for row in rows(tmp_path)) > 0, "it did play ahead"
+    assert all(row["staleness/max"] <= 2 and row["too_old"] == 0 for row in rows(tmp_path))
+    assert all(row["logprob_gap"] < 0.1 for row in rows(tmp_path)), "all processes train on the same groups"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -67,19 +68,29 @@ def test_an_advantage_that_reads_what_was_written_is_refused_in_several_processe
             seen.need(field)
 
 
-@pytest.mark.slow
-def test_updates_are_those_of_one_process(tmp_path: pathlib.Path) -> None:
-    """Tokens are joined exactly; the order in which gradients are summed between processes is another."""
-    for processes in (1, 2, 4):
-        for code, _, err in several.together(
-            HERE / "updating.py", processes, 4 // processes, str(tmp_path / str(processes))
-        ):
+def written(script: str, folder: pathlib.Path, processes: tuple[int, ...]) -> Iterator[Mapping[str, np.ndarray]]:
+    """What the first of so many processes wrote, which have four devices together."""
+    for count in processes:
+        for code, _, err in several.together(HERE / script, count, 4 // count, str(folder / str(count))):
             assert code == 0, err
-    one, *others = (np.load(tmp_path / f"{processes}.npz") for processes in (1, 2, 4))
+        yield np.load(folder / f"{count}.npz")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "processes"),
+    [("updating.py", (1, 2, 4)), ("scoring.py", (1, 2))],
+    ids=["updates", "scores and a critic"],
+)
+def test_what_several_processes_compute_is_what_one_does(
+    script: str, processes: tuple[int, ...], tmp_path: pathlib.Path
+) -> None:
+    """Tokens and experts are joined exactly; the order in which gradients are summed between processes is another."""
+    one, *others = written(script, tmp_path, processes)
     for other in others:
-        assert one.files == other.files
-        for name in one.files:
-            if "tokens" in name:
+        assert set(one) == set(other)
+        for name in one:
+            if "tokens" in name or "experts" in name:
                 assert one[name].any()
                 np.testing.assert_array_equal(other[name], one[name], err_msg=name)
             np.testing.assert_allclose(other[name], one[name], rtol=1e-5, atol=1e-6, err_msg=name)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxrl.train import transfer
+from tests import several
 
 spans = st.tuples(st.integers(0, 9), st.integers(1, 9)).map(lambda span: (span[0], span[0] + span[1]))
 boxes = st.lists(spans, max_size=3).map(tuple)
@@ -34,7 +35,10 @@ def test_a_box_is_cut_into_slabs_that_cover_it_once(box: transfer.Box, size: int
 
 def test_numbers_that_nobody_here_holds_are_missed() -> None:
     held = types.SimpleNamespace(index=(slice(0, 2), slice(None)), data=jnp.ones((2, 2)), device=jax.devices()[0])
-    half_elsewhere = types.SimpleNamespace(shape=(4, 2), addressable_shards=[held])  # as with several processes
+    everything = types.SimpleNamespace(devices_indices_map=lambda shape: {jax.devices()[0]: (slice(None), slice(None))})
+    half_elsewhere = types.SimpleNamespace(
+        shape=(4, 2), ndim=2, size=8, addressable_shards=[held], sharding=everything
+    )  # less than its sharding says
     whole = jax.sharding.NamedSharding(jax.make_mesh((1,), ("t",)), jax.sharding.PartitionSpec())
     with pytest.raises(ValueError, match="is to get 8 numbers, of which this process holds 4"):
         transfer.carried(half_elsewhere, jnp.dtype(jnp.float32), whole)
@@ -63,3 +67,18 @@ def test_neither_side_holds_more_than_its_own_and_a_chunk(reports: list[dict]) -
         assert 0 < report["receiving"] <= 1, report
         assert report["left"] == 0, report
         assert report["copies"] == {"pieces to whole": 3}.get(report["layout"], 1), report
+
+
+@pytest.mark.slow
+def test_every_process_carries_to_its_own_devices_and_gathers_what_it_lacks(tmp_path: pathlib.Path) -> None:
+    """Twelve devices, of which every process gives a third; the array is six chunks long."""
+    script = pathlib.Path(__file__).with_name("carrying.py")
+    for process, (code, _, err) in enumerate(several.together(script, 2, 6, str(tmp_path))):
+        assert code == 0, err
+        found = json.loads((tmp_path / f"{process}.json").read_text(encoding="utf-8"))
+        assert len(found) == 4
+        for report in found:
+            assert report["equal"] and report["placed"] and report["left"] == 0, report
+            # Blocks of about one chunk, and slabs of another; an array without a whole axis is gathered at once.
+            at_once = report["whole"] if report["layout"] == "over all, along every axis" else 1
+            assert 0 <= report["sending"] <= at_once + 1, report
