@@ -35,8 +35,9 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Model.sliding_window Model.sliding_layers Model.dense_layers Eval.temperature Model.experts "
         "Model.balance_coefficient "
         "Model.local_rope_theta Model.score_width Model.attention_soft_cap Model.logit_soft_cap "
-        "Prefer.held_out Prefer.sft_weight Prefer.length_weight Prefer.steps Prefer.learning_rate Prefer.warmup_steps "
-        "Prefer.measure_every Critic.learning_rate Critic.warmup_steps Critic.first_steps Distill.task_weight "
+        "Prefer.held_out Prefer.pairs_of_problem Prefer.sft_weight Prefer.length_weight Prefer.steps "
+        "Prefer.learning_rate Prefer.warmup_steps Prefer.measure_every "
+        "Critic.learning_rate Critic.warmup_steps Critic.first_steps Distill.task_weight "
         "Stages.drop_solved Stages.drop_unsolved Lora.rank Mesh.rollout_tensor Mesh.rollout_devices "
         "Train.max_staleness",
         lambda value: value >= 0,

@@ -10,9 +10,12 @@ class PreferConfig:
     """``jaxrl prefer``: AdamW as in the cold start (SftConfig), on the model that ModelConfig.path names."""
 
     data: str = ""
-    """JSONL files, with commas between; docs/algorithms.md has the format."""
+    """JSONL files, whose format docs/algorithms.md has, or run folders with episodes; commas between."""
+    pairs_of_problem: int = 0
+    """Of a run folder: pairs of a right and a wrong episode of one problem, at most; 0 = as many as there are, each
+    episode in one."""
     held_out: int = 64
-    """Rows kept back to measure on; at most half of them."""
+    """Rows kept back to measure on, all rows of a prompt or none; at most half of them."""
     kind: Literal["pairs", "judged", "reward", "process"] = "pairs"
     """"pairs": a chosen and a rejected answer to a prompt; "judged": single answers that are good or bad. With a value
     head, to be a reward: "reward": pairs again; "process": answers in steps that are right or wrong."""

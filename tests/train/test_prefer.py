@@ -18,10 +18,14 @@ from jaxrl.data import packing, preferences
 from jaxrl.data.demonstrations import story_demonstrations
 from jaxrl.data.problems import DataError
 from jaxrl.model import hf, logprob, spec, transformer
+from jaxrl.observe import traces
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.writers import read_metrics
-from jaxrl.records import Demonstration
+from jaxrl.records import Demonstration, Problem, StopReason, Trajectory
+from jaxrl.rl.example import example
 from jaxrl.train import prefer, preference_loss
+from jaxrl.train.run import open_run
+from jaxrl.train.session import open_offline_session
 
 MODEL = ModelConfig(vocab_size=24, layers=1, width=16, query_heads=2, kv_heads=1, head_width=8, ffn_width=32)
 STORIES = 80
@@ -207,11 +211,21 @@ def test_a_row_that_is_no_preference_is_named(
 
 
 def test_earlier_answers_in_a_prompt_are_context_alone(tmp_path: pathlib.Path) -> None:
-    prompt = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
-    data = write(tmp_path / "rows.jsonl", [{"prompt": prompt, "chosen": "a", "rejected": "b"}] * 4)
-    train, held_out = preferences.load(PreferConfig(data=data, held_out=1), 0)
+    prompts = [[{"role": role, "content": x} for role in ("user", "assistant", "user")] for x in "abcd"]
+    rows = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in prompts]
+    train, held_out = preferences.load(PreferConfig(data=write(tmp_path / "rows.jsonl", rows), held_out=1), 0)
     assert (len(train), len(held_out)) == (3, 1)
-    assert [message.learned for message in train[0].conversation("row", 1).messages] == [False, False, False, True]
+    learned = [message.learned for message in (*train[0].prompt, *train[0].answers[1])]
+    assert learned == [False, False, False, True]
+
+
+def test_no_prompt_is_both_learned_and_kept_back(tmp_path: pathlib.Path) -> None:
+    rows = [{"prompt": p, "chosen": "a", "rejected": "b"} for p in "aaabbbccd"]
+    data = write(tmp_path / "rows.jsonl", rows)
+    for seed in range(5):
+        train, held_out = preferences.load(PreferConfig(data=data, held_out=4), seed)
+        assert not {one.prompt for one in train} & {one.prompt for one in held_out}
+        assert len(held_out) in (3, 4) and len(train) + len(held_out) == len(rows)
 
 
 def test_a_loss_of_another_kind_is_refused() -> None:
@@ -229,3 +243,75 @@ def test_an_unrelated_answer_is_to_another_prompt(tmp_path: pathlib.Path) -> Non
     alike = dataclasses.replace(section, data=write(tmp_path / "alike.jsonl", rows[:2]))
     with pytest.raises(DataError, match="a part of 2 rows has a single prompt"):
         preferences.load(alike, 0)
+
+
+def episode(problem: int, sample: int) -> Trajectory:
+    """Sample 0 is right; the others are wrong, and a token longer."""
+    one = example(min(sample, 1))
+    return dataclasses.replace(one, problem=Problem(f"p{problem}", f"{problem}?", "2"), sample=sample)
+
+
+def dump(run: pathlib.Path, episodes: list[Trajectory]) -> str:
+    traces.write_episodes(run, "rl", 1, episodes)
+    return str(run)
+
+
+def test_right_and_wrong_episodes_of_a_problem_make_pairs(tmp_path: pathlib.Path) -> None:
+    played = [episode(problem, sample) for problem in range(3) for sample in (1, 0, 0, 2, 0)]
+    fault = dataclasses.replace(episode(0, 1), stop_reason=StopReason.INFRA_ERROR)
+    data = dump(tmp_path / "run", [fault, *played, episode(3, 0)])
+    pairs, _ = preferences.load(PreferConfig(data=data, held_out=0), 0)
+    assert [one.prompt[0].text for one in pairs] == ["0?", "0?", "1?", "1?", "2?", "2?"]
+    assert [[answer.correct for answer in one.answers] for one in pairs] == [[True, False]] * 6
+    assert [one.answers[1].sample for one in pairs] == [1, 2] * 3
+    single, _ = preferences.load(PreferConfig(data=data, held_out=0, pairs_of_problem=1), 0)
+    assert [one.answers[1].sample for one in single] == [1, 1, 1]
+    judged, _ = preferences.load(PreferConfig(data=data, held_out=0, kind="judged"), 0)
+    assert len(judged) == 16 and sum(one.good for one in judged) == 10
+    with pytest.raises(DataError, match="episodes have no judged steps"):
+        preferences.load(PreferConfig(data=data, kind="process"), 0)
+    with pytest.raises(DataError, match="none has both a right and a wrong answer"):
+        preferences.load(PreferConfig(data=dump(tmp_path / "one", [episode(0, 0)]), held_out=0), 0)
+
+
+def test_episodes_are_packed_as_the_same_answers_in_messages(
+    config: Config, finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Prompt, answer, and what of it counts: tool turns do not."""
+    good, bad = (story_demonstrations(6, 0.0, share, 3) for share in (0.0, 1.0))
+    with open_run(tmp_path / "packing") as opened:
+        shutil.copytree(finished / "tokenizer", opened.tokenizer)
+        session = open_offline_session(config, opened, [])
+
+        def played(demonstration: Demonstration, sample: int) -> Trajectory:
+            ids, mask = session.chat.demonstration(demonstration)
+            start = int(np.argmax(mask))
+            return dataclasses.replace(
+                example(sample),
+                problem=demonstration.problem,
+                prompt_ids=ids[:start],
+                ids=ids[start:],
+                mask=mask[start:],
+                text=session.tokenizer.decode(ids[start:]),
+            )
+
+        pairs = [episode for couple in zip(good, bad, strict=True) for episode in map(played, couple, (0, 1))]
+        rows = [
+            {"prompt": one.problem.question, "chosen": messages(one), "rejected": messages(other)}
+            for one, other in zip(good, bad, strict=True)
+        ]
+        sources = dump(tmp_path / "played", pairs), write(tmp_path / "rows.jsonl", rows)
+        for kind in ("pairs", "judged"):
+            section = dataclasses.replace(config.prefer, kind=kind, held_out=0)
+            both = [(row | {"completion": row["chosen"], "label": True}) for row in rows]
+            write(tmp_path / "rows.jsonl", both)
+            dump(tmp_path / "played", pairs if kind == "pairs" else pairs[::2])
+            as_kind = dataclasses.replace(session, config=dataclasses.replace(config, prefer=section))
+            packed = [
+                prefer.packed(as_kind, preferences.load(dataclasses.replace(section, data=data), 0)[0])
+                for data in sources
+            ]
+            jax.tree.map(np.testing.assert_array_equal, *packed)
+        other = dataclasses.replace(pairs[0], text="of another tokenizer")
+        with pytest.raises(ConfigError, match="was played with another tokenizer"):
+            prefer.packed(session, [preferences.Preference((), (other, pairs[1]))])
