@@ -56,7 +56,7 @@ def main() -> None:
 
 def evaluated(folder: pathlib.Path) -> float:
     """Sampled pass@1 of a run on problems never played."""
-    command = [sys.executable, "-m", "jaxrl.cli", "eval", "--run", str(folder), "--json"]
+    command = [sys.executable, "-m", "jaxrl.cli", "eval", str(folder), "--json"]
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return report["average"]["value"]
 

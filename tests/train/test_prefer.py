@@ -157,6 +157,38 @@ def test_packed_pairs_have_the_loss_of_answers_scored_one_by_one() -> None:
     assert metrics["margin"][1] == 5 and float(metrics["accuracy"][0]) == (margin > 0).sum()
 
 
+def test_what_the_policy_would_write_itself_counts_for_more() -> None:
+    """The weight of a pair is the product of its answers', and has no gradient of its own."""
+    params, reference = parameters(0), parameters(1)
+    (batch,) = couples(5, 4)
+    plain = preference_loss.preference_loss(MODEL, PreferConfig(), 4)
+    weighted = preference_loss.preference_loss(MODEL, PreferConfig(on_policy_weights=True), 4)
+
+    def weight(sequence: tuple[np.ndarray, np.ndarray]) -> float:
+        ids, mask = sequence
+        row = ids[None], np.arange(len(ids), dtype=np.int32)[None], np.ones((1, len(ids)), np.int32)
+        row = tuple(map(jnp.asarray, row))
+        logprobs = logprob.sequence_logprobs(params, MODEL, *row).logprobs[0]
+        squares = np.log(np.maximum(logprob.square_sums(params, MODEL, *row)[0], 1e-30))
+        return float(np.exp(((logprobs - squares) * mask).sum() / mask.sum()))
+
+    weights = np.array([weight(one) * weight(other) for one, other in zip(sequences(5), sequences(5, 1), strict=True)])
+    wanted = 0.0
+    pairs = list(zip(sequences(5), sequences(5, 1), strict=True))
+    gradients = []
+    for pair, own in zip(pairs, weights, strict=True):
+        (alone,) = packing.pack_couples([pair], [1.0], rows=1, row_tokens=40)
+        (value, _), gradient = jax.value_and_grad(plain, has_aux=True)(params, alone, reference)
+        wanted += own * float(value) / 5
+        gradients.append(jax.tree.map(lambda leaf, own=own: own * leaf / 5, gradient))
+    (value, _), gradient = jax.value_and_grad(weighted, has_aux=True)(params, batch, reference)
+    assert float(value) == pytest.approx(wanted, rel=1e-4)
+    total = jax.tree.map(lambda *leaves: sum(leaves), *gradients)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, total)
+    with pytest.raises(ConfigError, match="asks what a policy would write"):
+        preference_loss.method(PreferConfig(kind="reward", loss="bradley_terry", on_policy_weights=True))
+
+
 def test_the_weights_of_pairs_sum_to_one_and_stand_on_chosen_answers() -> None:
     for batch in couples(9, 1, 0.5):
         assert batch.rl_weights.sum() == pytest.approx(1)
