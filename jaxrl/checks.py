@@ -35,8 +35,9 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Model.sliding_window Model.sliding_layers Model.dense_layers Eval.temperature Model.experts "
         "Model.balance_coefficient "
         "Model.local_rope_theta Model.score_width Model.attention_soft_cap Model.logit_soft_cap "
-        "Prefer.held_out Prefer.sft_weight Prefer.length_weight Prefer.steps Prefer.learning_rate Prefer.warmup_steps "
-        "Prefer.measure_every Critic.learning_rate Critic.warmup_steps Critic.first_steps Distill.task_weight "
+        "Prefer.held_out Prefer.pairs_of_problem Prefer.sft_weight Prefer.length_weight Prefer.steps "
+        "Prefer.learning_rate Prefer.warmup_steps Prefer.measure_every "
+        "Critic.learning_rate Critic.warmup_steps Critic.first_steps Critic.huber Distill.task_weight "
         "Stages.drop_solved Stages.drop_unsolved Lora.rank Mesh.rollout_tensor Mesh.rollout_devices "
         "Train.max_staleness",
         lambda value: value >= 0,
@@ -71,6 +72,9 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 """Fields by the range they must lie in, each entry of a tuple: names without "Config", what holds, the words for it."""
 
+
+_OF_WHOLE_DISTRIBUTIONS = ("generalised_jsd", "forward_kl_top")
+"""Losses towards a teacher that any text will do for, whoever wrote it."""
 
 _OF_POLICY_LOSS = (
     "loss",
@@ -185,10 +189,11 @@ def _check_mix(config: Any) -> None:
             f"MixConfig.demonstrations={config.mix.demonstrations!r} but SftConfig.demonstrations is empty; name some, "
             "with SftConfig.steps=0 for no cold start"
         )
-    if config.distill.stages != "reinforcement" and config.distill.loss != "generalised_jsd":
+    if config.distill.stages != "reinforcement" and config.distill.loss not in _OF_WHOLE_DISTRIBUTIONS:
         raise ConfigError(
             f"DistillConfig.loss={config.distill.loss!r} is of tokens that the policy sampled; on demonstrations "
-            f"(DistillConfig.stages={config.distill.stages!r}) take 'generalised_jsd'"
+            f"(DistillConfig.stages={config.distill.stages!r}) take "
+            f"one of {', '.join(_OF_WHOLE_DISTRIBUTIONS)}"
         )
     _check_task(config)
     if config.mix.observation_weight and config.mix.loss != "nll":

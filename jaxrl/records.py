@@ -80,6 +80,7 @@ class Turn:
     author: str  # "policy" or "tool"
     calls: tuple[ToolCall, ...] = ()  # the calls this policy turn made, in order
     reward: float = 0.0  # what this policy turn earned by itself, apart from the reward of the trajectory
+    replaced: bool = False  # the environment put another action in the place of this policy turn's, and went on from it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,8 @@ class Trajectory:
         reward: scalar outcome; meaningless unless ``reward_status.trainable``.
         components: what ``reward`` is the weighted sum of, by name; one that had nothing to say is left out.
         greedy_reward: of a greedy trajectory of the same draw, where one was played.
+        role: the agent that wrote it, where several play in one episode.
+        episode: trajectories of one draw with the same number were played with each other.
         experts: of prompt and response, the experts of every layer that computed each token when it was sampled or
             prefilled; -1 for the last token, which nothing computed. None where the engine did not record them.
     """
@@ -116,6 +119,8 @@ class Trajectory:
     reward_status: RewardStatus = RewardStatus.NO_ANSWER
     components: dict[str, float] = dataclasses.field(default_factory=dict)
     greedy_reward: float | None = None
+    role: str = ""
+    episode: int = 0
     seconds: float = 0.0
     tool_seconds: float = 0.0
     experts: np.ndarray | None = None  # [prompt tokens + T, L, experts of a token] int8 or int16

@@ -164,6 +164,8 @@ class CriticConfig:
     critic warm-up (verl's ``critic_warmup``), which ``warmup_steps`` is not."""
     clip: float = 0.5
     """How far a value may move in one step before its gradient ends, in units of reward."""
+    huber: float = 0.0
+    """Error in units of reward beyond which the loss grows linearly; 0 = squares everywhere."""
     discount: float = 1.0
     """γ of the returns it learns."""
     decay: float = 1.0

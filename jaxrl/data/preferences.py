@@ -1,14 +1,22 @@
-"""Answers that somebody compared or judged, from JSONL files. docs/algorithms.md has the format."""
+"""Answers that somebody compared or judged, from JSONL files, whose format docs/algorithms.md has, or from the episodes
+of runs, which the verifier judged."""
 
+import collections
 import dataclasses
+import itertools
+import pathlib
 import random
 from collections.abc import Sequence
 from typing import Any
 
 from jaxrl.config import PreferConfig
 from jaxrl.data.problems import DataError, Row, read_rows
-from jaxrl.data.recorded import messages
-from jaxrl.records import Conversation, Message
+from jaxrl.data.recorded import episodes, messages
+from jaxrl.records import Message, Trajectory
+
+Prompt = tuple[Message, ...]
+Answer = tuple[Message, ...] | Trajectory
+"""What was written, or what a policy played."""
 
 FIELDS = {
     "pairs": ("prompt", "chosen", "rejected"),
@@ -23,33 +31,79 @@ FIELDS = {
 class Preference:
     """A prompt with two answers, the chosen one first; or with a single one that was judged; or with one in steps."""
 
-    prompt: tuple[Message, ...]
-    answers: tuple[tuple[Message, ...], ...] = ()
+    prompt: Prompt
+    answers: tuple[Answer, ...] = ()
     good: bool = True  # of a single answer
     steps: tuple[tuple[str, bool], ...] = ()  # text of each, and whether it is right
 
-    def conversation(self, place: str, answer: int, of: "Preference | None" = None) -> Conversation:
-        """The prompt with an answer to it, or with one to another prompt. ``place`` names it in errors."""
-        return Conversation(place, self.prompt + (of or self).answers[answer])
-
 
 def load(config: PreferConfig, seed: int) -> tuple[tuple[Preference, ...], tuple[Preference, ...]]:
-    """Rows to train on and rows kept back, the latter chosen by ``seed``.
+    """Rows to train on and rows kept back, the latter chosen by ``seed``. No prompt is in both.
 
     Raises:
-        DataError: no file, too few rows, or a row that is not of the kind; the message names file and line.
+        DataError: no file, too few prompts, or a row that is not of the kind; the message names file and line.
     """
     if not config.data:
         raise DataError("PreferConfig.data names no file; add --set PreferConfig.data=pairs.jsonl")
-    rows = [preference(row, config.kind) for part in config.data.split(",") for row in read_rows(part.strip())]
+    rows: list[Preference] = []
+    for part in map(str.strip, config.data.split(",")):
+        path = pathlib.Path(part)
+        rows += _of_run(path, config) if path.is_dir() else [preference(row, config.kind) for row in read_rows(part)]
     if len(rows) < 2:
         raise DataError(f"{config.data} has {len(rows)} rows; at least 2 are needed")
-    back = set(random.Random(f"preferences {seed}").sample(range(len(rows)), min(config.held_out, len(rows) // 2)))
-    learned, held_out = tuple(row for i, row in enumerate(rows) if i not in back), tuple(rows[i] for i in sorted(back))
+    back = _kept_back([row.prompt for row in rows], min(config.held_out, len(rows) // 2), seed)
+    learned, held_out = (tuple(row for row in rows if (row.prompt in back) is kept) for kept in (False, True))
     if config.kind == "judged":
         for part in (learned, held_out):
             unrelated(config, part)
     return learned, held_out
+
+
+def _kept_back(prompts: Sequence[Prompt], most: int, seed: int) -> set[Prompt]:
+    """Prompts with ``most`` rows together, or the next fewer where they do not come out even."""
+    counts = collections.Counter(prompts)
+    chosen = list(counts)
+    random.Random(f"preferences {seed}").shuffle(chosen)
+    back: set[Prompt] = set()
+    for prompt in chosen:
+        if counts[prompt] <= most:
+            back.add(prompt)
+            most -= counts[prompt]
+    return back
+
+
+def _of_run(run: pathlib.Path, config: PreferConfig) -> list[Preference]:
+    """What a run played to train on: a right and a wrong answer to one problem, or every answer by itself.
+
+    Raises:
+        DataError: no episodes, none that make a pair, or a kind that episodes do not supply.
+    """
+    if config.kind == "process":
+        raise DataError(f"{run}: episodes have no judged steps; PreferConfig.kind='process' takes JSONL files")
+    groups: dict[Prompt, tuple[list[Trajectory], list[Trajectory]]] = {}
+    for episode in episodes(run, correct_only=False):
+        prompt = (Message("user", episode.problem.question, learned=False),)
+        right, wrong = groups.setdefault(prompt, ([], []))
+        (right if episode.correct else wrong).append(episode)
+    if config.kind == "judged":
+        return [
+            Preference(prompt, (episode,), episode.correct)
+            for prompt, sides in groups.items()
+            for side in sides
+            for episode in side
+        ]
+    most = config.pairs_of_problem or None
+    pairs = [
+        Preference(prompt, pair)
+        for prompt, (right, wrong) in groups.items()
+        for pair in itertools.islice(zip(right, wrong, strict=False), most)
+    ]
+    if not pairs:
+        raise DataError(
+            f"{run}: of {len(groups)} problems none has both a right and a wrong answer; play more samples of each, or "
+            "set PreferConfig.kind='judged'"
+        )
+    return pairs
 
 
 def unrelated(config: PreferConfig, rows: Sequence[Preference]) -> list[Preference]:
@@ -115,7 +169,9 @@ def texts_of(preferences: Sequence[Preference]) -> list[str]:
     """All text in them that a tokenizer may be trained on."""
     texts = []
     for one in preferences:
-        texts += [message.text for message in (*one.prompt, *(m for answer in one.answers for m in answer))]
+        texts += [message.text for message in one.prompt]
+        for answer in one.answers:
+            texts += [answer.text] if isinstance(answer, Trajectory) else [message.text for message in answer]
         texts += [text for text, _ in one.steps]
     return texts
 

@@ -52,9 +52,10 @@ def episodes(run: pathlib.Path, correct_only: bool) -> tuple[Trajectory, ...]:
         raise DataError(str(error)) from error
     kept = tuple(episode for episode in played if episode.trainable and (episode.correct or not correct_only))
     if not kept:
+        all_of_them = ", or set SftConfig.episodes='all'" if correct_only else ""
         raise DataError(
             f"{run}: {len(files)} files with {len(played)} episodes of training, none to learn from; give a run folder "
-            "that `jaxrl train` made with TrainConfig.dump_episodes, or set SftConfig.episodes='all'"
+            f"that `jaxrl train` made with TrainConfig.dump_episodes{all_of_them}"
         )
     return kept
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.config import ConfigError, DistillConfig
-from jaxrl.rl import divergence
+from jaxrl.rl import divergence, sequences
 from jaxrl.rl.methods import configured
 from jaxrl.rl.tokens import MAX_LOG_RATIO, TokenLoss, Tokens
 
@@ -52,6 +52,28 @@ def generalised_jsd(predictions: Predictions, *, beta: float = 0.5, temperature:
     return beta * _kl(other, mixture) + (1 - beta) * _kl(own, mixture)
 
 
+def forward_kl_top(predictions: Predictions, *, k: int = 32, temperature: float = 1.0) -> jax.Array:
+    """Σ p_T (ln p_T - ln p) over the ``k`` tokens that the teacher thinks likeliest, not normalised anew.
+
+    What verl distils from, whose teacher sends no more than these. It may be below 0; with ``k`` the vocabulary it is
+    KL(teacher || student), the ``generalised_jsd`` of beta 0.
+
+    Args:
+        predictions: logits [..., V].
+        k: at least 1; more than V means V.
+        temperature: divides both.
+
+    Raises:
+        ConfigError: ``k`` below 1.
+    """
+    if k < 1:
+        raise ConfigError(f"forward_kl_top: k={k} must be at least 1")
+    other = jax.lax.stop_gradient(jax.nn.log_softmax(predictions.teacher / temperature, axis=-1))
+    likeliest, places = jax.lax.top_k(other, min(k, other.shape[-1]))
+    own = jax.nn.log_softmax(predictions.student / temperature, axis=-1)
+    return _kl(likeliest, jnp.take_along_axis(own, places, axis=-1))
+
+
 @flax.struct.dataclass
 class Taught:
     """Sampled tokens, and what the teacher thinks of them."""
@@ -76,6 +98,29 @@ def on_policy(taught: Taught, *, drop: float = 0.2, ratio_penalty: float = 1e-3)
     return TokenLoss(loss, {"teacher_advantage": advantage, "distilled_fraction": keep})
 
 
+def minillm(taught: Taught, *, discount: float = 1.0, length_normalised: bool = True) -> TokenLoss:
+    """On-policy distillation that credits a token with what comes after it: -ρ Σ_{k ≥ 0} discount^k d_{t + k}.
+
+    d = teacher logprob - logprob, a constant, of the sampled tokens of the trajectory; ρ the ratio to the policy that
+    sampled. MiniLLM (arXiv 2306.08543, section 2.2), whose sampling from a mixture with the teacher is not here. In
+    expectation the gradient is that of the KL(student || teacher) of whole trajectories, which ``on_policy`` takes
+    token by token.
+
+    Args:
+        taught: sampled tokens.
+        discount: of one token.
+        length_normalised: divide by Σ discount^k over the same tokens, so that early tokens do not weigh more.
+    """
+    tokens = taught.tokens
+    log_ratio = jnp.clip(tokens.logprobs - tokens.behaviour_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    advantage = jax.lax.stop_gradient(taught.teacher_logprobs - tokens.logprobs) * tokens.mask
+    returns = sequences.still_to_come(advantage, tokens.mask, tokens.segment_ids, discount)
+    if length_normalised:
+        counts = sequences.still_to_come(tokens.mask, tokens.mask, tokens.segment_ids, discount)
+        returns /= jnp.maximum(counts, 1.0)
+    return TokenLoss(-returns * jnp.exp(log_ratio), {"teacher_advantage": advantage})
+
+
 def k2(taught: Taught) -> TokenLoss:
     """(logprob - teacher logprob)² / 2 of sampled tokens; in expectation the gradient of KL(student || teacher)."""
     return _estimate(taught, "k2")
@@ -86,10 +131,18 @@ def k3(taught: Taught) -> TokenLoss:
     return _estimate(taught, "k3")
 
 
-SAMPLED_LOSSES: Mapping[str, Callable[..., TokenLoss]] = {"on_policy": on_policy, "k2": k2, "k3": k3}
+SAMPLED_LOSSES: Mapping[str, Callable[..., TokenLoss]] = {
+    "on_policy": on_policy,
+    "minillm": minillm,
+    "k2": k2,
+    "k3": k3,
+}
 """Those that see the sampled tokens alone, in ``Taught``."""
 
-WHOLE_LOSSES: Mapping[str, Callable[..., jax.Array]] = {"generalised_jsd": generalised_jsd}
+WHOLE_LOSSES: Mapping[str, Callable[..., jax.Array]] = {
+    "generalised_jsd": generalised_jsd,
+    "forward_kl_top": forward_kl_top,
+}
 """Those that see whole distributions."""
 
 

@@ -125,6 +125,7 @@ class Recorded:
         greedy_rewards: a greedy trajectory of every problem is played.
         square_sums: every token is scored once more.
         values: a critic estimates what is still to come.
+        several_agents: the environment says who wrote a trajectory, and with whom it was played.
         contents: what was written is known of all of them; of several processes each knows only what it played.
     """
 
@@ -133,6 +134,7 @@ class Recorded:
     greedy_rewards: bool = False
     square_sums: bool = False
     values: bool = False
+    several_agents: bool = False
     contents: bool = True
 
 
@@ -157,6 +159,8 @@ def of_trajectories(
         name: np.array([trajectory.components.get(name, np.nan) for trajectory in trajectories])
         for name in recorded.component_weights
     }
+    together = np.array([(group, one.episode) for group, one in zip(groups, trajectories, strict=True)], int)
+    together = together.reshape(-1, 2)  # also of no trajectories
     rewards = np.array([trajectory.reward for trajectory in trajectories], np.float64)
     return Outcomes(
         rewards=rewards,
@@ -164,6 +168,7 @@ def of_trajectories(
         masks=[trajectory.mask for trajectory in trajectories],
         turns=[turns_of(trajectory) for trajectory in trajectories],
         turn_rewards=[np.array([t.reward for t in turns]) for turns in policy_turns] if recorded.turn_rewards else None,
+        continues=[np.array([not turn.replaced for turn in turns], bool) for turns in policy_turns],
         states=[states_of(trajectory) for trajectory in trajectories] if recorded.contents else None,
         nodes=nodes_of(trajectories) if recorded.contents else None,
         components=components or None,
@@ -171,6 +176,8 @@ def of_trajectories(
         logprobs=[trajectory.logprobs for trajectory in trajectories] if recorded.contents else None,
         values=values if recorded.values else None,
         greedy_rewards=_greedy_rewards(trajectories, rewards, groups) if recorded.greedy_rewards else None,
+        roles=np.array([one.role for one in trajectories]) if recorded.several_agents else None,
+        episodes=np.unique(together, axis=0, return_inverse=True)[1].ravel() if recorded.several_agents else None,
         memory=memory,
     )
 

@@ -48,6 +48,34 @@ def largest(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return _over_segments(jax.lax.stop_gradient(values), segment_ids, jnp.maximum)
 
 
+def still_to_come(values: jax.Array, mask: jax.Array, segment_ids: jax.Array, discount: float) -> jax.Array:
+    """[B, T] at each token Σ_{k ≥ 0} discount^k of ``values`` at the k-th sampled token from it on, in its segment.
+
+    Tokens that were not sampled are passed over: they neither add nor discount. No gradient flows.
+
+    Args:
+        values: [B, T]; 0 where the mask is.
+        mask: [B, T] float, 1 where the policy sampled the token.
+        segment_ids: as in ``total``.
+        discount: of one sampled token.
+    """
+    local = functools.partial(_still_to_come, discount=discount)
+    constant = jax.lax.stop_gradient(values)
+    return meshes.per_shard(local, [ROWS, ROWS, ROWS], ROWS)(constant, mask, segment_ids)
+
+
+def _still_to_come(values: jax.Array, mask: jax.Array, segment_ids: jax.Array, discount: float) -> jax.Array:
+    place = jnp.arange(values.shape[1])
+    goes_on = (segment_ids == jnp.roll(segment_ids, -1, axis=1)) & (place < values.shape[1] - 1)
+    factors = jnp.where(goes_on, jnp.where(mask > 0, discount, 1.0), 0.0).astype(values.dtype)
+
+    def joined(later: tuple, earlier: tuple) -> tuple:
+        """Of x -> value + factor x, first that of the tokens after, then that of those before."""
+        return earlier[0] * later[0], earlier[1] + earlier[0] * later[1]
+
+    return jax.lax.associative_scan(joined, (factors, values), reverse=True, axis=1)[1]
+
+
 @jax.custom_vjp
 def _total(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return _over_segments(values, segment_ids, jnp.add)

@@ -118,7 +118,7 @@ def value_loss(model: ModelConfig, config: CriticConfig) -> LossFunction:
         del reference
         values = _values_before(params, batch, model=model)
         old, returns = batch.behaviour_logprobs, batch.advantages
-        per_token, clipped = clipped_value_loss(values, old, returns, batch.mask, clip=config.clip)
+        per_token, clipped = clipped_value_loss(values, old, returns, batch.mask, clip=config.clip, huber=config.huber)
         shown = {"value": values, "return": returns, "value_clip_fraction": clipped}
         metrics = {name: (jnp.where(batch.mask > 0, x, 0.0).sum(), batch.mask.sum()) for name, x in shown.items()}
         total = (batch.rl_weights * per_token).sum()

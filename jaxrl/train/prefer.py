@@ -1,6 +1,7 @@
 """``jaxrl prefer``: training on answers that were compared or judged. Started again on its folder, it goes on."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -10,11 +11,11 @@ import numpy as np
 
 from jaxrl.config import Config
 from jaxrl.data import packing, preferences
-from jaxrl.data.preferences import Preference
+from jaxrl.data.preferences import Answer, Preference
 from jaxrl.observe.metrics import PhaseTimer
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.report import SUMMARY_FILE
-from jaxrl.records import Batch, Conversation
+from jaxrl.records import Batch, Conversation, Trajectory
 from jaxrl.rl.preference import VALUED
 from jaxrl.train import experiment
 from jaxrl.train.checkpoint import Checkpoints
@@ -23,7 +24,7 @@ from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.run import RunError, open_run
 from jaxrl.train.session import Session, open_offline_session
-from jaxrl.train.sft import batch_of, is_saved, offline_updater
+from jaxrl.train.sft import batch_of, episode_sequence, is_saved, offline_updater
 from jaxrl.train.state import TrainState
 
 LINE_EVERY = 25
@@ -35,8 +36,8 @@ def packed(session: Session, rows: Sequence[Preference]) -> list[Batch]:
     config = session.config.prefer
     shape = {"rows": config.rows, "row_tokens": config.row_tokens}
 
-    def sequence(index: int, answer: int, of: Preference | None = None) -> tuple[np.ndarray, np.ndarray]:
-        return session.chat.conversation(rows[index].conversation(f"{config.data}, row {index}", answer, of))
+    def sequence(index: int, number: int, of: Preference | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return _answered(session, rows[index], (of or rows[index]).answers[number], f"{config.data}, row {index}")
 
     if config.kind == "process":
         return packing.pack_steps([_steps(session, row) for row in rows], **shape)
@@ -47,6 +48,18 @@ def packed(session: Session, rows: Sequence[Preference]) -> list[Batch]:
         couples = [(sequence(index, 0), sequence(index, 1)) for index in range(len(rows))]
     signs = [1.0 if row.good else -1.0 for row in rows]
     return packing.pack_couples(couples, signs, **shape, learned_weight=config.sft_weight)
+
+
+def _answered(session: Session, row: Preference, answer: Answer, place: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of a row's prompt with an answer, which may have been given to another prompt."""
+    if not isinstance(answer, Trajectory):
+        return session.chat.conversation(Conversation(place, (*row.prompt, *answer)))
+    own = row.answers[0]
+    if isinstance(own, Trajectory):
+        before = own.prompt_ids
+    else:
+        before, _ = session.chat.conversation(Conversation(place, row.prompt))
+    return episode_sequence(session, dataclasses.replace(answer, prompt_ids=before))
 
 
 def _steps(session: Session, row: Preference) -> tuple[np.ndarray, np.ndarray]:

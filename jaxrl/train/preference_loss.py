@@ -12,8 +12,8 @@ from jaxrl.model import logprob
 from jaxrl.model.value import token_values
 from jaxrl.records import Batch
 from jaxrl.rl.methods import configured
-from jaxrl.rl.preference import KINDS
-from jaxrl.rl.preference.records import Answers, Judged, Pairs, segment_sums, without_length
+from jaxrl.rl.preference import KINDS, VALUED
+from jaxrl.rl.preference.records import Answers, Judged, Pairs, agreement, segment_sums, without_length
 from jaxrl.rl.preference.scores import Scores, Steps
 from jaxrl.train.update import LossFunction, Metrics
 
@@ -26,6 +26,11 @@ def method(config: PreferConfig) -> Loss:
     Raises:
         ConfigError: see ``methods.configured``; or it does not give back one loss for each pair or answer.
     """
+    if config.on_policy_weights and config.kind in VALUED:
+        raise ConfigError(
+            f"PreferConfig.on_policy_weights=True asks what a policy would write, and kind={config.kind!r} has none; "
+            "set it to False"
+        )
     loss = configured("PreferConfig.loss", KINDS[config.kind], config.loss, config.loss_settings)
     one, which = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.bool_)
     answers = Answers(one, one, one)
@@ -73,6 +78,8 @@ def preference_loss(model: ModelConfig, config: PreferConfig, couples: int) -> L
         if config.kind == "judged":
             seen = Judged(first, sign > 0, second.log_ratios, present)
         of_couple = jnp.where(present > 0, of_couples(seen), 0.0)
+        if config.on_policy_weights:
+            of_couple *= _on_policy(params, model, batch, logprobs, couples, both=config.kind == "pairs")
         nll = -(batch.ce_weights * logprobs).sum()
         counted = {"preference_loss": of_couple, **_shown(seen)}
         metrics = {name: ((values * present).sum(), present.sum()) for name, values in counted.items()}
@@ -80,6 +87,18 @@ def preference_loss(model: ModelConfig, config: PreferConfig, couples: int) -> L
         return (share * of_couple).sum() + nll, metrics
 
     return loss
+
+
+def _on_policy(
+    params: Any, model: ModelConfig, batch: Batch, logprobs: jax.Array, couples: int, *, both: bool
+) -> jax.Array:
+    """[rows x couples] how much the policy would write the first answer of a couple, times the second's if ``both``."""
+    fixed = jax.lax.stop_gradient(params)
+    squares = logprob.square_sums(fixed, model, batch.tokens, batch.positions, batch.segment_ids)
+    log_squares = jnp.log(jnp.where(batch.mask > 0, squares, 1.0))
+    each = agreement(logprobs, log_squares, batch.mask, batch.segment_ids, 2 * couples)
+    first, second = (to_compute(each[:, side::2], (None, None)).reshape(-1) for side in (0, 1))
+    return first * second if both else first
 
 
 def _shown(seen: Pairs | Judged) -> dict[str, jax.Array]:

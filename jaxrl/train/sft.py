@@ -7,7 +7,7 @@ import numpy as np
 from jaxrl.config import ConfigError, PreferConfig, SftConfig
 from jaxrl.data import packing, recorded
 from jaxrl.data.recorded import Worked
-from jaxrl.records import Batch, Conversation, Demonstration
+from jaxrl.records import Batch, Conversation, Demonstration, Trajectory
 from jaxrl.rl.supervised import supervised_loss
 from jaxrl.train.distill import distilled
 from jaxrl.train.progress import RunProgress
@@ -81,12 +81,23 @@ def sequence(session: Session, worked: Worked) -> tuple[np.ndarray, np.ndarray]:
         return session.chat.demonstration(worked, mask_failed=mask_failed)
     if isinstance(worked, Conversation):
         return session.chat.conversation(worked, mask_failed=mask_failed)
-    if session.tokenizer.decode(worked.ids) != worked.text:
+    return episode_sequence(session, worked, mask_failed=mask_failed)
+
+
+def episode_sequence(
+    session: Session, episode: Trajectory, *, mask_failed: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask, [T] each, of an episode of some run.
+
+    Raises:
+        ConfigError: it was played with another tokenizer.
+    """
+    if session.tokenizer.decode(episode.ids) != episode.text:
         raise ConfigError(
-            f'the episode of problem "{worked.problem.id}" (draw {worked.draw}, sample {worked.sample}) was played '
+            f'the episode of problem "{episode.problem.id}" (draw {episode.draw}, sample {episode.sample}) was played '
             "with another tokenizer; set TokenizerConfig.path to the folder tokenizer of the run it is from"
         )
-    return recorded.sequence_of(worked, mask_failed=mask_failed)
+    return recorded.sequence_of(episode, mask_failed=mask_failed)
 
 
 def batch_of(batches: list[Batch], seed: int, step: int) -> Batch:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jaxrl.config import ConfigError
 from jaxrl.rl.advantages import ADVANTAGES
+from jaxrl.rl.advantages.gae import decay_of_length, gae
 from jaxrl.rl.advantages.group import dr_grpo, gpg, grpo, max_rl, opo, pass_at_k, rloo
 from jaxrl.rl.advantages.returns import cut_sums, discounted_sums
 from jaxrl.rl.advantages.roles import hierarchical
@@ -193,6 +194,20 @@ def test_roles_are_compared_where_they_had_the_same_task() -> None:
         episodes=np.array([0, 1, 0, 0, 1, 1]),
     )
     np.testing.assert_allclose(hierarchical(given), [0.5, -0.5, -1, 1, -1, 1])
+
+
+def test_lambda_grows_with_the_sampled_length() -> None:
+    """Of 100 sampled tokens λ = 1 - 1 / (0.05 · 100) = 0.8; tool output does not make it longer."""
+    assert decay_of_length(np.repeat([1, 0], 100), 0.05) == pytest.approx(0.8)
+    assert decay_of_length(np.ones(20), 0.05) == decay_of_length(np.ones(3), 0.05) == 0
+    draw = np.random.default_rng(0)
+    masks = [np.ones(30), np.repeat([1, 0, 1], [30, 5, 10])]
+    fields = {"masks": masks, "values": [draw.normal(size=len(mask)) for mask in masks]}
+    both = gae(outcomes([1, 0], **fields), length_share=0.05, whiten=False)
+    for index, decay in enumerate((1 - 1 / 1.5, 0.5)):
+        np.testing.assert_allclose(both[index], gae(outcomes([1, 0], **fields), decay=decay, whiten=False)[index])
+    with pytest.raises(ConfigError, match="takes the place of decay"):
+        gae(outcomes([1, 0], **fields), length_share=0.05, decay=0.9)
 
 
 def test_the_running_mean_of_each_role_is_kept() -> None:

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from jaxrl.config import ConfigError
-from jaxrl.rl.distillation import SAMPLED_LOSSES, Predictions, Taught, generalised_jsd, on_policy
+from jaxrl.rl.distillation import (
+    SAMPLED_LOSSES,
+    Predictions,
+    Taught,
+    forward_kl_top,
+    generalised_jsd,
+    minillm,
+    on_policy,
+)
 from jaxrl.rl.tokens import Tokens, sampled
 
 Golden = Callable[[str], list[dict[str, Any]]]
@@ -83,3 +91,41 @@ def test_a_divergence_from_itself_is_zero_and_tokens_without_a_chance_add_nothin
         assert float(generalised_jsd(Predictions(logits, logits), beta=beta)) == pytest.approx(0.0, abs=1e-6)
     with pytest.raises(ConfigError, match=r"beta=1.5 .* between 0 and 1"):
         generalised_jsd(Predictions(logits, logits), beta=1.5)
+
+
+def test_minillm_credits_a_token_with_what_comes_after_it() -> None:
+    """Over trajectories of two tokens: the gradient of the KL of whole trajectories, which no sum over tokens is."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    student = jax.random.normal(keys[0], (3,)), jax.random.normal(keys[1], (3, 3))
+    teacher = jax.random.normal(keys[2], (3,)), jax.random.normal(keys[3], (3, 3))
+
+    def both(policy: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """[9, 2] log-probabilities of first and second token of every trajectory."""
+        first, second = (jax.nn.log_softmax(logits, axis=-1) for logits in policy)
+        return jnp.stack([jnp.repeat(first, 3), second.reshape(-1)], axis=1)
+
+    def expected(policy: tuple[jax.Array, jax.Array]) -> jax.Array:
+        own = both(policy)
+        chance = jax.lax.stop_gradient(jnp.exp(own.sum(axis=1)))
+        record = taught(own, both(teacher), jax.lax.stop_gradient(own), jnp.ones((9, 2)))
+        return (chance * minillm(record, length_normalised=False).loss.sum(axis=1)).sum()
+
+    def divergence(policy: tuple[jax.Array, jax.Array]) -> jax.Array:
+        whole = both(policy).sum(axis=1)
+        return (jnp.exp(whole) * (whole - both(teacher).sum(axis=1))).sum()
+
+    got, wanted = jax.grad(expected)(student), jax.grad(divergence)(student)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, wanted)
+
+
+def test_the_divergence_of_the_likeliest_tokens() -> None:
+    draw = np.random.default_rng(0)
+    student, teacher = (jnp.asarray(draw.normal(size=(4, 7)), jnp.float32) for _ in range(2))
+    whole = generalised_jsd(Predictions(student, teacher), beta=0.0, temperature=2.0)
+    np.testing.assert_allclose(forward_kl_top(Predictions(student, teacher), k=9, temperature=2.0), whole, rtol=1e-5)
+    own, other = (np.asarray(jax.nn.log_softmax(logits)) for logits in (student, teacher))
+    for row, value in enumerate(forward_kl_top(Predictions(student, teacher), k=2)):
+        best = np.argsort(other[row])[-2:]
+        assert float(value) == pytest.approx((np.exp(other[row]) * (other[row] - own[row]))[best].sum(), rel=1e-5)
+    with pytest.raises(ConfigError, match="k=0 must be at least 1"):
+        forward_kl_top(Predictions(student, teacher), k=0)

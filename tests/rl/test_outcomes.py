@@ -1,11 +1,15 @@
 """What an advantage sees of trajectories that were played."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from jaxrl.config import AlgorithmConfig, ConfigError
 from jaxrl.records import Problem, StopReason, Trajectory, Turn
 from jaxrl.rl import algorithm
+from jaxrl.rl.advantages.roles import hierarchical
+from jaxrl.rl.advantages.steps import step_and_episode
 from jaxrl.rl.outcomes import Recorded, of_trajectories
 
 
@@ -114,3 +118,34 @@ def test_a_length_is_not_counted_twice() -> None:
     with pytest.raises(ConfigError, match="'sequence_sum' counts the length of a sequence a second time"):
         algorithm.check(AlgorithmConfig(loss="luspo", aggregation="sequence_sum"), Recorded())
     algorithm.check(AlgorithmConfig(loss="luspo", aggregation="sequence"), Recorded())
+
+
+def test_a_replaced_action_cuts_the_returns_of_the_turns_before_it() -> None:
+    """UI-S1's worked numbers: what a turn that was replaced led to is credited to no turn before."""
+    turns = [[1], [7], [2], [7], [3]]
+    earned = {0: 1.0, 2: 0.2, 4: 1.0}
+
+    def played(sample: int, replaced: int | None) -> Trajectory:
+        one = trajectory(sample, turns)
+        marked = (
+            dataclasses.replace(turn, reward=earned.get(number, 0.0), replaced=number == replaced)
+            for number, turn in enumerate(one.turns)
+        )
+        return dataclasses.replace(one, turns=tuple(marked))
+
+    seen = of_trajectories([played(0, 2), played(1, None)], np.zeros(2, int), Recorded(turn_rewards=True), {})
+    got = step_and_episode(seen, scale=False, episode_weight=0.0)
+    returns = np.array([[1.0, 0.2, 1.0], [1.35, 0.7, 1.0]])
+    np.testing.assert_allclose(np.stack(got)[:, ::2], returns - returns.mean(axis=0), atol=1e-6)
+
+
+def test_agents_that_played_together_are_those_of_one_group_and_episode() -> None:
+    played = [
+        dataclasses.replace(one, role=role, episode=episode)
+        for one, role, episode in zip(PLAYED, ("proposer", "solver", "solver", "solver"), (0, 0, 1, 1), strict=True)
+    ]
+    seen = of_trajectories(played, GROUPS, Recorded(several_agents=True), {})
+    assert seen.roles.tolist() == ["proposer", "solver", "solver", "solver"]
+    assert len(set(seen.episodes.tolist())) == 3 and seen.episodes[2] != seen.episodes[3]
+    np.testing.assert_allclose(hierarchical(seen), [one.reward for one in PLAYED])  # nobody had the same task
+    assert of_trajectories(played, GROUPS, Recorded(), {}).roles is None

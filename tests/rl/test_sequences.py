@@ -13,6 +13,7 @@ ROWS = st.lists(st.lists(st.integers(1, 6), max_size=6), min_size=2, max_size=2)
 
 total, largest = jax.jit(sequences.total), jax.jit(sequences.largest)
 mean = jax.jit(sequences.mean)
+still_to_come = jax.jit(sequences.still_to_come)
 pulled_back = jax.jit(jax.grad(lambda values, ids, weights: (weights * sequences.total(values, ids)).sum()))
 
 
@@ -57,6 +58,20 @@ def test_all_tokens_of_a_segment_get_the_same_bits(rows: list[list[int]]) -> Non
     for row in range(len(ids)):
         for number in np.unique(ids[row]):
             assert len(np.unique(sums[row, ids[row] == number])) == 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(ROWS, st.integers(0, 1000), st.sampled_from([0.0, 0.5, 1.0]))
+def test_what_is_still_to_come_ends_with_its_segment(rows: list[list[int]], seed: int, discount: float) -> None:
+    ids, draw = packed(rows), np.random.default_rng(seed)
+    mask = draw.integers(0, 2, ids.shape).astype(np.float32) * (ids > 0)
+    values = draw.normal(size=ids.shape).astype(np.float32) * mask
+    wanted = np.zeros(ids.shape)
+    for row in range(len(ids)):
+        for t in range(TOKENS):
+            later = [u for u in range(t, TOKENS) if ids[row, u] == ids[row, t] and mask[row, u]]
+            wanted[row, t] = sum(discount**k * values[row, u] for k, u in enumerate(later))
+    np.testing.assert_allclose(still_to_come(values, mask, ids, discount), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_leaks_into_a_neighbour() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl.rl.value_loss import clipped_value_loss
 from tests.rl.rows import VERL_MODES, weights_of
@@ -37,23 +38,32 @@ def test_every_case_of_verl(golden: Golden) -> None:
     assert checked == 30
 
 
-def test_every_case_of_areal_but_its_huber_losses(golden: Golden) -> None:
-    """There is no Huber loss of a critic here."""
+def test_every_case_of_areal(golden: Golden) -> None:
     cases = [case for case in golden("areal/decoupled_ppo") if case["id"].startswith("critic/")]
-    compared = [case for case in cases if case["settings"]["loss_fn_type"] == "mse"]
-    assert (len(cases), len(compared)) == (4, 2)
-    for case in compared:
+    assert len(cases) == 4
+    for case in cases:
         inputs = {name: np.asarray(value) for name, value in case["inputs"].items()}
-        mask, clip = inputs["loss_mask"], case["settings"]["value_eps_clip"]
+        mask, huber = inputs["loss_mask"], {"mse": 0.0, "huber": 10.0}[case["settings"]["loss_fn_type"]]
+        settings = {"clip": case["settings"]["value_eps_clip"], "huber": huber}
 
-        def loss(values: jax.Array, inputs: Any = inputs, mask: Any = mask, clip: float = clip) -> jax.Array:
+        def loss(values: jax.Array, inputs: Any = inputs, mask: Any = mask, settings: Any = settings) -> jax.Array:
             old, returns = inputs["old_value"], inputs["target_value"]
-            per_token, _ = clipped_value_loss(values, old, returns, jnp.asarray(mask), clip=clip)
+            per_token, _ = clipped_value_loss(values, old, returns, jnp.asarray(mask), **settings)
             return (per_token * weights_of(mask, "token")).sum()
 
         value, gradient = jax.value_and_grad(loss)(jnp.asarray(inputs["value"]))
         np.testing.assert_allclose(value, case["outputs"]["loss"], rtol=1e-5, err_msg=case["id"])
         np.testing.assert_allclose(gradient, case["outputs"]["grad"], rtol=1e-4, atol=1e-6, err_msg=case["id"])
+
+
+def test_beyond_huber_an_error_has_the_slope_of_its_size() -> None:
+    errors, here = jnp.array([[0.5, -0.5, 3.0, -7.0]]), jnp.ones((1, 4))
+
+    def loss(values: jax.Array) -> jax.Array:
+        return clipped_value_loss(values, values, jnp.zeros((1, 4)), here, clip=0.1, huber=2.0)[0].sum()
+
+    np.testing.assert_allclose(jax.grad(loss)(errors), [[0.5, -0.5, 2.0, -2.0]])
+    assert float(loss(errors)) == pytest.approx(0.125 + 0.125 + 4.0 + 12.0)
 
 
 def test_a_masked_token_has_no_gradient_whatever_stands_there() -> None:

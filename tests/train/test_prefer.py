@@ -18,10 +18,14 @@ from jaxrl.data import packing, preferences
 from jaxrl.data.demonstrations import story_demonstrations
 from jaxrl.data.problems import DataError
 from jaxrl.model import hf, logprob, spec, transformer
+from jaxrl.observe import traces
 from jaxrl.observe.progress import Progress
 from jaxrl.observe.writers import read_metrics
-from jaxrl.records import Demonstration
+from jaxrl.records import Demonstration, Problem, StopReason, Trajectory
+from jaxrl.rl.example import example
 from jaxrl.train import prefer, preference_loss
+from jaxrl.train.run import open_run
+from jaxrl.train.session import open_offline_session
 
 MODEL = ModelConfig(vocab_size=24, layers=1, width=16, query_heads=2, kv_heads=1, head_width=8, ffn_width=32)
 STORIES = 80
@@ -153,6 +157,38 @@ def test_packed_pairs_have_the_loss_of_answers_scored_one_by_one() -> None:
     assert metrics["margin"][1] == 5 and float(metrics["accuracy"][0]) == (margin > 0).sum()
 
 
+def test_what_the_policy_would_write_itself_counts_for_more() -> None:
+    """The weight of a pair is the product of its answers', and has no gradient of its own."""
+    params, reference = parameters(0), parameters(1)
+    (batch,) = couples(5, 4)
+    plain = preference_loss.preference_loss(MODEL, PreferConfig(), 4)
+    weighted = preference_loss.preference_loss(MODEL, PreferConfig(on_policy_weights=True), 4)
+
+    def weight(sequence: tuple[np.ndarray, np.ndarray]) -> float:
+        ids, mask = sequence
+        row = ids[None], np.arange(len(ids), dtype=np.int32)[None], np.ones((1, len(ids)), np.int32)
+        row = tuple(map(jnp.asarray, row))
+        logprobs = logprob.sequence_logprobs(params, MODEL, *row).logprobs[0]
+        squares = np.log(np.maximum(logprob.square_sums(params, MODEL, *row)[0], 1e-30))
+        return float(np.exp(((logprobs - squares) * mask).sum() / mask.sum()))
+
+    weights = np.array([weight(one) * weight(other) for one, other in zip(sequences(5), sequences(5, 1), strict=True)])
+    wanted = 0.0
+    pairs = list(zip(sequences(5), sequences(5, 1), strict=True))
+    gradients = []
+    for pair, own in zip(pairs, weights, strict=True):
+        (alone,) = packing.pack_couples([pair], [1.0], rows=1, row_tokens=40)
+        (value, _), gradient = jax.value_and_grad(plain, has_aux=True)(params, alone, reference)
+        wanted += own * float(value) / 5
+        gradients.append(jax.tree.map(lambda leaf, own=own: own * leaf / 5, gradient))
+    (value, _), gradient = jax.value_and_grad(weighted, has_aux=True)(params, batch, reference)
+    assert float(value) == pytest.approx(wanted, rel=1e-4)
+    total = jax.tree.map(lambda *leaves: sum(leaves), *gradients)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, total)
+    with pytest.raises(ConfigError, match="asks what a policy would write"):
+        preference_loss.method(PreferConfig(kind="reward", loss="bradley_terry", on_policy_weights=True))
+
+
 def test_the_weights_of_pairs_sum_to_one_and_stand_on_chosen_answers() -> None:
     for batch in couples(9, 1, 0.5):
         assert batch.rl_weights.sum() == pytest.approx(1)
@@ -207,11 +243,21 @@ def test_a_row_that_is_no_preference_is_named(
 
 
 def test_earlier_answers_in_a_prompt_are_context_alone(tmp_path: pathlib.Path) -> None:
-    prompt = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
-    data = write(tmp_path / "rows.jsonl", [{"prompt": prompt, "chosen": "a", "rejected": "b"}] * 4)
-    train, held_out = preferences.load(PreferConfig(data=data, held_out=1), 0)
+    prompts = [[{"role": role, "content": x} for role in ("user", "assistant", "user")] for x in "abcd"]
+    rows = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in prompts]
+    train, held_out = preferences.load(PreferConfig(data=write(tmp_path / "rows.jsonl", rows), held_out=1), 0)
     assert (len(train), len(held_out)) == (3, 1)
-    assert [message.learned for message in train[0].conversation("row", 1).messages] == [False, False, False, True]
+    learned = [message.learned for message in (*train[0].prompt, *train[0].answers[1])]
+    assert learned == [False, False, False, True]
+
+
+def test_no_prompt_is_both_learned_and_kept_back(tmp_path: pathlib.Path) -> None:
+    rows = [{"prompt": p, "chosen": "a", "rejected": "b"} for p in "aaabbbccd"]
+    data = write(tmp_path / "rows.jsonl", rows)
+    for seed in range(5):
+        train, held_out = preferences.load(PreferConfig(data=data, held_out=4), seed)
+        assert not {one.prompt for one in train} & {one.prompt for one in held_out}
+        assert len(held_out) in (3, 4) and len(train) + len(held_out) == len(rows)
 
 
 def test_a_loss_of_another_kind_is_refused() -> None:
@@ -229,3 +275,75 @@ def test_an_unrelated_answer_is_to_another_prompt(tmp_path: pathlib.Path) -> Non
     alike = dataclasses.replace(section, data=write(tmp_path / "alike.jsonl", rows[:2]))
     with pytest.raises(DataError, match="a part of 2 rows has a single prompt"):
         preferences.load(alike, 0)
+
+
+def episode(problem: int, sample: int) -> Trajectory:
+    """Sample 0 is right; the others are wrong, and a token longer."""
+    one = example(min(sample, 1))
+    return dataclasses.replace(one, problem=Problem(f"p{problem}", f"{problem}?", "2"), sample=sample)
+
+
+def dump(run: pathlib.Path, episodes: list[Trajectory]) -> str:
+    traces.write_episodes(run, "rl", 1, episodes)
+    return str(run)
+
+
+def test_right_and_wrong_episodes_of_a_problem_make_pairs(tmp_path: pathlib.Path) -> None:
+    played = [episode(problem, sample) for problem in range(3) for sample in (1, 0, 0, 2, 0)]
+    fault = dataclasses.replace(episode(0, 1), stop_reason=StopReason.INFRA_ERROR)
+    data = dump(tmp_path / "run", [fault, *played, episode(3, 0)])
+    pairs, _ = preferences.load(PreferConfig(data=data, held_out=0), 0)
+    assert [one.prompt[0].text for one in pairs] == ["0?", "0?", "1?", "1?", "2?", "2?"]
+    assert [[answer.correct for answer in one.answers] for one in pairs] == [[True, False]] * 6
+    assert [one.answers[1].sample for one in pairs] == [1, 2] * 3
+    single, _ = preferences.load(PreferConfig(data=data, held_out=0, pairs_of_problem=1), 0)
+    assert [one.answers[1].sample for one in single] == [1, 1, 1]
+    judged, _ = preferences.load(PreferConfig(data=data, held_out=0, kind="judged"), 0)
+    assert len(judged) == 16 and sum(one.good for one in judged) == 10
+    with pytest.raises(DataError, match="episodes have no judged steps"):
+        preferences.load(PreferConfig(data=data, kind="process"), 0)
+    with pytest.raises(DataError, match="none has both a right and a wrong answer"):
+        preferences.load(PreferConfig(data=dump(tmp_path / "one", [episode(0, 0)]), held_out=0), 0)
+
+
+def test_episodes_are_packed_as_the_same_answers_in_messages(
+    config: Config, finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Prompt, answer, and what of it counts: tool turns do not."""
+    good, bad = (story_demonstrations(6, 0.0, share, 3) for share in (0.0, 1.0))
+    with open_run(tmp_path / "packing") as opened:
+        shutil.copytree(finished / "tokenizer", opened.tokenizer)
+        session = open_offline_session(config, opened, [])
+
+        def played(demonstration: Demonstration, sample: int) -> Trajectory:
+            ids, mask = session.chat.demonstration(demonstration)
+            start = int(np.argmax(mask))
+            return dataclasses.replace(
+                example(sample),
+                problem=demonstration.problem,
+                prompt_ids=ids[:start],
+                ids=ids[start:],
+                mask=mask[start:],
+                text=session.tokenizer.decode(ids[start:]),
+            )
+
+        pairs = [episode for couple in zip(good, bad, strict=True) for episode in map(played, couple, (0, 1))]
+        rows = [
+            {"prompt": one.problem.question, "chosen": messages(one), "rejected": messages(other)}
+            for one, other in zip(good, bad, strict=True)
+        ]
+        sources = dump(tmp_path / "played", pairs), write(tmp_path / "rows.jsonl", rows)
+        for kind in ("pairs", "judged"):
+            section = dataclasses.replace(config.prefer, kind=kind, held_out=0)
+            both = [(row | {"completion": row["chosen"], "label": True}) for row in rows]
+            write(tmp_path / "rows.jsonl", both)
+            dump(tmp_path / "played", pairs if kind == "pairs" else pairs[::2])
+            as_kind = dataclasses.replace(session, config=dataclasses.replace(config, prefer=section))
+            packed = [
+                prefer.packed(as_kind, preferences.load(dataclasses.replace(section, data=data), 0)[0])
+                for data in sources
+            ]
+            jax.tree.map(np.testing.assert_array_equal, *packed)
+        other = dataclasses.replace(pairs[0], text="of another tokenizer")
+        with pytest.raises(ConfigError, match="was played with another tokenizer"):
+            prefer.packed(session, [preferences.Preference((), (other, pairs[1]))])
