@@ -21,6 +21,7 @@ from jaxrl.episodes import Player, play_group, play_groups
 from jaxrl.observe import traces
 from jaxrl.processes.exchange import exchange, forget, receive, send
 from jaxrl.records import Group, Problem
+from jaxrl.rl.targets import TARGETS
 from jaxrl.train import outlines
 
 T = TypeVar("T")
@@ -65,8 +66,10 @@ def check_processes(config: Config, processes: int) -> None:
         "EngineConfig.record_experts=True": config.engine.record_experts,
         "CriticConfig.enabled=True": config.critic.enabled,
         "AlgorithmConfig.square_sums=True": algorithm.square_sums,
+        "AlgorithmConfig.reference_ratios=True": algorithm.reference_ratios,
         'AlgorithmConfig.kl_placement="reward"': algorithm.kl_coefficient and algorithm.kl_placement == "reward",
         'AlgorithmConfig.proximal="recomputed"': algorithm.proximal == "recomputed" and several_updates,
+        f"AlgorithmConfig.loss={algorithm.loss!r}": algorithm.loss in TARGETS,
         f"TrainConfig.max_staleness={train.max_staleness}": train.max_staleness,
         'TrainConfig.next_groups="finished"': train.next_groups == "finished",
     }
