@@ -175,6 +175,7 @@ class Batch:
     proximal_shares: jax.Array  # [B, T] float32, how far from there to the present policy the ratio is really taken
     entropy_weights: jax.Array  # [B, T] float32, of the entropy bonus; 0 where mask is 0
     versions: jax.Array  # [B, T] int32, weight version that sampled the token; means nothing where mask is 0
+    groups: np.ndarray | None = None  # [B, T] int32, of a trajectory, for targets; never reaches the devices
     experts: jax.Array | None = None  # [B, T, L, experts of a token] int8 or int16, to compute with; -1 = the router's
 
     @classmethod
@@ -189,7 +190,7 @@ class Batch:
             return np.zeros((rows, row_tokens), dtype)
 
         integers = {"tokens", "positions", "segment_ids", "versions"}
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "experts"]
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in ("groups", "experts")]
         batch = cls(**{name: zeros(np.int32 if name in integers else np.float32) for name in names})
         return batch.with_experts(experts)
 

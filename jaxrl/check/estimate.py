@@ -11,6 +11,7 @@ from jaxrl import mesh as meshes
 from jaxrl.check.programs import Resident
 from jaxrl.config import Config, ConfigError
 from jaxrl.model import lora, moe, spec, transformer
+from jaxrl.rl.targets import keeps_reference
 from jaxrl.rollout.scheduler import pages_of
 from jaxrl.train import transfer
 
@@ -53,7 +54,7 @@ def resident(config: Config, devices: int) -> Resident:
         weights=weights + frozen,
         optimizer=0 if config.optimizer.offload else 2 * weights,
         offloaded=2 * weights if config.optimizer.offload else 0,
-        reference=weights if config.algorithm.kl_coefficient else 0,
+        reference=weights if keeps_reference(config.algorithm) else 0,
         engine=_bytes(base, meshes.ROLLOUT_RULES, replica, model.compute_dtype) + adapters,
         pages=pages_of(config.engine)[1] * config.engine.page_size * (token // tensor + recorded),
         gradients=weights,

@@ -16,6 +16,7 @@ from jaxrl.config import Config, ModelConfig
 from jaxrl.model import logprob, lora, moe, spec, transformer
 from jaxrl.records import Batch
 from jaxrl.rl.supervised import SupervisedLoss, supervised_loss
+from jaxrl.rl.targets import keeps_reference
 from jaxrl.rollout import programs as rollout
 from jaxrl.train import transfer
 from jaxrl.train.session import check_rows, packed_sections
@@ -92,7 +93,7 @@ class Shapes:
 
     @property
     def reference(self) -> Any | None:
-        return self.state.params if self.config.algorithm.kl_coefficient else None
+        return self.state.params if keeps_reference(self.config.algorithm) else None
 
     @functools.cached_property
     def engine_params(self) -> Any:

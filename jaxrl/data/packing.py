@@ -34,6 +34,7 @@ def pack_trajectories(
     rows: int,
     row_tokens: int,
     observation_weight: float = 0.0,
+    groups: Sequence[int] | None = None,
 ) -> list[Batch]:
     """Pack the trajectories of one optimizer update, prompt and response each, into micro-batches.
 
@@ -44,6 +45,7 @@ def pack_trajectories(
         rows: rows of a micro-batch.
         row_tokens: tokens of a row.
         observation_weight: of the mean cross-entropy of the tool turns' tokens, all that the environment wrote in them.
+        groups: of each trajectory, for a loss that compares those of a group.
 
     Returns:
         Micro-batches of numpy arrays, all [rows, row_tokens]; as few as the packing needs, none for no trajectories.
@@ -54,9 +56,9 @@ def pack_trajectories(
     """
     remedy = "raise TrainConfig.row_tokens or lower EngineConfig.max_response_tokens"
     observed = sum(turn.end - turn.start for one in trajectories for turn in one.turns if turn.author == "tool")
-    together = zip(trajectories, advantages, weights, strict=True)
+    together = zip(trajectories, advantages, weights, groups or [None] * len(trajectories), strict=True)
     segments = []
-    for trajectory, advantage, weight in sorted(together, key=lambda item: (item[0].draw, item[0].sample)):
+    for trajectory, advantage, weight, group in sorted(together, key=lambda item: (item[0].draw, item[0].sample)):
         tokens = np.concatenate([trajectory.prompt_ids, trajectory.ids])
         name = f'problem "{trajectory.problem.id}" (draw {trajectory.draw}, sample {trajectory.sample})'
         _check_fit(name, len(tokens), row_tokens, remedy)
@@ -73,6 +75,7 @@ def pack_trajectories(
                     "behaviour_logprobs": _after(before, trajectory.logprobs),
                     "proximal_logprobs": _after(before, trajectory.logprobs),
                     "versions": np.concatenate([np.zeros(before, np.int32), trajectory.versions]),
+                    **({} if group is None else {"groups": np.full(len(tokens), group, np.int32)}),
                     **({} if trajectory.experts is None else {"experts": trajectory.experts}),
                 },
             )
@@ -259,6 +262,8 @@ def _assign(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 def _batch(filled: Sequence[Sequence[_Segment]], rows: int, row_tokens: int) -> Batch:
     recorded = (segment.values["experts"] for row in filled for segment in row if "experts" in segment.values)
     batch = Batch.zeros(rows, row_tokens, next(recorded, None))
+    if any("groups" in segment.values for row in filled for segment in row):
+        batch = batch.replace(groups=np.zeros((rows, row_tokens), np.int32))
     for row, segments in enumerate(filled):
         start = 0
         for number, segment in enumerate(segments, 1):

@@ -16,6 +16,7 @@ from jaxrl.rl.outcomes import Outcomes, Recorded, of_trajectories
 from jaxrl.rl.policy_losses import POLICY_LOSSES
 from jaxrl.rl.selection import chooser
 from jaxrl.rl.selection.difficulty import EXTRA_SAMPLES
+from jaxrl.rl.targets import TARGETS
 from jaxrl.rl.tokens import TokenLoss, Tokens, abstract_tokens
 
 PolicyLoss = Callable[[Tokens], TokenLoss]
@@ -24,6 +25,7 @@ Advantage = Callable[[Outcomes], Remembered]
 _FOR_ADVANTAGES = {
     "values": ("CriticConfig.enabled", "gae"),
     "greedy_rewards": ("AlgorithmConfig.greedy_baseline", "remax"),
+    "reference_ratios": ("AlgorithmConfig.reference_ratios", "online_dpo"),
     "square_sums": ("AlgorithmConfig.square_sums", "optimal_token_baseline"),
 }
 """What is computed for the advantage alone: the setting that has it done, and an advantage that looks at it."""
@@ -91,7 +93,11 @@ def _tried(recorded: Recorded) -> Outcomes:
     trajectories = [example(0), example(1)]
     guessed = [np.zeros(one.mask.shape) for one in trajectories]
     outcomes = of_trajectories(trajectories, np.zeros(2, int), recorded, {}, guessed)
-    return dataclasses.replace(outcomes, square_sums=guessed if recorded.square_sums else None)
+    return dataclasses.replace(
+        outcomes,
+        square_sums=guessed if recorded.square_sums else None,
+        reference_ratios=np.zeros(2) if recorded.reference_ratios else None,
+    )
 
 
 def _same(values: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
@@ -101,7 +107,8 @@ def _same(values: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
 def _check_used(config: AlgorithmConfig, recorded: Recorded) -> None:
     estimate, outcomes = advantage(config, recorded), _tried(recorded)
     by_token = [np.linspace(0.1, 0.8, len(mask)) ** 2 for mask in outcomes.masks]
-    others = {"values": by_token, "greedy_rewards": np.array([0.25, 0.5]), "square_sums": by_token}
+    others = {"values": by_token, "square_sums": by_token}
+    others |= dict.fromkeys(("greedy_rewards", "reference_ratios"), np.array([0.25, 0.5]))
     for field, (setting, such_as) in _FOR_ADVANTAGES.items():
         changed = dataclasses.replace(outcomes, **{field: others[field]})
         if getattr(recorded, field) and _same(estimate(outcomes).values, estimate(changed).values):
@@ -159,6 +166,11 @@ def check(config: AlgorithmConfig, recorded: Recorded) -> None:
         raise ConfigError(
             "AlgorithmConfig.aggregation='sequence_sum' counts the length of a sequence a second time beside "
             "loss='luspo'; take aggregation='sequence', or loss='gspo'"
+        )
+    if config.loss in TARGETS and (config.rejection != "none" or config.top_entropy < 1):
+        raise ConfigError(
+            f"AlgorithmConfig.loss={config.loss!r} compares whole sequences, of which rejection={config.rejection!r} "
+            f"and top_entropy={config.top_entropy} would leave parts out; set them to 'none' and 1"
         )
     chooser(config)
     extra_samples(config)

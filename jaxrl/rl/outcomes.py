@@ -17,6 +17,7 @@ _SUPPLIED_BY = {
     "greedy_rewards": "set AlgorithmConfig.greedy_baseline=True, which plays a greedy trajectory of every problem too",
     "values": "set CriticConfig.enabled=True, which trains a critic beside the policy",
     "square_sums": "set AlgorithmConfig.square_sums=True, which scores every token once more",
+    "reference_ratios": "set AlgorithmConfig.reference_ratios=True, which scores every token under the reference",
     "roles": "it takes an environment in which several agents play, and python episodes have one",
     "episodes": "it takes an environment in which several agents play, and python episodes have one",
 }
@@ -46,6 +47,7 @@ class Outcomes:
         token_rewards: of each [T_i]; None = the reward stands on the last sampled token.
         logprobs: of each [T_i], by the policy that sampled.
         square_sums: of each [T_i], the sum of squared probabilities over the vocabulary, by the same policy.
+        reference_ratios: [N], logarithm of the policy's probability over the reference's, summed over sampled tokens.
         ratios: of each [T_i], importance weights of tokens of another policy. None = always 1.
         values: of each [T_i], a critic's estimate of what is still to come.
         greedy_rewards: [N], of a greedy trajectory of the same problem.
@@ -68,6 +70,7 @@ class Outcomes:
     token_rewards: Sequence[np.ndarray] | None = None
     logprobs: Sequence[np.ndarray] | None = None
     square_sums: Sequence[np.ndarray] | None = None
+    reference_ratios: np.ndarray | None = None
     ratios: Sequence[np.ndarray] | None = None
     values: Sequence[np.ndarray] | None = None
     greedy_rewards: np.ndarray | None = None
@@ -124,6 +127,7 @@ class Recorded:
         turn_rewards: a component rewards single turns.
         greedy_rewards: a greedy trajectory of every problem is played.
         square_sums: every token is scored once more.
+        reference_ratios: every token is scored under the reference.
         values: a critic estimates what is still to come.
         several_agents: the environment says who wrote a trajectory, and with whom it was played.
         contents: what was written is known of all of them; of several processes each knows only what it played.
@@ -133,6 +137,7 @@ class Recorded:
     turn_rewards: bool = False
     greedy_rewards: bool = False
     square_sums: bool = False
+    reference_ratios: bool = False
     values: bool = False
     several_agents: bool = False
     contents: bool = True

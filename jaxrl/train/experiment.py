@@ -19,6 +19,7 @@ from jaxrl.observe.progress import Progress
 from jaxrl.observe.report import Comparison, Estimate, Report, write_summary
 from jaxrl.processes.exchange import is_first
 from jaxrl.rl.preference import VALUED, needs_reference
+from jaxrl.rl.targets import keeps_reference
 from jaxrl.train.checkpoint import Checkpoints
 from jaxrl.train.critic import Critic, abstract_critic, new_critic
 from jaxrl.train.loop import reinforce
@@ -89,7 +90,7 @@ def train(
                 progress.begin_reinforcement()
                 offload = config.optimizer.offload
                 state = restarted(state, session.rl_optimizer, session.mesh, offload=offload)
-                reference = copied(state.params) if config.algorithm.kl_coefficient else None
+                reference = copied(state.params) if keeps_reference(config.algorithm) else None
             if not cold_start_only:
                 critic = _critic(session, checkpoints, step, state.params) if config.critic.enabled else None
                 state = asyncio.run(reinforce(session, recorder, progress, state, reference, critic))
@@ -190,7 +191,7 @@ def _needs(session: Session, stage: Stage) -> tuple[optax.GradientTransformation
     """The optimizer of a stage, and whether it keeps a reference."""
     config = session.config
     if stage == "rl":
-        return session.rl_optimizer, bool(config.algorithm.kl_coefficient)
+        return session.rl_optimizer, keeps_reference(config.algorithm)
     section, reference = (config.prefer, needs_reference(config.prefer)) if stage == "prefer" else (config.sft, False)
     return sft_optimizer(section, config.optimizer, session.trained_specs), reference
 

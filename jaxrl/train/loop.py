@@ -81,7 +81,8 @@ async def reinforce(
                     learned = await asyncio.to_thread(critic.learn, collected.trained, outcomes)
                     packed = packed if progress.step >= config.critic.first_steps else []
                 packed = mixture.mixed(packed, collected.kept, progress.step)
-                for batches in await asyncio.to_thread(steering.prepared, packed, state.params, progress):
+                for prepared in await asyncio.to_thread(steering.prepared, packed, state.params, progress):
+                    batches = await asyncio.to_thread(steering.completed, prepared, state.params, reference)
                     state, metrics = await asyncio.to_thread(updater.step, state, batches, reference)
                     updates.append(metrics)
             if not config.train.max_staleness:

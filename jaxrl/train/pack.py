@@ -11,6 +11,7 @@ from jaxrl.records import Batch
 from jaxrl.rl import selection
 from jaxrl.rl.aggregation import aggregation_weights
 from jaxrl.rl.outcomes import Outcomes, Recorded, of_trajectories
+from jaxrl.rl.targets import TARGETS
 from jaxrl.train.methods import Methods, methods_of
 
 
@@ -71,6 +72,7 @@ def pack(
                 rows=rows,
                 row_tokens=row_tokens,
                 observation_weight=config.mix.observation_weight,
+                groups=outcomes.groups[members].tolist() if config.algorithm.loss in TARGETS else None,
             )
         )
     return updates

@@ -335,6 +335,7 @@ def what_is_recorded(config: Config) -> Recorded:
         values=config.critic.enabled,
         contents=jax.process_count() == 1,
         square_sums=config.algorithm.square_sums,
+        reference_ratios=config.algorithm.reference_ratios,
     )
 
 

@@ -21,6 +21,7 @@ from jaxrl.episodes import Player, play_group, play_groups
 from jaxrl.observe import traces
 from jaxrl.processes.exchange import exchange, forget, receive, send
 from jaxrl.records import Group, Problem
+from jaxrl.rl.targets import TARGETS
 from jaxrl.train import outlines
 
 T = TypeVar("T")
@@ -66,7 +67,19 @@ def check_processes(config: Config, processes: int) -> None:
     Raises:
         ConfigError: naming the setting.
     """
-    if processes > 1 and config.train.next_groups == "finished":
+    if processes == 1:
+        return
+    algorithm = config.algorithm
+    of_whole_groups = {
+        "AlgorithmConfig.reference_ratios=True": algorithm.reference_ratios,
+        f"AlgorithmConfig.loss={algorithm.loss!r}": algorithm.loss in TARGETS,
+    }
+    if found := [setting for setting, used in of_whole_groups.items() if used]:
+        raise ConfigError(
+            f"{', '.join(found)} needs a single process, but this run has {processes}, each of which knows whole "
+            "trajectories only of what it played; change it, or train in one process"
+        )
+    if config.train.next_groups == "finished":
         raise ConfigError(
             f'TrainConfig.next_groups="finished" needs a single process, but this run has {processes}, each of which '
             'knows when its own groups end; set it to "drawn", or train in one process'

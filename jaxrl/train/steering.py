@@ -11,7 +11,7 @@ import numpy as np
 from jaxrl.config import AlgorithmConfig
 from jaxrl.model import logprob
 from jaxrl.records import Batch, Trajectory
-from jaxrl.rl import divergence, entropy
+from jaxrl.rl import divergence, entropy, targets
 from jaxrl.rl.outcomes import Outcomes
 from jaxrl.train.placement import once
 from jaxrl.train.progress import RunProgress
@@ -36,6 +36,7 @@ class Steering:
             lambda batch, reference: divergence.kl(batch.behaviour_logprobs, reference, batch.mask, estimator),
             *scored,
         )
+        self._reference_logprobs = Scorer(lambda _, logprobs: logprobs, *scored)
         self._squares = Scorer(
             lambda _, sums: sums,
             *scored,
@@ -50,8 +51,10 @@ class Steering:
 
     def compile(self, params: Any, reference: Any | None) -> None:
         """Compile what this run will use, so that nothing is compiled once it trains."""
-        if self._rescores:
+        if self._rescores or self._algorithm.loss in targets.TARGETS:
             self._logprobs.compile(params, self._train.rows, self._train.row_tokens)
+        if self._algorithm.reference_ratios or self._algorithm.loss in targets.AGAINST_REFERENCE:
+            self._reference_logprobs.compile(reference, self._train.rows, self._train.row_tokens)
         if self._charges:
             self._divergence.compile(reference, self._train.rows, self._train.row_tokens)
         if self._algorithm.square_sums:
@@ -68,11 +71,19 @@ class Steering:
         reference: Any | None,
         progress: RunProgress,
     ) -> Outcomes:
-        """What the advantage sees: ``outcomes`` with every token's Σ π² under ``params``, if the run scores it, and
-        ``charged``."""
+        """What the advantage sees: ``outcomes`` with every token's Σ π² under ``params`` and every trajectory's ratio
+        to the reference, if the run scores them, and ``charged``."""
         if self._algorithm.square_sums and trajectories:
             sums = of_trajectories(functools.partial(self._squares, params), trajectories, self._train)
             outcomes = dataclasses.replace(outcomes, square_sums=sums)
+        if self._algorithm.reference_ratios and trajectories:
+            score = functools.partial(self._reference_logprobs, reference)
+            theirs = of_trajectories(score, trajectories, self._train)
+            ratios = [
+                float(((one.logprobs - values) * one.mask).sum(dtype=np.float64))
+                for one, values in zip(trajectories, theirs, strict=True)
+            ]
+            outcomes = dataclasses.replace(outcomes, reference_ratios=np.array(ratios))
         return self.charged(outcomes, trajectories, reference, progress)
 
     def charged(
@@ -115,11 +126,27 @@ class Steering:
             for number, batches in enumerate(scored * passes)
         ]
 
+    def completed(self, batches: list[Batch], params: Any, reference: Any | None) -> list[Batch]:
+        """The micro-batches of the next update with targets in the place of advantages, if its loss is of whole groups.
+
+        Args:
+            batches: as ``prepared`` made them.
+            params: the weights that the update begins with.
+            reference: looked at where the loss does.
+        """
+        if self._algorithm.loss not in targets.TARGETS:
+            return batches
+        logprobs = [self._logprobs(params, batch.replace(groups=None)) for batch in batches]
+        theirs = None
+        if self._algorithm.loss in targets.AGAINST_REFERENCE:
+            theirs = [self._reference_logprobs(reference, batch.replace(groups=None)) for batch in batches]
+        return targets.completed(self._algorithm, batches, logprobs, theirs)
+
     def _rescored(self, batch: Batch, params: Any) -> Batch:
         """With the log-probabilities of ``params`` as the proximal ones, if the run takes these."""
         if not (self._rescores and batch.mask.any()):
             return batch
-        return batch.replace(proximal_logprobs=once(self._logprobs(params, batch)))
+        return batch.replace(proximal_logprobs=once(self._logprobs(params, batch.replace(groups=None))))
 
     def _prepared(self, batch: Batch, progress: RunProgress, done: float) -> Batch:
         """``done`` is the share of the step's updates that come before."""

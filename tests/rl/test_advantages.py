@@ -12,6 +12,7 @@ from jaxrl.config import ConfigError
 from jaxrl.rl.advantages import ADVANTAGES
 from jaxrl.rl.advantages.gae import decay_of_length, gae
 from jaxrl.rl.advantages.group import dr_grpo, gpg, grpo, max_rl, opo, pass_at_k, rloo
+from jaxrl.rl.advantages.preferred import online_dpo
 from jaxrl.rl.advantages.returns import cut_sums, discounted_sums
 from jaxrl.rl.advantages.roles import hierarchical
 from jaxrl.rl.advantages.running import Remembered, rae, remax
@@ -53,6 +54,7 @@ def complete(rewards: np.ndarray, groups: np.ndarray, seed: int, turns_of_each: 
         component_weights={"b": 0.5},
         logprobs=[-rng.random(length) for length in lengths],
         square_sums=[rng.random(length) for length in lengths],
+        reference_ratios=rng.normal(size=len(rewards)),
         values=[rng.normal(size=length) for length in lengths],
         greedy_rewards=rng.normal(size=len(rewards)),
         roles=rng.choice(["proposer", "solver"], len(rewards)),
@@ -111,6 +113,23 @@ def test_pass_at_k_rewards_the_best_alone() -> None:
     np.testing.assert_allclose(got, [1.4049, 0, 0, 0], atol=1e-4)
     np.testing.assert_allclose(pass_at_k(outcomes([0.9, 0.4, 0.1, 0.2]), scale=False), [0.5, 0, 0, 0])
     assert not pass_at_k(outcomes([1, 1, 0])).any() and not pass_at_k(outcomes([1])).any()
+
+
+def test_online_dpo_is_the_slope_of_the_loss_of_all_pairs() -> None:
+    """By differences: two groups of three, of one of which all earned the same."""
+    rewards, ratios = np.array([1.0, 0.0, 0.5, 1.0, 0.0, 0.0, 2.0, 2.0, 2.0]), np.linspace(-2, 3, 9)[::-1] ** 2
+
+    def loss(ratios: np.ndarray) -> float:
+        of_groups = []
+        for rows in np.arange(6).reshape(2, 3):
+            pairs = [(i, j) for i in rows for j in rows if rewards[i] > rewards[j]]
+            of_groups.append(np.mean([np.logaddexp(0, -0.7 * (ratios[i] - ratios[j])) for i, j in pairs]))
+        return 3 * sum(of_groups) / 9  # a mean over groups, the third of which has no pair
+
+    got = online_dpo(outcomes(rewards, np.repeat([0, 1, 2], 3), reference_ratios=ratios), beta=0.7)
+    step = 1e-5 * np.eye(9)
+    slopes = [(loss(ratios + one) - loss(ratios - one)) / 2e-5 for one in step]
+    np.testing.assert_allclose(got / 9, np.negative(slopes), rtol=1e-4, atol=1e-7)
 
 
 def test_gpg_makes_up_for_rewards_of_zero() -> None:
@@ -231,6 +250,7 @@ def test_remax_subtracts_what_the_greedy_rollout_got() -> None:
         ("gae", "CriticConfig.enabled=True"),
         ("hierarchical", "several agents"),
         ("optimal_token_baseline", "square_sums=True"),
+        ("online_dpo", "reference_ratios=True"),
         ("turn_level", "name a component"),
         ("step_and_episode", "name a component"),
     ],
@@ -262,7 +282,7 @@ def test_the_order_of_trajectories_changes_nothing_and_nothing_is_nan(name: str,
 
 WITHIN_GROUPS = (
     *("grpo", "dr_grpo", "rloo", "opo", "pass_at_k", "max_rl", "remax", "gigpo", "step_and_episode", "turn_level"),
-    *("tree_depth", "tree_sibling", "optimal_token_baseline"),
+    *("tree_depth", "tree_sibling", "optimal_token_baseline", "online_dpo"),
 )
 
 

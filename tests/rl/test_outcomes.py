@@ -99,6 +99,7 @@ def test_what_any_run_supplies_is_enough(advantage: str) -> None:
     algorithm.check(AlgorithmConfig(advantage="remax"), Recorded(greedy_rewards=True))
     algorithm.check(AlgorithmConfig(advantage="optimal_token_baseline"), Recorded(square_sums=True))
     algorithm.check(AlgorithmConfig(advantage="gae"), Recorded(values=True))
+    algorithm.check(AlgorithmConfig(advantage="online_dpo"), Recorded(reference_ratios=True))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,7 @@ def test_what_any_run_supplies_is_enough(advantage: str) -> None:
         (Recorded(values=True), "CriticConfig.enabled"),
         (Recorded(greedy_rewards=True), "AlgorithmConfig.greedy_baseline"),
         (Recorded(square_sums=True), "AlgorithmConfig.square_sums"),
+        (Recorded(reference_ratios=True), "AlgorithmConfig.reference_ratios"),
     ],
 )
 def test_what_an_advantage_passes_over_is_not_computed_for_it(recorded: Recorded, setting: str) -> None:

@@ -48,7 +48,7 @@ def steered(algorithm: AlgorithmConfig, train: TrainConfig = TRAIN) -> tuple[Ste
     specs = transformer.param_specs(MODEL)
     params = jax.device_put(spec.initialize(specs, jax.random.key(0)), spec.shardings(specs, mesh, meshes.PARAM_RULES))
     steering = Steering(session)
-    steering.compile(params, params if algorithm.kl_coefficient else None)
+    steering.compile(params, params if algorithm.kl_coefficient or algorithm.reference_ratios else None)
     return steering, params
 
 
@@ -178,3 +178,38 @@ def test_the_reference_moves_towards_the_policy_when_it_is_due() -> None:
         jax.device_get(params),
     )
     assert steered(AlgorithmConfig())[0].refreshed(None, params, 4) is None
+
+
+@pytest.mark.parametrize("name", ["gvpo", "flowrl"])
+def test_targets_are_of_the_weights_that_the_update_begins_with(name: str) -> None:
+    """The trajectories of a group lie in micro-batches of their own; what is left of them sums to 0."""
+    algorithm = AlgorithmConfig(loss=name, loss_settings={"beta": 2.0}, kl_coefficient=0.1)
+    steering, params = steered(algorithm, dataclasses.replace(TRAIN, rows=1, row_tokens=4))
+    batches = packing.pack_trajectories(played(2), [0.5, -0.5], [np.ones(3)] * 2, rows=1, row_tokens=4, groups=[7, 7])
+    (prepared,) = steering.prepared([batches], params, RunProgress())
+    completed = steering.completed(prepared, params, params)
+    assert len(completed) == 2
+    fitted, wanted = [], []
+    for batch, target in zip(batches, completed, strict=True):
+        here, own = batch.mask > 0, scores(params, batch)
+        advantage, of_target = batch.advantages[here].mean(), target.advantages[here].mean()
+        if name == "gvpo":
+            drift = 2.0 * (own - batch.behaviour_logprobs)[here].sum()
+            fitted.append(drift - of_target)
+            wanted.append(drift - advantage)
+        else:  # the policy is its own reference
+            fitted.append(own[here].mean() - of_target)
+            wanted.append(-2.0 * advantage)
+        assert not target.advantages[~here].any() and target.groups is None
+    np.testing.assert_allclose(fitted, np.subtract(wanted, np.mean(wanted)), rtol=1e-4, atol=1e-5)
+
+
+def test_online_dpo_finds_the_log_ratio_of_whole_trajectories() -> None:
+    steering, params = steered(AlgorithmConfig(advantage="online_dpo", reference_ratios=True))
+    trajectories = played(3)
+    outcomes = of_trajectories(trajectories, np.zeros(3, int), Recorded(), {})
+    seen = steering.seen(outcomes, trajectories, params, params, RunProgress())
+    for one, ratio in zip(trajectories, seen.reference_ratios, strict=True):
+        (batch,) = packed([one])
+        wanted = ((batch.behaviour_logprobs - scores(params, batch)) * batch.mask).sum()
+        assert ratio == pytest.approx(float(wanted), rel=1e-4)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxrl.rl.advantages.batch import gdpo, reinforce_plus_plus, reinforce_plus_plus_baseline
 from jaxrl.rl.advantages.gae import gae
 from jaxrl.rl.advantages.group import dr_grpo, gpg, grpo, max_rl, opo, pass_at_k, rloo
+from jaxrl.rl.advantages.preferred import online_dpo
 from jaxrl.rl.advantages.roles import hierarchical
 from jaxrl.rl.advantages.running import Remembered, rae, remax
 from jaxrl.rl.advantages.steps import gigpo, step_and_episode, turn_level
@@ -37,5 +38,6 @@ ADVANTAGES: Mapping[str, Callable[..., Sequence[np.ndarray | float] | Remembered
     "tree_depth": tree_depth,
     "tree_sibling": tree_sibling,
     "gae": gae,
+    "online_dpo": online_dpo,
     "optimal_token_baseline": optimal_token_baseline,
 }
