@@ -1,6 +1,7 @@
 """What a configuration needs, added up without compiling: which ways to make a run fit are worth a compilation."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ from jax.sharding import AbstractMesh
 
 from jaxrl import mesh as meshes
 from jaxrl.check.programs import Resident
-from jaxrl.config import Config, ConfigError
+from jaxrl.config import Config, ConfigError, LoraConfig, ModelConfig
 from jaxrl.model import lora, moe, spec, transformer
 from jaxrl.rl.targets import keeps_reference
 from jaxrl.rollout.scheduler import pages_of
@@ -41,10 +42,8 @@ def resident(config: Config, devices: int) -> Resident:
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
     tensor = config.mesh.rollout_tensor or axes["tensor"]
     replica = AbstractMesh((tensor,), ("tensor",))
-    specs = transformer.param_specs(model)
-    trained = lora.adapter_specs(specs, config.lora) if config.lora.rank else specs
+    trained, base = _tables(model, config.lora)
     weights = _bytes(trained, meshes.PARAM_RULES, mesh)
-    base = lora.base_specs(specs, config.lora)
     frozen = _bytes(base, meshes.PARAM_RULES, mesh) if config.lora.rank else 0
     adapters = _bytes(trained, meshes.ROLLOUT_RULES, replica, model.compute_dtype) if config.lora.rank else 0
     token = 2 * model.layers * model.kv_heads * model.head_width * jax.numpy.dtype(model.compute_dtype).itemsize
@@ -61,6 +60,14 @@ def resident(config: Config, devices: int) -> Resident:
         hand_over=transfer.CHUNK_BYTES // mesh.size
         + max(_bytes(one, meshes.PARAM_RULES, mesh, model.compute_dtype) for one in jax.tree.leaves(trained)),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(model: ModelConfig, adapters: LoraConfig) -> tuple[spec.Specs, spec.Specs]:
+    """What is trained, and all weights, in codes where the adapters stand on such."""
+    specs = transformer.param_specs(model)
+    trained = lora.adapter_specs(specs, adapters) if adapters.rank else specs
+    return trained, lora.base_specs(specs, adapters)
 
 
 def row_pieces(config: Config, devices: int) -> int:
@@ -86,19 +93,36 @@ def tokens_per_device(config: Config, devices: int) -> int:
     return config.train.rows // pieces * (config.train.row_tokens // axes["context"])
 
 
-def temporary(config: Config, devices: int) -> int:
+def temporary(config: Config, devices: int, platform: str) -> int:
     """A guess at what the gradients of a micro-batch need while they are computed: inputs of every layer, one layer's
-    values and its gathered weights, or else the embedding, when no layer's are there."""
+    values and its gathered weights, or else embedding and head, when no layer's are there; and the gradients themselves
+    before they are added up.
+
+    The shares for TPUs are fitted to what its compiler found for one dense model on meshes of 4 to 64 devices, with and
+    without adapters: it never needed more than 1 % beyond this, nor less than 88 % of it.
+
+    Args:
+        platform: of a ``Target``.
+    """
     model, tokens = config.model, tokens_per_device(config, devices)
     tensor, size = lengths(config, devices)["tensor"], jax.numpy.dtype(model.compute_dtype).itemsize
-    width = model.ffn_width // tensor
-    kept = model.layers * (model.width if model.remat == "full" else 8 * model.width + 3 * width)
-    largest = 6 * model.width + 4 * width + 4 * model.query_heads * model.head_width // tensor
-    one = dataclasses.replace(model, layers=1, dense_layers=(), vocab_size=8)
-    layer = spec.count(transformer.param_specs(one)) // tensor
-    table = model.vocab_size * model.width
+    kept = model.layers * (model.width if model.remat == "full" else 8 * model.width + 3 * model.ffn_width // tensor)
+    largest = 6 * model.width + 4 * (model.ffn_width + model.query_heads * model.head_width)
     values = tokens * 4 * (kept + largest) + _expert_rows(config, devices) * 8 * (3 * model.width + model.expert_width)
-    return max(values + 4 * layer * size, table * (4 + 2 * size))
+    layer = 4 * size * (_layer_count(model) // tensor)
+    tables = model.vocab_size * model.width * (2 * size if config.lora.rank else 4 + 2 * size)
+    axes = lengths(config, devices)
+    mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+    gradients = _bytes(_tables(model, config.lora)[0], meshes.PARAM_RULES, mesh)
+    if platform == "tpu":
+        return values * 13 // 10 + tables * 5 // 6 + 2 * gradients
+    return max(values + layer, tables) + gradients
+
+
+@functools.lru_cache(maxsize=64)
+def _layer_count(model: ModelConfig) -> int:
+    """Parameters of one layer."""
+    return spec.count(transformer.param_specs(dataclasses.replace(model, layers=1, dense_layers=(), vocab_size=8)))
 
 
 def _expert_rows(config: Config, devices: int) -> int:

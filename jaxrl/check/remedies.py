@@ -2,15 +2,19 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxrl.check import estimate, targets
 from jaxrl.config import Config, ConfigError
 from jaxrl.rollout.scheduler import pages_of
 
-MOST_DEVICES = 32
-"""Times as many devices as were asked about, beyond which no remedy is looked for."""
+MOST_GROWTH = 32
+"""Times as much memory in all as was asked about, beyond which no remedy is looked for."""
+
+OTHER_KIND = 5.0
+"""Price of another kind of devices: who names one has it, or wants it."""
 
 ROOM = 0.97
 """Share of the memory that an estimate may fill, so that few remedies fail when they are compiled."""
@@ -27,7 +31,7 @@ class Remedy:
     """A change of the configuration, or of the target, that may make a run fit.
 
     Attributes:
-        price: of what it costs, to rank by: a doubling of devices is 10.
+        price: of what it costs, to rank by: a doubling of the memory of all devices is 10.
         words: what is given up.
     """
 
@@ -35,6 +39,11 @@ class Remedy:
     target: targets.Target
     price: float
     words: tuple[str, ...]
+
+    def options(self, asked: targets.Target) -> str:
+        """As options of the command line that ``asked`` for another target, or for the same."""
+        target = [] if self.target == asked else [f"--target '{self.target.name}'"]
+        return " ".join([*target, *(f"--set {key}={value}" for key, value in self.settings.items())])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +65,17 @@ def changed(config: Config, settings: Settings) -> Config:
     return config
 
 
+@dataclasses.dataclass(frozen=True)
+class _Size:
+    """A target, with the bytes of one device and what it costs to take it."""
+
+    target: targets.Target
+    devices: int
+    memory: int
+    price: float = 0.0
+    words: tuple[str, ...] = ()
+
+
 def candidates(
     config: Config, target: targets.Target, devices: int, memory: int, needs: Callable[[Config, int], int]
 ) -> Iterator[Remedy]:
@@ -67,34 +87,42 @@ def candidates(
         needs: bytes of one device that a configuration needs on so many devices, as estimated; raises ConfigError where
             it cannot run.
     """
-    found: list[tuple[float, Settings, targets.Target, tuple[str, ...]]] = []
-    for larger, growth in _sizes(target, devices):
-        for steps in itertools.product(*_knobs(config)):
+    plans = itertools.product(_sizes(target, devices, memory), itertools.product(*_knobs(config)))
+    for price, size, steps in sorted(map(_priced, plans), key=lambda plan: (plan[0], sum(map(bool, plan[2])))):
+        if price:
             settings: Settings = {key: value for step in steps for key, value in step.settings.items()}
-            if not settings and growth == 1:
-                continue
-            many = devices * growth
             try:
-                settings |= _rows(config, settings, many)
+                settings |= _rows(config, settings, size.devices)
                 asked = changed(config, settings)
-                if larger.of_process % (asked.mesh.rollout_tensor or asked.mesh.tensor):
-                    continue  # a replica of the engine lies in one process
-                if needs(asked, many) > ROOM * memory:
-                    continue
+                alone = size.target.of_process % (asked.mesh.rollout_tensor or asked.mesh.tensor) == 0
+                enough = alone and needs(asked, size.devices) <= ROOM * size.memory
             except ConfigError:
                 continue
-            price = sum(step.price for step in steps) + 10 * (growth.bit_length() - 1)
-            words = tuple(step.words for step in steps if step.words)
-            found.append((price, settings, larger, ((f"{larger.name}: more devices",) if growth > 1 else ()) + words))
-    for price, settings, larger, words in sorted(found, key=lambda entry: (entry[0], len(entry[1]))):
-        yield Remedy(settings, larger, price, words)
+            if enough:  # and a replica of the engine lies in one process
+                words = tuple(step.words for step in steps if step.words)
+                yield Remedy(settings, size.target, price, size.words + words)
 
 
-def goes_further(remedy: Remedy, other: Remedy, config: Config) -> bool:
-    """Whether a remedy changes all that another changes, each at least as far from ``config``."""
+def _priced(plan: tuple[_Size, tuple[_Step, ...]]) -> tuple[float, _Size, tuple[_Step, ...]]:
+    size, steps = plan
+    return size.price + sum(step.price for step in steps), size, steps
+
+
+def says_little(remedy: Remedy, other: Remedy, config: Config, asked: targets.Target) -> bool:
+    """Whether a remedy is of no interest beside a cheaper one: it is on the same other kind of devices, or goes further
+    in all that the other changes.
+
+    Args:
+        config: to which both are changes.
+        asked: the target that it does not fit on.
+    """
+    if remedy.target.chip != other.target.chip:
+        return False
+    if remedy.target.chip != asked.chip:
+        return True
     if remedy.target.devices < other.target.devices:
         return False
-    return all(
+    return remedy.settings.keys() == other.settings.keys() or all(
         key in remedy.settings and _as_far(remedy.settings[key], value, _value(config, key))
         for key, value in other.settings.items()
     )
@@ -112,14 +140,18 @@ def _value(config: Config, key: str) -> Any:
     return getattr(found, field)
 
 
-def _sizes(target: targets.Target, devices: int) -> Iterable[tuple[targets.Target, int]]:
-    """The target and larger ones of its kind, with how many times as many devices."""
-    yield target, 1
-    larger = target.larger()
-    while larger is not None and larger.devices <= MOST_DEVICES * devices:
-        if larger.devices % devices == 0:
-            yield larger, larger.devices // devices
-        larger = larger.larger()
+def _sizes(target: targets.Target, devices: int, memory: int) -> Iterator[_Size]:
+    """The target, larger ones of its kind, and ones of other kinds whose devices have more memory."""
+    yield _Size(target, devices, memory)
+    for kind in [target, *target.other_kinds()] if target.chip else []:
+        each = memory * kind.memory() // target.memory()
+        words, extra = ("more devices", 0.0) if kind == target else ("other devices, with more memory", OTHER_KIND)
+        for size in kind.and_larger():
+            growth = size.devices * each / (devices * memory)
+            if growth > MOST_GROWTH:
+                break
+            if growth > 1 and (kind == target or each > memory):
+                yield _Size(size, size.devices, each, 10 * math.log2(growth) + extra, (f"{size.name}: {words}",))
 
 
 def _rows(config: Config, settings: Settings, devices: int) -> Settings:
@@ -135,24 +167,13 @@ def _rows(config: Config, settings: Settings, devices: int) -> Settings:
 
 def _knobs(config: Config) -> list[list[_Step]]:
     """Every knob with its values, the present one first."""
-    same = _Step()
-    return [
-        [same, _Step({"TrainConfig.rows": 1}, 0.5, "more and smaller micro-batches")],
-        [same, *_fewer_pages(config)],
-        [same, *_wider_replicas(config)],
-        [same]
-        if config.model.remat == "full"
-        else [same, _Step({"ModelConfig.remat": "full"}, 2.0, "a third more products: layers are computed again")],
-        [same, *_context(config)],
-        [same, *_tensor(config)],
-        [same]
-        if config.optimizer.offload
-        else [
-            same,
-            _Step({"OptimizerConfig.offload": True}, 4.0, "the moments go to the host and back each update"),
-        ],
-        [same] if config.lora.rank else [same, _adapters(config)],
-    ]
+    ways = (_fewer_rows, _fewer_pages, _wider_replicas, _recomputed, _context, _tensor, _offload, _adapters)
+    return [[_Step(), *way(config)] for way in ways]
+
+
+def _fewer_rows(config: Config) -> Iterator[_Step]:
+    if config.train.rows > 1:
+        yield _Step({"TrainConfig.rows": 1}, 0.5, "more and smaller micro-batches")
 
 
 def _fewer_pages(config: Config) -> Iterator[_Step]:
@@ -173,6 +194,11 @@ def _wider_replicas(config: Config) -> Iterator[_Step]:
             yield _Step({"MeshConfig.rollout_tensor": wide}, 1.0 * doublings, words)
 
 
+def _recomputed(config: Config) -> Iterator[_Step]:
+    if config.model.remat != "full":
+        yield _Step({"ModelConfig.remat": "full"}, 2.0, "a third more products: layers are computed again")
+
+
 def _context(config: Config) -> Iterator[_Step]:
     for doublings in range(1, 4):
         wide = config.mesh.context << doublings
@@ -190,6 +216,17 @@ def _tensor(config: Config) -> Iterator[_Step]:
             yield _Step({"MeshConfig.tensor": wide}, 3.0 + doublings, words)
 
 
-def _adapters(config: Config) -> _Step:
-    settings: Settings = {"LoraConfig.rank": 16, "ModelConfig.param_dtype": "bfloat16"}
-    return _Step(settings, 8.0, "adapters of rank 16 are trained, on weights frozen in bfloat16")
+def _offload(config: Config) -> Iterator[_Step]:
+    if not config.optimizer.offload:
+        words = "the moments go to the host and back each update"
+        yield _Step({"OptimizerConfig.offload": True}, 4.0, words)
+
+
+def _adapters(config: Config) -> Iterator[_Step]:
+    settings: Settings = {} if config.lora.rank else {"LoraConfig.rank": 16, "ModelConfig.param_dtype": "bfloat16"}
+    trained, price = ("", 0.0) if config.lora.rank else ("adapters of rank 16 are trained, on ", 8.0)
+    if settings:
+        yield _Step(settings, price, trained + "weights frozen in bfloat16")
+    if config.lora.base == "none":
+        for base, bits, more in (("int8", 8, 1.0), ("nf4", 4, 2.0)):
+            yield _Step(settings | {"LoraConfig.base": base}, price + more, f"{trained}weights frozen in {bits} bits")

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl.check import cost, ledger, targets
-from jaxrl.check.remedies import Remedy
 from jaxrl.check.run import Report, Result
 
 _WORDS = {
@@ -40,7 +39,7 @@ def show(report: Report, console: Console) -> None:
     if result.fits:
         return
     for remedy, outcome in report.mended:
-        console.print(f"  fits with {setting_words(remedy, result)}", soft_wrap=True, highlight=False)
+        console.print(f"  fits with {remedy.options(result.target)}", soft_wrap=True, highlight=False)
         left = (outcome.memory - outcome.fullest.total) / targets.GIB
         costs = "; ".join(remedy.words)
         console.print(f"    re-checked: {left:.1f} GiB left; {costs}", soft_wrap=True, highlight=False)
@@ -63,13 +62,6 @@ def verdict(result: Result) -> str:
         f"does not fit: {where}, {full.name!r} needs {full.total / targets.GIB:.1f} GiB of "
         f"{result.memory / targets.GIB:.1f}, most of it {_WORDS[largest]}"
     )
-
-
-def setting_words(remedy: Remedy, result: Result) -> str:
-    """A remedy as options of the command line."""
-    settings = " ".join(f"--set {key}={value}" for key, value in remedy.settings.items())
-    target = "" if remedy.target == result.target else f"--target '{remedy.target.name}' "
-    return f"{target}{settings}".strip()
 
 
 def as_json(report: Report) -> str:

@@ -7,20 +7,26 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxrl.check import environment, estimate, ledger, programs, remedies, targets
+from jaxrl.check import environment, estimate, ledger, mending, programs, remedies, targets
 from jaxrl.check.worker import Compiled
 from jaxrl.config import Config, ConfigError, dump, load, read_recipe
 from jaxrl.model import hf
 
 Say = Callable[[str], None]
 
-SPLIT = (("more",), ("score", "apply", "decode", "prefill", "copy"), ("first",))
-"""Programs by the process that compiles them: the largest by themselves, so that two cores are busy for as long."""
+COMPILED = tuple(name for name in programs.NAMES if name != "first")
+"""Programs that are compiled: ``more`` is ``first`` and a sum beside it, and needs no less."""
+DECISIVE = tuple(name for name in COMPILED if name != "score")
+"""Those of a remedy: log-probabilities need no more than log-probabilities with gradients."""
 
-REMEDIES = 3
-"""Remedies that are shown."""
-TRIES = 6
-"""Remedies that are compiled for, at most."""
+SPLIT = (("more",), ("score", "prefill", "decode", "apply", "copy", "first"))
+"""Programs by the process that compiles them: one takes as long as all others, so two cores are busy for as long."""
+
+QUICK = {"tpu": -1.0}
+"""By platform, XLA's effort for what a remedy is judged by: it takes a third of the time, and finds memory within 1 %
+of what all effort finds."""
+SPARED = 0.02
+"""Share of the memory that a remedy has to leave because of that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,33 +98,44 @@ def check(config: Config, target: targets.Target, say: Say, *, cached: bool = Tr
     result = compile_for(config, target, say, cached=cached)
     if result.fits or not mend:
         return Report(result)
-    found: list[tuple[remedies.Remedy, Result]] = []
-    tried = 0
-    needs = functools.partial(_needs, base=result)
-    wanted = remedies.candidates(config, target, result.devices, result.memory, needs)
-    for remedy in wanted:
-        if any(remedies.goes_further(remedy, helped, config) for helped, _ in found):
-            continue
-        say(f"re-checking {', '.join(f'{key}={value}' for key, value in remedy.settings.items())}")
+
+    def judge(remedy: remedies.Remedy) -> Result | None:
+        say(f"re-checking {remedy.options(target)}")
         changed = remedies.changed(config, remedy.settings)
-        tried += 1
         try:
-            outcome = compile_for(changed, remedy.target, say, cached=cached, names=_without_first(programs.NAMES))
+            outcome = compile_for(changed, remedy.target, say, cached=cached, names=DECISIVE, quick=True)
         except ConfigError as error:
-            say(f"cannot run: {error}")
-        else:
-            found += [(remedy, outcome)] if outcome.fits else []
-        if len(found) == REMEDIES or tried == TRIES:
-            break
+            say(f"{remedy.options(target)} cannot run: {error}")
+            return None
+        if ledger.fits(outcome.moments, int(outcome.memory * (1 - SPARED))):
+            return outcome
+        needed, has = (amount / targets.GIB for amount in (outcome.fullest.total, outcome.memory))
+        say(f"{remedy.options(target)} needs {needed:.1f} GiB of {has:.1f}")
+        return None
+
+    needs = functools.partial(_needs, base=result)
+    proposed = remedies.candidates(config, target, result.devices, result.memory, needs)
+    found, tried = mending.search(
+        proposed, judge, lambda remedy, other: remedies.says_little(remedy, other, config, target)
+    )
     return Report(result, tuple(found), tried)
 
 
 def compile_for(
-    config: Config, target: targets.Target, say: Say, *, cached: bool = True, names: Sequence[str] = programs.NAMES
+    config: Config,
+    target: targets.Target,
+    say: Say,
+    *,
+    cached: bool = True,
+    names: Sequence[str] = COMPILED,
+    quick: bool = False,
 ) -> Result:
     """Compile the programs of these names for the target, in two processes side by side.
 
     Where what rests is too much already, nothing is compiled.
+
+    Args:
+        quick: with little effort, in one process; what comes after a program that finds no room is left out.
 
     Raises:
         ConfigError, CompilerError: as for ``check``.
@@ -129,6 +146,7 @@ def compile_for(
         "config": dump(config),
         "cache": str(environment.cache_folder() / "results") if target.chip else "",
         "read": cached,
+        "effort": QUICK.get(target.platform, 0.0) if quick else 0.0,
     }
     (general,) = environment.ask(target.platform, request | {"programs": []})
     resident = programs.Resident(**general["resident"])
@@ -140,17 +158,19 @@ def compile_for(
     compiled: dict[str, Compiled] = {}
 
     def work(part: Sequence[str]) -> None:
-        wanted = [name for name in part if name in names]
-        for answer in environment.ask(target.platform, request | {"programs": wanted}):
+        for answer in environment.ask(target.platform, request | {"programs": part}):
             if "program" in answer:
                 name = answer.pop("program")
                 compiled[name] = Compiled(**answer)
                 say(f"{target.name}: compiled {name}")
+            if quick and not dataclasses.replace(result, compiled=compiled).fits:
+                return
 
-    with concurrent.futures.ThreadPoolExecutor(2) as workers:
-        for done in [workers.submit(work, part) for part in SPLIT if set(part) & set(names)]:
+    parts = [names] if quick else [[name for name in part if name in names] for part in SPLIT]
+    with concurrent.futures.ThreadPoolExecutor(len(parts)) as workers:
+        for done in [workers.submit(work, part) for part in parts if part]:
             done.result()
-    return dataclasses.replace(result, compiled={name: compiled[name] for name in names})
+    return dataclasses.replace(result, compiled={name: compiled[name] for name in names if name in compiled})
 
 
 def check_modelled(config: Config) -> None:
@@ -177,17 +197,14 @@ def _moments(
     return ledger.moments(resident, batch, compiled, ahead=ahead, apart=apart)
 
 
-def _without_first(names: Sequence[str]) -> tuple[str, ...]:
-    """``more`` is ``first`` and a sum beside it, and needs no less."""
-    return tuple(name for name in names if name != "first")
-
-
 def _needs(config: Config, devices: int, *, base: Result) -> int:
     """Bytes of one device, estimated: what rests exactly, what a program needs in proportion to what it needed."""
-    rests, guess = estimate.resident(config, devices), estimate.temporary(config, devices)
+    platform = base.target.platform
+    rests, guess = estimate.resident(config, devices), estimate.temporary(config, devices, platform)
     if "decode" not in base.compiled:
-        return max(moment.total for moment in _moments(config, rests, 0, {"more": Compiled(temporary=guess)}))
-    grows = max(0.25, guess / estimate.temporary(base.config, base.devices))
+        guessed = {"more": Compiled(temporary=guess), "apply": Compiled()}
+        return max(moment.total for moment in _moments(config, rests, 0, guessed))
+    grows = max(0.25, guess / estimate.temporary(base.config, base.devices, platform))
     compiled = {}
     for name, program in base.compiled.items():
         temporary = int(program.temporary * _growth(name, grows, config, base))

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import itertools
 import re
+from collections.abc import Iterator
 from typing import Literal
 
 from jaxrl.config import ConfigError
@@ -111,13 +113,21 @@ class Target:
         hosts = -(-self.count // GPUS_PER_HOST)
         return f"1x{hosts}x{self.count // hosts}"
 
-    def larger(self) -> "Target | None":
-        """The next larger one of its kind."""
-        if self.platform == "tpu":
-            count = min((count for count in SHAPES[self.chip] if count > self.count), default=0)
-        else:
-            count = 2 * self.count if self.chip else 0
-        return dataclasses.replace(self, name=_name(self.chip, self.slices, count), count=count) if count else None
+    def other_kinds(self) -> list["Target"]:
+        """The smallest of each other kind that the same compiler knows, of as many slices."""
+        kinds = {chip: min(SHAPES.get(chip, (1,))) for chip, sheet in CHIPS.items() if sheet.platform == self.platform}
+        return [
+            Target(_name(chip, self.slices, count), chip, self.slices, count)
+            for chip, count in kinds.items()
+            if chip != self.chip
+        ]
+
+    def and_larger(self) -> Iterator["Target"]:
+        """This one and all larger ones of its kind; of GPUs, each with twice as many as the one before."""
+        counts = SHAPES.get(self.chip) or (self.count << doublings for doublings in itertools.count())
+        for count in counts:
+            if count >= self.count:
+                yield dataclasses.replace(self, name=_name(self.chip, self.slices, count), count=count)
 
 
 def parse(name: str) -> Target:

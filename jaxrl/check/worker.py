@@ -64,9 +64,11 @@ def main() -> int:
         for name, traced in run.traced(request["programs"]).items():
             with jax.set_mesh(run.mesh_of(name)):
                 lowered = traced.lower(lowering_platforms=devices.platforms(target))
-            key = _key(lowered, target)
+            key = _key(lowered, target, request["effort"])
             cached = pathlib.Path(request["cache"]) / f"{key}.json" if request["cache"] else None
-            result = (_cached(cached) if request["read"] else None) or dataclasses.asdict(compiled(lowered, inner))
+            result = (_cached(cached) if request["read"] else None) or dataclasses.asdict(
+                compiled(lowered, inner, request["effort"])
+            )
             result["flops"] = flops.matrix_flops(traced.jaxpr, run.data(name))
             if cached is not None:
                 _keep(cached, result)
@@ -78,14 +80,15 @@ def main() -> int:
     return 0
 
 
-def compiled(lowered: jax.stages.Lowered, inner: int) -> Compiled:
+def compiled(lowered: jax.stages.Lowered, inner: int, effort: float) -> Compiled:
     """Compile one program; a refusal for want of memory is a result too.
 
     Args:
         inner: devices of one slice or host.
+        effort: of XLA to make a fast program, from -1 to 1; 0 is what training compiles with.
     """
     try:
-        program = lowered.compile()
+        program = lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
     except jax.errors.JaxRuntimeError as error:
         wanted = asked_for(str(error))
         if wanted is None:
@@ -113,11 +116,11 @@ def asked_for(message: str) -> int | None:
     return int(max(found)) if found else None
 
 
-def _key(lowered: jax.stages.Lowered, target: targets.Target) -> str:
+def _key(lowered: jax.stages.Lowered, target: targets.Target, effort: float) -> str:
     """Name of what the compiler would say again: the program, the devices, and the versions of both compilers."""
     versions = (jax.__version__, devices.compiler_version(target))
     text = re.sub(r"loc\(.*?\)", "", lowered.as_text())
-    whole = json.dumps([text, dataclasses.asdict(target), versions, os.environ.get("XLA_FLAGS", "")])
+    whole = json.dumps([text, dataclasses.asdict(target), versions, os.environ.get("XLA_FLAGS", ""), effort])
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
 

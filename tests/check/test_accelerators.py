@@ -8,7 +8,7 @@ import resource
 
 import pytest
 
-from jaxrl.check import environment, report, run, targets
+from jaxrl.check import environment, mending, programs, report, run, targets
 from jaxrl.check.worker import asked_for
 from tests.check.conftest import SMALL, needs_compiler
 
@@ -21,13 +21,15 @@ def test_a_small_model(name: str) -> None:
     target = targets.parse(name)
     needs_compiler(target.platform)
     config = run.configuration("smoke", SMALL)
-    result = run.compile_for(config, target, lambda line: None, cached=False, names=("more", "apply", "decode", "copy"))
+    result = run.compile_for(config, target, lambda line: None, cached=False, names=programs.NAMES)
     assert result.fits and result.devices == 4
     assert result.memory == target.memory()
     more = result.compiled["more"]
     assert more.temporary > 0 and more.traffic
     assert not any(one["beyond"] for one in more.traffic)  # one slice, one host
     assert result.compiled["copy"].arguments == pytest.approx(result.resident.pages, abs=1 << 16)
+    totals = {moment.name: moment.total for moment in result.moments}
+    assert totals["first"] <= totals["more"] and totals["score"] <= totals["more"]
 
 
 @pytest.mark.timeout(900)
@@ -89,5 +91,5 @@ def test_eight_small_chips_are_not_enough_and_the_remedies_are(compilers: pathli
     needs_compiler("tpu")
     found = run.check(run.configuration("rstar2_14b", []), targets.parse("v5e-8"), print)
     assert not found.result.fits
-    assert len(found.mended) == run.REMEDIES
+    assert len(found.mended) == mending.REMEDIES
     assert all(outcome.fits for _, outcome in found.mended)

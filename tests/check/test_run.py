@@ -30,7 +30,7 @@ def result(config: Config) -> run.Result:
     """For eight devices of this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_FLAGS", DEVICES["XLA_FLAGS"])
-        return run.compile_for(config, targets.parse("this"), lambda line: None)
+        return run.compile_for(config, targets.parse("this"), lambda line: None, names=programs.NAMES)
 
 
 def test_every_program_is_compiled(result: run.Result) -> None:
@@ -39,6 +39,13 @@ def test_every_program_is_compiled(result: run.Result) -> None:
     assert all(program.arguments > 0 for program in result.compiled.values())
     assert {one["kind"] for one in result.compiled["more"].traffic} >= {"all-gather", "all-reduce"}
     assert result.compiled["more"].flops == result.compiled["first"].flops > result.compiled["score"].flops > 0
+
+
+def test_no_program_that_is_left_out_needs_more_than_one_that_is_not(result: run.Result) -> None:
+    totals = {moment.name: moment.total for moment in result.moments}
+    assert set(programs.NAMES) - set(run.COMPILED) == {"first"} and totals["first"] <= totals["more"]
+    assert set(run.COMPILED) - set(run.DECISIVE) == {"score"} and totals["score"] <= totals["more"]
+    assert sorted(name for part in run.SPLIT for name in part) == sorted(programs.NAMES)
 
 
 def test_flops_are_those_of_the_layers(result: run.Result, config: Config) -> None:

@@ -1,8 +1,10 @@
 """Names of targets, and what is said of names that are none."""
 
+import itertools
+
 import pytest
 
-from jaxrl.check.targets import CHIPS, EXAMPLES, GIB, SHAPES, Target, parse
+from jaxrl.check.targets import CHIPS, EXAMPLES, GIB, SHAPES, parse
 from jaxrl.config import ConfigError
 
 
@@ -65,9 +67,13 @@ def test_what_jax_can_use_of_the_memory() -> None:
     assert parse("v5e-8").memory(0.9) == int(15.75 * GIB)
 
 
-def test_the_next_larger_target() -> None:
-    assert parse("v5e-8").larger() == parse("v5e-16")
-    assert parse("2x v5e-128").larger() == parse("2x v5e-256")
-    assert parse("v5e-256").larger() is None
-    assert parse("h200x8").larger() == parse("h200x16")
-    assert Target("this").larger() is None
+def test_larger_targets_of_a_kind() -> None:
+    assert list(parse("v5e-64").and_larger()) == [parse("v5e-64"), parse("v5e-128"), parse("v5e-256")]
+    assert list(parse("2x v5e-128").and_larger()) == [parse("2x v5e-128"), parse("2x v5e-256")]
+    assert list(itertools.islice(parse("h200x8").and_larger(), 3)) == [parse(f"h200x{count}") for count in (8, 16, 32)]
+
+
+def test_the_smallest_targets_of_other_kinds() -> None:
+    assert parse("v5e-8").other_kinds() == [parse("v5p-4"), parse("v6e-4")]
+    assert parse("2x v5p-64").other_kinds() == [parse("2x v5e-4"), parse("2x v6e-4")]
+    assert parse("h100x8").other_kinds() == [parse("h200x1")]
