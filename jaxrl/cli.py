@@ -222,6 +222,8 @@ def _parser() -> argparse.ArgumentParser:
             "train on answers that were compared or judged: DPO and its relatives",
             "  jaxrl prefer quickstart --run runs/dpo --set PreferConfig.data=pairs.jsonl "
             "--set ModelConfig.path=runs/quickstart/export\n"
+            "  jaxrl prefer quickstart --run runs/own --set PreferConfig.data=runs/played "
+            "--set ModelConfig.path=runs/cold/export\n"
             "  jaxrl prefer quickstart --run runs/kto --set PreferConfig.data=judged.jsonl "
             "--set PreferConfig.kind=judged --set PreferConfig.loss=kto",
         ),
