@@ -1,11 +1,14 @@
 """The devices of a target as jax describes them, without having them."""
 
+import dataclasses
 import importlib.metadata
 import os
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from jaxrl.check.targets import CHIPS, GPU_SHARE, GPUS_PER_HOST, Target
 
@@ -55,6 +58,18 @@ def described(target: Target) -> list[jax.Device]:
                 ).devices
             )
     return list(jax.devices())
+
+
+def of_one_process(target: Target, mesh: Mesh) -> Mesh:
+    """The mesh of a replica, on a slice as large as a process.
+
+    Where links are limited, the compiler for TPUs takes no program for some devices of a slice alone.
+    """
+    if target.platform != "tpu":
+        return mesh
+    alone = dataclasses.replace(target, slices=1, count=target.of_process)
+    chosen = np.array(described(alone)[: mesh.size]).reshape(mesh.devices.shape)
+    return Mesh(chosen, mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def platforms(target: Target) -> tuple[str, ...] | None:

@@ -58,6 +58,7 @@ def main() -> int:
         config = parse([request["config"]])
         found = devices.described(target)
         run = programs.shapes(config, found)
+        run = dataclasses.replace(run, replica=devices.of_one_process(target, run.replica))
         limit, inner = devices.memory(target, found), devices.inner(target, found)
         resident = dataclasses.asdict(run.resident())
         answer(resident=resident, memory=limit, devices=len(found), batch=programs.batch_bytes(config, run.mesh))
