@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxrl.config import AlgorithmConfig
+from jaxrl.data.tree_packing import sharing_of
 from jaxrl.model import logprob
 from jaxrl.records import Batch, Trajectory
 from jaxrl.rl import divergence, entropy, targets
@@ -31,16 +32,21 @@ class Steering:
         self._rescores = config.algorithm.proximal == "recomputed" and several
         estimator = config.algorithm.kl_estimator
         scored = session.model, config.engine.temperature, session.mesh, session.launches, session.base
-        self._logprobs = Scorer(lambda _, logprobs: logprobs, *scored, experts=session.recorded_experts)
+        sharing = sharing_of(config.train)
+        self._logprobs = Scorer(
+            lambda _, logprobs: logprobs, *scored, experts=session.recorded_experts, sharing=sharing
+        )
         self._divergence = Scorer(
             lambda batch, reference: divergence.kl(batch.behaviour_logprobs, reference, batch.mask, estimator),
             *scored,
+            sharing=sharing,
         )
         self._reference_logprobs = Scorer(lambda _, logprobs: logprobs, *scored)
         self._squares = Scorer(
             lambda _, sums: sums,
             *scored,
             experts=session.recorded_experts,
+            sharing=sharing,
             statistic=logprob.square_sums,
         )
         share = config.algorithm.reference_mix
