@@ -30,13 +30,13 @@ def placed(sizes: Sequence[tuple[int, ...]], rows: int, limits: tuple[int, ...])
         rows: rows of a batch.
         limits: how much of it a row has.
     """
-    filled = _assign(sizes, limits)
+    filled = assign(sizes, limits)
     count = math.ceil(len(filled) / rows)
     # Every count-th row: the rows of the longest units come first and would crowd into the first batches.
     return [filled[batch::count] for batch in range(count)]
 
 
-def _assign(sizes: Sequence[tuple[int, ...]], limits: tuple[int, ...]) -> list[list[int]]:
+def assign(sizes: Sequence[tuple[int, ...]], limits: tuple[int, ...]) -> list[list[int]]:
     """Indices of the units in each row: longest first, each into the fullest row that still holds it."""
     filled: list[list[int]] = []
     free: list[tuple[tuple[int, ...], int]] = []  # (what is left, row), ascending

@@ -5,13 +5,15 @@ log-probabilities, laid out as without sharing; a node's gradient is the sum of 
 therefore exact for every loss, and nothing about a loss needs to be linear in its advantage.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxrl.config import TrainConfig
-from jaxrl.data.segments import Segment, placed
+from jaxrl.data.segments import Segment, assign, placed
 from jaxrl.data.tries import agreement, trie
 from jaxrl.records import Batch, Tree
 
@@ -46,7 +48,9 @@ def pack(segments: Sequence[Segment], sharing: Sharing, *, rows: int, row_tokens
         row_tokens: tokens of a row, nodes of its tree.
     """
     limits = row_tokens, sharing.loss_tokens
-    units = _units(_ordered(segments) if sharing.responses else segments, sharing, limits)
+    groups = [list(members) for _, members in itertools.groupby(segments, key=lambda segment: segment.group)]
+    order = _by_tokens if sharing.responses else functools.partial(_by_room, limits=limits)
+    units = [unit for members in groups for unit in _units(order(members), sharing, limits)]
     sizes = [unit.size for unit in units]
     return [
         _batch([[units[index] for index in row] for row in batch], rows, limits)
@@ -99,18 +103,24 @@ class _Unit(NamedTuple):
         return nodes, sum(map(_response, self.segments))
 
 
-def _ordered(segments: Sequence[Segment]) -> list[Segment]:
-    """Those of each group by their tokens, so that equal beginnings follow each other."""
-    return sorted(segments, key=lambda segment: (segment.group, segment.tokens.astype(">i4").tobytes()))
+def _by_tokens(group: Sequence[Segment]) -> list[Segment]:
+    """The order in which equal beginnings follow each other."""
+    return sorted(group, key=lambda segment: segment.tokens.astype(">i4").tobytes())
 
 
-def _units(segments: Sequence[Segment], sharing: Sharing, limits: tuple[int, int]) -> list[_Unit]:
+def _by_room(group: Sequence[Segment], limits: tuple[int, int]) -> list[Segment]:
+    """The order in which those follow each other that fill a row best, beside their prompt."""
+    prompt = _shared_prompt(group)
+    sizes = [(_length(segment) - prompt, _response(segment)) for segment in group]
+    return [group[index] for row in assign(sizes, (limits[0] - prompt, limits[1])) for index in row]
+
+
+def _units(group: Sequence[Segment], sharing: Sharing, limits: tuple[int, int]) -> list[_Unit]:
+    """Those that follow each other as long as they share something and a row holds them."""
     units: list[_Unit] = []
     size = limits
-    for index, segment in enumerate(segments):
-        common = 0
-        if index and segments[index - 1].group == segment.group:
-            common = _agreement(segments[index - 1], segment, sharing)
+    for index, segment in enumerate(group):
+        common = _agreement(group[index - 1], segment, sharing) if index else 0
         taken = _length(segment) - common, _response(segment)
         size = tuple(have + more for have, more in zip(size, taken, strict=True))
         if not common or any(have > limit for have, limit in zip(size, limits, strict=True)):
@@ -126,8 +136,13 @@ def _agreement(first: Segment, second: Segment, sharing: Sharing) -> int:
     recorded = tuple(segment.values.get("experts") for segment in (first, second))
     if (recorded[0] is None) != (recorded[1] is None):
         return 0
-    limit = None if sharing.responses else max(min(first.prompt_tokens, second.prompt_tokens) - 1, 0)
+    limit = None if sharing.responses else _shared_prompt((first, second))
     return agreement(first.tokens, second.tokens, None if recorded[0] is None else recorded, limit)
+
+
+def _shared_prompt(segments: Sequence[Segment]) -> int:
+    """Nodes of a prompt that all of them have; its last token predicts what they do not."""
+    return max(min(segment.prompt_tokens for segment in segments) - 1, 0)
 
 
 def _batch(filled: Sequence[Sequence[_Unit]], rows: int, limits: tuple[int, int]) -> Batch:

@@ -1,5 +1,7 @@
 """Tries against a slow, clear reference: sets of beginnings."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ def nodes_of(sequence: list[int]) -> list[tuple]:
 def built(chosen: list[list[int]]) -> tuple[list[list[int]], object]:
     ordered = sorted(chosen)
     arrays = [np.array(sequence) for sequence in ordered]
-    shared = [0, *(agreement(first, second) for first, second in zip(arrays, arrays[1:], strict=False))]
+    shared = [0, *(agreement(first, second) for first, second in itertools.pairwise(arrays))]
     return ordered, trie([len(sequence) for sequence in ordered], shared)
 
 
