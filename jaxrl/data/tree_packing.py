@@ -146,13 +146,15 @@ def _shared_prompt(segments: Sequence[Segment]) -> int:
 
 
 def _batch(filled: Sequence[Sequence[_Unit]], rows: int, limits: tuple[int, int]) -> Batch:
-    everything = (segment for row in filled for unit in row for segment in unit.segments)
+    everything = [segment for row in filled for unit in row for segment in unit.segments]
     recorded = (segment.values["experts"] for segment in everything if "experts" in segment.values)
     row_tokens, loss_tokens = limits
     computed = Batch.zeros(rows, row_tokens, next(recorded, None))
     ends, copies = np.zeros((2, rows, row_tokens), np.int32)
     tree = Tree(computed.tokens, computed.positions, ends, copies, np.full((rows, loss_tokens), -1, np.int32))
     batch = Batch.zeros(rows, loss_tokens).replace(experts=computed.experts, tree=tree)
+    if any("groups" in segment.values for segment in everything):
+        batch = batch.replace(groups=np.zeros((rows, loss_tokens), np.int32))
     for row, units in enumerate(filled):
         first, start, number = 0, 0, 0
         for unit in units:

@@ -32,21 +32,17 @@ class Steering:
         self._rescores = config.algorithm.proximal == "recomputed" and several
         estimator = config.algorithm.kl_estimator
         scored = session.model, config.engine.temperature, session.mesh, session.launches, session.base
-        sharing = sharing_of(config.train)
-        self._logprobs = Scorer(
-            lambda _, logprobs: logprobs, *scored, experts=session.recorded_experts, sharing=sharing
-        )
-        self._divergence = Scorer(
+        scorer = functools.partial(Scorer, sharing=sharing_of(config.train))
+        self._logprobs = scorer(lambda _, logprobs: logprobs, *scored, experts=session.recorded_experts)
+        self._divergence = scorer(
             lambda batch, reference: divergence.kl(batch.behaviour_logprobs, reference, batch.mask, estimator),
             *scored,
-            sharing=sharing,
         )
-        self._reference_logprobs = Scorer(lambda _, logprobs: logprobs, *scored)
-        self._squares = Scorer(
+        self._reference_logprobs = scorer(lambda _, logprobs: logprobs, *scored)
+        self._squares = scorer(
             lambda _, sums: sums,
             *scored,
             experts=session.recorded_experts,
-            sharing=sharing,
             statistic=logprob.square_sums,
         )
         share = config.algorithm.reference_mix

@@ -210,6 +210,15 @@ def test_rows_that_share_nothing_take_the_same_form(sharing: Sharing) -> None:
     assert batch.ce_weights.sum() == pytest.approx(plain.ce_weights.sum())
 
 
+def test_losses_that_compare_a_group_know_whose_a_token_is() -> None:
+    trajectories = of_groups([([1, 2], [[1, 2], [1, 1]]), ([3, 2], [[2]])])
+    weights = aggregation_weights([one.mask for one in trajectories], "token")
+    shape = {"rows": 1, "row_tokens": ROW_TOKENS, "sharing": Sharing(True, 2 * ROW_TOKENS)}
+    (batch,) = packing.pack_trajectories(trajectories, [0.0] * 3, weights, groups=[7, 7, 9], **shape)
+    assert batch.groups[0, :6].tolist() in ([7, 7, 7, 7, 9, 0], [9, 7, 7, 7, 7, 0])
+    assert packing.pack_trajectories(trajectories, [0.0] * 3, weights, **shape)[0].groups is None
+
+
 def test_what_a_configuration_names() -> None:
     assert sharing_of(TrainConfig(row_tokens=8)) is None
     assert sharing_of(TrainConfig(row_tokens=8, packing="shared_prompt")) == Sharing(False, 8)
