@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -276,3 +279,12 @@ def test_pack_does_what_the_configuration_says() -> None:
         ((batch, *_),) = pack(config, groups([1.0, 0.0], [1.0, 0.0]), {})
         assert (batch.tree is None) == (name == "rows")
         assert batch.tokens.shape == (2, 32 if name == "tree" else 8)
+
+
+@pytest.mark.slow
+def test_a_tree_may_be_split_over_a_mesh() -> None:
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-m", "tests.train.trees_on_mesh"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    wanted = "mesh: parameters True, metrics True\none device: parameters True, metrics True\n"
+    assert done.stdout == wanted, done.stdout + done.stderr
