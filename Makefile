@@ -46,7 +46,7 @@ lint: .venv/installed-test
 	.venv/bin/lint-imports --no-cache
 
 bench: .venv/installed-test
-	@$(call benchmarks,sandbox sessions cluster rollout losses kernels)
+	@$(call benchmarks,sandbox sessions cluster rollout losses packing kernels)
 
 bench-long: .venv/installed-test
 	@$(call benchmarks,soak learning presets preferences staleness scale)

@@ -16,7 +16,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Model.query_heads Model.kv_heads Model.head_width Model.ffn_width Model.experts_per_token Model.expert_width "
         "Prefer.rows Prefer.row_tokens Model.max_positions "
         "Sft.count Sft.rows Sft.row_tokens Train.rows Train.row_tokens Train.problems "
-        "Train.samples Train.max_draws Train.passes "
+        "Train.samples Train.max_draws Train.passes Train.tree_loss_rows "
         "Train.updates_per_step Algorithm.kl_horizon Eval.samples Eval.k Env.max_turns Env.max_parallel_calls "
         "Checkpoint.every Checkpoint.keep Data.train_problems Data.eval_problems Reward.workers Sandbox.workers "
         "Sandbox.slots Sandbox.queue Sandbox.output_kib Sandbox.output_hard_mib Sandbox.disk_mib Sandbox.open_files "

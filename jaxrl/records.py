@@ -153,8 +153,27 @@ class Group:
 
 
 @flax.struct.dataclass
+class Tree:
+    """Rows in which the trajectories of a batch lie as tries, so that the network computes once what they share.
+
+    A node is a token with the token that follows it, in depth-first order: trajectories share it as long as they agree
+    on both. What a node predicts is thus the token after it, and where trajectories part each has a copy of the last
+    token they agree on. A node sees its ancestors and itself: those nodes j before node i with ``i < ends[j]``.
+    """
+
+    tokens: jax.Array  # [B, T] int32
+    positions: jax.Array  # [B, T] int32, how many ancestors the node has
+    ends: jax.Array  # [B, T] int32, index after the last node below this one; 0 = padding
+    copies: jax.Array  # [B, T] int32, trajectories that have the node; 0 = padding
+    predictors: jax.Array  # [B, U] int32, the node that predicts a token of the batch; -1 where none does
+
+
+@flax.struct.dataclass
 class Batch:
     """Packed rows on the device. ``x[b, t]`` of every field belongs to token ``tokens[b, t]``.
+
+    With a ``tree`` the rows hold what the losses are of and nothing else, [B, U]: of every trajectory the response. The
+    network computes the tree, whose T nodes a row of ``experts`` then belongs to.
 
     The loss of a batch is a sum of components, each a sum over tokens with weights of its own: the policy loss, the KL
     to the reference, the entropy bonus, the cross-entropy. The aggregation (token, sequence, constant length) and its
@@ -177,6 +196,7 @@ class Batch:
     versions: jax.Array  # [B, T] int32, weight version that sampled the token; means nothing where mask is 0
     groups: np.ndarray | None = None  # [B, T] int32, of a trajectory, for targets; never reaches the devices
     experts: jax.Array | None = None  # [B, T, L, experts of a token] int8 or int16, to compute with; -1 = the router's
+    tree: Tree | None = None
 
     @classmethod
     def zeros(cls, rows: int, row_tokens: int, experts: np.ndarray | jax.ShapeDtypeStruct | None = None) -> "Batch":
@@ -190,7 +210,7 @@ class Batch:
             return np.zeros((rows, row_tokens), dtype)
 
         integers = {"tokens", "positions", "segment_ids", "versions"}
-        names = [field.name for field in dataclasses.fields(cls) if field.name not in ("groups", "experts")]
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in ("groups", "experts", "tree")]
         batch = cls(**{name: zeros(np.int32 if name in integers else np.float32) for name in names})
         return batch.with_experts(experts)
 
@@ -203,4 +223,5 @@ class Batch:
             return self.replace(experts=None)
         if self.experts is not None:
             return self
-        return self.replace(experts=np.full((*self.tokens.shape, *experts.shape[-2:]), -1, experts.dtype))
+        computed = (self.tree or self).tokens
+        return self.replace(experts=np.full((*computed.shape, *experts.shape[-2:]), -1, experts.dtype))

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxrl import mesh as meshes
 from jaxrl.check import flops
 from jaxrl.config import Config, ModelConfig
+from jaxrl.data.tree_packing import sharing_of, without_sharing
 from jaxrl.model import logprob, lora, moe, spec, transformer
 from jaxrl.records import Batch
 from jaxrl.rl.supervised import SupervisedLoss, supervised_loss
@@ -143,7 +144,8 @@ class Shapes:
         if set(names) & set(TRAINING):
             loss = policy_gradient_loss(self.model, config.algorithm, config.engine.temperature, self._supervised())
             optimizer = rl_optimizer(config.optimizer, self.trained)
-            updater = Updater(loss, optimizer, self.mesh, experts=self.recorded_experts, base=self.base)
+            form = {"experts": self.recorded_experts, "sharing": sharing_of(config.train)}
+            updater = Updater(loss, optimizer, self.mesh, **form, base=self.base)
             found |= updater.traced(self.state, config.train.rows, config.train.row_tokens, self.reference)
         if "score" in names:
             found["score"] = self._scoring()
@@ -201,6 +203,7 @@ def per_device(types: Any) -> int:
 
 def batch_bytes(config: Config, mesh: Mesh) -> int:
     """Bytes of one device's piece of a micro-batch."""
-    batch = jax.eval_shape(lambda: Batch.zeros(config.train.rows, config.train.row_tokens))
+    train = config.train
+    batch = without_sharing(Batch.zeros(train.rows, train.row_tokens), sharing_of(train))
     pieces = meshes.pieces("batch", meshes.COMPUTE_RULES, mesh)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)) // pieces

@@ -225,6 +225,13 @@ class TrainConfig:
     """Packed rows in one micro-batch."""
     row_tokens: int = 512
     """Tokens in a packed row; must hold the longest prompt and response."""
+    packing: Literal["rows", "shared_prompt", "tree"] = "rows"
+    """What the trajectories of a group that lie in one row share: nothing, their prompt, or every beginning that some
+    of them have in common. What is shared is computed once, and loss and gradient are the same
+    (docs/algorithms.md)."""
+    tree_loss_rows: int = 4
+    """With packing="tree", response tokens of all trajectories in a row, as a multiple of ``row_tokens``; a shared
+    token counts in each. Few numbers are kept of each, and more than are needed cost next to nothing."""
     eval_every: int = 20
     """Steps between evaluations; 0 = only before and after."""
     dump_episodes: bool = True

@@ -5,25 +5,16 @@ The result depends on what is packed, not on the order it came in, so a batch do
 first.
 """
 
-import bisect
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from jaxrl.config import ConfigError
+from jaxrl.data import tree_packing
+from jaxrl.data.segments import Segment, placed
+from jaxrl.data.tree_packing import Sharing
 from jaxrl.records import Batch, Trajectory
-
-
-@dataclasses.dataclass(frozen=True)
-class _Segment:
-    """One text to place. Every array is [T, ...]; ``values`` are further fields of ``Batch``, others stay empty."""
-
-    tokens: np.ndarray
-    mask: np.ndarray
-    values: Mapping[str, np.ndarray]
 
 
 def pack_trajectories(
@@ -35,6 +26,7 @@ def pack_trajectories(
     row_tokens: int,
     observation_weight: float = 0.0,
     groups: Sequence[int] | None = None,
+    sharing: Sharing | None = None,
 ) -> list[Batch]:
     """Pack the trajectories of one optimizer update, prompt and response each, into micro-batches.
 
@@ -46,10 +38,11 @@ def pack_trajectories(
         row_tokens: tokens of a row.
         observation_weight: of the mean cross-entropy of the tool turns' tokens, all that the environment wrote in them.
         groups: of each trajectory, for a loss that compares those of a group.
+        sharing: what trajectories of a group have in common lies in the rows once; None packs each by itself.
 
     Returns:
         Micro-batches of numpy arrays, all [rows, row_tokens]; as few as the packing needs, none for no trajectories.
-        Rows and tokens left over hold zeros, segment id 0.
+        Rows and tokens left over hold zeros, segment id 0. With ``sharing`` every batch has a ``tree`` of these rows.
 
     Raises:
         ValueError: a trajectory does not fit into a row, or has no prompt.
@@ -64,7 +57,7 @@ def pack_trajectories(
         _check_fit(name, len(tokens), row_tokens, remedy)
         before = len(trajectory.prompt_ids)
         segments.append(
-            _Segment(
+            Segment(
                 tokens=tokens,
                 mask=_after(before, trajectory.mask),
                 values={
@@ -78,9 +71,13 @@ def pack_trajectories(
                     **({} if group is None else {"groups": np.full(len(tokens), group, np.int32)}),
                     **({} if trajectory.experts is None else {"experts": trajectory.experts}),
                 },
+                prompt_tokens=before,
+                group=trajectory.draw,
             )
         )
         _check_first(name, segments[-1].mask)
+    if sharing is not None:
+        return tree_packing.pack(segments, sharing, rows=rows, row_tokens=row_tokens)
     return _pack([(segment,) for segment in segments], rows, row_tokens)
 
 
@@ -113,7 +110,7 @@ def pack_sequences(
         _check_fit(f"demonstration {index}", len(ids), row_tokens, f"raise {row_tokens_key} or leave it out")
         learned = np.asarray(mask, np.float32)
         _check_first(f"demonstration {index}", learned)
-        segments.append(_Segment(np.asarray(ids), learned, {"ce_weights": learned}))
+        segments.append(Segment(np.asarray(ids), learned, {"ce_weights": learned}))
     segments.sort(key=lambda segment: (segment.tokens.tobytes(), segment.mask.tobytes()))
     batches = _pack([(segment,) for segment in segments], rows, row_tokens)
     total = sum(float(segment.mask.sum()) for segment in segments)
@@ -160,7 +157,7 @@ def pack_couples(
             last[-1:] = number == 0
             values = {"rl_weights": last, "advantages": last * np.float32(sign)}
             values["ce_weights"] = learned * np.float32(learned_weight * (number == 0))
-            unit.append(_Segment(np.asarray(ids), learned, values))
+            unit.append(Segment(np.asarray(ids), learned, values))
         units.append(unit)
     return [
         batch.replace(
@@ -192,7 +189,7 @@ def pack_steps(sequences: Sequence[tuple[np.ndarray, np.ndarray]], *, rows: int,
         _check_fit(name, len(ids), row_tokens, "raise PreferConfig.row_tokens or leave it out")
         ends = np.abs(signs).astype(np.float32)
         values = {"rl_weights": ends, "advantages": np.asarray(signs, np.float32)}
-        units.append((_Segment(np.asarray(ids), ends, values),))
+        units.append((Segment(np.asarray(ids), ends, values),))
     return [
         batch.replace(rl_weights=batch.rl_weights / np.float32(max(batch.rl_weights.sum(), 1)))
         for batch in _pack(units, rows, row_tokens)
@@ -216,8 +213,8 @@ def unpack_responses(
     order = sorted(range(len(trajectories)), key=lambda i: (trajectories[i].draw, trajectories[i].sample))
     lengths = [len(trajectories[i].prompt_ids) + len(trajectories[i].ids) for i in order]
     found: list[np.ndarray] = [np.zeros(0)] * len(trajectories)
-    for batch, placed in zip(values, _placed(lengths, rows, row_tokens), strict=True):
-        for row, members in zip(batch, placed, strict=False):
+    for batch, filled in zip(values, _of_lengths(lengths, rows, row_tokens), strict=True):
+        for row, members in zip(batch, filled, strict=False):
             start = 0
             for member in members:
                 end = start + lengths[member]
@@ -227,39 +224,21 @@ def unpack_responses(
     return found
 
 
-def _pack(units: Sequence[Sequence[_Segment]], rows: int, row_tokens: int) -> list[Batch]:
+def _pack(units: Sequence[Sequence[Segment]], rows: int, row_tokens: int) -> list[Batch]:
     """Pack units of segments that stand side by side in one row."""
-    placed = _placed([sum(len(segment.tokens) for segment in unit) for unit in units], rows, row_tokens)
+    lengths = [sum(len(segment.tokens) for segment in unit) for unit in units]
     return [
-        _batch([[segment for i in row for segment in units[i]] for row in batch], rows, row_tokens) for batch in placed
+        _batch([[segment for i in row for segment in units[i]] for row in batch], rows, row_tokens)
+        for batch in _of_lengths(lengths, rows, row_tokens)
     ]
 
 
-def _placed(lengths: Sequence[int], rows: int, row_tokens: int) -> list[list[list[int]]]:
-    """Indices of the units in each row of each batch."""
-    filled = _assign(lengths, row_tokens)
-    count = math.ceil(len(filled) / rows)
-    # Every count-th row: the rows of the longest segments come first and would crowd into the first batches.
-    return [filled[batch::count] for batch in range(count)]
+def _of_lengths(lengths: Sequence[int], rows: int, row_tokens: int) -> list[list[list[int]]]:
+    """Indices of the units of these lengths in each row of each batch."""
+    return placed([(length,) for length in lengths], rows, (row_tokens,))
 
 
-def _assign(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Indices of the units in each row: longest first, each into the fullest row that still holds it."""
-    filled: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(free, (lengths[index], -1))
-        if place < len(free):
-            room, row = free.pop(place)
-        else:
-            room, row = row_tokens, len(filled)
-            filled.append([])
-        filled[row].append(index)
-        bisect.insort(free, (room - lengths[index], row))
-    return filled
-
-
-def _batch(filled: Sequence[Sequence[_Segment]], rows: int, row_tokens: int) -> Batch:
+def _batch(filled: Sequence[Sequence[Segment]], rows: int, row_tokens: int) -> Batch:
     recorded = (segment.values["experts"] for row in filled for segment in row if "experts" in segment.values)
     batch = Batch.zeros(rows, row_tokens, next(recorded, None))
     if any("groups" in segment.values for row in filled for segment in row):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model.moe import Load
-from jaxrl.model.transformer import Params, hidden_states, hidden_states_and_load
+from jaxrl.model.transformer import Params, hidden_states_and_load
+from jaxrl.records import Tree
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import soft_capped
 
@@ -67,15 +68,18 @@ def sequence_logprobs(
     segment_ids: jax.Array,
     temperature: float | jax.Array = 1.0,
     experts: jax.Array | None = None,
+    tree: Tree | None = None,
 ) -> TokenStats:
     """Score every token of packed rows given its prefix in its segment.
 
     ``logprobs[b, t]`` and ``entropy[b, t]`` belong to ``tokens[b, t]``; both are 0 on the first token of a segment,
-    which nothing predicts, and on padding. Arguments as in ``hidden_states_and_load``.
+    which nothing predicts, and on padding. Arguments as in ``hidden_states_and_load``; with a tree the rows are [B, U],
+    and may lack the beginnings of their segments, which the tree has.
     """
-    hidden, load = hidden_states_and_load(params, config, tokens, positions, segment_ids, experts)
-    stats = token_logprobs(params, config, hidden, jnp.roll(tokens, -1, axis=1), temperature)
-    logprobs, entropy = (_of_tokens(values, segment_ids) for values in (stats.logprobs, stats.entropy))
+    hidden, load = hidden_states_and_load(params, config, tokens, positions, segment_ids, experts, tree)
+    targets = jnp.roll(tokens if tree is None else tree.tokens, -1, axis=1)
+    stats = token_logprobs(params, config, hidden, targets, temperature)
+    logprobs, entropy = (_of_tokens(values, segment_ids, tree) for values in (stats.logprobs, stats.entropy))
     return TokenStats(logprobs, entropy, load)
 
 
@@ -87,6 +91,7 @@ def square_sums(
     segment_ids: jax.Array,
     temperature: float | jax.Array = 1.0,
     experts: jax.Array | None = None,
+    tree: Tree | None = None,
 ) -> jax.Array:
     """[B, T] Σ π(v)² over the vocabulary, of the distribution that each token of packed rows was drawn from.
 
@@ -98,9 +103,9 @@ def square_sums(
         [(*split, None), (None, None), ()],
         [split],
     )
-    hidden, _ = hidden_states_and_load(params, config, tokens, positions, segment_ids, experts)
+    hidden, _ = hidden_states_and_load(params, config, tokens, positions, segment_ids, experts, tree)
     (values,) = measure(hidden, _head(params).astype(hidden.dtype), jnp.asarray(temperature, jnp.float32))
-    return _of_tokens(to_compute(values, ("batch", None)), segment_ids)
+    return _of_tokens(to_compute(values, ("batch", None)), segment_ids, tree)
 
 
 def square_sum(logits: jax.Array) -> jax.Array:
@@ -116,6 +121,7 @@ def compared(
     rows: tuple[jax.Array, jax.Array, jax.Array],
     of_logits: Callable[[jax.Array, jax.Array], jax.Array],
     experts: jax.Array | None = None,
+    tree: Tree | None = None,
 ) -> jax.Array:
     """Compare what two models predict of every token of packed rows, without ever holding the logits of a long row.
 
@@ -125,14 +131,15 @@ def compared(
         rows: tokens, positions and segment ids, [B, T] each, as in ``hidden_states``.
         of_logits: from float32 logits [t, V] of both to [t].
         experts: of the first model, as in ``sequence_logprobs``; the other always chooses its own.
+        tree: as in ``sequence_logprobs``, for both.
 
     Returns:
         [B, T] float32; as in ``sequence_logprobs`` 0 where nothing predicts a token.
     """
     tokens, head = ("batch", "token_shards"), (None, None)
     caps = config.logit_soft_cap, other_config.logit_soft_cap
-    hidden, _ = hidden_states_and_load(params, config, *rows, experts)
-    their_hidden = hidden_states(other, other_config, *rows)
+    hidden, _ = hidden_states_and_load(params, config, *rows, experts, tree)
+    their_hidden, _ = hidden_states_and_load(other, other_config, *rows, tree=tree)
     compare = per_shard(
         functools.partial(_compare_chunks, chunk=config.logprob_chunk, soft_caps=caps, of_logits=of_logits),
         [(*tokens, None), head, (*tokens, None), head],
@@ -140,11 +147,15 @@ def compared(
     )
     heads = _head(params).astype(hidden.dtype), _head(other).astype(their_hidden.dtype)
     (values,) = compare(hidden, heads[0], *map(jax.lax.stop_gradient, (their_hidden, heads[1])))
-    return _of_tokens(to_compute(values, ("batch", None)), rows[2])
+    return _of_tokens(to_compute(values, ("batch", None)), rows[2], tree)
 
 
-def _of_tokens(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def _of_tokens(values: jax.Array, segment_ids: jax.Array, tree: Tree | None) -> jax.Array:
     """Values [B, T] of predictions, moved to the tokens that are predicted; 0 where nothing predicts one."""
+    if tree is not None:
+        rows, predictors = ("batch", None), tree.predictors
+        pick = per_shard(functools.partial(jnp.take_along_axis, axis=1, mode="clip"), [rows, rows], rows)
+        return jnp.where(predictors >= 0, pick(values, jnp.maximum(predictors, 0)), 0.0)
     before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
     return jnp.where((segment_ids > 0) & (segment_ids == before), jnp.roll(values, 1, axis=1), 0.0)
 

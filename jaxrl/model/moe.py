@@ -83,9 +83,9 @@ def route(
     return Choice(experts, weights, probabilities)
 
 
-def load_of(choice: Choice, real: jax.Array) -> Load:
-    """The load of one layer, without its L axis, of the tokens where ``real`` [B, T] is true."""
-    counted, everywhere = real.astype(jnp.float32), compute_spec((None,))
+def load_of(choice: Choice, counts: jax.Array) -> Load:
+    """The load of one layer, without its L axis, of tokens each of which counts ``counts`` [B, T] times."""
+    counted, everywhere = counts.astype(jnp.float32), compute_spec((None,))
     chosen = jax.nn.one_hot(choice.experts, choice.probabilities.shape[-1], dtype=jnp.float32).sum(axis=2)
     return Load(
         chosen=product("bte,bt->e", chosen, counted, out_sharding=everywhere),

@@ -23,6 +23,7 @@ from jaxrl.model.moe import Choice, Load, experts_feed_forward, id_type, load_of
 from jaxrl.model.quantized import in_compute
 from jaxrl.model.rotary import frequencies, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
+from jaxrl.records import Tree
 from jaxrl_kernels import Plan, interval_attention, make_plan, paged_attention, segment_ends
 from jaxrl_kernels.products import product, rounded
 
@@ -183,6 +184,7 @@ def hidden_states_and_load(
     positions: jax.Array,
     segment_ids: jax.Array,
     experts: jax.Array | None = None,
+    tree: Tree | None = None,
 ) -> tuple[jax.Array, Load | None]:
     """``hidden_states``, and how the tokens were spread over the experts of every layer; None if there are none.
 
@@ -190,34 +192,40 @@ def hidden_states_and_load(
 
     Args:
         experts: [B, T, L, k] int, to compute with instead of those that the router chooses; -1 where it does.
+        tree: what is computed in place of the rows, [B, T]; a node counts as often as it has copies.
     """
-    rows = ("batch", "tokens")
-    end = segment_ends(to_compute(segment_ids, ("batch", None)))
+    rows, whole = ("batch", "tokens"), ("batch", None)
+    end, counts, places = segment_ends(to_compute(segment_ids, whole)), segment_ids > 0, ()
+    if tree is not None:
+        tokens, positions, counts = tree.tokens, tree.positions, tree.copies
+        end, places = to_compute(tree.ends, whole), (to_compute(tree.positions, whole),)
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    positions, real = to_compute(positions, rows), to_compute(segment_ids, rows) > 0
+    positions, counts = to_compute(positions, rows), to_compute(counts, rows)
     kernel = functools.partial(interval_attention, **_score_options(config))
 
     def plan_locally(end: jax.Array, index: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(make_plan(end, queries=len(index), first=index[0]))
 
     def attend_locally(q: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array, *masks: jax.Array) -> jax.Array:
-        end, window, *plan = masks
-        return kernel(q, k, v, end, window=window, first=index[0], plan=Plan(*plan))
+        end, window, keys, counts, *places = masks
+        options = {"first": index[0], "positions": places[0] if places else None, "plan": Plan(keys, counts)}
+        return kernel(q, k, v, end, window=window, **options)
 
     queries, keys = (*rows, "query_heads", None), ("batch", None, "kv_heads", None)
     planned = [(*rows, None), rows]
-    plan = per_shard(plan_locally, [("batch", None), ("tokens",)], planned)(end, index)
-    attention = per_shard(attend_locally, [queries, ("tokens",), keys, keys, ("batch", None), (), *planned], queries)
+    plan = per_shard(plan_locally, [whole, ("tokens",)], planned)(end, index)
+    masks = [whole, (), *planned, *[whole for _ in places]]
+    attention = per_shard(attend_locally, [queries, ("tokens",), keys, keys, *masks], queries)
 
     def layer(x: jax.Array, scanned: tuple[Params, Any]) -> tuple[jax.Array, Load | None]:
         weights, (recorded, window, layer_frequencies) = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return attention(q, index, k, v, end, window, *plan), None
+            return attention(q, index, k, v, end, window, *plan, *places), None
 
         turned = rotation(positions, layer_frequencies)
         x, _, choice = _layer(weights, config, x, turned, attend, rows, recorded)
-        return x, None if choice is None else load_of(choice, real)
+        return x, None if choice is None else load_of(choice, counts)
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat])

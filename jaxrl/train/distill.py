@@ -83,6 +83,7 @@ def _of_whole(
         rows,
         lambda own, theirs: of_token(Predictions(own, theirs)),
         experts=batch.experts,
+        tree=batch.tree,
     )
     return compared, {}
 
@@ -98,8 +99,8 @@ def _of_sampled(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """[B, T] of what both think of the sampled tokens."""
     rows = batch.tokens, batch.positions, batch.segment_ids
-    stats = logprob.sequence_logprobs(params, models[0], *rows, temperature, batch.experts)
-    theirs = logprob.sequence_logprobs(teacher, models[1], *rows, temperature).logprobs
+    stats = logprob.sequence_logprobs(params, models[0], *rows, temperature, batch.experts, batch.tree)
+    theirs = logprob.sequence_logprobs(teacher, models[1], *rows, temperature, tree=batch.tree).logprobs
     tokens = sampled(
         batch.mask,
         stats.logprobs,

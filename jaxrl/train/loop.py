@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 from typing import Any
 
+from jaxrl.data.tree_packing import figures, sharing_of
 from jaxrl.episodes import Player
 from jaxrl.evaluate.run import evaluate
 from jaxrl.records import Group, Trajectory
@@ -46,6 +47,7 @@ async def reinforce(
         session.launches,
         offload=config.optimizer.offload,
         experts=session.recorded_experts,
+        sharing=sharing_of(config.train),
         base=session.base,
         teacher=teacher,
         pooled=True,
@@ -77,6 +79,7 @@ async def reinforce(
                 scored = collected.trained, state.params, reference, progress
                 outcomes = await asyncio.to_thread(steering.seen, outcomes, *scored)
                 packed = await asyncio.to_thread(pack, config, collected.kept, progress.memory, outcomes, methods)
+                shared = figures(packed)
                 if critic is not None and collected.trained:
                     learned = await asyncio.to_thread(critic.learn, collected.trained, outcomes)
                     packed = packed if progress.step >= config.critic.first_steps else []
@@ -95,7 +98,9 @@ async def reinforce(
                 await session.hand_over(state.params, player.engine, progress.step)
                 reference = steering.refreshed(reference, state.params, progress.step)
             trained_on = sum(len(group.kept) for group in collected.kept)
-            metrics = steering.adapt(over_updates(updates), trained_on, progress) | learned | collected.staleness
+            metrics = (
+                steering.adapt(over_updates(updates), trained_on, progress) | learned | shared | collected.staleness
+            )
             engine = player.engine.stats()
             recorder.rl_step(progress, collected.played, collected.selections, metrics, engine)
             evaluated = _is_due(progress.step, config.train.eval_every, config.train.steps)

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxrl.config import Config
 from jaxrl.data import packing
+from jaxrl.data.tree_packing import sharing_of
 from jaxrl.records import Batch
 from jaxrl.rl import selection
 from jaxrl.rl.aggregation import aggregation_weights
@@ -73,6 +74,7 @@ def pack(
                 row_tokens=row_tokens,
                 observation_weight=config.mix.observation_weight,
                 groups=outcomes.groups[members].tolist() if config.algorithm.loss in TARGETS else None,
+                sharing=sharing_of(config.train),
             )
         )
     return updates

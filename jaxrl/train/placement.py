@@ -8,11 +8,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl import mesh as meshes
 from jaxrl.processes.exchange import is_first
-from jaxrl.records import Batch
+from jaxrl.records import Batch, Tree
 
 PLANNED = (
     *("positions", "segment_ids", "mask", "versions", "advantages", "proximal_shares"),
     *("rl_weights", "kl_weights", "ce_weights", "entropy_weights"),
+    *("ends", "copies", "predictors"),
 )
 """Fields that every process knows of all trajectories, because they follow from outlines."""
 
@@ -56,15 +57,15 @@ class Placement:
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch on the devices. All processes call this together, under the mesh."""
-        return Batch(
-            **{
-                field.name: self._put(getattr(batch, field.name), field.name)
-                for field in dataclasses.fields(Batch)
-                if getattr(batch, field.name) is not None
-            }
-        )
+        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
+        tree = fields.pop("tree")
+        placed = Batch(**{name: self._put(name, values) for name, values in fields.items() if values is not None})
+        if tree is None:
+            return placed
+        nodes = {field.name: getattr(tree, field.name) for field in dataclasses.fields(Tree)}
+        return placed.replace(tree=Tree(**{name: self._put(name, values) for name, values in nodes.items()}))
 
-    def _put(self, values: np.ndarray, name: str) -> jax.Array:
+    def _put(self, name: str, values: np.ndarray) -> jax.Array:
         if name in PLANNED or not self._pooled:
             return jax.make_array_from_callback(values.shape, self.rows, lambda index: values[index])
         unsaid = values.dtype.type(UNSAID.get(name, 0))

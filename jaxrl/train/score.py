@@ -10,6 +10,7 @@ import numpy as np
 from jaxrl import mesh as meshes
 from jaxrl.config import ModelConfig, TrainConfig
 from jaxrl.data import packing
+from jaxrl.data.tree_packing import Sharing, sharing_of, without_sharing
 from jaxrl.model import logprob
 from jaxrl.model.lora import Base
 from jaxrl.records import Batch, Trajectory
@@ -29,6 +30,7 @@ class Scorer:
         statistic: takes what ``logprob.sequence_logprobs`` takes; the log-probabilities unless said otherwise.
         experts: of a token, see ``Batch.zeros``, for weights that compute with the experts a batch has recorded;
             None lets their own router choose.
+        sharing: as the micro-batches were packed.
         temperature: the sampler's.
         launches: held while work is handed to the devices; see ``Engine``.
         base: frozen weights; what is scored under are then adapters on them.
@@ -44,31 +46,34 @@ class Scorer:
         base: Base | None = None,
         *,
         experts: jax.ShapeDtypeStruct | None = None,
+        sharing: Sharing | None = None,
         statistic: Callable[..., jax.Array] = _logprobs,
     ) -> None:
         def score(params: Any, base: Base | None, batch: Batch) -> jax.Array:
             whole = params if base is None else base.adapted(params)
-            scored = statistic(
-                whole, model, batch.tokens, batch.positions, batch.segment_ids, temperature, batch.experts
-            )
+            rows = batch.tokens, batch.positions, batch.segment_ids
+            scored = statistic(whole, model, *rows, temperature, batch.experts, batch.tree)
             return meshes.to_compute(value(batch, scored), (None, None))
 
-        self._mesh, self._launches, self._base, self._experts = mesh, launches, base, experts
+        self._mesh, self._launches, self._base = mesh, launches, base
+        self._experts, self._sharing = experts, sharing
         self._place = Placement(mesh, pooled=True)
         self._score: Callable[..., jax.Array] = jax.jit(score)
 
     def compile(self, params: Any, rows: int, row_tokens: int) -> None:
         """Compile for micro-batches [rows, row_tokens] and weights placed like ``params``."""
         with jax.set_mesh(self._mesh):
-            placed = self._place(Batch.zeros(rows, row_tokens, self._experts))
+            placed = self._placed(Batch.zeros(rows, row_tokens))
             self._score = self._score.lower(params, self._base, placed).compile()
 
     def __call__(self, params: Any, batch: Batch) -> np.ndarray:
-        """[B, T] the value of every token of packed rows, on the host."""
+        """[B, T] the value of every token of packed rows, on the host; [B, U] where they share, see ``Batch``."""
         with jax.set_mesh(self._mesh), self._launches:
-            placed = self._place(batch.with_experts(self._experts))
-            values = self._score(params, self._base, placed)
+            values = self._score(params, self._base, self._placed(batch))
         return np.asarray(values)
+
+    def _placed(self, batch: Batch) -> Batch:
+        return self._place(without_sharing(batch, self._sharing).with_experts(self._experts))
 
 
 def of_trajectories(
@@ -83,9 +88,9 @@ def of_trajectories(
     """
     places = np.arange(1.0, len(trajectories) + 1)
     weights = [np.zeros(len(trajectory.ids)) for trajectory in trajectories]
-    batches = packing.pack_trajectories(
-        trajectories, places, weights, rows=train.rows, row_tokens=train.row_tokens
-    )  # the advantage of a token thus says whose it is
+    form = {"rows": train.rows, "row_tokens": train.row_tokens, "sharing": sharing_of(train)}
+    # The advantage of a token thus says whose it is.
+    batches = packing.pack_trajectories(trajectories, places, weights, **form)
     scored = [np.zeros(len(trajectory.ids), np.float32) for trajectory in trajectories]
     for batch, values in zip(batches, map(score, batches), strict=True):
         owners = (batch.advantages * batch.mask).astype(int)

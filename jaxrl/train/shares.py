@@ -79,6 +79,13 @@ def check_processes(config: Config, processes: int) -> None:
             f"{', '.join(found)} needs a single process, but this run has {processes}, each of which knows whole "
             "trajectories only of what it played; change it, or train in one process"
         )
+    packing, recorded = config.train.packing, config.engine.record_experts
+    if packing == "tree" or (packing == "shared_prompt" and recorded):
+        raise ConfigError(
+            f"TrainConfig.packing={packing!r}{' with EngineConfig.record_experts=True' if recorded else ''} needs a "
+            f"single process, but this run has {processes}, each of which knows what trajectories have in common only "
+            f"of what it played; set it to {'rows' if recorded else 'shared_prompt'!r}"
+        )
     if config.train.next_groups == "finished":
         raise ConfigError(
             f'TrainConfig.next_groups="finished" needs a single process, but this run has {processes}, each of which '

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxrl.config import AlgorithmConfig
+from jaxrl.data.tree_packing import sharing_of
 from jaxrl.model import logprob
 from jaxrl.records import Batch, Trajectory
 from jaxrl.rl import divergence, entropy, targets
@@ -31,13 +32,14 @@ class Steering:
         self._rescores = config.algorithm.proximal == "recomputed" and several
         estimator = config.algorithm.kl_estimator
         scored = session.model, config.engine.temperature, session.mesh, session.launches, session.base
-        self._logprobs = Scorer(lambda _, logprobs: logprobs, *scored, experts=session.recorded_experts)
-        self._divergence = Scorer(
+        scorer = functools.partial(Scorer, sharing=sharing_of(config.train))
+        self._logprobs = scorer(lambda _, logprobs: logprobs, *scored, experts=session.recorded_experts)
+        self._divergence = scorer(
             lambda batch, reference: divergence.kl(batch.behaviour_logprobs, reference, batch.mask, estimator),
             *scored,
         )
-        self._reference_logprobs = Scorer(lambda _, logprobs: logprobs, *scored)
-        self._squares = Scorer(
+        self._reference_logprobs = scorer(lambda _, logprobs: logprobs, *scored)
+        self._squares = scorer(
             lambda _, sums: sums,
             *scored,
             experts=session.recorded_experts,

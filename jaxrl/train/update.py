@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl.config import AlgorithmConfig, ModelConfig
+from jaxrl.data.tree_packing import Sharing, without_sharing
 from jaxrl.model import logprob, moe
 from jaxrl.model.lora import Base
 from jaxrl.records import Batch
@@ -48,7 +49,8 @@ def cross_entropy_loss(model: ModelConfig, supervised: SupervisedLoss = nll) -> 
 
     def loss(params: Any, batch: Batch, reference: Any) -> tuple[jax.Array, Metrics]:
         del reference
-        stats = logprob.sequence_logprobs(params, model, batch.tokens, batch.positions, batch.segment_ids)
+        rows = batch.tokens, batch.positions, batch.segment_ids
+        stats = logprob.sequence_logprobs(params, model, *rows, tree=batch.tree)
         metrics = {"nll": _masked(-stats.logprobs, batch.mask), "entropy": _masked(stats.entropy, batch.mask)}
         learned = (batch.ce_weights * supervised(jnp.where(batch.mask > 0, stats.logprobs, 0.0))).sum()
         balance, load_metrics = _balance(model, stats, batch)
@@ -80,6 +82,7 @@ def policy_gradient_loss(
             positions=batch.positions,
             segment_ids=batch.segment_ids,
             temperature=temperature,
+            tree=batch.tree,
         )
         stats = score(params, experts=batch.experts)
         shares = batch.proximal_shares
@@ -197,6 +200,7 @@ class Updater:
         launches: held while work is handed to the devices, where a rollout engine does so as well; see ``Engine``.
         offload: the optimizer state comes and goes in the host's memory.
         experts: what is recorded of a token, to compute with (``moe.record``); None: the router always chooses.
+        sharing: as micro-batches are packed; those in which nothing is shared are taken as well.
         base: frozen weights; the state and the reference then hold adapters on them, and only those are differentiated.
         teacher: frozen weights of a teacher; the loss then gets ``Guides`` in place of the reference.
         pooled: of several processes each has the contents of its own trajectories alone; see ``Placement``.
@@ -211,6 +215,7 @@ class Updater:
         *,
         offload: bool = False,
         experts: jax.ShapeDtypeStruct | None = None,
+        sharing: Sharing | None = None,
         base: Base | None = None,
         teacher: Any = None,
         pooled: bool = False,
@@ -245,7 +250,7 @@ class Updater:
 
         self._mesh, self._fixed = mesh, (base, teacher)
         self._launches = launches or contextlib.nullcontext()
-        self._offload, self._experts = offload, experts
+        self._offload, self._experts, self._sharing = offload, experts, sharing
         self._place = Placement(mesh, pooled=pooled)
         self._measured = jax.jit(measured)
         self._first = jax.jit(first)
@@ -259,9 +264,9 @@ class Updater:
         Raises:
             LayoutError: a gradient, or what the update makes of the state, would rest elsewhere than its parameter.
         """
-        empty = Batch.zeros(rows, row_tokens, self._experts)
+        empty = Batch.zeros(rows, row_tokens)
         with jax.set_mesh(self._mesh):
-            total = jax.eval_shape(self._first, state.params, self._fixed, self._place(empty), reference)
+            total = jax.eval_shape(self._first, state.params, self._fixed, self._placed(empty), reference)
             check_layout("the gradient of", shardings_of(total[0], self._mesh), state.params)
             gradients, _ = self._accumulate(state, [empty, empty], reference)
             check_layout("the sum of gradients of", jax.tree.map(lambda leaf: leaf.sharding, gradients), state.params)
@@ -281,7 +286,7 @@ class Updater:
         """
         batch = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._place.rows),
-            jax.eval_shape(lambda: Batch.zeros(rows, row_tokens, self._experts)),
+            self._formed(Batch.zeros(rows, row_tokens)),
         )
         with jax.set_mesh(self._mesh):
             arguments = (state.params, self._fixed, batch, reference)
@@ -322,7 +327,11 @@ class Updater:
         return _values(total)
 
     def _placed(self, batch: Batch) -> Batch:
-        return self._place(batch.with_experts(self._experts))
+        return self._place(self._formed(batch))
+
+    def _formed(self, batch: Batch) -> Batch:
+        """The batch in the form the programs are compiled for."""
+        return without_sharing(batch, self._sharing).with_experts(self._experts)
 
     def _bring(self, state: TrainState) -> TrainState:
         """With its moments on the devices."""

@@ -24,10 +24,13 @@ def inputs(case: Case) -> tuple[jax.Array, ...]:
 def output_and_gradients(case: Case, implementation: str, exact: bool = False) -> tuple[jax.Array, ...]:
     """Output and the gradients for q, k and v; with ``exact``, on float32 copies of the same numbers."""
     q, k, v, cotangent = (x.astype(jnp.float32) if exact else x for x in inputs(case))
+    positions = case.positions()
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         first = jnp.int32(case.first) if case.first else 0
         options = {"window": case.window, "first": first, "scale": case.scale, "soft_cap": case.soft_cap}
+        if positions is not None:
+            options["positions"] = jnp.asarray(positions)
         return interval_attention(q, k, v, jnp.asarray(case.ends()), implementation=implementation, **options)
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, ...]:
@@ -80,6 +83,31 @@ def test_window_may_be_traced() -> None:
         np.testing.assert_allclose(run(jnp.int32(window)), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+def test_a_window_by_position_ignores_what_other_branches_put_between(implementation: str) -> None:
+    """Every response of a group sees of the shared prompt what it would see in a row of its own."""
+    prompt, response, window = 5, 4, 6
+    tokens = prompt + 3 * response
+    q, k, v, _ = inputs(Case("group", "causal", batch=1, tokens=tokens))
+    end = np.full((1, tokens), tokens, np.int32)
+    positions = np.arange(tokens, dtype=np.int32)[None].copy()
+    for left in range(prompt, tokens, response):
+        end[:, left : left + response] = left + response
+        positions[:, left : left + response] = np.arange(prompt, prompt + response)
+    together = interval_attention(
+        q, k, v, jnp.asarray(end), window=window, positions=jnp.asarray(positions), implementation=implementation
+    )
+    for left in range(prompt, tokens, response):
+        own = np.r_[0:prompt, left : left + response]
+        alone = interval_attention(
+            *(x[:, own] for x in (q, k, v)),
+            jnp.full((1, len(own)), len(own), jnp.int32),
+            window=window,
+            implementation="reference",
+        )
+        np.testing.assert_allclose(together[:, own], alone, atol=2e-6)
+
+
 @given(st.lists(st.lists(st.integers(1, 5), max_size=4), min_size=1, max_size=3))
 @settings(max_examples=25, deadline=None)
 def test_segment_ends_matches_a_loop(rows: list[list[int]]) -> None:
@@ -110,12 +138,13 @@ def test_memory_is_linear_in_tokens() -> None:
     [
         ({"k": (1, 4, 3, 8)}, "K dividing N"),
         ({"k": (1, 3, 2, 8)}, "Q at most T"),
-        ({"end": (1, 5)}, "one integer per token"),
+        ({"end": (1, 5)}, "end has shape .* one integer per token"),
+        ({"positions": (1, 3)}, "positions has shape .* one integer per token"),
         ({"name": "cuda"}, "unknown"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
     q, k = jnp.zeros((1, 4, 4, 8)), jnp.zeros(change.get("k", (1, 4, 2, 8)))
-    end = jnp.zeros(change.get("end", (1, 4)), jnp.int32)
+    end, positions = (jnp.zeros(change.get(name, (1, 4)), jnp.int32) for name in ("end", "positions"))
     with pytest.raises(ValueError, match=message):
-        interval_attention(q, k, k, end, implementation=change.get("name", "auto"))
+        interval_attention(q, k, k, end, positions=positions, implementation=change.get("name", "auto"))

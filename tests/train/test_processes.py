@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from jaxrl.config import ConfigError
-from jaxrl.records import ToolCall, ToolStatus, Turn
+from jaxrl.data.packing import pack_trajectories
+from jaxrl.data.tree_packing import Sharing
+from jaxrl.records import Group, ToolCall, ToolStatus, Turn
 from jaxrl.rl import selection
 from jaxrl.rl.outcomes import Recorded, of_trajectories
-from jaxrl.train import outlines
+from jaxrl.train import outlines, shares
 from tests import several
 from tests.train.updating import CONFIG, group
 
@@ -66,6 +68,43 @@ def test_an_advantage_that_reads_what_was_written_is_refused_in_several_processe
         of_trajectories(trajectories, groups, Recorded(), {}).need(field)
         with pytest.raises(ConfigError, match="of several processes each knows only what it played itself; train in"):
             seen.need(field)
+
+
+@pytest.mark.parametrize(
+    ("packing", "recorded", "remedy"),
+    [("tree", False, "'shared_prompt'"), ("tree", True, "'rows'"), ("shared_prompt", True, "'rows'")],
+)
+def test_what_processes_do_not_know_of_each_other_is_not_shared(packing: str, recorded: bool, remedy: str) -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        train=dataclasses.replace(CONFIG.train, packing=packing),
+        engine=dataclasses.replace(CONFIG.engine, record_experts=recorded),
+    )
+    shares.check_processes(config, 1)
+    with pytest.raises(ConfigError, match=rf"TrainConfig\.packing='{packing}' .* 2, .* set it to {remedy}"):
+        shares.check_processes(config, 2)
+
+
+def test_processes_lay_out_a_shared_prompt_alike() -> None:
+    """From whole trajectories and from outlines, which have no tokens."""
+    asked = np.arange(4, 9, dtype=np.int32)
+    whole = [dataclasses.replace(one, prompt_ids=asked) for draw in range(3) for one in group(draw).trajectories]
+    outlined = [
+        one
+        for draw in range(3)
+        for one in outlines.outline(
+            Group(whole[0].problem, draw, tuple(one for one in whole if one.draw == draw))
+        ).trajectories
+    ]
+    weights = [one.mask.astype(np.float32) for one in whole]
+    shape = {"rows": 2, "row_tokens": 40, "sharing": Sharing(False, 40)}
+    known, told = (pack_trajectories(some, [1.0] * len(whole), weights, **shape) for some in (whole, outlined))
+    assert len(known) > 1 and (known[0].tree.copies > 1).any()
+    for one, other in zip(known, told, strict=True):
+        for name in ("positions", "ends", "copies", "predictors"):
+            np.testing.assert_array_equal(getattr(one.tree, name), getattr(other.tree, name))
+        np.testing.assert_array_equal(one.segment_ids, other.segment_ids)
+        assert one.tree.tokens.any() and not other.tree.tokens.any()
 
 
 def written(script: str, folder: pathlib.Path, processes: tuple[int, ...]) -> Iterator[Mapping[str, np.ndarray]]:

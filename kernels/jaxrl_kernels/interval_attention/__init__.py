@@ -29,6 +29,7 @@ def interval_attention(
     scale: float | None = None,
     soft_cap: float = 0.0,
     first: int | jax.Array = 0,
+    positions: jax.Array | None = None,
     plan: Plan | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
@@ -41,11 +42,14 @@ def interval_attention(
         k: [B, T, K, H] keys; N is a multiple of K, and query heads ``g * N/K ... (g + 1) * N/K - 1`` share KV head g.
         v: [B, T, K, H] values.
         end: [B, T] int32, first query index that no longer sees key j; 0 where nobody does.
-        window: query i also needs ``i - j < window``; 0 = no window. An int, or a traced int32 scalar.
+        window: query i also needs to lie less than so far behind key j; 0 = no window. An int, or a traced int32
+            scalar.
         scale: of the scores; ``H ** -0.5`` when None.
         soft_cap: scaled scores become ``soft_cap * tanh(score / soft_cap)``; 0 = they stay.
         first: index of the first query, where a row's queries are split over devices and each has all keys. An int,
             or a traced int32 scalar.
+        positions: [B, T] int32 that the window counts by, rising from a key to every query that sees it. None counts
+            by index, which is wrong only where other branches of a tree lie between a token and its past.
         plan: ``make_plan`` of ``end``, for batches that attend more than once; made here when None.
         implementation: "xla" is plain JAX, linear in T in memory; "reference" builds the whole mask.
 
@@ -62,16 +66,17 @@ def interval_attention(
             f"q {q.shape} [B, Q, N, H] needs k and v of one shape [B, T, K, H] with K dividing N and Q at most T; "
             f"got {k.shape}, {v.shape}"
         )
-    if end.shape != (batch, tokens):
-        raise ValueError(f"end has shape {end.shape}; one integer per token needs {(batch, tokens)}")
+    for name, integers in (("end", end), ("positions", end if positions is None else positions)):
+        if integers.shape != (batch, tokens):
+            raise ValueError(f"{name} has shape {integers.shape}; one integer per token needs {(batch, tokens)}")
     window = jnp.asarray(window, jnp.int32)
     scale = width**-0.5 if scale is None else scale
     match implementation:
         case "auto" | "xla":
             plan = make_plan(end, queries=queries, first=first) if plan is None else plan
-            return xla.interval_attention(q, k, v, end, window, first, scale, soft_cap, plan)
+            return xla.interval_attention(q, k, v, end, window, first, scale, soft_cap, positions, plan)
         case "reference":
-            return reference.interval_attention(q, k, v, end, window, first, scale, soft_cap)
+            return reference.interval_attention(q, k, v, end, window, first, scale, soft_cap, positions)
     raise ValueError(f"implementation={implementation!r} is unknown; choose auto, xla or reference")
 
 

@@ -21,6 +21,7 @@ class Case:
     scale: float | None = None
     soft_cap: float = 0.0
     first: int = 0
+    by_position: bool = False  # the window counts the tokens between a query and a key that the query sees
     dtype: str = "float32"
 
     def ends(self) -> np.ndarray:
@@ -50,6 +51,14 @@ class Case:
             case "nothing":
                 pass
         return end
+
+    def positions(self) -> np.ndarray | None:
+        """[B, T] int32: of every token how many others it sees without a window, in rows where it sees its past."""
+        if not self.by_position:
+            return None
+        index = np.arange(self.tokens)
+        sees = (index[None, :] < index[:, None]) & (index[:, None] < self.ends()[:, None, :])
+        return sees.sum(axis=2).astype(np.int32)
 
     def _tree(self, end: np.ndarray, left: int, right: int, generator: np.random.Generator) -> None:
         """A random tree in depth-first order: a run of tokens, then two subtrees."""
@@ -84,5 +93,11 @@ CASES = (
     Case("chunked_segments", "segments", tokens=300),
     Case("chunked_padded", "padded", tokens=257, kv_heads=1),
     Case("chunked_tree_window", "tree", batch=1, tokens=400, window=150),
+    Case("chunked_window_by_position", "causal", batch=1, tokens=800, window=100, by_position=True),
+    Case("tree_window", "tree", window=4, by_position=True),
+    Case("prefix_window", "prefix", tokens=40, window=6, by_position=True),
+    Case("split_tree_window", "tree", window=5, first=18, by_position=True),
+    Case("chunked_tree_window_by_position", "tree", batch=1, tokens=800, window=60, by_position=True),
+    Case("chunked_prefix_window_by_position", "prefix", tokens=1100, window=90, kv_heads=1, by_position=True),
     Case("chunked_soft_cap_window", "segments", tokens=300, window=40, scale=1.5, soft_cap=2.0),
 )

@@ -16,13 +16,17 @@ def interval_attention(
     first: int | jax.Array,
     scale: float,
     soft_cap: float,
+    positions: jax.Array | None,
 ) -> jax.Array:
     """As the contract says, one line per step."""
     groups = q.shape[2] // k.shape[2]
     k = jnp.repeat(k, groups, axis=2).astype(jnp.float32)
     v = jnp.repeat(v, groups, axis=2).astype(jnp.float32)
     query, key = first + jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None, :]
-    visible = (key <= query) & (query < end[:, None, :]) & ((window == 0) | (query - key < window))  # [B, Q, T]
+    distance = query - key
+    if positions is not None:
+        distance = jnp.take(positions, first + jnp.arange(q.shape[1]), axis=1)[:, :, None] - positions[:, None, :]
+    visible = (key <= query) & (query < end[:, None, :]) & ((window == 0) | (distance < window))  # [B, Q, T]
     visible = visible[:, None]
     scores = product("btnh,bsnh->bnts", q.astype(jnp.float32), k) * scale
     scores = jnp.where(visible, soft_capped(scores, soft_cap), -jnp.inf)

@@ -15,6 +15,9 @@ from jaxrl_kernels.interval_attention.plan import Plan, block_of, blocks_of
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import MASKED, round_up, soft_capped
 
+Places = tuple[jax.Array, jax.Array]
+"""Positions of the blocks of queries [n, B, C] and of keys [m, B, S]."""
+
 
 def interval_attention(
     q: jax.Array,
@@ -25,6 +28,7 @@ def interval_attention(
     first: int | jax.Array,
     scale: float,
     soft_cap: float,
+    positions: jax.Array | None,
     plan: Plan,
 ) -> jax.Array:
     """As the contract says. The gradient of a query that sees nothing is exactly zero."""
@@ -38,9 +42,19 @@ def interval_attention(
     k, v = (jnp.pad(x, (*fill, (0, 0), (0, 0))).reshape(batch, key_blocks, block, kv_heads, width) for x in (k, v))
     k, v = (jnp.einsum("bnskh->nbksh", x) for x in (k, v))
     ends = jnp.einsum("bns->nbs", jnp.pad(end, fill).reshape(batch, key_blocks, block))
-    attended = _attend(soft_cap, q, k, v, ends, window, jnp.asarray(first, jnp.int32), plan)
+    first, places = jnp.asarray(first, jnp.int32), None
+    if positions is not None:
+        asked = jax.lax.dynamic_slice_in_dim(positions, first, queries, axis=1)
+        places = _blocks_of_places(asked, query_blocks, block), _blocks_of_places(positions, key_blocks, block)
+    attended = _attend(soft_cap, q, k, v, ends, window, first, places, plan)
     output = jnp.einsum("nbkgch->bnckgh", attended).reshape(batch, query_blocks * block, heads, width)
     return output[:, :queries]
+
+
+def _blocks_of_places(positions: jax.Array, count: int, block: int) -> jax.Array:
+    """[B, T] positions as [count, B, block]; behind them the last again, which hides no block from its queries."""
+    fill = ((0, 0), (0, count * block - positions.shape[1]))
+    return jnp.einsum("bns->nbs", jnp.pad(positions, fill, mode="edge").reshape(-1, count, block))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -52,11 +66,12 @@ def _attend(
     ends: jax.Array,
     window: jax.Array,
     first: jax.Array,
+    places: Places | None,
     plan: Plan,
 ) -> jax.Array:
     """Blocks of scaled queries [n, B, K, G, C, H] over blocks of keys and values [m, B, K, S, H], ends [m, B, S],
     giving [n, B, K, G, C, H]."""
-    return _forward(soft_cap, q, k, v, ends, window, first, plan)[0]
+    return _forward(soft_cap, q, k, v, ends, window, first, places, plan)[0]
 
 
 def _forward(
@@ -67,13 +82,15 @@ def _forward(
     ends: jax.Array,
     window: jax.Array,
     first: jax.Array,
+    places: Places | None,
     plan: Plan,
 ) -> tuple[jax.Array, tuple]:
     def attend_block(nothing: tuple, block: tuple[jax.Array, ...]) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
-        query, start, listed, visits = block
+        query, start, listed, visits, asked = block
 
         def visit(index: int | jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            keys, values, visible = _at(k, index), _at(v, index), _visible(start, index, query, ends, window)
+            keys, values = _at(k, index), _at(v, index)
+            visible = _visible(start, index, query, ends, window, asked, places)
             scores = jnp.where(visible, soft_capped(_over_heads("bkmh,bksh->bkms", query, keys), soft_cap), MASKED)
             return _added(state, scores, values)
 
@@ -84,9 +101,9 @@ def _forward(
         total = jnp.where(seen, total, 1.0)
         return nothing, ((output / total).astype(query.dtype), jnp.where(seen, top + jnp.log(total), 0.0))
 
-    pieces = (q, *_visits(q, k, window, first, plan))
+    pieces = (q, *_visits(q, k, window, first, places, plan))
     _, (output, log_total) = _scanned(attend_block, (), pieces)
-    return output, (q, k, v, ends, window, first, plan, output, log_total)
+    return output, (q, k, v, ends, window, first, places, plan, output, log_total)
 
 
 def _added(state: tuple[jax.Array, ...], scores: jax.Array, values: jax.Array) -> tuple[jax.Array, ...]:
@@ -100,16 +117,17 @@ def _added(state: tuple[jax.Array, ...], scores: jax.Array, values: jax.Array) -
 
 
 def _backward(soft_cap: float, saved: tuple, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
-    q, k, v, ends, window, first, plan, output, log_total = saved
+    q, k, v, ends, window, first, places, plan, output, log_total = saved
     delta = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
 
     def differentiate_block(
         sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        query, log_total, delta, gradient, start, listed, visits = block
+        query, log_total, delta, gradient, start, listed, visits, asked = block
 
         def visit(index: int | jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            keys, values, visible = _at(k, index), _at(v, index), _visible(start, index, query, ends, window)
+            keys, values = _at(k, index), _at(v, index)
+            visible = _visible(start, index, query, ends, window, asked, places)
             scores = soft_capped(_over_heads("bkmh,bksh->bkms", query, keys), soft_cap)
             weights = jnp.exp(jnp.where(visible, scores, MASKED) - log_total)
             score_gradient = weights * (_over_heads("bkmh,bksh->bkms", gradient, values) - delta)
@@ -127,25 +145,30 @@ def _backward(soft_cap: float, saved: tuple, gradient: jax.Array) -> tuple[jax.A
         query_sum, *sums = _visited(visit, (empty, *sums), listed, visits)
         return tuple(sums), query_sum.astype(query.dtype)
 
-    pieces = (q, log_total, delta, gradient, *_visits(q, k, window, first, plan))
+    pieces = (q, log_total, delta, gradient, *_visits(q, k, window, first, places, plan))
     nothing = jnp.zeros(k.shape, jnp.float32)
     (key_sum, value_sum), query_gradient = _scanned(differentiate_block, (nothing, nothing), pieces)
-    return query_gradient, key_sum.astype(k.dtype), value_sum.astype(v.dtype), None, None, None, None
+    return query_gradient, key_sum.astype(k.dtype), value_sum.astype(v.dtype), None, None, None, None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
 def _visits(
-    q: jax.Array, k: jax.Array, window: jax.Array, first: jax.Array, plan: Plan
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each block of queries: its first index, its list of key blocks, and the span [2] of the list to be visited."""
+    q: jax.Array, k: jax.Array, window: jax.Array, first: jax.Array, places: Places | None, plan: Plan
+) -> tuple[jax.Array | None, ...]:
+    """Of each block of queries: its first index, its list of key blocks, the span [2] of the list to be visited, and
+    the positions of the queries if they have any."""
     (keys,), (counts,) = plan
     block = k.shape[3]
     start = first + jnp.arange(q.shape[0], dtype=jnp.int32) * block
     listed = jnp.arange(keys.shape[1]) < counts[:, None]
-    too_early = listed & (window > 0) & ((keys + 1) * block <= start[:, None] - window + 1)
-    return start, keys, jnp.stack([too_early.sum(axis=1, dtype=jnp.int32), counts], axis=1)
+    asked, last = start[:, None], (keys + 1) * block - 1  # least position of the queries, largest of each key block
+    if places is not None:
+        asked, last = places[0].min(axis=(1, 2))[:, None], places[1].max(axis=(1, 2))[keys]
+    too_early = listed & (window > 0) & (asked - last >= window)
+    skipped = jnp.cumprod(too_early, axis=1).sum(axis=1, dtype=jnp.int32)  # the list is visited from somewhere on
+    return start, keys, jnp.stack([skipped, counts], axis=1), None if places is None else places[0]
 
 
 def _visited(visit: Callable, state: tuple, listed: jax.Array, visits: jax.Array) -> tuple[jax.Array, ...]:
@@ -159,7 +182,7 @@ def _scanned(step: Callable, state: tuple, blocks: tuple[jax.Array, ...]) -> tup
     """``jax.lax.scan`` over the blocks of queries; short rows have one, and need no loop."""
     if blocks[0].shape[0] > 1:
         return jax.lax.scan(step, state, blocks)
-    state, result = step(state, tuple(block[0] for block in blocks))
+    state, result = step(state, jax.tree.map(lambda block: block[0], blocks))
     return state, jax.tree.map(lambda x: x[None], result)
 
 
@@ -174,12 +197,21 @@ def _add_at(blocks: jax.Array, index: int | jax.Array, more: jax.Array) -> jax.A
 
 
 def _visible(
-    start: jax.Array, index: int | jax.Array, query: jax.Array, ends: jax.Array, window: jax.Array
+    start: jax.Array,
+    index: int | jax.Array,
+    query: jax.Array,
+    ends: jax.Array,
+    window: jax.Array,
+    asked: jax.Array | None,
+    places: Places | None,
 ) -> jax.Array:
-    """[B, 1, 1, C, S]: which keys of block ``index`` the queries from ``start`` on see."""
+    """[B, 1, 1, C, S]: which keys of block ``index`` the queries from ``start`` on see, at positions ``asked``."""
     queries = start + jnp.arange(query.shape[3], dtype=jnp.int32)[:, None]
     keys = index * ends.shape[2] + jnp.arange(ends.shape[2], dtype=jnp.int32)[None, :]
-    in_window = (window == 0) | (queries - keys < window)
+    distance = queries - keys
+    if places is not None:
+        distance = asked[:, :, None] - _at(places[1], index)[:, None, :]
+    in_window = (window == 0) | (distance < window)
     return ((keys <= queries) & in_window & (queries < _at(ends, index)[:, None, :]))[:, None, None]
 
 
