@@ -105,7 +105,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     within = tuple(lengths[axis] for axis in AXES[1:])
     arranged = [
-        mesh_utils.create_device_mesh(within, group, allow_split_physical_axes=True)
+        # What is left of a slice that gave devices to roll out has gaps, of which no grid of neighbours can be made.
+        np.array(sorted(group, key=lambda device: device.process_index)).reshape(within)
+        if config.rollout_devices
+        else mesh_utils.create_device_mesh(within, group, allow_split_physical_axes=True)
         for group in by_slice(devices, lengths["slice"])
     ]
     return Mesh(np.stack(arranged), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
@@ -183,7 +186,7 @@ def make_rollout_mesh(mesh: Mesh, tensor: int = 0, devices: Sequence[jax.Device]
     Args:
         mesh: the training mesh.
         tensor: devices that share one replica's weights; 0 = as many as the training mesh's ``tensor`` axis.
-        devices: those that roll out, of one slice; those of the training mesh when None.
+        devices: those that roll out; those of the training mesh when None.
 
     Raises:
         ConfigError: the devices of one slice cannot be cut into replicas of this size, or a replica would have devices

@@ -63,11 +63,6 @@ def exchange(name: str, message: bytes) -> list[bytes]:
     return messages
 
 
-def serves() -> bool:
-    """Whether the coordination service lives in this process."""
-    return distributed.global_state.service is not None
-
-
 def client() -> Any:
     """Of the coordination service."""
     return distributed.global_state.client

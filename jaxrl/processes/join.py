@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import socket
 import sys
 import threading
 import time
@@ -12,7 +11,8 @@ from collections.abc import Callable, Mapping
 import jax
 
 from jaxrl.config import ConfigError
-from jaxrl.processes.exchange import client, exchange, serves
+from jaxrl.processes import service
+from jaxrl.processes.exchange import client, exchange
 
 BEAT_SECONDS = 0.5
 """Between two signs of life of a process."""
@@ -108,23 +108,22 @@ def _met(here: Place) -> bool:
     if here.count == 1 or (here.coordinator is None and in_pod):  # there jax would need the cluster's permission to ask
         return False
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if here.index == 0:
-        _check_port(here.coordinator)
     late = threading.Timer(here.wait_seconds, _stop, [_nobody(here)])
     late.daemon = True
     late.start()
     try:
-        jax.distributed.initialize(
-            here.coordinator,
-            here.count,
-            here.index,
-            # Slurm's environment would leave a process one device even where it is told its place.
-            cluster_detection_method="deactivate" if here.coordinator else None,
-            # Longer than the timer: when jax itself gives up, it aborts.
-            initialization_timeout=here.wait_seconds + 60,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-        )
+        with service.apart():
+            jax.distributed.initialize(
+                here.coordinator,
+                here.count,
+                here.index,
+                # Slurm's environment would leave a process one device even where it is told its place.
+                cluster_detection_method="deactivate" if here.coordinator else None,
+                # Longer than the timer: when jax itself gives up, it aborts.
+                initialization_timeout=here.wait_seconds + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            )
     except (ValueError, RuntimeError) as error:
         if here.coordinator is None and any(words in str(error) for words in ALONE):
             return False
@@ -134,22 +133,6 @@ def _met(here: Place) -> bool:
     finally:
         late.cancel()
     return jax.process_count() > 1
-
-
-def _check_port(coordinator: str) -> None:
-    """Refuse a port that is taken; jax's service would take the whole process down.
-
-    Raises:
-        OSError: with what to do.
-    """
-    port = int(coordinator.rpartition(":")[2])
-    try:
-        # Without SO_REUSEPORT: jax's service sets it, so that one which listens already would share the port.
-        socket.create_server(("", port)).close()
-    except OSError as error:
-        raise OSError(
-            f"--coordinator {coordinator}: process 0 cannot listen there: {error}; take a free port"
-        ) from error
 
 
 def _nobody(here: Place) -> str:
@@ -228,6 +211,6 @@ def _leave(code: int) -> None:
     """Exit, and do not wait for other threads: theirs may be devices of processes that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if serves():
-        time.sleep(4 * BEAT_SECONDS)  # the others still read from it why they stop
+    if (own := service.of_this_process()) is not None:
+        own.leave(4 * BEAT_SECONDS)  # the others still read from it why they stop
     os._exit(code)

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from jaxrl.config import ConfigError
+from jaxrl.processes import service
 from jaxrl.processes.join import PATIENCE_SECONDS, VARIABLES, Place, place, run
 from tests.several import REPOSITORY, finished, reserved_port, together
 
@@ -45,11 +46,12 @@ def test_a_number_that_is_none_is_refused() -> None:
 
 
 @pytest.mark.parametrize("reuse_port", [False, True], ids=["by anything", "by another run, as jax listens"])
-def test_a_port_that_is_taken_is_refused(reuse_port: bool) -> None:
+def test_a_port_that_is_taken_is_refused(reuse_port: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "LINGER_SECONDS", 0)
     with socket.create_server(("", 0), reuse_port=reuse_port) as taken:
-        here = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(OSError, match=f"--coordinator {here}: process 0 cannot listen there: .*; take a free port"):
-            run(Place(here, 2, 0, 9), lambda: 0)
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"process 0 cannot listen at port {port}: .*; take a free port"):
+            run(Place(f"127.0.0.1:{port}", 2, 0, 9), lambda: 0)
 
 
 def test_processes_tell_each_other_what_they_have() -> None:
@@ -79,12 +81,24 @@ def test_one_that_ends_early_stops_the_others_within_seconds(what: str, code: in
     assert time.monotonic() - began < PATIENCE_SECONDS + 60
 
 
-def test_the_death_of_the_first_stops_the_others_at_once() -> None:
-    """The coordination service dies with it: whether jax's own words or ours come first is left open."""
+def test_the_death_of_the_first_is_told_like_that_of_any_other() -> None:
+    """Its coordination service goes on without it for long enough, and then ends."""
     (first, _, _), (waiting, _, said) = together(TALKING, 2, 1, "die first")
-    assert first == -9
-    assert waiting in (1, -6)
-    assert "process 0, which all others need, is gone" in said or "another task died" in said
+    assert (first, waiting) == (-9, 1)
+    assert "process 1 stops: process 0 is gone (no sign of life for 10 s); start all processes again" in said
+
+
+def test_a_service_stays_as_long_as_it_is_told_and_another_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "LINGER_SECONDS", 30)
+    with reserved_port() as port:
+        address = f"[::]:{port}"
+    first = service.Service(address, 2, heartbeat_timeout=30)
+    began = time.monotonic()
+    first.leave(2)
+    second = service.Service(address, 2, heartbeat_timeout=30)
+    assert time.monotonic() - began > 1
+    second.shutdown()
+    socket.create_server(("", port)).close()  # free again
 
 
 @pytest.mark.parametrize("process", [0, 1])

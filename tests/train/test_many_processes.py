@@ -29,7 +29,8 @@ READS_TOKENS = (
     *("ModelConfig.family=qwen3_moe", "ModelConfig.experts=4", "ModelConfig.expert_width=32"),
     *("EngineConfig.record_experts=True", "CriticConfig.enabled=True", "CriticConfig.learning_rate=1e-3"),
     *("AlgorithmConfig.advantage=gae", "AlgorithmConfig.kl_placement=reward", "AlgorithmConfig.kl_estimator=k1"),
-    *("AlgorithmConfig.proximal=recomputed", "TrainConfig.updates_per_step=2", "TrainConfig.steps=3"),
+    *("AlgorithmConfig.proximal=recomputed", "TrainConfig.updates_per_step=2", "TrainConfig.steps=2"),
+    "SftConfig.steps=10",
 )
 """What the trainer makes of tokens besides gradients."""
 CURVE = ("loss", "grad_norm", "entropy", "ratio", "kl_to_reference", "pass_rate", "response_tokens", "calls")

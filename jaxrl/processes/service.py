@@ -1,0 +1,85 @@
+"""jax's coordination service in a process of its own, beside the first process of a run.
+
+All processes need it: where it breaks off, jax aborts them at once, in words that say nothing of why. Apart, it
+outlives the first process for as long as the others take to see that this one gives no sign of life.
+"""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from jax._src import distributed  # what starts the service has no public name
+from jaxlib import _jax
+
+from jaxrl.processes.service_process import READY
+
+LINGER_SECONDS = 12
+"""How long it outlives a first process that went without a word."""
+
+
+class Service:
+    """In place of the object that jax makes with the same arguments.
+
+    Args:
+        options: plain values; which there are depends on the version of jax.
+
+    Raises:
+        OSError: it cannot listen at ``address``; one that lingers there is waited for.
+    """
+
+    def __init__(self, address: str, count: int, **options: Any) -> None:
+        _check_port(address)
+        script = [sys.executable, "-m", "jaxrl.processes.service_process"]
+        command = [*script, address, str(count), json.dumps(options), str(LINGER_SECONDS)]
+        # Whoever reads the standard error of this process to its end, or kills its group, has nothing of the service.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        if self._process.stdout.readline() != READY:
+            raise OSError(f"the coordination service did not start at {address}; is the port free?")
+        self._process.stdout.close()
+
+    def leave(self, seconds: float) -> None:
+        """End it after so many seconds."""
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it is gone, or another thread has told it
+            self._process.stdin.write(str(seconds).encode())
+            self._process.stdin.close()
+
+    def shutdown(self) -> None:
+        """End it now."""
+        self.leave(0)
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside, ``jax.distributed.initialize`` starts its service in a process of its own."""
+    start = _jax.get_distributed_runtime_service
+    _jax.get_distributed_runtime_service = Service
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_service = start
+
+
+def of_this_process() -> Service | None:
+    """The service that this process started; the first does."""
+    return distributed.global_state.service
+
+
+def _check_port(address: str) -> None:
+    port, given_up = int(address.rpartition(":")[2]), time.monotonic() + LINGER_SECONDS + 1
+    while True:
+        try:
+            # Without SO_REUSEPORT: jax's service sets it, so that one which listens already would share the port.
+            socket.create_server(("", port)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > given_up:
+                raise OSError(f"process 0 cannot listen at port {port}: {error}; take a free port") from error
+        time.sleep(0.2)
