@@ -6,7 +6,7 @@ Shapes are written with one legend of letters, in comments and in einsum strings
     P KV pages            L layers                 D model width
     N query heads         K KV heads               H head width
     F feed-forward width  V vocabulary             E experts
-    G trajectories in a group
+    G trajectories in a group                      U response tokens of all trajectories in a row
 """
 
 __version__ = "0.1.0"
