@@ -55,14 +55,14 @@ class Child:
 
     def _rehearse(self) -> None:
         """Run a child's set-up without effect: the interpreter specialises it here rather than in every child."""
-        if self._processes or not self._jailed:
+        if self._processes or self._groups or not self._jailed:
             return  # these do more, which has an effect
         call, idle = (b"", 0, (), b"", b"", False), [syscalls.prepare("sched_yield")]
         for _ in range(_REHEARSALS):
             os.dup2(2, _STARTED)
             self._set_up(call, (idle, idle), [1, 2, _STARTED], "")
         os.dup2(2, _STARTED)
-        gc.disable()
+        gc.disable()  # as ``forks.settle_heap`` left it
 
     def plan(self, limits: tuple, address_space: int, program: bool) -> Plan:
         """The system calls of a child under these limits; made before the fork.

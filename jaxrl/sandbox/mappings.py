@@ -8,7 +8,7 @@ forbidden by the walls, and it can call ``mprotect`` itself.
 import ctypes
 import mmap
 
-HUGE_PAGE = 2 << 20
+HUGE_PAGE = mmap.PAGESIZE * (mmap.PAGESIZE // 8)  # what one page of a page table maps: 2 MiB for pages of 4 KiB
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 _MAYMOVE, _FIXED = 1, 2  # MREMAP_
 _FAILED = (1 << 64) - 1
@@ -59,7 +59,8 @@ def merge() -> None:
 def enlarge_code_pages() -> None:
     """Put the interpreter's code on huge pages, with which a child is born; else it finds each page by a fault.
 
-    For a process with one thread. Where there are no huge pages the code stays where it is.
+    For a process with one thread, after ``merge``. The code is then memory of this process and its forks, no longer of
+    the file. Where there are no huge pages, or no memory may become code, it stays where it is.
     """
     libc = ctypes.CDLL(None)
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -76,7 +77,7 @@ def enlarge_code_pages() -> None:
         libc.madvise(copy, size, MADV_HUGEPAGE)
         ctypes.memmove(copy, first, size)
         huge = libc.madvise(copy, size, MADV_COLLAPSE) == 0 and libc.mprotect(copy, size, _READ_EXECUTE) == 0
-        # The copy takes the place of the code in one step.
+        # The copy takes the place of the code in one step. Rights come last: at that the kernel makes it fit to run.
         if not huge or libc.mremap(copy, size, size, _MAYMOVE | _FIXED, first) == _FAILED:
             libc.munmap(copy, size)
         libc.munmap(anonymous, copy - anonymous)
@@ -84,7 +85,7 @@ def enlarge_code_pages() -> None:
 
 
 def _whole_blocks(libc: ctypes.CDLL) -> list[tuple[int, int]]:
-    """(first address, end) of the huge pages that lie wholly within the code and constants of one library."""
+    """(first address, end) of the huge pages that lie wholly within code and constants."""
     joined: list[list[int]] = []
     for start, end in sorted((start, end) for constant, start, end in _pieces(libc) if constant):
         if joined and joined[-1][1] == start:

@@ -38,10 +38,12 @@ ANSWER_EXISTS, ANSWER_ENTERED, ANSWER_OVER, ANSWER_COPIED = b"H", b"E", b"O", b"
 # Largest packet: below the kernel's default socket buffer (208 KiB). Larger calls travel in a memfd.
 PACKET_LIMIT = 96 * 1024
 _MOST_DESCRIPTORS = 16  # of a call: three pipes, files, input, the doors of its control groups, the call itself
-_SPACE = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize)
-_room = memoryview(bytearray(PACKET_LIMIT + 4096))  # for the packet that is being received, in each process its own
+_FD_BYTES = array.array("i").itemsize
+_SPACE = socket.CMSG_SPACE(_MOST_DESCRIPTORS * _FD_BYTES)
+# For the packet that is being received, by one thread. A template's children inherit it, and so it is wiped each time.
+_room = memoryview(bytearray(PACKET_LIMIT + 4096))
 # Plain numbers: arithmetic on the enumerations of ``socket`` is Python code.
-_CLOSE_ON_EXEC, _AT_ONCE, _TRUNCATED = map(int, (socket.MSG_CMSG_CLOEXEC, socket.MSG_DONTWAIT, socket.MSG_CTRUNC))
+_CLOSE_ON_EXEC, _AT_ONCE, _CUT = map(int, (socket.MSG_CMSG_CLOEXEC, socket.MSG_DONTWAIT, socket.MSG_CTRUNC))
 
 
 def send_packet(channel: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
@@ -64,11 +66,12 @@ def receive_packet(channel: socket.socket, wait: bool = True) -> tuple[bytes, li
     except ConnectionResetError:
         return b"", []
     data = bytes(_room[:length])
+    _room[:length] = bytes(length)
     fds: list[int] = []
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds += array.array("i", payload[: len(payload) & -array.array("i").itemsize])
-    if flags & _TRUNCATED:
+            fds += array.array("i", payload[: len(payload) & -_FD_BYTES])
+    if flags & _CUT:
         for fd in fds:
             os.close(fd)
         raise OSError(errno.EMFILE, f"only {len(fds)} descriptors of a packet arrived")

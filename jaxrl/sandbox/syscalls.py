@@ -1,6 +1,7 @@
 """The Linux system calls that Python does not wrap, through ctypes. Every failure is an OSError that names the call."""
 
 import ctypes
+import errno
 import os
 import platform
 import select
@@ -107,8 +108,13 @@ def bury(pid: int) -> tuple[int, float, float, int]:
     """Reap a child that has ended: wait status, user seconds, system seconds, peak of resident memory in KiB.
 
     ``os.wait4`` says the same, but looks for a module each time, on pages that a template would copy after each fork.
+    For one thread.
+
+    Raises:
+        OSError: it has not ended, or is no child.
     """
-    _check(_wait(pid, _status, 0, _usage), "wait4")
+    if _check(_wait(pid, _status, os.WNOHANG, _usage), "wait4") != pid:
+        raise OSError(errno.EAGAIN, f"wait4: process {pid} has not ended")
     (status,) = _STATUS.unpack(_status)
     user, user_micro, system, system_micro, peak_kib = _USAGE.unpack_from(_usage)
     return status, user + 1e-6 * user_micro, system + 1e-6 * system_micro, peak_kib

@@ -9,6 +9,7 @@ sockets; a closed socket means that the warden is gone and ends the process.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -124,6 +125,10 @@ def _announce(control: socket.socket, *fds: int) -> None:
     os.close(own)
 
 
+# Bytes of a call up to which the next order takes the place of what it leaves in freed memory.
+_SOON_OVERWRITTEN = 256
+
+
 class _Template:
     """Forks children and keepers, and reports their births and deaths."""
 
@@ -177,6 +182,7 @@ class _Template:
         _, _, limits, _, command, wanted = call
         plan = self._child.plan(limits, address_space, program=bool(command))
         directory = "" if self._jailed else _scratch(self._work)
+        # Starred below: any other call the interpreter would specialise, in every child anew.
         become, arguments = self._child.become, (call, plan, fds, directory)
         try:
             if self._jailed:
@@ -185,11 +191,14 @@ class _Template:
         except OSError:
             pid = -1  # the closed pipes tell the warden that nothing started
         if pid == 0:
-            become(*arguments)  # starred: any other call the interpreter would specialise, in every child anew
+            become(*arguments)
         if self._jailed:
             syscalls.perform(self._back)
         for fd in fds:
             os.close(fd)
+        if len(packed) > _SOON_OVERWRITTEN:
+            for secret in (order, packed, *call):
+                _wipe(secret)
         if pid < 0:
             send_packet(self._control, orders.ANSWER_DIED + orders.DIED.pack(id, 0, 0.0, 0.0, 0))
             return
@@ -233,6 +242,12 @@ class _Template:
             _remove(directory)
         died = orders.DIED.pack(id, *ended)
         send_packet(self._control, orders.ANSWER_DIED + died)
+
+
+def _wipe(secret: object) -> None:
+    """Zero what later children would find in freed memory: bytes that nobody else holds."""
+    if isinstance(secret, bytes) and len(secret) > 1:  # shorter ones the interpreter shares
+        ctypes.memset(id(secret) + bytes.__basicsize__ - 1, 0, len(secret))
 
 
 def _scratch(folder: str) -> str:

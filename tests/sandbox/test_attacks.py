@@ -366,6 +366,31 @@ written == [os.getcwd()]"""
     assert sandbox.run("import os; os.listdir('.'), os.path.exists('/tmp/left')").stdout == "([], False)\n"
 
 
+@pytest.mark.parametrize("filling", [0, 200, 3000, 30_000, 300_000])
+def test_promise_6_no_memory_has_the_code_of_calls_before(sandbox: Driver, filling: int) -> None:
+    """Hole of our own: a template that keeps orders, or frees them unwiped, hands them to every later child."""
+    for number in range(4):
+        kept = f"x = 'kept from all {filling} {number}'\n"
+        assert sandbox.run(f"{kept}{'#' * filling}\nprint(1)\n{kept}").stdout == "1\n"
+    look = f"""
+import ctypes, gc, os
+import jaxrl.sandbox.orders
+libc, near = ctypes.CDLL(None), set()
+for thing in [*gc.get_objects(), b"x" * 5000, b"x" * 50000, *vars(jaxrl.sandbox.orders).values()]:
+    page = id(thing) >> 12
+    near.update(range(page - 40, page + 41))
+found, descriptor = 0, os.open("pages", os.O_RDWR | os.O_CREAT)
+for page in sorted(near):
+    if libc.write(descriptor, ctypes.c_void_p(page << 12), ctypes.c_size_t(4096)) == 4096:  # where there is memory
+        data, place = os.pread(descriptor, 4096, 0), -1
+        while (place := data.find(b"kept from", place + 1)) >= 0:
+            found += data[place + 10:].startswith(b"all {filling} ")
+    os.lseek(descriptor, 0, 0)
+found, len(near) > 1000"""
+    limits = dataclasses.replace(LIMITS, cpu_seconds=20, wall_seconds=60)
+    assert sandbox.run(look, limits=limits).stdout == "(0, True)\n"
+
+
 def test_thread_limit_holds_and_is_not_shared(sandbox: Driver) -> None:
     """Hole 4: the process limit is void for root; here it holds, and calls do not count each other's threads."""
     code = """

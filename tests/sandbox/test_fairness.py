@@ -39,7 +39,7 @@ def test_a_flood_of_thousands_delays_another_by_a_few_calls() -> None:
             return waited
 
         waited = driver.wait(flood())
-        assert statistics.median(waited) <= BOUND, waited
+        assert statistics.median(waited) <= BOUND and sorted(waited)[-4] < 64, waited
         assert driver.run("6 * 7").stdout == "42\n"
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import subprocess
 import time
 
@@ -40,13 +41,21 @@ def test_whether_a_process_is_alive() -> None:
 def test_what_is_known_of_a_child_that_has_ended() -> None:
     child = os.fork()
     if not child:
-        held, began = bytearray(64 << 20), time.process_time()
-        while time.process_time() < began + 0.1:
-            held[::4096] = bytes(len(held) // 4096)  # touch every page
+        began = time.process_time()
+        while time.process_time() < began + 0.2:
+            pass
+        held = bytearray((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) + (64 << 20))
+        held[::4096] = bytes(len(held) // 4096)  # touch every page
         os._exit(3)
+    with pytest.raises(OSError, match="has not ended"):
+        syscalls.bury(child)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     status, user, system, peak_kib = syscalls.bury(child)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert os.waitstatus_to_exitcode(status) == 3
-    assert 0.1 <= user + system < 60 and peak_kib > 64 << 10
+    assert user == pytest.approx(after.ru_utime - before.ru_utime, abs=1e-5) and user > 0.05
+    assert system == pytest.approx(after.ru_stime - before.ru_stime, abs=1e-5)
+    assert peak_kib == after.ru_maxrss > (64 << 10)
     with pytest.raises(OSError, match="wait4"):
         syscalls.bury(child)
