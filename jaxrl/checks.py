@@ -33,7 +33,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Algorithm.entropy_target Algorithm.entropy_step Algorithm.entropy_limit Env.infra_retries "
         "Env.max_turn_tokens Engine.pages Data.seed Train.seed Sandbox.slow_slots Model.vocab_size "
         "Model.sliding_window Model.sliding_layers Model.dense_layers Eval.temperature Model.experts "
-        "Model.balance_coefficient "
+        "Model.balance_coefficient Model.expert_chunk "
         "Model.local_rope_theta Model.score_width Model.attention_soft_cap Model.logit_soft_cap "
         "Prefer.held_out Prefer.pairs_of_problem Prefer.sft_weight Prefer.length_weight Prefer.steps "
         "Prefer.learning_rate Prefer.warmup_steps Prefer.measure_every "

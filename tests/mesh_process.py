@@ -37,7 +37,7 @@ ENGINE = EngineConfig(
     slots=9, page_size=4, round_steps=4, prefill_rows=2, prefill_chunk=8, max_prompt_tokens=16, max_response_tokens=24
 )
 EXPERTS = dataclasses.replace(
-    MODEL, family="qwen3_moe", experts=8, expert_width=12, sliding_window=0, sliding_layers=()
+    MODEL, family="qwen3_moe", experts=8, expert_width=12, expert_chunk=40, sliding_window=0, sliding_layers=()
 )
 # Adam divides a gradient by its own size: with a tiny eps the rounding of a gradient near 0 would become its sign.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-2)

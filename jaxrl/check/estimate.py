@@ -108,7 +108,7 @@ def temporary(config: Config, devices: int, platform: str) -> int:
     tensor, size = lengths(config, devices)["tensor"], jax.numpy.dtype(model.compute_dtype).itemsize
     kept = model.layers * (model.width if model.remat == "full" else 8 * model.width + 3 * model.ffn_width // tensor)
     largest = 6 * model.width + 4 * (model.ffn_width + model.query_heads * model.head_width)
-    values = tokens * 4 * (kept + largest) + _expert_rows(config, devices) * 8 * (3 * model.width + model.expert_width)
+    values = tokens * 4 * (kept + largest) + _experts(config, devices)
     layer = 4 * size * (_layer_count(model) // tensor)
     tables = model.vocab_size * model.width * (2 * size if config.lora.rank else 4 + 2 * size)
     axes = lengths(config, devices)
@@ -125,13 +125,16 @@ def _layer_count(model: ModelConfig) -> int:
     return spec.count(transformer.param_specs(dataclasses.replace(model, layers=1, dense_layers=(), vocab_size=8)))
 
 
-def _expert_rows(config: Config, devices: int) -> int:
-    """Rows that one device's experts may have to compute: of each token that travels to it as many as it may choose."""
+def _experts(config: Config, devices: int) -> int:
+    """Bytes of tokens that travelled to a device's experts, and of the rows that these may have to compute at once: of
+    each token as many as it may choose of those that are here."""
     model, axes = config.model, lengths(config, devices)
     if not model.experts:
         return 0
+    travelled = tokens_per_device(config, devices) * axes["expert"]
     here = max(1, model.experts // (axes["expert"] * axes["tensor"]))
-    return tokens_per_device(config, devices) * axes["expert"] * min(model.experts_per_token, here)
+    rows = min(travelled, model.expert_chunk or travelled) * min(model.experts_per_token, here)
+    return 8 * (travelled * model.width + rows * (3 * model.width + model.expert_width))
 
 
 def _bytes(specs: Any, rules: meshes.Rules, mesh: AbstractMesh, dtype: str | None = None) -> int:

@@ -22,6 +22,9 @@ ROOM = 0.97
 LEAST_SEQUENCES = 4
 """Longest sequences for which a replica has pages at least."""
 
+EXPERT_CHUNK = 4096
+"""Tokens that a device's experts are proposed to compute at once."""
+
 Settings = dict[str, Any]
 """Values by key, as ``--set`` takes them."""
 
@@ -167,7 +170,7 @@ def _rows(config: Config, settings: Settings, devices: int) -> Settings:
 
 def _knobs(config: Config) -> list[list[_Step]]:
     """Every knob with its values, the present one first."""
-    ways = (_fewer_rows, _fewer_pages, _wider_replicas, _recomputed, _context, _tensor, _offload, _adapters)
+    ways = (_fewer_rows, _fewer_pages, _wider_replicas, _recomputed, _chunks, _context, _tensor, _offload, _adapters)
     return [[_Step(), *way(config)] for way in ways]
 
 
@@ -197,6 +200,12 @@ def _wider_replicas(config: Config) -> Iterator[_Step]:
 def _recomputed(config: Config) -> Iterator[_Step]:
     if config.model.remat != "full":
         yield _Step({"ModelConfig.remat": "full"}, 2.0, "a third more products: layers are computed again")
+
+
+def _chunks(config: Config) -> Iterator[_Step]:
+    if config.model.experts and not config.model.expert_chunk:
+        words = f"experts compute {EXPERT_CHUNK} tokens at a time, and once more in the backward pass"
+        yield _Step({"ModelConfig.expert_chunk": EXPERT_CHUNK}, 1.0, words)
 
 
 def _context(config: Config) -> Iterator[_Step]:

@@ -72,6 +72,8 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, everything in a layer, or all but matrix products."""
     logprob_chunk: int = 1024
     """Tokens whose logits exist at once when log-probabilities are computed."""
+    expert_chunk: int = 0
+    """Tokens that a device's experts compute at once in training, and once more in the backward pass; 0 = all."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
+from jaxrl.model.chunks import cut, joined
 from jaxrl.model.moe import Load
 from jaxrl.model.transformer import Params, hidden_states_and_load
 from jaxrl.records import Tree
@@ -180,9 +181,9 @@ def _score_chunks(
         mean = jnp.sum(jnp.exp(scaled - log_total[:, None]) * scaled, axis=-1)
         return logprob, log_total - mean
 
-    pieces = _cut(hidden, chunk), _cut(targets, chunk)
+    pieces = cut(hidden, chunk), cut(targets, chunk)
     _, (logprobs, entropy) = jax.lax.scan(lambda _, piece: (None, score(*piece)), None, pieces)
-    return tuple(x.reshape(-1)[: batch * tokens].reshape(batch, tokens) for x in (logprobs, entropy))
+    return joined(logprobs, batch, tokens), joined(entropy, batch, tokens)
 
 
 def _compare_chunks(
@@ -202,9 +203,9 @@ def _compare_chunks(
         logits = (product("td,vd->tv", states, matrix) for states, matrix in ((own, head), (theirs, their_head)))
         return of_logits(*(soft_capped(values, cap) for values, cap in zip(logits, soft_caps, strict=True)))
 
-    pieces = _cut(hidden, chunk), _cut(their_hidden, chunk)
+    pieces = cut(hidden, chunk), cut(their_hidden, chunk)
     _, values = jax.lax.scan(lambda _, piece: (None, compare(*piece)), None, pieces)
-    return (values.reshape(-1)[: batch * tokens].reshape(batch, tokens),)
+    return (joined(values, batch, tokens),)
 
 
 def _measure_chunks(
@@ -216,13 +217,5 @@ def _measure_chunks(
     def measure(states: jax.Array) -> jax.Array:
         return square_sum(soft_capped(product("td,vd->tv", states, head), soft_cap) / temperature)
 
-    _, values = jax.lax.scan(lambda _, piece: (None, measure(piece)), None, _cut(hidden, chunk))
-    return (values.reshape(-1)[: batch * tokens].reshape(batch, tokens),)
-
-
-def _cut(values: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] flattened and cut into [chunks, chunk, ...], padded with zeros; a chunk is no longer than all."""
-    flat = values.reshape(-1, *values.shape[2:])
-    chunk = min(chunk, len(flat))
-    padded = jnp.pad(flat, ((0, -len(flat) % chunk), *[(0, 0)] * (flat.ndim - 1)))
-    return padded.reshape(-1, chunk, *flat.shape[1:])
+    _, values = jax.lax.scan(lambda _, piece: (None, measure(piece)), None, cut(hidden, chunk))
+    return (joined(values, batch, tokens),)

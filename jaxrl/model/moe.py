@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_axes, compute_spec, per_shard, to_compute
+from jaxrl.model.chunks import cut, joined
 from jaxrl_kernels.products import product, rounded
 
 
@@ -123,6 +124,7 @@ def experts_feed_forward(
     down: jax.Array,
     activation: Callable[[jax.Array], jax.Array],
     rows: Rows = (None, None),
+    chunk: int = 0,
 ) -> jax.Array:
     """The weighted sum of the chosen experts' outputs, [B, T, D] float32.
 
@@ -138,6 +140,7 @@ def experts_feed_forward(
         down: [E, F, D] in the compute type.
         activation: of the gate.
         rows: names of B and T.
+        chunk: tokens that a device's experts compute at once; the backward pass computes each chunk again. 0 is all.
     """
     holders = compute_axes("experts")
     travelled = tuple(axis for axis in holders if axis in compute_axes(rows[0]))
@@ -147,7 +150,7 @@ def experts_feed_forward(
         if travelled:
             x, experts, weights = (jax.lax.all_gather(y, travelled, tiled=True) for y in (x, experts, weights))
         first = jax.lax.axis_index(holders) * matrices[0].shape[0] if holders else 0
-        added = _local_feed_forward(x, experts - first, weights, *matrices, activation)
+        added = _in_chunks(x, experts - first, weights, matrices, activation, chunk)
         if travelled:
             added = jax.lax.psum_scatter(added, travelled, tiled=True)
         return jax.lax.psum(added, shared) if shared else added
@@ -155,6 +158,31 @@ def experts_feed_forward(
     tokens, matrices = (*rows, None), ("experts", None, None)
     split = per_shard(compute, [tokens] * 3 + [matrices] * 3, tokens)
     return split(x, choice.experts, choice.weights, gate, up, down)
+
+
+def _in_chunks(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    matrices: tuple[jax.Array, ...],
+    activation: Callable[[jax.Array], jax.Array],
+    chunk: int,
+) -> jax.Array:
+    """``_local_feed_forward`` of so many tokens after each other, whose gradients of the matrices add up in float32."""
+    batch, tokens, _ = x.shape
+    if not 0 < chunk < batch * tokens:
+        return _local_feed_forward(x, experts, weights, *matrices, activation)
+    exact = tuple(matrix.astype(jnp.float32) for matrix in matrices)
+
+    @jax.checkpoint
+    def compute(*piece: jax.Array) -> jax.Array:
+        rounded_back = (matrix.astype(x.dtype) for matrix in exact)
+        return _local_feed_forward(*(part[None] for part in piece), *rounded_back, activation)[0]
+
+    # Tokens that fill the last chunk have no weight.
+    pieces = [cut(part, chunk) for part in (x, experts, weights)]
+    _, added = jax.lax.scan(lambda _, piece: (None, compute(*piece)), None, pieces)
+    return joined(added, batch, tokens)
 
 
 def _local_feed_forward(

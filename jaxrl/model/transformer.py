@@ -382,7 +382,9 @@ def _experts(
     inwards, outwards = ("experts", "expert_embed", "expert_ffn"), ("experts", "expert_ffn", "expert_embed")
     gate, up = (in_compute(weights[name], dtype, inwards) for name in ("expert_gate", "expert_up"))
     down = in_compute(weights["expert_down"], dtype, outwards)
-    return experts_feed_forward(normed.astype(dtype), choice, gate, up, down, activation, rows), choice
+    return experts_feed_forward(
+        normed.astype(dtype), choice, gate, up, down, activation, rows, config.expert_chunk
+    ), choice
 
 
 def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: tuple[str | None, str | None]) -> jax.Array:

@@ -120,6 +120,23 @@ def test_frozen_weights_may_be_kept_in_codes(recipe: Config) -> None:
     assert not any("LoraConfig.base" in remedy.settings for remedy in proposed(adapted, "v5e-32", 3))
 
 
+def test_experts_may_compute_in_chunks(recipe: Config) -> None:
+    sparse = {
+        "family": "qwen3_moe",
+        "width": 2048,
+        "query_heads": 32,
+        "kv_heads": 4,
+        "experts": 128,
+        "expert_width": 768,
+    }
+    settings = {f"ModelConfig.{name}": value for name, value in sparse.items()}
+    config = changed(recipe, settings | {"ModelConfig.experts_per_token": 8, "MeshConfig.expert": 8})
+    in_chunks = changed(config, {"ModelConfig.expert_chunk": 4096})
+    assert estimate.temporary(in_chunks, 64, "gpu") < estimate.temporary(config, 64, "gpu") / 2
+    assert "ModelConfig.expert_chunk" in proposed(config, "h100x64", 1)[0].settings
+    assert all("ModelConfig.expert_chunk" not in remedy.settings for remedy in proposed(in_chunks, "h100x64", 3))
+
+
 def test_every_one_can_run_and_is_estimated_to_fit(recipe: Config) -> None:
     for remedy in proposed(recipe, "v5e-8"):
         config, devices = changed(recipe, remedy.settings), remedy.target.devices

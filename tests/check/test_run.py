@@ -207,7 +207,7 @@ def test_a_configuration_that_the_target_refuses_is_said_so(config: Config) -> N
 
 def test_check_returns_one_when_it_does_not_fit() -> None:
     command = [sys.executable, "-m", "jaxrl", "check", "smoke", "--target", "this", "--json"]
-    command += ["--set", f"EngineConfig.pages={1 << 20}", "--set", "EngineConfig.page_size=4096"]
+    command += ["--set", f"EngineConfig.pages={1 << 28}", "--set", "EngineConfig.page_size=4096"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout or "{}").get("fits") is False, done.stderr

@@ -70,6 +70,32 @@ def test_no_token_is_dropped_and_gradients_are_right(per_token: int, normalize: 
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3, rtol=1e-3), got_gradients, wanted_gradients)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 32, 33])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_compute_in_chunks_what_they_compute_at_once(chunk: int, dtype: str) -> None:
+    """Gradients of the matrices are sums over chunks, rounded once, as they are at once."""
+    x, router, *matrices = inputs(dtype, skew=0.5)
+    choice = moe.route(router, x, CONFIG)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
+
+    def run(chunk: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        def total(x: jax.Array, mixed: jax.Array, *matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+            chosen = choice.replace(weights=mixed)
+            output = moe.experts_feed_forward(x.astype(dtype), chosen, *matrices, jax.nn.silu, chunk=chunk)
+            return jnp.sum(weights * output), output
+
+        gradient = jax.jit(jax.value_and_grad(total, argnums=tuple(range(5)), has_aux=True))
+        (_, output), gradients = gradient(x, choice.weights, *matrices)
+        return output, gradients
+
+    (output, gradients), (whole, of_whole) = run(chunk), run(0)
+    np.testing.assert_allclose(output, whole, rtol=1e-5, atol=1e-5)
+    bound = 1e-5 if dtype == "float32" else 2**-8  # half the distance of neighbours in bfloat16
+    for one, other in zip(gradients, of_whole, strict=True):
+        size = float(jnp.abs(other.astype(jnp.float32)).max())
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=bound, atol=bound * size)
+
+
 def test_bfloat16_rounds_the_operands_of_experts_but_not_of_the_router() -> None:
     arguments = inputs("bfloat16")
     got = jax.jit(lambda *arguments: feed_forward(CONFIG, *arguments))(*arguments)
