@@ -110,7 +110,7 @@ def measured(name: str, recipe: str, rounds: int) -> dict[str, Any]:
         "value": round(plain / shared, 2),
         "unit": "times as fast as rows",
         "demand": demand,
-        "holds": bool(same and plain / shared >= 4) if demand else bool(same) or None,
+        "holds": bool(same and plain / shared >= 4) if demand else bool(same),
         "tokens_per_node": round(figures([steps[1].batches])["packing/tokens_per_node"], 2),
         "rows": [len(step.batches) for step in steps],
         "seconds": [round(plain, 3), round(shared, 3)],

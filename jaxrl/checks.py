@@ -239,10 +239,9 @@ def _check_kl(algorithm: Any, lora: Any) -> None:
             f"kl_coefficient={algorithm.kl_coefficient} and kl_placement={algorithm.kl_placement!r}; "
             "set kl_coefficient above 0 with kl_placement='loss', or kl_by_ratio=False"
         )
-    if not algorithm.kl_coefficient and (algorithm.kl_target or algorithm.reference_every):
+    if algorithm.kl_target and not algorithm.kl_coefficient:
         raise ConfigError(
-            f"AlgorithmConfig.kl_target={algorithm.kl_target} and reference_every={algorithm.reference_every} do "
-            "nothing without a KL; set kl_coefficient above 0"
+            f"AlgorithmConfig.kl_target={algorithm.kl_target} does nothing without a KL; set kl_coefficient above 0"
         )
     if algorithm.reference_every and algorithm.reference_mix < 1 and lora.rank:
         raise ConfigError(

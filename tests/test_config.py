@@ -90,7 +90,7 @@ def test_promise_10_bad_configuration_is_refused_with_a_remedy(text: str, messag
             "AlgorithmConfig.kl_placement = 'reward'\nAlgorithmConfig.kl_estimator = 'k3+'",
             "kl_placement='reward' has none; use 'k3'",
         ),
-        ("AlgorithmConfig.reference_every = 5", "do nothing without a KL; set kl_coefficient above 0"),
+        ("AlgorithmConfig.kl_target = 0.1", "does nothing without a KL; set kl_coefficient above 0"),
         (
             "AlgorithmConfig.kl_coefficient = 0.1\nAlgorithmConfig.reference_every = 5\nLoraConfig.rank = 4",
             "reference_mix=0.6 of adapters is not that of the weights they add up to; set it to 1",

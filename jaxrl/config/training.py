@@ -91,7 +91,7 @@ class AlgorithmConfig:
     aggregation: Literal["token", "token_sum", "sequence", "sequence_sum", "constant"] = "token"
     """How the losses of tokens become one number, see docs/algorithms.md."""
     kl_coefficient: float = 0.0
-    """Weight of the KL to the reference (the policy RL started from); 0 keeps no reference."""
+    """Weight of the KL to the reference, the policy RL started from."""
     kl_estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"] = "k3"
     """How it is estimated; with a "+" the value stays and the gradient is that of k2."""
     kl_placement: Literal["loss", "reward"] = "loss"

@@ -52,6 +52,13 @@ def load(config: PreferConfig, seed: int) -> tuple[tuple[Preference, ...], tuple
     if len(rows) < 2:
         raise DataError(f"{config.data} has {len(rows)} rows; at least 2 are needed")
     back = _kept_back([row.prompt for row in rows], min(config.held_out, len(rows) // 2), seed)
+    if config.held_out and not back:
+        least = min(collections.Counter(row.prompt for row in rows).values())
+        raise DataError(
+            f"{config.data}: PreferConfig.held_out={config.held_out} of {len(rows)} rows cannot be kept back, for the "
+            f"prompt with the fewest has {least}; raise it to that, lower PreferConfig.pairs_of_problem, or give rows "
+            "of more prompts"
+        )
     learned, held_out = (tuple(row for row in rows if (row.prompt in back) is kept) for kept in (False, True))
     if config.kind == "judged":
         for part in (learned, held_out):

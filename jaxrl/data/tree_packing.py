@@ -2,7 +2,8 @@
 
 Only the network sees less. The losses are of every trajectory's own tokens, with its own weights, advantages and
 log-probabilities, laid out as without sharing; a node's gradient is the sum of what they make of it. Sharing is
-therefore exact for every loss, and nothing about a loss needs to be linear in its advantage.
+therefore exact for every loss but those that rank or average over a micro-batch, which then holds other trajectories;
+nothing about a loss needs to be linear in its advantage.
 """
 
 import functools

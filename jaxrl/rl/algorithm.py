@@ -16,7 +16,7 @@ from jaxrl.rl.outcomes import Outcomes, Recorded, of_trajectories
 from jaxrl.rl.policy_losses import POLICY_LOSSES
 from jaxrl.rl.selection import chooser
 from jaxrl.rl.selection.difficulty import EXTRA_SAMPLES
-from jaxrl.rl.targets import TARGETS
+from jaxrl.rl.targets import TARGETS, keeps_reference
 from jaxrl.rl.tokens import TokenLoss, Tokens, abstract_tokens
 
 PolicyLoss = Callable[[Tokens], TokenLoss]
@@ -171,6 +171,17 @@ def check(config: AlgorithmConfig, recorded: Recorded) -> None:
         raise ConfigError(
             f"AlgorithmConfig.loss={config.loss!r} compares whole sequences, of which rejection={config.rejection!r} "
             f"and top_entropy={config.top_entropy} would leave parts out; set them to 'none' and 1"
+        )
+    if config.reference_every and not keeps_reference(config):
+        raise ConfigError(
+            f"AlgorithmConfig.reference_every={config.reference_every} moves a reference that nothing looks at; set "
+            "kl_coefficient above 0"
+        )
+    if config.loss in TARGETS and (config.aggregation != "sequence" or config.mismatch != "none"):
+        raise ConfigError(
+            f"AlgorithmConfig.loss={config.loss!r} weighs the sequences of a group equally, which "
+            f"aggregation={config.aggregation!r} and mismatch={config.mismatch!r} would not; set them to 'sequence' "
+            "and 'none'"
         )
     chooser(config)
     extra_samples(config)

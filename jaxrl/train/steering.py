@@ -138,11 +138,13 @@ class Steering:
         """
         if self._algorithm.loss not in targets.TARGETS:
             return batches
-        logprobs = [self._logprobs(params, batch.replace(groups=None)) for batch in batches]
+        sampled = [batch for batch in batches if batch.mask.any()]  # the others are demonstrations
+        logprobs = [self._logprobs(params, batch.replace(groups=None)) for batch in sampled]
         theirs = None
         if self._algorithm.loss in targets.AGAINST_REFERENCE:
-            theirs = [self._reference_logprobs(reference, batch.replace(groups=None)) for batch in batches]
-        return targets.completed(self._algorithm, batches, logprobs, theirs)
+            theirs = [self._reference_logprobs(reference, batch.replace(groups=None)) for batch in sampled]
+        found = iter(targets.completed(self._algorithm, sampled, logprobs, theirs))
+        return [next(found) if batch.mask.any() else batch for batch in batches]
 
     def _rescored(self, batch: Batch, params: Any) -> Batch:
         """With the log-probabilities of ``params`` as the proximal ones, if the run takes these."""

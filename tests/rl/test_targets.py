@@ -123,8 +123,23 @@ def test_what_would_leave_parts_of_sequences_out_is_refused() -> None:
         algorithm.check(AlgorithmConfig(loss="flowrl", top_entropy=0.2), Recorded())
 
 
-def test_a_micro_batch_of_demonstrations_alone_is_left_as_it_is() -> None:
-    config = AlgorithmConfig(loss="gvpo")
-    batches = [*packed(5), Batch.zeros(5, 7)]
-    first, second = targets.completed(config, batches, [np.zeros((5, 7), np.float32)] * 2, None)
-    assert first.advantages.any() and not second.advantages.any()
+@pytest.mark.parametrize("settings", [{"aggregation": "token"}, {"mismatch": "tis", "proximal": "recomputed"}])
+def test_what_would_weigh_sequences_unequally_is_refused(settings: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="weighs the sequences of a group equally"):
+        algorithm.check(AlgorithmConfig(loss="gvpo", **settings), Recorded())
+
+
+def test_a_reference_moves_only_where_there_is_one() -> None:
+    with pytest.raises(ConfigError, match="reference that nothing looks at"):
+        algorithm.check(AlgorithmConfig(reference_every=5), Recorded())
+    algorithm.check(AlgorithmConfig(loss="flowrl", aggregation="sequence", reference_every=5), Recorded())
+
+
+def test_residuals_of_gvpo_sum_to_zero_in_a_group_whatever_the_advantages() -> None:
+    """Otherwise ln Z would not cancel: as where some of a group's trajectories are masked out."""
+    draw = np.random.default_rng(3)
+    advantages, drift, groups, nothing = draw.uniform(0, 1, 6), draw.normal(size=6), np.repeat([0, 1], 3), np.zeros(6)
+    found = targets.of_gvpo(targets.Sequences(groups, advantages, drift, nothing, nothing), beta=2.0)
+    residuals = 2.0 * drift - found
+    np.testing.assert_allclose([residuals[:3].sum(), residuals[3:].sum()], 0, atol=1e-12)
+    np.testing.assert_allclose(np.diff(residuals[:3]), np.diff(2.0 * drift[:3] - advantages[:3]))

@@ -247,6 +247,9 @@ def test_earlier_answers_in_a_prompt_are_context_alone(tmp_path: pathlib.Path) -
     rows = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in prompts]
     train, held_out = preferences.load(PreferConfig(data=write(tmp_path / "rows.jsonl", rows), held_out=1), 0)
     assert (len(train), len(held_out)) == (3, 1)
+    alike = write(tmp_path / "alike.jsonl", [row for row in rows[:1] for _ in range(8)])
+    with pytest.raises(DataError, match="held_out=4 of 8 rows cannot be kept back, .* fewest has 8"):
+        preferences.load(PreferConfig(data=alike, held_out=4), 0)
     learned = [message.learned for message in (*train[0].prompt, *train[0].answers[1])]
     assert learned == [False, False, False, True]
 

@@ -13,9 +13,10 @@ from jaxrl import mesh as meshes
 from jaxrl.config import AlgorithmConfig, Config, MeshConfig, ModelConfig, TrainConfig
 from jaxrl.data import packing
 from jaxrl.model import logprob, spec, transformer
-from jaxrl.records import Trajectory
+from jaxrl.records import Batch, Trajectory
 from jaxrl.rl.advantages import ADVANTAGES
 from jaxrl.rl.outcomes import Recorded, of_trajectories
+from jaxrl.rl.targets import keeps_reference
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.score import of_trajectories as of_trajectories_scored
 from jaxrl.train.steering import Steering, proximal_shares
@@ -48,7 +49,7 @@ def steered(algorithm: AlgorithmConfig, train: TrainConfig = TRAIN) -> tuple[Ste
     specs = transformer.param_specs(MODEL)
     params = jax.device_put(spec.initialize(specs, jax.random.key(0)), spec.shardings(specs, mesh, meshes.PARAM_RULES))
     steering = Steering(session)
-    steering.compile(params, params if algorithm.kl_coefficient or algorithm.reference_ratios else None)
+    steering.compile(params, params if keeps_reference(algorithm) else None)
     return steering, params
 
 
@@ -183,12 +184,14 @@ def test_the_reference_moves_towards_the_policy_when_it_is_due() -> None:
 @pytest.mark.parametrize("name", ["gvpo", "flowrl"])
 def test_targets_are_of_the_weights_that_the_update_begins_with(name: str) -> None:
     """The trajectories of a group lie in micro-batches of their own; what is left of them sums to 0."""
-    algorithm = AlgorithmConfig(loss=name, loss_settings={"beta": 2.0}, kl_coefficient=0.1)
+    algorithm = AlgorithmConfig(loss=name, loss_settings={"beta": 2.0})
     steering, params = steered(algorithm, dataclasses.replace(TRAIN, rows=1, row_tokens=4))
     batches = packing.pack_trajectories(played(2), [0.5, -0.5], [np.ones(3)] * 2, rows=1, row_tokens=4, groups=[7, 7])
     (prepared,) = steering.prepared([batches], params, RunProgress())
-    completed = steering.completed(prepared, params, params)
-    assert len(completed) == 2
+    shown = Batch.zeros(1, 9)  # a demonstration, of a shape that nothing is compiled for
+    reference = params if keeps_reference(algorithm) else None
+    *completed, left = steering.completed([*prepared, shown], params, reference)
+    assert len(completed) == 2 and left is shown
     fitted, wanted = [], []
     for batch, target in zip(batches, completed, strict=True):
         here, own = batch.mask > 0, scores(params, batch)
