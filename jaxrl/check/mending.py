@@ -33,7 +33,10 @@ def search(
     seen: list[Remedy] = []
     judged: dict[int, Outcome | None] = {}  # by place among the seen
     while True:
-        helped = {place: outcome for place, outcome in sorted(judged.items()) if outcome is not None}
+        helped: dict[int, Outcome] = {}
+        for place, outcome in sorted(judged.items()):
+            if outcome is not None and not any(says_little(seen[place], seen[other]) for other in helped):
+                helped[place] = outcome
         most = min(REMEDIES - len(helped), TRIES - len(judged))
         chosen: list[int] = []
         for place, remedy in enumerate(_again(seen, proposed) if most else ()):

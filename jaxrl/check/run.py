@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxrl.check import environment, estimate, ledger, mending, programs, remedies, targets
+from jaxrl.check.environment import CompilerError
 from jaxrl.check.worker import Compiled
 from jaxrl.config import Config, ConfigError, dump, load, read_recipe
 from jaxrl.model import hf
@@ -104,7 +105,7 @@ def check(config: Config, target: targets.Target, say: Say, *, cached: bool = Tr
         changed = remedies.changed(config, remedy.settings)
         try:
             outcome = compile_for(changed, remedy.target, say, cached=cached, names=DECISIVE, quick=True)
-        except ConfigError as error:
+        except (ConfigError, CompilerError) as error:
             say(f"{remedy.options(target)} cannot run: {error}")
             return None
         if ledger.fits(outcome.moments, int(outcome.memory * (1 - SPARED))):

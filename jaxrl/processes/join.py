@@ -212,5 +212,7 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if (own := service.of_this_process()) is not None:
-        own.leave(4 * BEAT_SECONDS)  # the others still read from it why they stop
+        # The others still read from it why they stop; the first process of a container takes it along when it ends.
+        own.leave(4 * BEAT_SECONDS)
+        time.sleep(4 * BEAT_SECONDS)
     os._exit(code)

@@ -18,8 +18,8 @@ from jaxlib import _jax
 
 from jaxrl.processes.service_process import READY
 
-LINGER_SECONDS = 12
-"""How long it outlives a first process that went without a word."""
+LINGER_SECONDS = 20
+"""How long it outlives a first process that went without a word: twice as long as the others wait for a sign of life."""
 
 
 class Service:

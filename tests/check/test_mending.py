@@ -46,6 +46,17 @@ def test_what_says_little_beside_one_that_helps_is_not_judged_but_beside_one_tha
     assert sorted(judged) == [1, 2, 4]
 
 
+def test_what_a_cheaper_one_found_later_makes_pointless_gives_up_its_place() -> None:
+    """1 is judged with 3 and 4 and fails; then 2, which had waited for 1, helps, and 3 says little beside it."""
+
+    def little(one: Remedy, other: Remedy) -> bool:
+        return (one.price, other.price) in ((2, 1), (3, 2))
+
+    proposed = (remedy(price, slots=price) for price in range(1, 100))
+    found, _ = mending.search(proposed, lambda one: None if one.price == 1 else True, little)
+    assert [one.price for one, _ in found] == [2, 4, 5]
+
+
 def test_no_more_than_so_many_are_judged_and_none_where_none_are_proposed() -> None:
     found, tried = mending.search((remedy(price) for price in range(1, 100)), lambda one: None, never)
     assert found == [] and tried == mending.TRIES
