@@ -88,7 +88,7 @@ class LoraConfig:
     """Scale by alpha / sqrt(rank) instead (PEFT's use_rslora)."""
     targets: tuple[str, ...] = ("all-linear",)
     """Matrices with an adapter: names of their modules ("q_proj", "mlp.up_proj") or names here ("query", "up");
-    "all-linear" is all of attention and of a feed-forward without experts."""
+    "all-linear" is all of attention, feed-forwards and experts; "embed_tokens" and "lm_head" are asked for by name."""
     base: Literal["none", "int8", "nf4"] = "none"
     """Keep the frozen matrices of the layers in codes of 8 or 4 bits."""
     path: str = ""

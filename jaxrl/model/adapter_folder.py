@@ -13,7 +13,7 @@ import safetensors
 
 from jaxrl.config import ConfigError, LoraConfig
 from jaxrl.model.folders import read_json, replaced_folder, write_json
-from jaxrl.model.lora import Adapters
+from jaxrl.model.lora import A, Adapters
 from jaxrl.model.placement import whole_tensor
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl.model.tensor_files import TYPES, several, write_tensors
@@ -39,6 +39,10 @@ _WANTED: dict[str, tuple[Any, ...]] = {
 Other initialisations (PiSSA, OLoRA, LoftQ, CorDA) subtract the adapter from the weights it stands on."""
 
 
+_FROZEN = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+"""Ends of the names of copies that PEFT puts beside the adapters of embedding and output head; those are frozen."""
+
+
 def save_adapter(
     path: str | os.PathLike[str],
     config: LoraConfig,
@@ -57,9 +61,10 @@ def save_adapter(
         also: given the unfinished folder, writes more files into it.
 
     Raises:
-        ConfigError: something else stands at ``path``.
+        ConfigError: something else stands at ``path``, or PEFT would load the adapter as another one.
         OSError: the folder cannot be written.
     """
+    _check_known_to_peft(config, specs)
     modules = {_module(spec) for spec in flax.traverse_util.flatten_dict(specs).values()}
     document = {
         "peft_type": "LORA",
@@ -115,6 +120,27 @@ def _module(spec: ParamSpec) -> str:
     return spec.hf_name.split(".lora_")[0].rpartition(".")[2]
 
 
+def _check_known_to_peft(config: LoraConfig, specs: Specs) -> None:
+    """Refuse what PEFT, up to 0.21, does not load as what it is.
+
+    transformers 5 has gate and up of all experts in one tensor. PEFT reads their names in ``target_modules`` as that
+    tensor's, wherever the matrices are; it takes both and ``down`` or neither, and doubles their rank and alpha.
+    """
+    experts = {name for name in ("expert_gate", "expert_up", "expert_down") if name in specs}
+    beside = [name for name in ("gate", "up", "down") if name in specs and specs[name][A].layers is not None]
+    problem = ""
+    if beside:
+        problem = f"adapters of {', '.join(beside)} in layers without experts, of a model that has experts in others"
+    elif experts not in (set(), {"expert_down"}, {"expert_gate", "expert_up", "expert_down"}):
+        problem = f"adapters of {' and '.join(sorted(experts))} without the other matrices of the experts"
+    elif "expert_gate" in experts and config.rank_stabilized:
+        problem = "LoraConfig.rank_stabilized=True for gate and up of experts, which it would scale by another root"
+    if problem:
+        raise ConfigError(
+            f"peft does not load {problem}; export the model with its adapter merged (leave out --adapter)"
+        )
+
+
 def _check_document(folder: pathlib.Path, document: dict[str, Any], config: LoraConfig) -> None:
     for key, usual in _WANTED.items():
         value = document.get(key, usual[0])
@@ -143,7 +169,7 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
         raise ConfigError(f"{folder} has no {WEIGHTS}; only safetensors are read: save the adapter again with peft")
     try:
         with safetensors.safe_open(file, "numpy") as opened:
-            names = list(opened.keys())
+            names = [name for name in list(opened.keys()) if not name.endswith(_FROZEN)]
             mistyped = [
                 f"{name} is {kind}" for name in names if (kind := opened.get_slice(name).get_dtype()) not in TYPES
             ]

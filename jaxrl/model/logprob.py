@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of tokens, without ever holding the logits of a long row."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model.chunks import cut, joined
+from jaxrl.model.lora import ADAPTERS, RANK, A, B
 from jaxrl.model.moe import Load
 from jaxrl.model.transformer import Params, hidden_states_and_load
 from jaxrl.records import Tree
@@ -28,9 +29,10 @@ class TokenStats:
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Float32 logits [..., V] of hidden states [..., D], rows and vocabulary unsplit: for few rows, as in sampling."""
-    head = to_compute(_head(params).astype(hidden.dtype), ("vocab", "embed"))
+    axes = ("vocab", "embed"), ("embed", RANK), (RANK, "vocab")
+    head = [to_compute(matrix, own) for matrix, own in zip(_head(params, hidden.dtype), axes, strict=False)]
     spec = compute_spec((*[None] * (hidden.ndim - 1), "vocab"))
-    split = product("...d,vd->...v", hidden, head, out_sharding=spec)
+    split = _scores(hidden, head, spec)
     return to_compute(soft_capped(split, config.logit_soft_cap), (None,) * hidden.ndim)
 
 
@@ -51,13 +53,13 @@ def token_logprobs(
         targets: [B, T] int32.
         temperature: logits are divided by it; > 0.
     """
-    tokens, head = ("batch", "token_shards"), _head(params).astype(hidden.dtype)
+    tokens, head = ("batch", "token_shards"), _head(params, hidden.dtype)
     score = per_shard(
         functools.partial(_score_chunks, chunk=config.logprob_chunk, soft_cap=config.logit_soft_cap),
-        [(*tokens, None), (None, None), tokens, ()],
+        [(*tokens, None), tokens, (), *[(None, None)] * len(head)],
         [tokens, tokens],
     )
-    logprobs, entropy = score(hidden, head, targets, jnp.asarray(temperature, jnp.float32))
+    logprobs, entropy = score(hidden, targets, jnp.asarray(temperature, jnp.float32), *head)
     return TokenStats(logprobs=to_compute(logprobs, ("batch", None)), entropy=to_compute(entropy, ("batch", None)))
 
 
@@ -99,13 +101,14 @@ def square_sums(
     Arguments as in ``sequence_logprobs``; 0 where nothing predicts a token.
     """
     split = ("batch", "token_shards")
+    hidden, _ = hidden_states_and_load(params, config, tokens, positions, segment_ids, experts, tree)
+    head = _head(params, hidden.dtype)
     measure = per_shard(
         functools.partial(_measure_chunks, chunk=config.logprob_chunk, soft_cap=config.logit_soft_cap),
-        [(*split, None), (None, None), ()],
+        [(*split, None), (), *[(None, None)] * len(head)],
         [split],
     )
-    hidden, _ = hidden_states_and_load(params, config, tokens, positions, segment_ids, experts, tree)
-    (values,) = measure(hidden, _head(params).astype(hidden.dtype), jnp.asarray(temperature, jnp.float32))
+    (values,) = measure(hidden, jnp.asarray(temperature, jnp.float32), *head)
     return _of_tokens(to_compute(values, ("batch", None)), segment_ids, tree)
 
 
@@ -137,17 +140,20 @@ def compared(
     Returns:
         [B, T] float32; as in ``sequence_logprobs`` 0 where nothing predicts a token.
     """
-    tokens, head = ("batch", "token_shards"), (None, None)
+    tokens = ("batch", "token_shards")
     caps = config.logit_soft_cap, other_config.logit_soft_cap
     hidden, _ = hidden_states_and_load(params, config, *rows, experts, tree)
     their_hidden, _ = hidden_states_and_load(other, other_config, *rows, tree=tree)
+    head, their_head = _head(params, hidden.dtype), _head(other, their_hidden.dtype)
     compare = per_shard(
-        functools.partial(_compare_chunks, chunk=config.logprob_chunk, soft_caps=caps, of_logits=of_logits),
-        [(*tokens, None), head, (*tokens, None), head],
+        functools.partial(
+            _compare_chunks, own=len(head), chunk=config.logprob_chunk, soft_caps=caps, of_logits=of_logits
+        ),
+        [*[(*tokens, None)] * 2, *[(None, None)] * (len(head) + len(their_head))],
         [tokens],
     )
-    heads = _head(params).astype(hidden.dtype), _head(other).astype(their_hidden.dtype)
-    (values,) = compare(hidden, heads[0], *map(jax.lax.stop_gradient, (their_hidden, heads[1])))
+    their_hidden, *their_head = map(jax.lax.stop_gradient, (their_hidden, *their_head))
+    (values,) = compare(hidden, their_hidden, *head, *their_head)
     return _of_tokens(to_compute(values, ("batch", None)), rows[2], tree)
 
 
@@ -161,22 +167,38 @@ def _of_tokens(values: jax.Array, segment_ids: jax.Array, tree: Tree | None) -> 
     return jnp.where((segment_ids > 0) & (segment_ids == before), jnp.roll(values, 1, axis=1), 0.0)
 
 
-def _head(params: Params) -> jax.Array:
-    """The output matrix [V, D]; the embedding where the two are tied."""
-    return params["head"] if "head" in params else params["embedding"]
+def _head(params: Params, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+    """The output matrix [V, D], the embedding where the two are tied; and the factors [D, rank] and [rank, V] of its
+    adapter if it has one."""
+    if "head" not in params:
+        return (params["embedding"].astype(dtype),)
+    pair = params.get(ADAPTERS, {}).get("head", {})
+    return params["head"].astype(dtype), *(pair[factor].astype(dtype) for factor in (A, B) if pair)
+
+
+def _scores(
+    hidden: jax.Array, head: Sequence[jax.Array], out_sharding: jax.sharding.PartitionSpec | None = None
+) -> jax.Array:
+    """Logits [..., V] of hidden states [..., D], before any soft cap; ``head`` is what ``_head`` gives."""
+    matrix, *pair = head
+    scores = product("...d,vd->...v", hidden, matrix, out_sharding=out_sharding)
+    if not pair:
+        return scores
+    narrow = product("...d,dr->...r", hidden, pair[0]).astype(hidden.dtype)
+    return scores + product("...r,rv->...v", narrow, pair[1], out_sharding=out_sharding)
 
 
 def _score_chunks(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, chunk: int, soft_cap: float
+    hidden: jax.Array, targets: jax.Array, temperature: jax.Array, *head: jax.Array, chunk: int, soft_cap: float
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies, [B, T] each, of local rows."""
     batch, tokens, _ = hidden.shape
 
     @jax.checkpoint
     def score(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scaled = soft_capped(product("td,vd->tv", hidden, head), soft_cap) / temperature
+        scaled = soft_capped(_scores(hidden, head), soft_cap) / temperature
         log_total = jax.nn.logsumexp(scaled, axis=-1)
-        hit = targets[:, None] == jnp.arange(head.shape[0], dtype=targets.dtype)
+        hit = targets[:, None] == jnp.arange(head[0].shape[0], dtype=targets.dtype)
         logprob = jnp.sum(jnp.where(hit, scaled, 0.0), axis=-1) - log_total
         mean = jnp.sum(jnp.exp(scaled - log_total[:, None]) * scaled, axis=-1)
         return logprob, log_total - mean
@@ -188,19 +210,19 @@ def _score_chunks(
 
 def _compare_chunks(
     hidden: jax.Array,
-    head: jax.Array,
     their_hidden: jax.Array,
-    their_head: jax.Array,
+    *heads: jax.Array,
+    own: int,
     chunk: int,
     soft_caps: tuple[float, float],
     of_logits: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[jax.Array]:
-    """What ``of_logits`` says of local rows, [B, T]."""
+    """What ``of_logits`` says of local rows, [B, T]; the first ``own`` of ``heads`` are of the first model."""
     batch, tokens, _ = hidden.shape
 
     @jax.checkpoint
-    def compare(own: jax.Array, theirs: jax.Array) -> jax.Array:
-        logits = (product("td,vd->tv", states, matrix) for states, matrix in ((own, head), (theirs, their_head)))
+    def compare(states: jax.Array, their_states: jax.Array) -> jax.Array:
+        logits = _scores(states, heads[:own]), _scores(their_states, heads[own:])
         return of_logits(*(soft_capped(values, cap) for values, cap in zip(logits, soft_caps, strict=True)))
 
     pieces = cut(hidden, chunk), cut(their_hidden, chunk)
@@ -209,13 +231,13 @@ def _compare_chunks(
 
 
 def _measure_chunks(
-    hidden: jax.Array, head: jax.Array, temperature: jax.Array, chunk: int, soft_cap: float
+    hidden: jax.Array, temperature: jax.Array, *head: jax.Array, chunk: int, soft_cap: float
 ) -> tuple[jax.Array]:
     """``square_sum`` of local rows, [B, T]."""
     batch, tokens, _ = hidden.shape
 
     def measure(states: jax.Array) -> jax.Array:
-        return square_sum(soft_capped(product("td,vd->tv", states, head), soft_cap) / temperature)
+        return square_sum(soft_capped(_scores(states, head), soft_cap) / temperature)
 
     _, values = jax.lax.scan(lambda _, piece: (None, measure(piece)), None, cut(hidden, chunk))
     return (joined(values, batch, tokens),)

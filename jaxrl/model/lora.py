@@ -5,7 +5,8 @@ factors are multiplied one after the other and never added to W while a policy i
 smaller than the rounding of a bfloat16 weight.
 
 Which matrices can have adapters, and how these lie, follows from the table of parameters: adapters are a table of the
-same kind, from which their initial values, shardings, weight decay and names in PEFT's files are derived.
+same kind, from which their initial values, shardings, weight decay and names in PEFT's files are derived. Every expert
+has its own pair; of the embedding, A is looked up as its rows are.
 """
 
 import difflib
@@ -20,36 +21,39 @@ import jax.numpy as jnp
 from jaxrl.config import ConfigError, LoraConfig
 from jaxrl.mesh import compute_spec, to_compute
 from jaxrl.model.quantized import Quantized, all_rounded, matching, quantized_specs
-from jaxrl.model.spec import LAYERS, ParamSpec, Specs
+from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl_kernels.products import product
 
 ADAPTERS = "adapters"
-"""Where the decoder's layer parameters hold adapters, by the name of the matrix."""
+"""Where the decoder's parameters and those of its layers hold adapters, by the name of the matrix."""
 
 A, B = "lora_a", "lora_b"
-"""The two factors, [L, inputs..., rank] and [L, rank, outputs...]."""
+"""The two factors, [L, inputs..., rank] and [L, rank, outputs...]; of experts [L, E, ...], outside the layers without
+L."""
+
+OUTSIDE = ("embedding", "head")
+"""Matrices that are not in the layers."""
 
 RANK = "rank"
 """Logical name of the axis between the two factors."""
 
 ALL = "all-linear"
-"""Target that stands for every matrix that can have an adapter, as in PEFT."""
+"""Target that stands for every linear map of the layers, as in PEFT, but for the router of experts."""
 
 Adapters = dict[str, dict[str, Any]]
-"""Matrix of a layer -> factor -> array."""
+"""Matrix -> factor -> array."""
 
 
 def adaptable(specs: Specs) -> dict[str, ParamSpec]:
-    """The layers' linear maps that see every token: not experts, and not the router, which is no plain product.
+    """The layers' linear maps, those of experts included, and the embedding and the output head where these are two.
+
+    A router stays as it is: the least change of its scores changes which experts compute a token.
 
     Args:
         specs: the decoder's table.
     """
-    return {
-        name: spec
-        for name, spec in specs["layers"].items()
-        if len(spec.hf_layout) == 2 and spec.axes[: -sum(map(len, spec.hf_layout))] == (LAYERS,) and name != "router"
-    }
+    layers = {name: spec for name, spec in specs["layers"].items() if len(spec.hf_layout) == 2 and name != "router"}
+    return layers | ({name: specs[name] for name in OUTSIDE} if "head" in specs else {})
 
 
 def adapter_specs(specs: Specs, config: LoraConfig) -> Specs:
@@ -66,11 +70,15 @@ def adapter_specs(specs: Specs, config: LoraConfig) -> Specs:
     matrices = adaptable(specs)
     wanted: set[str] = set()
     for target in config.targets:
-        matching = {name for name, spec in matrices.items() if target == ALL or _names(target, name, spec)}
+        matching = {
+            name
+            for name, spec in matrices.items()
+            if (target == ALL and name not in OUTSIDE) or _names(target, name, spec)
+        }
         if not matching:
             raise ConfigError(_unknown(target, specs))
         wanted |= matching
-    return {name: _pair(spec, config.rank) for name, spec in matrices.items() if name in wanted}
+    return {name: _pair(name, spec, config.rank) for name, spec in matrices.items() if name in wanted}
 
 
 def base_specs(specs: Specs, config: LoraConfig) -> Specs:
@@ -79,8 +87,8 @@ def base_specs(specs: Specs, config: LoraConfig) -> Specs:
 
 
 def module(spec: ParamSpec) -> str:
-    """Path of the matrix's module in a layer of the Hugging Face model, such as ``self_attn.q_proj``."""
-    return spec.hf_name.partition("{layer}.")[2].removesuffix(".weight")
+    """Path of the matrix's module in the Hugging Face model, or in a layer of it, such as ``self_attn.q_proj``."""
+    return spec.hf_name.rpartition("{layer}.")[2].removesuffix(".weight")
 
 
 def scale_of(config: LoraConfig) -> float:
@@ -105,8 +113,16 @@ class Base:
         Parameters that have no adapter are those of the base, not copies; what the base has in codes is rounded to
         floats, with and without an adapter.
         """
-        layers = {name: _sum(self.params["layers"][name], self.scale, **pair) for name, pair in adapters.items()}
-        return all_rounded({**self.params, "layers": {**self.params["layers"], **layers}})
+
+        def summed(params: dict[str, Any]) -> dict[str, Any]:
+            return {
+                name: _sum(params[name], self.scale, **pair, transposed=name == "head")
+                for name, pair in adapters.items()
+                if name in params
+            }
+
+        layers = self.params["layers"]
+        return all_rounded({**self.params, **summed(self.params), "layers": {**layers, **summed(layers)}})
 
 
 def scaled(adapters: Adapters, scale: float) -> Adapters:
@@ -115,16 +131,20 @@ def scaled(adapters: Adapters, scale: float) -> Adapters:
 
 
 def attached(params: dict[str, Any], adapters: Adapters) -> dict[str, Any]:
-    """``params`` with ``scaled`` adapters at the place where the decoder looks for them."""
-    return {**params, "layers": {**params["layers"], ADAPTERS: adapters}}
+    """``params`` with ``scaled`` adapters at the places where the decoder looks for them."""
+    outside = {name: pair for name, pair in adapters.items() if name in OUTSIDE}
+    inside = {name: pair for name, pair in adapters.items() if name not in OUTSIDE}
+    whole = {**params, "layers": {**params["layers"], ADAPTERS: inside}}
+    return {**whole, ADAPTERS: outside} if outside else whole
 
 
 def specs_with_adapters(specs: Specs, params: dict[str, Any]) -> Specs:
     """The decoder's table as ``params`` are: with codes where they have any, and that of the attached adapters."""
-    own, pairs = matching(specs, params), params["layers"].get(ADAPTERS)
-    if pairs is None:
+    own, inside = matching(specs, params), params["layers"].get(ADAPTERS)
+    if inside is None:
         return own
-    return attached(own, {name: _pair(specs["layers"][name], pair[A].shape[-1]) for name, pair in pairs.items()})
+    pairs, matrices = {**inside, **params.get(ADAPTERS, {})}, adaptable(specs)
+    return attached(own, {name: _pair(name, matrices[name], pair[A].shape[-1]) for name, pair in pairs.items()})
 
 
 def low_rank_product(
@@ -155,20 +175,45 @@ def low_rank_product(
     return product(f"btr,r{matrix[len(inputs) :]}->{result}", narrow.astype(x.dtype), second, out_sharding=spec)
 
 
-def _pair(spec: ParamSpec, rank: int) -> Specs:
-    """A is drawn as in PEFT, uniform within 1 / sqrt(inputs); B is 0: training starts from the frozen weights."""
+def low_rank_rows(
+    tokens: jax.Array, adapter: dict[str, jax.Array], dtype: str | jnp.dtype, rows: tuple[str | None, str | None]
+) -> jax.Array:
+    """What the embedding's adapter adds to the rows of ``tokens`` [B, T], float32 [B, T, D].
+
+    Args:
+        adapter: ``scaled``; [V, rank] and [rank, D].
+        dtype: the compute type.
+        rows: logical axes of B and T.
+    """
+    first, second = to_compute(adapter[A], (None, None)), to_compute(adapter[B].astype(dtype), (None, None))
+    spec = compute_spec((*rows, None))
+    narrow = first.at[to_compute(tokens, rows)].get(mode="clip", out_sharding=spec)
+    return product("btr,rd->btd", narrow.astype(dtype), second, out_sharding=spec)
+
+
+def _pair(name: str, spec: ParamSpec, rank: int) -> Specs:
+    """Factors drawn as in PEFT, with a product of 0: training starts from the frozen weights.
+
+    A is uniform within 1 / sqrt(inputs) and B is 0; of the embedding, whose rows are looked up, A is 0 and B normal.
+    """
     outputs, inputs = spec.hf_layout
+    embedding = name == "embedding"
+    if embedding:
+        inputs, outputs = outputs, inputs
     length = dict(zip(spec.axes, spec.shape, strict=True)) | {RANK: rank}
     bound = 1 / math.sqrt(math.prod(length[axis] for axis in inputs))
-    name = "base_model.model." + spec.hf_name.removesuffix(".weight")
+    drawn, zeros = functools.partial(_uniform, bound=bound), jax.nn.initializers.zeros
+    path = "base_model.model." + spec.hf_name.removesuffix(".weight")
+    kind, suffix = ("lora_embedding_", "") if embedding else ("lora_", ".weight")
 
     def factor(axes: tuple[str, ...], init: Any, letter: str, layout: tuple[tuple[str, ...], ...]) -> ParamSpec:
-        shape, hf_name = tuple(length[axis] for axis in axes), f"{name}.lora_{letter}.weight"
+        shape, hf_name = tuple(length[axis] for axis in axes), f"{path}.{kind}{letter}{suffix}"
         return ParamSpec(shape, jnp.dtype(jnp.float32), axes, init, hf_name, layout, layers=spec.layers)
 
+    first, second = (zeros, jax.nn.initializers.normal(1.0)) if embedding else (drawn, zeros)
     return {
-        A: factor((LAYERS, *inputs, RANK), functools.partial(_uniform, bound=bound), "A", ((RANK,), inputs)),
-        B: factor((LAYERS, RANK, *outputs), jax.nn.initializers.zeros, "B", (outputs, (RANK,))),
+        A: factor((*spec.stacked_axes, *inputs, RANK), first, "A", ((RANK,), inputs)),
+        B: factor((*spec.stacked_axes, RANK, *outputs), second, "B", (outputs, (RANK,))),
     }
 
 
@@ -176,11 +221,16 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, *, bound:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-@jax.jit
-def _sum(weight: jax.Array | Quantized, scale: float, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
-    inputs, outputs = "abc"[: lora_a.ndim - 2], "xyz"[: lora_b.ndim - 2]
-    added = product(f"l{inputs}r,lr{outputs}->l{inputs}{outputs}", lora_a, lora_b)
+@functools.partial(jax.jit, static_argnames="transposed")
+def _sum(
+    weight: jax.Array | Quantized, scale: float, lora_a: jax.Array, lora_b: jax.Array, transposed: bool
+) -> jax.Array:
+    """``transposed``: the matrix has its outputs first."""
     floats = weight.rounded(jnp.float32) if isinstance(weight, Quantized) else weight.astype(jnp.float32)
+    stacked = "le"[: lora_a.ndim + lora_b.ndim - 2 - floats.ndim]
+    inputs, outputs = "abc"[: lora_a.ndim - 1 - len(stacked)], "xyz"[: lora_b.ndim - 1 - len(stacked)]
+    result = f"{stacked}{outputs}{inputs}" if transposed else f"{stacked}{inputs}{outputs}"
+    added = product(f"{stacked}{inputs}r,{stacked}r{outputs}->{result}", lora_a, lora_b)
     return (floats + scale * added).astype(weight.dtype)
 
 
@@ -194,6 +244,11 @@ def _unknown(target: str, specs: Specs) -> str:
     valid = [ALL, *matrices, *(module(spec).rpartition(".")[2] for spec in matrices.values())]
     close = difflib.get_close_matches(target, valid, n=2, cutoff=0.4)
     nearest = f"did you mean {' or '.join(close)}? " if close else ""
+    if "head" not in specs and target.rpartition(".")[2] in ("embedding", "embed_tokens", "head", "lm_head"):
+        nearest = (
+            "embedding and output head are one matrix here (ModelConfig.tie_embeddings), which an adapter of either "
+            "would part: start from a folder that has both; or "
+        )
     known = ", ".join(f"{name} ({module(spec)})" for name, spec in matrices.items())
     return (
         f"LoraConfig.targets has {target!r}, which names no matrix that can have an adapter; {nearest}"

@@ -4,7 +4,8 @@ Tokens are sorted by expert and multiplied in one grouped product (``jax.lax.rag
 """
 
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 
 import flax.struct
 import jax
@@ -49,6 +50,9 @@ def record(config: ModelConfig) -> jax.ShapeDtypeStruct:
 
 Rows = tuple[str | None, str | None]
 """Logical names of the first two axes, B and T."""
+
+Pairs = Mapping[str, tuple[jax.Array, jax.Array]]
+"""Factors of low-rank adapters, [E, inputs, rank] and [E, rank, outputs], by the name of their matrix."""
 
 
 def route(
@@ -125,6 +129,7 @@ def experts_feed_forward(
     activation: Callable[[jax.Array], jax.Array],
     rows: Rows = (None, None),
     chunk: int = 0,
+    adapters: Pairs = types.MappingProxyType({}),
 ) -> jax.Array:
     """The weighted sum of the chosen experts' outputs, [B, T, D] float32.
 
@@ -141,6 +146,7 @@ def experts_feed_forward(
         activation: of the gate.
         rows: names of B and T.
         chunk: tokens that a device's experts compute at once; the backward pass computes each chunk again. 0 is all.
+        adapters: of any of "gate", "up" and "down"; they lie and are multiplied as the matrices are.
     """
     holders = compute_axes("experts")
     travelled = tuple(axis for axis in holders if axis in compute_axes(rows[0]))
@@ -150,14 +156,15 @@ def experts_feed_forward(
         if travelled:
             x, experts, weights = (jax.lax.all_gather(y, travelled, tiled=True) for y in (x, experts, weights))
         first = jax.lax.axis_index(holders) * matrices[0].shape[0] if holders else 0
-        added = _in_chunks(x, experts - first, weights, matrices, activation, chunk)
+        added = _in_chunks(x, experts - first, weights, matrices, activation, tuple(adapters), chunk)
         if travelled:
             added = jax.lax.psum_scatter(added, travelled, tiled=True)
         return jax.lax.psum(added, shared) if shared else added
 
     tokens, matrices = (*rows, None), ("experts", None, None)
-    split = per_shard(compute, [tokens] * 3 + [matrices] * 3, tokens)
-    return split(x, choice.experts, choice.weights, gate, up, down)
+    factors = [factor for pair in adapters.values() for factor in pair]
+    split = per_shard(compute, [tokens] * 3 + [matrices] * (3 + len(factors)), tokens)
+    return split(x, choice.experts, choice.weights, gate, up, down, *factors)
 
 
 def _in_chunks(
@@ -166,18 +173,19 @@ def _in_chunks(
     weights: jax.Array,
     matrices: tuple[jax.Array, ...],
     activation: Callable[[jax.Array], jax.Array],
+    adapted: tuple[str, ...],
     chunk: int,
 ) -> jax.Array:
     """``_local_feed_forward`` of so many tokens after each other, whose gradients of the matrices add up in float32."""
     batch, tokens, _ = x.shape
     if not 0 < chunk < batch * tokens:
-        return _local_feed_forward(x, experts, weights, *matrices, activation)
+        return _local_feed_forward(x, experts, weights, matrices, activation, adapted)
     exact = tuple(matrix.astype(jnp.float32) for matrix in matrices)
 
     @jax.checkpoint
     def compute(*piece: jax.Array) -> jax.Array:
-        rounded_back = (matrix.astype(x.dtype) for matrix in exact)
-        return _local_feed_forward(*(part[None] for part in piece), *rounded_back, activation)[0]
+        rounded_back = tuple(matrix.astype(x.dtype) for matrix in exact)
+        return _local_feed_forward(*(part[None] for part in piece), rounded_back, activation, adapted)[0]
 
     # Tokens that fill the last chunk have no weight.
     pieces = [cut(part, chunk) for part in (x, experts, weights)]
@@ -189,12 +197,16 @@ def _local_feed_forward(
     x: jax.Array,
     experts: jax.Array,
     weights: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    matrices: tuple[jax.Array, ...],
     activation: Callable[[jax.Array], jax.Array],
+    adapted: tuple[str, ...],
 ) -> jax.Array:
-    """What the experts here add to [B, T, D]; ``experts`` [B, T, k] counts from the first of them."""
+    """What the experts here add to [B, T, D]; ``experts`` [B, T, k] counts from the first of them.
+
+    ``matrices`` are gate, up and down, and two factors for each of them that ``adapted`` names.
+    """
+    gate, up, down, *factors = matrices
+    adapters = dict(zip(adapted, zip(factors[::2], factors[1::2], strict=True), strict=True))
     batch, tokens, width = x.shape
     count, here = experts.shape[2], gate.shape[0]
     group = jnp.where((experts >= 0) & (experts < here), experts, here).reshape(-1)
@@ -214,11 +226,17 @@ def _local_feed_forward(
             preferred_element_type=jnp.float32,
         )
 
+    def multiply_adapted(left: jax.Array, right: jax.Array, name: str) -> jax.Array:
+        if name not in adapters:
+            return multiply(left, right)
+        first, second = adapters[name]
+        return multiply(left, right) + multiply(multiply(left, first).astype(left.dtype), second)
+
     # Repeated first and then permuted: the gradient is a sum over copies in a fixed order, and no scatter that adds.
     # What ragged_dot makes of rows after the last group is not defined, nor are their gradients.
     copies = jnp.repeat(x.reshape(-1, width), count, axis=0)
     grouped = jnp.where(chosen, copies.at[order].get(unique_indices=True, mode="promise_in_bounds"), 0)
-    hidden = activation(multiply(grouped, gate)) * multiply(grouped, up)
-    output = jnp.where(chosen, multiply(hidden.astype(x.dtype), down), 0)
+    hidden = activation(multiply_adapted(grouped, gate, "gate")) * multiply_adapted(grouped, up, "up")
+    output = jnp.where(chosen, multiply_adapted(hidden.astype(x.dtype), down, "down"), 0)
     output = output.at[back].get(unique_indices=True, mode="fill", fill_value=0)
     return jnp.sum(output.reshape(batch, tokens, count, width) * weights[..., None], axis=2)

@@ -18,7 +18,7 @@ from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model import stacks
 from jaxrl.model.families import FAMILIES
-from jaxrl.model.lora import ADAPTERS, low_rank_product
+from jaxrl.model.lora import ADAPTERS, A, B, low_rank_product, low_rank_rows
 from jaxrl.model.moe import Choice, Load, experts_feed_forward, id_type, load_of, route
 from jaxrl.model.quantized import in_compute
 from jaxrl.model.rotary import frequencies, rotate, rotation
@@ -382,9 +382,13 @@ def _experts(
     inwards, outwards = ("experts", "expert_embed", "expert_ffn"), ("experts", "expert_ffn", "expert_embed")
     gate, up = (in_compute(weights[name], dtype, inwards) for name in ("expert_gate", "expert_up"))
     down = in_compute(weights["expert_down"], dtype, outwards)
-    return experts_feed_forward(
-        normed.astype(dtype), choice, gate, up, down, activation, rows, config.expert_chunk
-    ), choice
+    adapters = {
+        name.removeprefix("expert_"): (pair[A].astype(dtype), pair[B].astype(dtype))
+        for name, pair in weights.get(ADAPTERS, {}).items()
+        if name in stacks.SPARSE
+    }
+    x, chunk = normed.astype(dtype), config.expert_chunk
+    return experts_feed_forward(x, choice, gate, up, down, activation, rows, chunk, adapters), choice
 
 
 def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: tuple[str | None, str | None]) -> jax.Array:
@@ -397,6 +401,8 @@ def _embed(params: Params, config: ModelConfig, tokens: jax.Array, rows: tuple[s
     spec = compute_spec((*rows, None))
     x = table.at[to_compute(tokens, rows)].get(mode="clip", out_sharding=spec)
     x = rounded(x, config.compute_dtype)
+    if "embedding" in params.get(ADAPTERS, {}):
+        x = x + low_rank_rows(tokens, params[ADAPTERS]["embedding"], config.compute_dtype, rows)
     if not FAMILIES[config.family].scaled_embedding:
         return x
     scale = jnp.asarray(math.sqrt(config.width), config.compute_dtype)  # rounded, as Gemma was trained

@@ -17,9 +17,12 @@ from jaxrl.model.transformer import hidden_states, init_pages, paged_hidden_stat
 
 MODEL = ModelConfig(
     family="qwen2", vocab_size=40, layers=3, width=32, query_heads=4, kv_heads=2, head_width=6, ffn_width=48,
-    init_scale=0.2, sliding_window=7, sliding_layers=(1,),
+    init_scale=0.2, sliding_window=7, sliding_layers=(1,), tie_embeddings=False,
 )  # fmt: skip
+MOE = dataclasses.replace(MODEL, family="qwen3_moe", experts=6, experts_per_token=2, expert_width=20)
+MIXED = dataclasses.replace(MOE, dense_layers=(1,))
 CONFIG = LoraConfig(rank=4, alpha=6.0)
+EVERYTHING = LoraConfig(rank=4, alpha=6.0, targets=("all-linear", "embed_tokens", "lm_head"))
 TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (5, 20)).astype(np.int32)
 POSITIONS, SEGMENTS = np.broadcast_to(np.arange(20, dtype=np.int32), TOKENS.shape), np.ones_like(TOKENS)
 PAGE = 4
@@ -33,6 +36,9 @@ def random_adapters(model: ModelConfig, config: LoraConfig, seed: int = 3) -> lo
 
 def base_of(model: ModelConfig, config: LoraConfig) -> lora.Base:
     return lora.Base(initialize(param_specs(model), jax.random.key(0)), lora.scale_of(config))
+
+
+score = jax.jit(sequence_logprobs, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -66,8 +72,8 @@ def test_promise_1_decoding_and_training_agree_with_adapters(family: str, dtype:
     model = dataclasses.replace(
         MODEL, family=family, compute_dtype=dtype, param_dtype=dtype, experts=experts, expert_width=20
     )
-    params = base_of(model, CONFIG).adapted(random_adapters(model, CONFIG))
-    trained = jax.jit(sequence_logprobs, static_argnums=1)(params, model, TOKENS, POSITIONS, SEGMENTS).logprobs
+    params = base_of(model, EVERYTHING).adapted(random_adapters(model, EVERYTHING))
+    trained = score(params, model, TOKENS, POSITIONS, SEGMENTS).logprobs
     tolerance = 1e-5 if dtype == "float32" else 2e-3
     np.testing.assert_allclose(decoded_logprobs(params, model, 9), trained[:, 1:], atol=tolerance)
 
@@ -89,14 +95,27 @@ def test_promise_2_a_row_is_bit_identical_in_every_slot_and_company(dtype: str) 
 
 
 @pytest.mark.parametrize(
-    ("targets", "rank_stabilized"), [(("all-linear",), True), (("o_proj",), False), (("query", "mlp.down_proj"), False)]
+    ("model", "targets", "rank_stabilized"),
+    [
+        (MODEL, ("all-linear",), True),
+        (MODEL, ("query", "mlp.down_proj"), False),
+        (MODEL, ("embed_tokens", "lm_head"), False),
+        (MOE, ("gate_proj",), False),
+        (MIXED, ("all-linear", "embedding", "head"), False),
+    ],
 )
-def test_factored_and_merged_adapters_are_the_same_function(targets: tuple[str, ...], rank_stabilized: bool) -> None:
+def test_factored_and_merged_adapters_are_the_same_function(
+    model: ModelConfig, targets: tuple[str, ...], rank_stabilized: bool
+) -> None:
     config = dataclasses.replace(CONFIG, targets=targets, rank_stabilized=rank_stabilized)
-    base, adapters = base_of(MODEL, config), random_adapters(MODEL, config)
-    factored = all_logits(base.adapted(adapters), MODEL)
-    np.testing.assert_allclose(all_logits(base.merged(adapters), MODEL), factored, atol=2e-4)
-    assert np.abs(all_logits(base.params, MODEL) - factored).max() > 0.05
+    base, adapters = base_of(model, config), random_adapters(model, config)
+    factored, merged = base.adapted(adapters), base.merged(adapters)
+    assert jax.tree.structure(merged) == jax.tree.structure(base.params)
+    np.testing.assert_allclose(all_logits(merged, model), all_logits(factored, model), atol=2e-4)
+    if "head" in adapters:
+        stats, of_merged = (score(params, model, TOKENS, POSITIONS, SEGMENTS) for params in (factored, merged))
+        np.testing.assert_allclose(stats.logprobs, of_merged.logprobs, atol=2e-4)
+    assert np.abs(all_logits(base.params, model) - all_logits(factored, model)).max() > 0.05
 
 
 def test_merging_is_float32_and_rounds_once() -> None:
@@ -117,8 +136,8 @@ def test_merging_is_float32_and_rounds_once() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_new_adapters_change_no_bit(dtype: str) -> None:
     model = dataclasses.replace(MODEL, param_dtype=dtype, compute_dtype=dtype)
-    base = base_of(model, CONFIG)
-    fresh = initialize(lora.adapter_specs(param_specs(model), CONFIG), jax.random.key(1))
+    base = base_of(model, EVERYTHING)
+    fresh = initialize(lora.adapter_specs(param_specs(model), EVERYTHING), jax.random.key(1))
     np.testing.assert_array_equal(all_logits(base.adapted(fresh), model), all_logits(base.params, model))
 
 
@@ -174,7 +193,7 @@ def test_targets_are_names_here_or_ends_of_module_paths(targets: tuple[str, ...]
         ("qproj", r"LoraConfig.targets has 'qproj', which names no matrix .* did you mean q_proj"),
         ("quary", r"did you mean query"),
         ("proj", r"'proj', which names no matrix"),
-        ("embedding", r"'embedding', which names no matrix .* choose from all-linear and: query \(self_attn.q_proj\)"),
+        ("embedings", r"did you mean embedding.* choose from all-linear and: query \(self_attn.q_proj\)"),
         ("query_bias", r"did you mean query"),
     ],
 )
@@ -183,9 +202,49 @@ def test_a_target_that_names_nothing_is_refused_with_the_nearest(target: str, me
         lora.adapter_specs(param_specs(MODEL), dataclasses.replace(CONFIG, targets=("query", target)))
 
 
-def test_experts_and_their_router_have_no_adapters() -> None:
-    specs = param_specs(dataclasses.replace(MODEL, family="qwen3_moe", experts=4, expert_width=8))
-    assert set(lora.adapter_specs(specs, CONFIG)) == {"query", "key", "value", "output"}
-    for target in ("router", "gate", "expert_up", "mlp.experts.0.up_proj"):
+def test_every_expert_has_its_own_pair_and_their_router_none() -> None:
+    specs, attention = param_specs(MOE), {"query", "key", "value", "output"}
+    experts = {"expert_gate": (32, 20), "expert_up": (32, 20), "expert_down": (20, 32)}
+    table = lora.adapter_specs(specs, CONFIG)
+    assert set(table) == attention | set(experts)
+    fresh = initialize(table, jax.random.key(0))
+    for name, (inputs, outputs) in experts.items():
+        assert table[name][lora.A].shape == (3, 6, inputs, 4) and table[name][lora.B].shape == (3, 6, 4, outputs)
+        assert 0.9 * inputs**-0.5 < np.abs(fresh[name][lora.A]).max() <= inputs**-0.5 and not fresh[name][lora.B].any()
+        assert len(np.unique(fresh[name][lora.A][0, :, 0, 0])) == 6
+    chosen = lora.adapter_specs(specs, dataclasses.replace(CONFIG, targets=("up_proj",)))
+    assert set(chosen) == {"expert_up"}
+    for target in ("router", "gate", "mlp.experts.0.up_proj"):
         with pytest.raises(ConfigError, match=f"{target}', which names no matrix that can have an adapter"):
             lora.adapter_specs(specs, dataclasses.replace(CONFIG, targets=(target,)))
+
+
+def test_embedding_and_head_are_asked_for_by_name_and_only_where_they_are_two() -> None:
+    assert not {"embedding", "head"} & set(lora.adapter_specs(param_specs(MODEL), CONFIG))
+    both = dataclasses.replace(CONFIG, targets=("model.embed_tokens", "lm_head"))
+    table = lora.adapter_specs(param_specs(MODEL), both)
+    fresh = initialize(table, jax.random.key(0))
+    assert fresh["embedding"][lora.A].shape == (40, 4) and fresh["embedding"][lora.B].shape == (4, 32)
+    assert fresh["head"][lora.A].shape == (32, 4) and fresh["head"][lora.B].shape == (4, 40)
+    assert not fresh["embedding"][lora.A].any() and 0.8 < np.std(fresh["embedding"][lora.B]) < 1.2
+    tied = param_specs(dataclasses.replace(MODEL, tie_embeddings=True))
+    for target in ("embed_tokens", "lm_head"):
+        with pytest.raises(ConfigError, match=rf"'{target}'.* are one matrix here .*start from a folder that has both"):
+            lora.adapter_specs(tied, dataclasses.replace(CONFIG, targets=(target,)))
+
+
+def test_all_linear_is_what_peft_adapts_but_for_the_router() -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    shape = transformers.Qwen3MoeConfig(
+        vocab_size=40, num_hidden_layers=1, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+        num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, tie_word_embeddings=False,
+    )  # fmt: skip
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.get_peft_model(transformers.Qwen3MoeForCausalLM(shape), settings).peft_config["default"]
+    ours = {
+        lora.module(spec).rpartition(".")[2]
+        for name, spec in lora.adaptable(param_specs(MOE)).items()
+        if name in lora.adapter_specs(param_specs(MOE), CONFIG)
+    }
+    theirs = set(config.target_modules) | set(config.target_parameters)
+    assert theirs - ours == {"gate.weight", "gate_up_proj"} and ours - theirs == {"gate_proj", "up_proj"}

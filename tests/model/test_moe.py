@@ -96,6 +96,46 @@ def test_experts_compute_in_chunks_what_they_compute_at_once(chunk: int, dtype: 
         np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=bound, atol=bound * size)
 
 
+@pytest.mark.parametrize("skew", [0.0, 3.0])
+@pytest.mark.parametrize(("names", "chunk"), [(("gate", "up", "down"), 0), (("gate", "up", "down"), 5), (("up",), 0)])
+def test_adapters_of_experts_are_their_matrices_plus_a_product(names: tuple[str, ...], chunk: int, skew: float) -> None:
+    """Output, and gradients of inputs, router and factors, whatever the load; idle experts' factors have gradient 0."""
+    x, router, *weights = inputs(skew=skew)
+    generator, rank = np.random.default_rng(3), 2
+    matrices = dict(zip(("gate", "up", "down"), weights, strict=True))
+    adapters = {
+        name: tuple(
+            jnp.asarray(0.5 * generator.normal(size=size), jnp.float32)
+            for size in ((CONFIG.experts, matrix.shape[1], rank), (CONFIG.experts, rank, matrix.shape[2]))
+        )
+        for name, matrix in matrices.items()
+        if name in names
+    }
+    factor = jnp.asarray(generator.normal(size=x.shape), jnp.float32)
+
+    def factored(x: jax.Array, router: jax.Array, adapters: moe.Pairs) -> jax.Array:
+        choice = moe.route(router, x, CONFIG)
+        return moe.experts_feed_forward(x, choice, *weights, jax.nn.silu, chunk=chunk, adapters=adapters)
+
+    def merged(x: jax.Array, router: jax.Array, adapters: moe.Pairs) -> jax.Array:
+        added = {name: jnp.einsum("eir,ero->eio", *pair) for name, pair in adapters.items()}
+        return reference(CONFIG, x, router, *(matrix + added.get(name, 0) for name, matrix in matrices.items()))
+
+    def run(function: object) -> tuple[jax.Array, object]:
+        def total(*arguments: object) -> tuple[jax.Array, jax.Array]:
+            output = function(*arguments)
+            return jnp.sum(factor * output), output
+
+        gradients, output = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(x, router, adapters)
+        return output, gradients
+
+    (got, got_gradients), (wanted, wanted_gradients) = run(factored), run(merged)
+    np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=1e-4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3, rtol=1e-3), got_gradients, wanted_gradients)
+    if skew:
+        assert not got_gradients[2]["up"][0][-1].any() and got_gradients[2]["up"][0][0].any()
+
+
 def test_bfloat16_rounds_the_operands_of_experts_but_not_of_the_router() -> None:
     arguments = inputs("bfloat16")
     got = jax.jit(lambda *arguments: feed_forward(CONFIG, *arguments))(*arguments)

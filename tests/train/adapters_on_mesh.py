@@ -1,8 +1,10 @@
 """Updates, merges and hands over adapters on 2x2x2 devices and on one, and says whether they agree.
 
-``adapters_on_mesh.py none|int8|nf4`` says how the weights beneath them are kept.
+``adapters_on_mesh.py none|int8|nf4`` says how the weights beneath them are kept; with ``experts`` after it, the model
+has some, the mesh an axis for them, and embedding and output head have adapters too.
 """
 
+import dataclasses
 import sys
 
 import jax
@@ -20,7 +22,12 @@ from jaxrl.train.update import Updater, policy_gradient_loss
 MODEL = ModelConfig(
     vocab_size=48, layers=2, width=128, query_heads=8, kv_heads=4, head_width=8, ffn_width=128, init_scale=0.06
 )
-CONFIG = LoraConfig(rank=3)
+CONFIG, MESH = LoraConfig(rank=3), MeshConfig(data=2, fsdp=2, tensor=2)
+MOE = dataclasses.replace(
+    MODEL, family="qwen3_moe", experts=4, experts_per_token=2, expert_width=64, tie_embeddings=False
+)
+EVERYTHING = dataclasses.replace(CONFIG, targets=("all-linear", "embed_tokens", "lm_head"))
+EXPERT_MESH = MeshConfig(fsdp=2, expert=2, tensor=2)
 
 
 def frozen(mesh: jax.sharding.Mesh, specs: Specs, kind: str) -> lora.Base:
@@ -41,14 +48,14 @@ def frozen(mesh: jax.sharding.Mesh, specs: Specs, kind: str) -> lora.Base:
     return lora.Base(params, lora.scale_of(CONFIG))
 
 
-def main(kind: str) -> None:
-    specs = transformer.param_specs(MODEL)
-    adapter_specs = lora.adapter_specs(specs, CONFIG)
+def main(kind: str, model: ModelConfig, config: LoraConfig, split_over: MeshConfig) -> None:
+    specs = transformer.param_specs(model)
+    adapter_specs = lora.adapter_specs(specs, config)
     generator, shape = np.random.default_rng(0), (8, 12)
     mask = np.ones(shape, np.float32)
     mask[:, 0] = 0
     batch = Batch.zeros(*shape).replace(
-        tokens=generator.integers(0, MODEL.vocab_size, shape).astype(np.int32),
+        tokens=generator.integers(0, model.vocab_size, shape).astype(np.int32),
         positions=np.broadcast_to(np.arange(12, dtype=np.int32), shape),
         segment_ids=np.ones(shape, np.int32),
         mask=mask,
@@ -59,7 +66,7 @@ def main(kind: str) -> None:
     )
     results = []
     for mesh in (
-        meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)),
+        meshes.make_mesh(split_over),
         meshes.make_mesh(MeshConfig(), jax.devices()[:1]),
     ):
         # With so large an eps a gradient that is all rounding moves its weight by rounding, not by a whole step.
@@ -68,15 +75,18 @@ def main(kind: str) -> None:
         state = new_state(initial_params(adapter_specs, mesh, 1), optimizer, mesh)
         split = [
             sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(tree))
-            for tree in ({name: base.params["layers"][name] for name in adapter_specs}, state.params)
+            for tree in (
+                {name: ({**base.params, **base.params["layers"]})[name] for name in adapter_specs},
+                state.params,
+            )
         ]
-        updater = Updater(policy_gradient_loss(MODEL, AlgorithmConfig(), 1.0), optimizer, mesh, base=base)
+        updater = Updater(policy_gradient_loss(model, AlgorithmConfig(), 1.0), optimizer, mesh, base=base)
         for _ in range(2):
             state, _ = updater.step(state, [batch])
         with jax.set_mesh(mesh):
             merged = base.merged(state.params)
         replicas = meshes.make_rollout_mesh(mesh)
-        handed = with_adapters(rollout_base(base, MODEL, replicas), state.params, adapter_specs, MODEL, replicas)[0]
+        handed = with_adapters(rollout_base(base, model, replicas), state.params, adapter_specs, model, replicas)[0]
         results.append(jax.device_get((state.params, merged, handed)))
         if mesh.size > 1:
             print(f"split weights: {split[0]}, split adapters: {split[1]}")
@@ -88,4 +98,7 @@ def main(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[2:] == ["experts"]:
+        main(sys.argv[1], MOE, EVERYTHING, EXPERT_MESH)
+    else:
+        main(sys.argv[1], MODEL, CONFIG, MESH)

@@ -174,10 +174,15 @@ def test_other_adapters_than_the_tables_are_not_handed_over(mesh: jax.sharding.M
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "split"), [("none", 7), ("int8", 14), ("nf4", 14)])
-def test_adapters_on_eight_devices_are_updated_and_handed_over_as_on_one(kind: str, split: int) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "split", "adapters"),
+    [("none", 7, 14), ("int8", 14, 14), ("nf4", 14, 14), ("none experts", 9, 18), ("nf4 experts", 16, 18)],
+)
+def test_adapters_on_eight_devices_are_updated_and_handed_over_as_on_one(
+    arguments: str, split: int, adapters: int
+) -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, str(pathlib.Path(__file__).with_name("adapters_on_mesh.py")), kind]
+    command = [sys.executable, str(pathlib.Path(__file__).with_name("adapters_on_mesh.py")), *arguments.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert "adapters near: True, merged near: True, handed over near: True" in done.stdout, done.stdout + done.stderr
-    assert f"split weights: {split}, split adapters: 14" in done.stdout, done.stdout
+    assert f"split weights: {split}, split adapters: {adapters}" in done.stdout, done.stdout
