@@ -294,7 +294,7 @@ def per_shard(
     brought to their compute layout first. With no mesh set, ``function`` itself.
 
     Args:
-        in_axes: logical axes of each positional argument.
+        in_axes: logical axes of each positional argument; those of a tree are the first ones of all its arrays.
         out_axes: logical axes of the result; for a tuple of results, a list of such tuples.
     """
     mesh = jax.sharding.get_abstract_mesh()

@@ -100,7 +100,7 @@ def ask(platform: str, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=_environment(platform),
+            env=variables(platform),
             text=True,
         )
         assert process.stdin is not None and process.stdout is not None
@@ -125,7 +125,8 @@ def ask(platform: str, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             process.stdout.close()
 
 
-def _environment(platform: str) -> dict[str, str]:
+def variables(platform: str) -> dict[str, str]:
+    """Environment of a process that has the compiler of this platform, and its devices only by description."""
     path = [entry for entry in sys.path if entry]
     if platform == "this":
         return os.environ | {"PYTHONPATH": os.pathsep.join(path)}

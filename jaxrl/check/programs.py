@@ -20,7 +20,7 @@ from jaxrl.rl.supervised import SupervisedLoss, supervised_loss
 from jaxrl.rl.targets import keeps_reference
 from jaxrl.rollout import programs as rollout
 from jaxrl.train import transfer
-from jaxrl.train.session import check_rows, packed_sections
+from jaxrl.train.session import check_attention, check_rows, packed_sections
 from jaxrl.train.shares import check_processes
 from jaxrl.train.state import TrainState, abstract_params, abstract_state, rl_optimizer
 from jaxrl.train.update import Updater, policy_gradient_loss
@@ -186,6 +186,7 @@ def shapes(config: Config, devices: Sequence[jax.Device]) -> Shapes:
     mesh = meshes.make_mesh(config.mesh, training)
     check_processes(config, len({device.process_index for device in devices}))
     check_rows(packed_sections(config), mesh)
+    check_attention(config.model, mesh)
     specs = transformer.param_specs(config.model)
     spec.shardings(specs, mesh, meshes.PARAM_RULES)
     apart = playing if config.mesh.rollout_devices else None

@@ -203,25 +203,26 @@ def hidden_states_and_load(
     positions, counts = to_compute(positions, rows), to_compute(counts, rows)
     kernel = functools.partial(interval_attention, **_score_options(config))
 
-    def plan_locally(end: jax.Array, index: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(make_plan(end, queries=len(index), first=index[0]))
+    def plan_locally(end: jax.Array, index: jax.Array) -> Plan:
+        heads = {"groups": config.query_heads // config.kv_heads, "head_width": config.head_width}
+        return make_plan(end, **heads, queries=len(index), first=index[0], implementation=config.attention)
 
-    def attend_locally(q: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array, *masks: jax.Array) -> jax.Array:
-        end, window, keys, counts, *places = masks
-        options = {"first": index[0], "positions": places[0] if places else None, "plan": Plan(keys, counts)}
-        return kernel(q, k, v, end, window=window, **options)
+    def attend_locally(
+        q: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array, *masks: jax.Array | Plan
+    ) -> jax.Array:
+        end, window, plan, *places = masks
+        return kernel(q, k, v, end, window=window, first=index[0], positions=places[0] if places else None, plan=plan)
 
     queries, keys = (*rows, "query_heads", None), ("batch", None, "kv_heads", None)
-    planned = [(*rows, None), rows]
-    plan = per_shard(plan_locally, [whole, ("tokens",)], planned)(end, index)
-    masks = [whole, (), *planned, *[whole for _ in places]]
+    plan = per_shard(plan_locally, [whole, ("tokens",)], rows)(end, index)
+    masks = [whole, (), rows, *[whole for _ in places]]
     attention = per_shard(attend_locally, [queries, ("tokens",), keys, keys, *masks], queries)
 
     def layer(x: jax.Array, scanned: tuple[Params, Any]) -> tuple[jax.Array, Load | None]:
         weights, (recorded, window, layer_frequencies) = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return attention(q, index, k, v, end, window, *plan, *places), None
+            return attention(q, index, k, v, end, window, plan, *places), None
 
         turned = rotation(positions, layer_frequencies)
         x, _, choice = _layer(weights, config, x, turned, attend, rows, recorded)

@@ -250,6 +250,7 @@ def open_session(config: Config, run: RunFolder) -> Session:
     session = _session(config, run, _tokenizer(config, run, [*texts, *recorded.texts_of(worked)]))
     _check_prompts(config, session.chat, (*train, *held_out))
     check_rows(packed_sections(config), session.mesh)
+    check_attention(config.model, session.mesh)
     if config.optimizer.offload:
         check_offload(session.mesh)
     return dataclasses.replace(session, train_problems=train, eval_problems=held_out, demonstrations=worked)
@@ -283,6 +284,7 @@ def open_offline_session(config: Config, run: RunFolder, texts: Sequence[str], *
         )
     session = dataclasses.replace(_session(config, run, _tokenizer(config, run, texts)), valued=valued)
     check_rows((config.prefer,), session.mesh)
+    check_attention(config.model, session.mesh)
     if config.optimizer.offload:
         check_offload(session.mesh)
     return session
@@ -401,6 +403,20 @@ def check_rows(sections: Sequence[SftConfig | PreferConfig | TrainConfig], mesh:
                     f"{type(section).__name__}.{field}={getattr(section, field)} cannot be split over {pieces} devices "
                     f"({over}); make it {getattr(section, field) + pieces - rest}, or another multiple of {pieces}"
                 )
+
+
+def check_attention(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    """What computes attention must run on the devices.
+
+    Raises:
+        ConfigError: the kernels for TPUs are asked for where there is none.
+    """
+    device = mesh.devices.flat[0]
+    if model.attention == "tpu" and device.platform != "tpu":
+        raise ConfigError(
+            f"ModelConfig.attention={model.attention!r} needs TPUs, and these devices are {device.device_kind!r}; "
+            "set it to 'auto'"
+        )
 
 
 def _check_prompts(config: Config, chat: ChatFormat, questions: tuple[Problem, ...]) -> None:

@@ -7,7 +7,20 @@ of cases that every backend must pass. Shapes are written with the letters
     N query heads   K KV heads   G query heads per KV head   H head width   S keys looked at together
 """
 
-from jaxrl_kernels.interval_attention import Plan, interval_attention, make_plan, segment_ends
+from jaxrl_kernels.interval_attention import (
+    Plan,
+    interval_attention,
+    interval_attention_with_lse,
+    make_plan,
+    segment_ends,
+)
 from jaxrl_kernels.paged_attention import paged_attention
 
-__all__ = ["Plan", "interval_attention", "make_plan", "paged_attention", "segment_ends"]
+__all__ = [
+    "Plan",
+    "interval_attention",
+    "interval_attention_with_lse",
+    "make_plan",
+    "paged_attention",
+    "segment_ends",
+]

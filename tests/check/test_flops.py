@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxrl.check.flops import Data, matrix_flops
+from jaxrl_kernels import interval_attention
 
 SQUARE = jnp.ones((4, 4))
 ONE = 2 * 4 * 4 * 4
@@ -66,3 +67,17 @@ def test_of_experts_held_here_only_their_share_of_the_rows_is_counted() -> None:
     jaxpr = jax.make_jaxpr(lambda rows: jax.lax.ragged_dot(rows, matrices, sizes))(rows)
     assert matrix_flops(jaxpr, Data(experts=8, experts_per_token=2)) == 0.5 * matrix_flops(jaxpr, Data())
     assert matrix_flops(jaxpr, Data(experts=4, experts_per_token=2)) == matrix_flops(jaxpr, Data())
+
+
+def test_a_kernel_counts_as_it_says_itself() -> None:
+    """Attention over one whole row: half of all pairs, in two products forward and seven backward."""
+    batch, tokens, heads, width = 2, 512, 4, 8
+    q, end = jnp.ones((batch, tokens, heads, width)), jnp.full((batch, tokens), tokens, jnp.int32)
+
+    def attend(q: jax.Array) -> jax.Array:
+        return interval_attention(q, q[:, :, :2], q[:, :, 2:], end, implementation="tpu_interpreted").sum()
+
+    one = 2 * batch * heads * tokens * tokens * width / 2
+    with pytest.warns(UserWarning, match="no block sizes"):
+        assert flops(attend, q) == 2 * one
+        assert flops(jax.grad(attend), q) == 9 * one

@@ -1,5 +1,8 @@
 """Every backend of interval attention against the reference: the case table, its mask, and memory linear in T."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,50 +10,124 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_kernels.interval_attention import interval_attention, segment_ends
+from jaxrl_kernels import Plan
+from jaxrl_kernels.interval_attention import interval_attention, interval_attention_with_lse, make_plan, segment_ends
 from jaxrl_kernels.interval_attention.cases import CASES, Case
+from jaxrl_kernels.interval_attention.pairs import Blocks, make_pairs
+from jaxrl_kernels.products import product
+from jaxrl_kernels.softmax import soft_capped
 
-BACKENDS = ("xla",)
+BACKENDS = ("xla", "tpu_interpreted")
+
+EVERY_CASE = [
+    pytest.param(
+        case,
+        backend,
+        id=f"{case.name}-{backend}",
+        # Long rows in an interpreter take seconds each; short ones have several blocks there too.
+        marks=[pytest.mark.slow] if backend == "tpu_interpreted" and case.tokens > 300 else [],
+    )
+    for case in CASES
+    for backend in BACKENDS
+]
+
+Arrays = tuple[jax.Array, ...]
+NAMES = ("output", "log-sum-exp", "q", "k", "v")
 
 
-def inputs(case: Case) -> tuple[jax.Array, ...]:
+def inputs(case: Case) -> Arrays:
+    """q, k, v, and cotangents of the output and of the log-sum-exp."""
     generator = np.random.default_rng(3)
     heads = (case.query_heads, case.kv_heads, case.kv_heads, case.query_heads)
     lengths = (case.tokens - case.first, case.tokens, case.tokens, case.tokens - case.first)
     shapes = [(case.batch, length, count, case.head_width) for length, count in zip(lengths, heads, strict=True)]
-    return tuple(jnp.asarray(generator.normal(size=shape), case.dtype) for shape in shapes)
+    given = tuple(jnp.asarray(generator.normal(size=shape), case.dtype) for shape in shapes)
+    return (*given, jnp.asarray(generator.normal(size=shapes[0][:3]), jnp.float32))
 
 
-def output_and_gradients(case: Case, implementation: str, exact: bool = False) -> tuple[jax.Array, ...]:
-    """Output and the gradients for q, k and v; with ``exact``, on float32 copies of the same numbers."""
-    q, k, v, cotangent = (x.astype(jnp.float32) if exact else x for x in inputs(case))
+def plan_of(backend: str, end: jax.Array, queries: int, first: jax.Array, heads: tuple[int, int, int]) -> Plan:
+    """With blocks so small that even short rows have several."""
+    query_heads, kv_heads, width = heads
+    if backend == "tpu_interpreted":
+        blocks = Blocks(8, 16) if end.shape[1] < 100 else Blocks(64, 32)
+        return Plan(make_pairs(end, queries=queries, first=first, blocks=blocks), backend)
+    groups = query_heads // kv_heads
+    return make_plan(end, groups=groups, head_width=width, queries=queries, first=first, implementation=backend)
+
+
+def naive(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    end: jax.Array,
+    window: jax.Array,
+    first: jax.Array,
+    positions: jax.Array,
+    scale: float,
+    soft_cap: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention as one writes it down, its operands and weights in the type of its inputs."""
+    groups, dtype = q.shape[2] // k.shape[2], q.dtype
+    k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
+    query, key = first + jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None, :]
+    distance = jnp.take(positions, first + jnp.arange(q.shape[1]), axis=1)[:, :, None] - positions[:, None, :]
+    visible = ((key <= query) & (query < end[:, None, :]) & ((window == 0) | (distance < window)))[:, None]
+    scores = soft_capped(product("btnh,bsnh->bnts", (q * scale).astype(dtype), k), soft_cap).astype(dtype)
+    anything = visible.any(axis=-1, keepdims=True)
+    scores = jnp.where(visible | ~anything, scores.astype(jnp.float32), -jnp.inf)
+    log_total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    weights = jnp.where(anything, jnp.exp(scores - log_total), 0).astype(dtype)
+    log_total = jnp.where(anything, log_total, -jnp.inf)[..., 0].swapaxes(1, 2)
+    return product("bnts,bsnh->btnh", weights, v).astype(dtype), log_total
+
+
+@functools.cache
+def compiled(backend: str, scale: float | None, soft_cap: float, by_position: bool) -> Callable[..., Arrays]:
+    """Output, log-sum-exp and the gradients for q, k and v; what is not of the shape is an argument."""
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, cotangents: Arrays, *mask: jax.Array) -> Arrays:
+        end, window, first, positions = mask
+
+        def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if backend == "naive":
+                return naive(q, k, v, *mask, scale or q.shape[3] ** -0.5, soft_cap)
+            plan = plan_of(backend, end, q.shape[1], first, (q.shape[2], *k.shape[2:]))
+            options = {"window": window, "first": first, "scale": scale, "soft_cap": soft_cap}
+            if by_position:
+                options["positions"] = positions
+            return interval_attention_with_lse(q, k, v, end, **options, plan=plan)
+
+        results, pull = jax.vjp(run, q, k, v)
+        return (*results, *pull(cotangents))
+
+    return jax.jit(both)
+
+
+def results_of(case: Case, backend: str, given: Arrays | None = None) -> Arrays:
+    q, k, v, *cotangents = inputs(case) if given is None else given
     positions = case.positions()
-
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        first = jnp.int32(case.first) if case.first else 0
-        options = {"window": case.window, "first": first, "scale": case.scale, "soft_cap": case.soft_cap}
-        if positions is not None:
-            options["positions"] = jnp.asarray(positions)
-        return interval_attention(q, k, v, jnp.asarray(case.ends()), implementation=implementation, **options)
-
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, ...]:
-        output, pull = jax.vjp(run, q, k, v)
-        return (output, *pull(cotangent))
-
-    return jax.jit(both)(q, k, v, cotangent)
+    if positions is None:
+        positions = np.broadcast_to(np.arange(case.tokens, dtype=np.int32), case.ends().shape)
+    mask = jnp.asarray(case.ends()), jnp.int32(case.window), jnp.int32(case.first), jnp.asarray(positions)
+    return compiled(backend, case.scale, case.soft_cap, case.by_position)(q, k, v, tuple(cotangents), *mask)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def largest_difference(left: jax.Array, right: jax.Array) -> float:
+    """Infinities must stand at the same places."""
+    left, right = (np.asarray(x.astype(jnp.float32)) for x in (left, right))
+    finite = np.isfinite(left)
+    np.testing.assert_array_equal(finite, np.isfinite(right))
+    return float(np.abs(left[finite] - right[finite]).max(initial=0.0))
+
+
+@pytest.mark.parametrize(("case", "backend"), EVERY_CASE)
 def test_case(case: Case, backend: str) -> None:
-    wanted = output_and_gradients(case, "reference", exact=True)
-    naive = output_and_gradients(case, "reference")
-    got = output_and_gradients(case, backend)
-    for name, exact, plain, ours in zip(["output", "q", "k", "v"], wanted, naive, got, strict=True):
-        assert ours.dtype == case.dtype
-        error = float(jnp.abs(ours.astype(jnp.float32) - exact).max())
-        naive_error = float(jnp.abs(plain.astype(jnp.float32) - exact).max())
-        allowed = 2 * naive_error + (2e-5 if case.dtype == "float32" else 2e-2)
+    """At most twice as far from float32 as the naive computation in the same type (the rule of FlashAttention)."""
+    wanted = results_of(case, "reference", tuple(x.astype(jnp.float32) for x in inputs(case)))
+    plain, got = results_of(case, "naive"), results_of(case, backend)
+    for name, exact, rough, ours in zip(NAMES, wanted, plain, got, strict=True):
+        assert ours.dtype == (jnp.float32 if name == "log-sum-exp" else case.dtype)
+        error, allowed = largest_difference(ours, exact), 2 * largest_difference(rough, exact) + 1e-5
         assert error <= allowed, f"{name} is off by {error}, allowed {allowed}"
 
 
@@ -58,24 +135,36 @@ def test_case(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("tokens", [24, 300])
 def test_rows_that_see_nothing_are_exactly_zero(backend: str, tokens: int) -> None:
     case = Case("padded", "padded", tokens=tokens)
-    output, q, k, v = output_and_gradients(case, backend)
+    output, log_total, *gradients = results_of(case, backend)
     hidden = case.ends() == 0
     assert hidden.any()
-    for array in (output, q, k, v):
+    assert np.isneginf(np.asarray(log_total)[hidden]).all()
+    for array in (output, *gradients):
         assert not np.asarray(array)[hidden].any()
         assert np.isfinite(np.asarray(array)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [24, 300])
+def test_nan_in_padding_reaches_nothing(backend: str, tokens: int) -> None:
+    case = Case("padded", "padded", tokens=tokens)
+    hidden = case.ends() == 0
+    clean = inputs(case)
+    spoilt = tuple(jnp.where(hidden.reshape(hidden.shape + (1,) * (x.ndim - 2)), jnp.nan, x) for x in clean)
+    for ours, wanted in zip(results_of(case, backend, spoilt), results_of(case, backend, clean), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_are_bitwise_equal(backend: str) -> None:
-    case = Case("segments", "segments", tokens=200)
-    for first, second in zip(output_and_gradients(case, backend), output_and_gradients(case, backend), strict=True):
+    case = Case("chunked_segments", "segments", tokens=300)
+    for first, second in zip(results_of(case, backend), results_of(case, backend), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
 def test_window_may_be_traced() -> None:
     case = Case("segments", "segments")
-    q, k, v, _ = inputs(case)
+    q, k, v, *_ = inputs(case)
     end = jnp.asarray(case.ends())
     run = jax.jit(lambda window: interval_attention(q, k, v, end, window=window))
     for window in (0, 1, 3):
@@ -88,7 +177,7 @@ def test_a_window_by_position_ignores_what_other_branches_put_between(implementa
     """Every response of a group sees of the shared prompt what it would see in a row of its own."""
     prompt, response, window = 5, 4, 6
     tokens = prompt + 3 * response
-    q, k, v, _ = inputs(Case("group", "causal", batch=1, tokens=tokens))
+    q, k, v, *_ = inputs(Case("group", "causal", batch=1, tokens=tokens))
     end = np.full((1, tokens), tokens, np.int32)
     positions = np.arange(tokens, dtype=np.int32)[None].copy()
     for left in range(prompt, tokens, response):
@@ -140,7 +229,8 @@ def test_memory_is_linear_in_tokens() -> None:
         ({"k": (1, 3, 2, 8)}, "Q at most T"),
         ({"end": (1, 5)}, "end has shape .* one integer per token"),
         ({"positions": (1, 3)}, "positions has shape .* one integer per token"),
-        ({"name": "cuda"}, "unknown"),
+        ({"name": "cuda"}, "unknown; choose auto, xla, tpu"),
+        ({"name": "tpu"}, "needs a TPU, not 'cpu'; choose auto"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from jaxrl.config import Config, ConfigError, SftConfig, TrainConfig
+from jaxrl.config import Config, ConfigError, ModelConfig, SftConfig, TrainConfig
 from jaxrl.mesh import AXES
 from jaxrl.observe.traces import read_episodes
 from jaxrl.observe.writers import read_metrics
@@ -47,6 +47,13 @@ def test_rows_that_a_mesh_cannot_split_are_refused_with_what_it_could(lengths: t
     config = Config(sft=SftConfig(rows=6, row_tokens=100), train=TrainConfig(rows=7, row_tokens=512))
     with pytest.raises(ConfigError, match=message):
         session.check_rows(session.packed_sections(config), jax.sharding.AbstractMesh(lengths, AXES))
+
+
+def test_kernels_for_tpus_are_refused_where_there_are_none() -> None:
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("one",))
+    session.check_attention(ModelConfig(attention="auto"), mesh)
+    with pytest.raises(ConfigError, match="ModelConfig.attention='tpu' needs TPUs, and these devices are 'cpu'; set"):
+        session.check_attention(ModelConfig(attention="tpu"), mesh)
 
 
 @pytest.fixture(scope="module")

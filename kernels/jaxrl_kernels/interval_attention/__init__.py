@@ -8,15 +8,56 @@ Key j is visible to query i of the same row iff ``j <= i < end[j]``.
 * any trajectory tree in depth-first order: ``end[j]`` is the end of j's subtree.
 """
 
-from typing import Literal
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_kernels.interval_attention import reference, xla
-from jaxrl_kernels.interval_attention.plan import Plan, make_plan
+from jaxrl_kernels.interval_attention.backends import BACKENDS, Implementation, Shape, chosen
 
-Implementation = Literal["auto", "xla", "reference"]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which blocks of scores a mask needs, and who computes them: made once for a batch, for all layers and passes.
+
+    Attributes:
+        lists: arrays as the backend wants them. The first two axes of each are split on a mesh as rows and queries
+            are, and every device has the plan of its own.
+        backend: name of the backend.
+    """
+
+    lists: Any
+    backend: str = dataclasses.field(metadata={"static": True})
+
+
+def make_plan(
+    end: jax.Array,
+    *,
+    groups: int,
+    head_width: int,
+    queries: int | None = None,
+    first: int | jax.Array = 0,
+    implementation: Implementation = "auto",
+) -> Plan:
+    """The plan of an interval mask, for every window.
+
+    Args:
+        end: [B, T] int32, as ``interval_attention`` takes it.
+        groups: N / K, query heads that share a KV head.
+        head_width: H.
+        queries: how many queries there are; T when None.
+        first: index of the first query.
+        implementation: as ``interval_attention`` takes it.
+
+    Raises:
+        ValueError: the implementation is unknown, does not run on these devices or cannot take the shape.
+    """
+    rows, tokens = end.shape
+    shape = Shape(rows, tokens if queries is None else queries, tokens, groups, head_width)
+    name = chosen(implementation, shape)
+    return Plan(BACKENDS[name].plan(end, first, shape), name)
 
 
 def interval_attention(
@@ -35,7 +76,8 @@ def interval_attention(
 ) -> jax.Array:
     """Attend, softmax in float32. A query that sees no key gives zeros and has zero gradient.
 
-    Blocks of scores in which nothing is visible are skipped, forward and backward.
+    Blocks of scores in which nothing is visible are skipped, forward and backward. What stands at a query that sees
+    nothing, or at a key and value that nobody sees, has no influence, NaN included.
 
     Args:
         q: [B, Q, N, H] queries of the tokens ``first ... first + Q - 1``.
@@ -51,13 +93,50 @@ def interval_attention(
         positions: [B, T] int32 that the window counts by, rising from a key to every query that sees it. None counts
             by index, which is wrong only where other branches of a tree lie between a token and its past.
         plan: ``make_plan`` of ``end``, for batches that attend more than once; made here when None.
-        implementation: "xla" is plain JAX, linear in T in memory; "reference" builds the whole mask.
+        implementation: "xla" is plain JAX, linear in T in memory; "tpu" the kernels for TPUs; "tpu_interpreted" those
+            without a TPU, slowly; "reference" builds the whole mask; "auto" picks by the devices (``docs/kernels.md``).
+            A plan that is given has picked already.
 
     Returns:
         [B, Q, N, H] in q's type.
 
     Raises:
-        ValueError: shapes do not fit together, or the implementation is unknown.
+        ValueError: shapes do not fit together, or the implementation is unknown or cannot be had.
+    """
+    return interval_attention_with_lse(
+        q,
+        k,
+        v,
+        end,
+        window=window,
+        scale=scale,
+        soft_cap=soft_cap,
+        first=first,
+        positions=positions,
+        plan=plan,
+        implementation=implementation,
+    )[0]
+
+
+def interval_attention_with_lse(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    end: jax.Array,
+    *,
+    window: int | jax.Array = 0,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
+    first: int | jax.Array = 0,
+    positions: jax.Array | None = None,
+    plan: Plan | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """``interval_attention``, and the log-sum-exp of each query's scores, by which parts of a row can be joined.
+
+    Returns:
+        ([B, Q, N, H] in q's type, [B, Q, N] float32, minus infinity for a query that sees nothing). Both can be
+        differentiated.
     """
     batch, queries, heads, width = q.shape
     tokens = k.shape[1]
@@ -69,15 +148,18 @@ def interval_attention(
     for name, integers in (("end", end), ("positions", end if positions is None else positions)):
         if integers.shape != (batch, tokens):
             raise ValueError(f"{name} has shape {integers.shape}; one integer per token needs {(batch, tokens)}")
-    window = jnp.asarray(window, jnp.int32)
-    scale = width**-0.5 if scale is None else scale
-    match implementation:
-        case "auto" | "xla":
-            plan = make_plan(end, queries=queries, first=first) if plan is None else plan
-            return xla.interval_attention(q, k, v, end, window, first, scale, soft_cap, positions, plan)
-        case "reference":
-            return reference.interval_attention(q, k, v, end, window, first, scale, soft_cap, positions)
-    raise ValueError(f"implementation={implementation!r} is unknown; choose auto, xla or reference")
+    if plan is None:
+        groups = heads // k.shape[2]
+        options = {"groups": groups, "head_width": width, "queries": queries, "first": first}
+        plan = make_plan(end, **options, implementation=implementation)
+    index = jnp.arange(tokens, dtype=jnp.int32)
+    seeing = jax.lax.dynamic_slice_in_dim(jax.lax.cummax(end, axis=1) > index, first, queries, axis=1)[..., None]
+    seen = (end > index)[..., None, None]
+    q, k, v = jnp.where(seeing[..., None], q, 0), jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+    window, scale = jnp.asarray(window, jnp.int32), width**-0.5 if scale is None else scale
+    attend = BACKENDS[plan.backend].attend
+    attended, log_total = attend(q, k, v, end, window, first, scale, soft_cap, positions, plan.lists)
+    return jnp.where(seeing[..., None], attended, 0), jnp.where(seeing, log_total, -jnp.inf)
 
 
 def segment_ends(segment_ids: jax.Array) -> jax.Array:

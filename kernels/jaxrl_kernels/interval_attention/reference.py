@@ -17,8 +17,9 @@ def interval_attention(
     scale: float,
     soft_cap: float,
     positions: jax.Array | None,
-) -> jax.Array:
-    """As the contract says, one line per step."""
+    plan: tuple,
+) -> tuple[jax.Array, jax.Array]:
+    """As the contract says, one line per step; there is no plan."""
     groups = q.shape[2] // k.shape[2]
     k = jnp.repeat(k, groups, axis=2).astype(jnp.float32)
     v = jnp.repeat(v, groups, axis=2).astype(jnp.float32)
@@ -31,6 +32,7 @@ def interval_attention(
     scores = product("btnh,bsnh->bnts", q.astype(jnp.float32), k) * scale
     scores = jnp.where(visible, soft_capped(scores, soft_cap), -jnp.inf)
     anything = visible.any(axis=-1, keepdims=True)
-    weights = jax.nn.softmax(jnp.where(anything, scores, 0.0), axis=-1)
-    weights = jnp.where(anything, weights, 0.0)
-    return product("bnts,bsnh->btnh", weights, v).astype(q.dtype)
+    log_total = jax.nn.logsumexp(jnp.where(anything, scores, 0.0), axis=-1, keepdims=True)
+    weights = jnp.where(anything, jnp.exp(scores - log_total), 0.0)
+    log_total = jnp.where(anything, log_total, -jnp.inf)[..., 0]
+    return product("bnts,bsnh->btnh", weights, v).astype(q.dtype), jnp.einsum("bnt->btn", log_total)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxrl_kernels.interval_attention.plan import Plan, block_of, blocks_of
+from jaxrl_kernels.interval_attention.plan import KeyBlocks, block_of, blocks_of
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import MASKED, round_up, soft_capped
 
@@ -29,9 +29,9 @@ def interval_attention(
     scale: float,
     soft_cap: float,
     positions: jax.Array | None,
-    plan: Plan,
-) -> jax.Array:
-    """As the contract says. The gradient of a query that sees nothing is exactly zero."""
+    plan: KeyBlocks,
+) -> tuple[jax.Array, jax.Array]:
+    """As the contract says: what is attended to, and the log-sum-exp of the scores."""
     batch, queries, heads, width = q.shape
     kv_heads, block = k.shape[2], block_of(k.shape[1])
     query_blocks, key_blocks = blocks_of(queries, block), blocks_of(k.shape[1], block)
@@ -46,9 +46,11 @@ def interval_attention(
     if positions is not None:
         asked = jax.lax.dynamic_slice_in_dim(positions, first, queries, axis=1)
         places = _blocks_of_places(asked, query_blocks, block), _blocks_of_places(positions, key_blocks, block)
-    attended = _attend(soft_cap, q, k, v, ends, window, first, places, plan)
-    output = jnp.einsum("nbkgch->bnckgh", attended).reshape(batch, query_blocks * block, heads, width)
-    return output[:, :queries]
+    results = _attend(soft_cap, q, k, v, ends, window, first, places, plan)
+    attended, log_total = (
+        jnp.einsum("nbkgch->bnckgh", x).reshape(batch, query_blocks * block, heads, -1)[:, :queries] for x in results
+    )
+    return attended, log_total[..., 0]
 
 
 def _blocks_of_places(positions: jax.Array, count: int, block: int) -> jax.Array:
@@ -67,10 +69,10 @@ def _attend(
     window: jax.Array,
     first: jax.Array,
     places: Places | None,
-    plan: Plan,
-) -> jax.Array:
+    plan: KeyBlocks,
+) -> tuple[jax.Array, jax.Array]:
     """Blocks of scaled queries [n, B, K, G, C, H] over blocks of keys and values [m, B, K, S, H], ends [m, B, S],
-    giving [n, B, K, G, C, H]."""
+    giving [n, B, K, G, C, H] and the log-sum-exp [n, B, K, G, C, 1], minus infinity for a query that sees nothing."""
     return _forward(soft_cap, q, k, v, ends, window, first, places, plan)[0]
 
 
@@ -83,8 +85,8 @@ def _forward(
     window: jax.Array,
     first: jax.Array,
     places: Places | None,
-    plan: Plan,
-) -> tuple[jax.Array, tuple]:
+    plan: KeyBlocks,
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     def attend_block(nothing: tuple, block: tuple[jax.Array, ...]) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
         query, start, listed, visits, asked = block
 
@@ -99,11 +101,11 @@ def _forward(
         output, top, total = _visited(visit, empty, listed, visits)
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
-        return nothing, ((output / total).astype(query.dtype), jnp.where(seen, top + jnp.log(total), 0.0))
+        return nothing, ((output / total).astype(query.dtype), jnp.where(seen, top + jnp.log(total), -jnp.inf))
 
     pieces = (q, *_visits(q, k, window, first, places, plan))
     _, (output, log_total) = _scanned(attend_block, (), pieces)
-    return output, (q, k, v, ends, window, first, places, plan, output, log_total)
+    return (output, log_total), (q, k, v, ends, window, first, places, plan, output, log_total)
 
 
 def _added(state: tuple[jax.Array, ...], scores: jax.Array, values: jax.Array) -> tuple[jax.Array, ...]:
@@ -116,9 +118,13 @@ def _added(state: tuple[jax.Array, ...], scores: jax.Array, values: jax.Array) -
     return shrink * output + attended, new_top, shrink * total + weights.sum(axis=-1, keepdims=True)
 
 
-def _backward(soft_cap: float, saved: tuple, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(soft_cap: float, saved: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array | None, ...]:
     q, k, v, ends, window, first, places, plan, output, log_total = saved
+    gradient, log_gradient = gradients
+    seen = log_total > -jnp.inf
+    log_total = jnp.where(seen, log_total, 0.0)
     delta = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
+    delta -= jnp.where(seen, log_gradient, 0.0)
 
     def differentiate_block(
         sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]
@@ -155,7 +161,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _visits(
-    q: jax.Array, k: jax.Array, window: jax.Array, first: jax.Array, places: Places | None, plan: Plan
+    q: jax.Array, k: jax.Array, window: jax.Array, first: jax.Array, places: Places | None, plan: KeyBlocks
 ) -> tuple[jax.Array | None, ...]:
     """Of each block of queries: its first index, its list of key blocks, the span [2] of the list to be visited, and
     the positions of the queries if they have any."""

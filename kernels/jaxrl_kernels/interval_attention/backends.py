@@ -1,0 +1,106 @@
+"""The table of backends, and which of them runs where. A new one is a file and a row here."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+from jaxrl_kernels.interval_attention import plan, reference, tpu, xla
+from jaxrl_kernels.interval_attention.blocks import blocks_for
+from jaxrl_kernels.interval_attention.pairs import Pairs, longest_list, make_pairs
+
+Implementation = Literal["auto", "xla", "tpu", "tpu_interpreted", "reference"]
+
+LONGEST_LIST = 1 << 17
+"""Entries of a list of pairs: half of the scalar memory of a TPU, which has 1 MiB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a plan is made for: queries and tokens of a row, query heads that share a KV head, and their width."""
+
+    rows: int
+    queries: int
+    tokens: int
+    groups: int
+    head_width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One way to compute interval attention.
+
+    Attributes:
+        plan: ``(end, first, shape)`` -> what ``attend`` needs of the mask, a tree of arrays whose first two axes are
+            split on a mesh as rows and tokens are.
+        attend: ``(q, k, v, end, window, first, scale, soft_cap, positions, the plan)`` -> what is attended to
+            [B, Q, N, H] in q's type and the log-sum-exp [B, Q, N] in float32; both can be differentiated. Tokens of
+            padding hold zeros.
+        devices: beginning of the kinds of device, as jax says them, that it runs on; empty = all.
+        fits: whether it can take a shape.
+    """
+
+    plan: Callable[[jax.Array, int | jax.Array, Shape], Any]
+    attend: Callable[..., tuple[jax.Array, jax.Array]]
+    devices: str = ""
+    fits: Callable[[Shape], bool] = lambda shape: True
+
+
+def device_kind() -> str:
+    """Kind of the devices that what is traced now will run on, as jax says it: those of the mesh, if one is set."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def _key_blocks(end: jax.Array, first: int | jax.Array, shape: Shape) -> plan.KeyBlocks:
+    return plan.key_blocks(end, queries=shape.queries, first=first)
+
+
+def _pairs(end: jax.Array, first: int | jax.Array, shape: Shape) -> Pairs:
+    blocks = blocks_for(device_kind(), shape.head_width, shape.groups, shape.queries, shape.tokens)
+    return make_pairs(end, queries=shape.queries, first=first, blocks=blocks)
+
+
+def _has_room(shape: Shape) -> bool:
+    blocks = blocks_for(device_kind(), shape.head_width, shape.groups, shape.queries, shape.tokens)
+    return longest_list(shape.rows, shape.queries, shape.tokens, blocks) <= LONGEST_LIST
+
+
+BACKENDS: dict[str, Backend] = {
+    "xla": Backend(_key_blocks, xla.interval_attention),
+    "tpu": Backend(_pairs, tpu.interval_attention, devices="TPU", fits=_has_room),
+    "tpu_interpreted": Backend(_pairs, functools.partial(tpu.interval_attention, interpret=True)),
+    "reference": Backend(lambda end, first, shape: (), reference.interval_attention),
+}
+"""By the name that ``implementation`` gives. The interpreted one is for tests on machines without a TPU."""
+
+AUTOMATIC = ("tpu", "xla")
+"""What "auto" tries, in order: the first that runs on the device and takes the shape."""
+
+
+def chosen(implementation: str, shape: Shape) -> str:
+    """Name of the backend for a shape on the devices at hand; says once when "auto" passes one over for the shape.
+
+    Raises:
+        ValueError: the name is unknown, or names a backend that does not run here or cannot take the shape.
+    """
+    kind = device_kind()
+    if implementation == "auto":
+        for name in AUTOMATIC:
+            backend = BACKENDS[name]
+            if not kind.startswith(backend.devices):
+                continue
+            if backend.fits(shape):
+                return name
+            warnings.warn(f"interval attention: {name!r} has no room for {shape}; takes another backend", stacklevel=2)
+    if implementation not in BACKENDS:
+        raise ValueError(f"implementation={implementation!r} is unknown; choose auto, {', '.join(BACKENDS)}")
+    backend = BACKENDS[implementation]
+    if not kind.startswith(backend.devices):
+        raise ValueError(f"implementation={implementation!r} needs a {backend.devices}, not {kind!r}; choose auto")
+    if not backend.fits(shape):
+        raise ValueError(f"implementation={implementation!r} has no room for {shape}; take fewer rows, or choose auto")
+    return implementation

@@ -1,0 +1,105 @@
+"""The TPU kernels in the interpreter that has a TPU's memories: races, bounds, and memory that was never written.
+
+That the interpreter sees such faults is tested with faults made on purpose.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxrl_kernels import Plan, interval_attention
+from jaxrl_kernels.interval_attention import pairs, tpu
+from jaxrl_kernels.interval_attention.pairs import Blocks, Pairs, make_pairs
+
+TOKENS = 24
+FAITHFUL = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+"""Scratch memory and results begin as NaN, and copies happen as late as they may."""
+
+
+def padded_segments() -> jax.Array:
+    """[1, T]: two segments and padding, in blocks that are full, cut and empty."""
+    end = np.zeros((1, TOKENS), np.int32)
+    end[:, :10], end[:, 10:14] = 10, 14
+    return jnp.asarray(end)
+
+
+def attended(listed: Pairs) -> tuple[jax.Array, ...]:
+    """Output and gradients on the interpreter, with these lists."""
+    generator = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(generator.normal(size=(1, TOKENS, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scalars = jnp.int32(0), jnp.int32(0)
+        return tpu.interval_attention(q, k, v, padded_segments(), *scalars, 0.3, 0.0, None, listed)[0]
+
+    interpreter.reset_tpu_interpret_mode_state()
+    with pltpu.force_tpu_interpret_mode(FAITHFUL):
+        output, pull = jax.vjp(run, q, k, v)
+        return jax.block_until_ready((output, *pull(jnp.cos(q))))
+
+
+def listed_pairs() -> Pairs:
+    return make_pairs(padded_segments(), queries=TOKENS, first=0, blocks=Blocks(8, 8))
+
+
+def test_no_race_and_no_unwritten_memory() -> None:
+    got = attended(listed_pairs())
+    assert not interpreter.races.races_found
+    generator = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(generator.normal(size=(1, TOKENS, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    options = {"plan": Plan((), "reference"), "scale": 0.3}
+    output, pull = jax.vjp(lambda q, k, v: interval_attention(q, k, v, padded_segments(), **options), q, k, v)
+    for ours, wanted in zip(got, (output, *pull(jnp.cos(q))), strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("flag", [pairs.FIRST, pairs.LAST])
+def test_lists_without_a_flag_leave_memory_unwritten(flag: int) -> None:
+    """Sums that nobody set to zero, or results that nobody wrote."""
+    whole = listed_pairs()
+    spoilt = dataclasses.replace(whole, by_query=whole.by_query & ~flag, by_key=whole.by_key & ~flag)
+    for array in attended(spoilt):
+        assert np.isnan(np.asarray(array)).any()
+
+
+def test_a_copy_that_is_not_waited_for_is_seen() -> None:
+    def kernel(x, y, scratch, arrived) -> None:
+        copy = pltpu.make_async_copy(x, scratch, arrived)
+        copy.start()
+        y[...] = scratch[...]
+        copy.wait()
+
+    x = jnp.ones((8, 128))
+    interpreter.reset_tpu_interpret_mode_state()
+    result = pl.pallas_call(
+        kernel,
+        out_shape=x,
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+        interpret=FAITHFUL,
+    )(x)
+    jax.block_until_ready(result)
+    assert interpreter.races.races_found and np.isnan(np.asarray(result)).all()
+
+
+def test_a_read_out_of_bounds_is_seen() -> None:
+    def kernel(start, x, y) -> None:
+        y[...] = x[pl.ds(start[0], 8), :]
+
+    x = jnp.ones((16, 128))
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        in_specs=[pl.BlockSpec(x.shape, lambda start: (0, 0))],
+        out_specs=pl.BlockSpec((8, 128), lambda start: (0, 0)),
+    )
+    call = pl.pallas_call(kernel, grid_spec=grid_spec, out_shape=x[:8], interpret=FAITHFUL)
+    interpreter.reset_tpu_interpret_mode_state()
+    with pytest.raises(Exception, match="[Oo]ut-of-bounds|out of bounds"):
+        jax.block_until_ready(call(jnp.asarray([12]), x))
+    interpreter.reset_tpu_interpret_mode_state()
