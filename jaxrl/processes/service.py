@@ -19,7 +19,7 @@ from jaxlib import _jax
 from jaxrl.processes.service_process import READY
 
 LINGER_SECONDS = 20
-"""How long it outlives a first process that went without a word: twice as long as the others wait for a sign of life."""
+"""How long it outlives a first process that went without a word: twice as long as the others wait for a sign."""
 
 
 class Service:
