@@ -141,11 +141,14 @@ def _tokens(path: pathlib.Path | None) -> tuple[str, ...]:
         return tuple(filter(None, [os.environ.get(TOKEN_VARIABLE, "")]))
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if line and not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--token-file {path} cannot be read: {error}") from error
-    if not any(lines):
+    if not lines:
         raise ValueError(f"--token-file {path} holds no token; write one a line")
-    return tuple(filter(None, lines))
+    if any(len(line.split()) > 1 for line in lines):
+        raise ValueError(f"--token-file {path} has white space within a line; write one token a line, remarks after #")
+    return tuple(lines)
 
 
 def _announce(url: str) -> None:

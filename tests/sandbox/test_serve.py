@@ -318,9 +318,14 @@ def test_what_the_server_refuses_is_the_callers_error_not_the_codes(served: Serv
 
 def test_tokens(tmp_path: pathlib.Path) -> None:
     tokens = tmp_path / "tokens"
-    tokens.write_text("first-token\n\nsecond-token\n")
+    tokens.write_text("# of two users\nfirst-token\n\nsecond-token\n")
     with Served("--token-file", str(tokens)) as served:
-        for headers in ({}, {"Authorization": "Bearer third-token"}, {"Authorization": "Bearer "}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer # of two users"},
+            {"Authorization": "Bearer third-token"},
+            {"Authorization": "Bearer "},
+        ):
             status, told, _ = ask(served, "POST", "/v1/run", {"code": "1"}, JSON | headers)
             assert (status, told["www-authenticate"]) == (401, "Bearer")
         assert ask(served, "GET", "/metrics")[0] == 401
@@ -352,6 +357,7 @@ def test_beyond_loopback_only_with_a_token() -> None:
     [
         (["--token-file", "/nonexistent"], "cannot be read"),
         (["--token-file", os.devnull], "holds no token"),
+        (["--token-file", __file__], "has white space within a line"),
         (["--memory-mib", "3"], "memory_mib=3 is too small"),
         (["--preload", "no_such_module"], "no_such_module"),
         (["--queue", "0"], "--queue 0 must be at least 1"),

@@ -65,6 +65,13 @@ class CodeTest:
             arguments.kind(f"CodeTest.{name}", value, str, "str")
         if all(not line or line.startswith("#") for line in map(str.strip, self.code.splitlines())):
             raise ValueError(f"CodeTest.code={self.code!r} tests nothing; give an assert, or what else raises")
+        if self.function and (not self.function.isidentifier() or keyword.iskeyword(self.function)):
+            raise ValueError(f"CodeTest.function={self.function!r} is no name of a function; give one, or none")
+        for name in ("prelude", "code"):
+            try:
+                ast.parse(getattr(self, name))
+            except (SyntaxError, ValueError) as error:
+                raise ValueError(f"CodeTest.{name} is no Python: {error}; mend it, or leave the test out") from None
 
 
 @dataclasses.dataclass(frozen=True)

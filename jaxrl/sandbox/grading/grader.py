@@ -117,7 +117,6 @@ class Grader:
 
         Raises:
             TypeError: program or test is of a wrong kind.
-            SyntaxError: the test is no Python.
             NotHidden: it cannot be hidden, and ``hidden_only`` was asked for.
             ValueError: the pool refuses to run a program whole, as for its language or size. Where it refuses what
                 grading passes between jails, as answers too large for a server, the grade is ``infra_error``.
@@ -139,7 +138,7 @@ class Grader:
         """Run every program on every test; equal programs once.
 
         Raises:
-            SyntaxError, NotHidden: as ``grade``; nothing is left running.
+            NotHidden: as ``grade``; nothing is left running.
         """
         arguments.texts("programs", programs)
         arguments.kind("tests", tests, Sequence, "a sequence of tests")

@@ -33,11 +33,7 @@ class Plan:
 
 
 def divide(test: CodeTest) -> Plan:
-    """The plan for a test.
-
-    Raises:
-        SyntaxError: the test or its prelude is no Python.
-    """
+    """The plan for a test."""
     strangers = _strangers(f"{test.prelude}\n{test.code}")
     return dataclasses.replace(_divide(test, strangers), alone=_alone(test, strangers))
 

@@ -232,11 +232,17 @@ def test_limits_that_the_pool_would_cut_are_refused(sandbox: Driver) -> None:
         Grader(sandbox.pool, least)
 
 
-def test_a_test_that_is_no_python_ends_the_matrix(sandbox: Driver) -> None:
-    before = sandbox.resting()
-    with pytest.raises(SyntaxError):
-        sandbox.wait(Grader(sandbox.pool, LIMITS).matrix(PROGRAMS, [*TESTS, CodeTest("assert f(")]))
-    wait_until(lambda: sandbox.resting() == before)  # killed calls may take a moment to die
+@pytest.mark.parametrize(
+    ("fields", "refusal"),
+    [
+        ({"code": "assert f("}, "CodeTest.code is no Python"),
+        ({"code": "assert f(1)", "prelude": "x = ("}, "CodeTest.prelude is no Python"),
+        ({"code": "assert f(1)", "function": "g-h"}, "CodeTest.function='g-h' is no name"),
+    ],
+)
+def test_a_test_that_cannot_be_run_is_refused_before_it_is_among_others(fields: dict[str, str], refusal: str) -> None:
+    with pytest.raises(ValueError, match=refusal):
+        CodeTest(**fields)
 
 
 def test_a_cancelled_matrix_leaves_nothing_running(sandbox: Driver) -> None:

@@ -117,10 +117,5 @@ def test_only_a_plain_assert_is_foreseen() -> None:
         assert (plan.questions, plan.right_answers, plan.obstacle) == (b"", None, ""), code
 
 
-def test_a_test_that_is_no_python_is_the_callers_fault() -> None:
-    with pytest.raises(SyntaxError):
-        divide(CodeTest("assert f(1) =="))
-
-
 def test_a_refusal_is_a_value_error() -> None:
     assert issubclass(NotHidden, ValueError)
