@@ -94,6 +94,7 @@ CASES = (
     Case("chunked_padded", "padded", tokens=257, kv_heads=1),
     Case("chunked_tree_window", "tree", batch=1, tokens=400, window=150),
     Case("chunked_window_by_position", "causal", batch=1, tokens=800, window=100, by_position=True),
+    Case("window_by_position", "causal", tokens=40, window=6, by_position=True),
     Case("tree_window", "tree", window=4, by_position=True),
     Case("prefix_window", "prefix", tokens=40, window=6, by_position=True),
     Case("split_tree_window", "tree", window=5, first=18, by_position=True),
