@@ -33,7 +33,7 @@ class Service:
     """
 
     def __init__(self, address: str, count: int, **options: Any) -> None:
-        _check_port(address)
+        check_port(address)
         script = [sys.executable, "-m", "jaxrl.processes.service_process"]
         command = [*script, address, str(count), json.dumps(options), str(LINGER_SECONDS)]
         # Whoever reads the standard error of this process to its end, or kills its group, has nothing of the service.
@@ -72,7 +72,12 @@ def of_this_process() -> Service | None:
     return distributed.global_state.service
 
 
-def _check_port(address: str) -> None:
+def check_port(address: str) -> None:
+    """Refuse a port that is taken; one that a former run's service still lingers at is waited for.
+
+    Raises:
+        OSError: with what to do.
+    """
     port, given_up = int(address.rpartition(":")[2]), time.monotonic() + LINGER_SECONDS + 1
     while True:
         try:

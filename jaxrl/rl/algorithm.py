@@ -183,5 +183,10 @@ def check(config: AlgorithmConfig, recorded: Recorded) -> None:
             f"aggregation={config.aggregation!r} and mismatch={config.mismatch!r} would not; set them to 'sequence' "
             "and 'none'"
         )
+    if config.loss == "gvpo" and config.mask_out:
+        raise ConfigError(
+            f"AlgorithmConfig.mask_out={config.mask_out!r} would leave advantages that do not sum to 0 in a group, as "
+            "loss='gvpo' needs them; set it to ()"
+        )
     chooser(config)
     extra_samples(config)

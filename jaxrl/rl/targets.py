@@ -27,13 +27,8 @@ class Sequences:
 
 
 def of_gvpo(sequences: Sequences, *, beta: float = 0.1) -> np.ndarray:
-    """[N] advantage + the group's mean of beta · log-ratio - advantage; see ``policy_losses.regression.gvpo``.
-
-    The mean of the advantages is 0 where they are centred over just these sequences; where they are not, the residuals
-    must sum to 0 all the same, or ln Z would not cancel.
-    """
-    gaps = beta * sequences.log_ratios - sequences.advantages
-    return sequences.advantages + _group_means(gaps, sequences.groups)
+    """[N] advantage + the group's mean of beta · log-ratio; see ``policy_losses.regression.gvpo``."""
+    return sequences.advantages + _group_means(beta * sequences.log_ratios, sequences.groups)
 
 
 def of_flowrl(sequences: Sequences, *, beta: float = 15.0, cap: float = 10.0) -> np.ndarray:

@@ -135,11 +135,7 @@ def test_a_reference_moves_only_where_there_is_one() -> None:
     algorithm.check(AlgorithmConfig(loss="flowrl", aggregation="sequence", reference_every=5), Recorded())
 
 
-def test_residuals_of_gvpo_sum_to_zero_in_a_group_whatever_the_advantages() -> None:
-    """Otherwise ln Z would not cancel: as where some of a group's trajectories are masked out."""
-    draw = np.random.default_rng(3)
-    advantages, drift, groups, nothing = draw.uniform(0, 1, 6), draw.normal(size=6), np.repeat([0, 1], 3), np.zeros(6)
-    found = targets.of_gvpo(targets.Sequences(groups, advantages, drift, nothing, nothing), beta=2.0)
-    residuals = 2.0 * drift - found
-    np.testing.assert_allclose([residuals[:3].sum(), residuals[3:].sum()], 0, atol=1e-12)
-    np.testing.assert_allclose(np.diff(residuals[:3]), np.diff(2.0 * drift[:3] - advantages[:3]))
+def test_gvpo_takes_no_advantages_that_were_centred_over_others() -> None:
+    with pytest.raises(ConfigError, match=r"mask_out=.* advantages that do not sum to 0"):
+        config = AlgorithmConfig(loss="gvpo", aggregation="sequence", mask_out=("truncated",))
+        algorithm.check(config, Recorded())
