@@ -210,6 +210,7 @@ def compared(which: str) -> list[dict]:
         pytest.param("more experts", ["1x1x1x8x1x1", "1x1x1x2x2x2", "1x1x4x1x1x2"], marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_training_is_the_same_on_every_mesh(which: str, meshes: list[str]) -> None:
     """Loss, gradients, update; and gradients, parameters and moments rest split as the rules say."""
     reports = compared(which)

@@ -48,6 +48,7 @@ def listed_pairs() -> Pairs:
     return make_pairs(padded_segments(), queries=TOKENS, first=0, blocks=Blocks(8, 8))
 
 
+@pytest.mark.slow
 def test_no_race_and_no_unwritten_memory() -> None:
     got = attended(listed_pairs())
     assert not interpreter.races.races_found

@@ -120,6 +120,7 @@ def test_an_export_is_the_same_from_every_mesh(reports: list[dict[str, Any]], fo
     assert all(report["files"] == written and report["logit_difference"] == 0 for report in reports[:-1])
 
 
+@pytest.mark.slow
 def test_processes_read_their_own_shares_and_write_their_own_files(folder: pathlib.Path) -> None:
     reports = run_processes(folder / "source", folder / "together")
     assert all(report["read"] == report["share"] and not report["failure"] for report in reports)
@@ -147,6 +148,7 @@ def test_a_split_inside_a_merged_axis_is_refused() -> None:
         load_parameter(spec, sharding, {}, list)
 
 
+@pytest.mark.slow
 def test_the_host_holds_no_more_than_two_files_beside_the_parameters(tmp_path: pathlib.Path) -> None:
     """On a CPU the parameters themselves are in the memory measured here, once: they are split over all devices."""
     large = dataclasses.replace(

@@ -72,6 +72,7 @@ def test_every_token_but_the_last_is_recorded() -> None:
     assert engine.stats()["preemptions"] > 0
 
 
+@pytest.mark.slow
 def test_replaying_takes_the_near_ties_out_of_the_gap() -> None:
     model = dataclasses.replace(experts_model("bfloat16"), layers=4)
     params = near_ties(spec.initialize(transformer.param_specs(model), jax.random.key(0)))

@@ -67,6 +67,7 @@ def tokens(folder: pathlib.Path) -> list[tuple]:
     ]
 
 
+@pytest.mark.slow
 def test_without_staleness_the_run_is_that_of_a_plain_loop_to_the_last_bit(
     tiny_config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,7 @@ def test_packed_pairs_have_the_loss_of_answers_scored_one_by_one() -> None:
     assert metrics["margin"][1] == 5 and float(metrics["accuracy"][0]) == (margin > 0).sum()
 
 
+@pytest.mark.slow
 def test_what_the_policy_would_write_itself_counts_for_more() -> None:
     """The weight of a pair is the product of its answers', and has no gradient of its own."""
     params, reference = parameters(0), parameters(1)

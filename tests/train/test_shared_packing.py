@@ -233,6 +233,7 @@ def test_scores_of_trajectories_are_those_without_sharing(name: str, statistic: 
 
 
 @pytest.mark.parametrize("name", ONE)
+@pytest.mark.slow
 def test_an_update_takes_trees_and_demonstrations_in_one_program(name: str) -> None:
     """One compilation for both, as without sharing, and the same parameters after it."""
     mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
