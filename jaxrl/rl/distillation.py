@@ -102,9 +102,9 @@ def minillm(taught: Taught, *, discount: float = 1.0, length_normalised: bool = 
     """On-policy distillation that credits a token with what comes after it: -ρ Σ_{k ≥ 0} discount^k d_{t + k}.
 
     d = teacher logprob - logprob, a constant, of the sampled tokens of the trajectory; ρ the ratio to the policy that
-    sampled. MiniLLM (arXiv 2306.08543, section 2.2), whose sampling from a mixture with the teacher and whose exact term
-    of the single step are not here. With ``discount`` 1 and without ``length_normalised`` the gradient is in expectation
-    that of the KL(student || teacher) of whole trajectories, which ``on_policy`` takes token by token.
+    sampled. MiniLLM (arXiv 2306.08543, section 2.2), whose sampling from a mixture with the teacher and whose exact
+    term of the single step are not here. With ``discount`` 1 and without ``length_normalised`` the gradient is in
+    expectation that of the KL(student || teacher) of whole trajectories, which ``on_policy`` takes token by token.
 
     Args:
         taught: sampled tokens.
