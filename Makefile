@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   install into .venv, then train: cold start and GRPO-RoC on problems made on the spot"
 	@echo "make test         every test: first the fast ones on JOBS=$(JOBS) processes, then the slow ones one by one"
 	@echo "make test-fast    only the fast ones; up to 25 minutes"
-	@echo "make test-slow    only the slow ones; up to forty minutes, mostly the sandbox: attacks with processes, chaos, Ray nodes,"
+	@echo "make test-slow    only the slow ones; up to forty-five minutes, mostly the sandbox: attacks with processes, chaos, Ray nodes,"
 	@echo "                  problem sets, a soak, 45,000 calls; then wheel, kill and resume, learning"
 	@echo "make test-pods    compile the largest recipe for pods; installs compilers (1.4 GB), twenty minutes"
 	@echo "make lint         ruff, and the contract which room may import which"
