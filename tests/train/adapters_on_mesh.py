@@ -24,7 +24,7 @@ MODEL = ModelConfig(
 )
 CONFIG, MESH = LoraConfig(rank=3), MeshConfig(data=2, fsdp=2, tensor=2)
 MOE = dataclasses.replace(
-    MODEL, family="qwen3_moe", experts=4, experts_per_token=2, expert_width=64, tie_embeddings=False
+    MODEL, width=256, family="qwen3_moe", experts=4, experts_per_token=2, expert_width=64, tie_embeddings=False
 )
 EVERYTHING = dataclasses.replace(CONFIG, targets=("all-linear", "embed_tokens", "lm_head"))
 EXPERT_MESH = MeshConfig(fsdp=2, expert=2, tensor=2)
