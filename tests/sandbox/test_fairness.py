@@ -2,19 +2,14 @@
 
 import asyncio
 import collections
-import statistics
 
 from jaxrl.records import ToolStatus
 from tests.sandbox.driver import Driver
 
 SLOTS = 2
 # A call waits for those that run, for one turn of each other tenant at either door, and for what ends before its report
-# is read, which a busy machine may delay: five as a rule, and far below the 64 that are in the queue before it.
-BOUND, QUEUED = 16, 64
-
-
-def check(waited: list[int]) -> None:
-    assert statistics.median(waited) <= BOUND and sorted(waited)[-3] < QUEUED, waited
+# is read: five as a rule, and far below the 64 that are in the queue before it.
+BOUND = 24
 
 
 def test_a_flood_of_thousands_delays_another_by_a_few_calls() -> None:
@@ -43,7 +38,7 @@ def test_a_flood_of_thousands_delays_another_by_a_few_calls() -> None:
             return waited
 
         waited = driver.wait(flood())
-        check(waited)
+        assert max(waited) <= BOUND, waited
         assert driver.run("6 * 7").stdout == "42\n"
 
 
@@ -95,4 +90,4 @@ def test_kinds_of_templates_are_no_way_around_a_turn(sandbox: Driver) -> None:
         return waited
 
     waited = sandbox.wait(flood())
-    check(waited)
+    assert max(waited) <= BOUND, waited
