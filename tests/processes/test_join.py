@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 
+import jax
 import pytest
 
 from jaxrl.config import ConfigError
@@ -48,6 +49,7 @@ def test_a_number_that_is_none_is_refused() -> None:
 @pytest.mark.parametrize("reuse_port", [False, True], ids=["by anything", "by another run, as jax listens"])
 def test_a_port_that_is_taken_is_refused(reuse_port: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "LINGER_SECONDS", 0)
+    jax.devices()  # jax, which has begun here, would refuse in words of its own
     with socket.create_server(("", 0), reuse_port=reuse_port) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"process 0 cannot listen at port {port}: .*; take a free port"):
