@@ -58,6 +58,8 @@ MESHES = {
     ),
 }
 """Meshes to train on, of all devices."""
+RINGS = ("more", "more experts")
+"""Where keys and values travel around the devices that split a row; elsewhere they are gathered."""
 FLEETS = {
     "replicas": (MeshConfig(data=2, fsdp=1),),
     "split replicas": (
@@ -212,8 +214,8 @@ def compare_training(which: str) -> None:
     start = initialize(param_specs(model), jax.random.key(0))
     moved = largest(jax.tree.map(lambda a, b: np.abs(a - b).max(), params, start))
     for config in MESHES[which]:
-        mesh = make_mesh(config)
-        got_loss, got, split, got_params = trained(model, mesh)
+        mesh, around = make_mesh(config), dataclasses.replace(model, context_attention="ring")
+        got_loss, got, split, got_params = trained(around if which in RINGS else model, mesh)
         report = {
             "mesh": "x".join(str(mesh.shape[axis]) for axis in AXES),
             "loss_error": abs(got_loss - loss) / abs(loss),

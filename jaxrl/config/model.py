@@ -71,6 +71,9 @@ class ModelConfig:
     attention: Literal["auto", "xla", "tpu"] = "auto"
     """Who computes attention over packed rows, in training and scoring: plain JAX, the kernels for TPUs, or those where
     there are TPUs (``docs/kernels.md``)."""
+    context_attention: Literal["gather", "ring"] = "gather"
+    """How queries meet the keys of a row that MeshConfig.context splits: every device gathers them all, or they travel
+    around the devices, each of which then holds one part at a time (``docs/meshes.md``)."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass recomputes: nothing, everything in a layer, or all but matrix products."""
     logprob_chunk: int = 1024

@@ -20,11 +20,12 @@ from jaxrl.model import stacks
 from jaxrl.model.families import FAMILIES
 from jaxrl.model.lora import ADAPTERS, A, B, low_rank_product, low_rank_rows
 from jaxrl.model.moe import Choice, Load, experts_feed_forward, id_type, load_of, route
+from jaxrl.model.packed_attention import packed_attention, score_options
 from jaxrl.model.quantized import in_compute
 from jaxrl.model.rotary import frequencies, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl.records import Tree
-from jaxrl_kernels import Plan, interval_attention, make_plan, paged_attention, segment_ends
+from jaxrl_kernels import paged_attention, segment_ends
 from jaxrl_kernels.products import product, rounded
 
 Params = dict[str, Any]
@@ -164,7 +165,7 @@ def hidden_states(
 ) -> jax.Array:
     """Hidden states of packed rows, after the final norm: what the output head takes.
 
-    On a mesh the tokens of a row are split, and gathered for nothing but the keys and values of attention.
+    On a mesh the tokens of a row are split, and nothing but the keys and values of attention leaves its device.
 
     Args:
         tokens: [B, T] int32.
@@ -194,35 +195,20 @@ def hidden_states_and_load(
         experts: [B, T, L, k] int, to compute with instead of those that the router chooses; -1 where it does.
         tree: what is computed in place of the rows, [B, T]; a node counts as often as it has copies.
     """
-    rows, whole = ("batch", "tokens"), ("batch", None)
-    end, counts, places = segment_ends(to_compute(segment_ids, whole)), segment_ids > 0, ()
-    if tree is not None:
+    rows = ("batch", "tokens")
+    if tree is None:
+        attention = packed_attention(config, segment_ends(to_compute(segment_ids, ("batch", None))), None)
+        counts = segment_ids > 0
+    else:
         tokens, positions, counts = tree.tokens, tree.positions, tree.copies
-        end, places = to_compute(tree.ends, whole), (to_compute(tree.positions, whole),)
-    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        attention = packed_attention(config, tree.ends, tree.positions)
     positions, counts = to_compute(positions, rows), to_compute(counts, rows)
-    kernel = functools.partial(interval_attention, **_score_options(config))
-
-    def plan_locally(end: jax.Array, index: jax.Array) -> Plan:
-        heads = {"groups": config.query_heads // config.kv_heads, "head_width": config.head_width}
-        return make_plan(end, **heads, queries=len(index), first=index[0], implementation=config.attention)
-
-    def attend_locally(
-        q: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array, *masks: jax.Array | Plan
-    ) -> jax.Array:
-        end, window, plan, *places = masks
-        return kernel(q, k, v, end, window=window, first=index[0], positions=places[0] if places else None, plan=plan)
-
-    queries, keys = (*rows, "query_heads", None), ("batch", None, "kv_heads", None)
-    plan = per_shard(plan_locally, [whole, ("tokens",)], rows)(end, index)
-    masks = [whole, (), rows, *[whole for _ in places]]
-    attention = per_shard(attend_locally, [queries, ("tokens",), keys, keys, *masks], queries)
 
     def layer(x: jax.Array, scanned: tuple[Params, Any]) -> tuple[jax.Array, Load | None]:
         weights, (recorded, window, layer_frequencies) = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return attention(q, index, k, v, end, window, plan, *places), None
+            return attention(q, k, v, window), None
 
         turned = rotation(positions, layer_frequencies)
         x, _, choice = _layer(weights, config, x, turned, attend, rows, recorded)
@@ -261,7 +247,7 @@ def paged_hidden_states(
         ([R, C, D] after the final norm in the compute type, the pages).
     """
     layers, pages, page_size = kv_pages.keys.shape[:3]
-    kernel = functools.partial(paged_attention, **_score_options(config))
+    kernel = functools.partial(paged_attention, **score_options(config))
     held = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // page_size, axis=1, mode="clip")
     target = jnp.where(positions >= 0, held, layers * pages)  # out of range: dropped by the update
     offset = positions % page_size
@@ -414,11 +400,6 @@ def _rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
     """Zhang and Sennrich 2019, equation 4, over the last axis, float32 in and out."""
     scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
     return scaled * (FAMILIES[config.family].norm_offset + to_compute(scale.astype(jnp.float32), (None,)))
-
-
-def _score_options(config: ModelConfig) -> dict[str, float]:
-    """What both attention kernels are told about their scores."""
-    return {"scale": (config.score_width or config.head_width) ** -0.5, "soft_cap": config.attention_soft_cap}
 
 
 def _layer_constants(config: ModelConfig) -> tuple[jax.Array, jax.Array]:

@@ -15,12 +15,16 @@ from jaxrl_kernels.interval_attention import (
     segment_ends,
 )
 from jaxrl_kernels.paged_attention import paged_attention
+from jaxrl_kernels.ring_attention import RingPlan, make_ring_plan, ring_attention
 
 __all__ = [
     "Plan",
+    "RingPlan",
     "interval_attention",
     "interval_attention_with_lse",
     "make_plan",
+    "make_ring_plan",
     "paged_attention",
+    "ring_attention",
     "segment_ends",
 ]

@@ -19,7 +19,7 @@ SHORT = (
 )
 EIGHT = (
     *("MeshConfig.slice=2", "MeshConfig.fsdp=1", "MeshConfig.context=2", "MeshConfig.tensor=2"),
-    "OptimizerConfig.offload=True",
+    *("OptimizerConfig.offload=True", "ModelConfig.context_attention=ring"),
 )
 APART = ("MeshConfig.fsdp=2", "MeshConfig.tensor=2", "MeshConfig.rollout_devices=4", "MeshConfig.rollout_tensor=1")
 RunTiny = Callable[..., subprocess.CompletedProcess[str]]

@@ -39,6 +39,7 @@ def make_plan(
     head_width: int,
     queries: int | None = None,
     first: int | jax.Array = 0,
+    behind: bool = False,
     implementation: Implementation = "auto",
 ) -> Plan:
     """The plan of an interval mask, for every window.
@@ -49,13 +50,15 @@ def make_plan(
         head_width: H.
         queries: how many queries there are; T when None.
         first: index of the first query.
+        behind: the queries may lie behind keys that are not theirs (``first`` > 0 though there are T of them), so
+            that more blocks may be needed than of a causal mask.
         implementation: as ``interval_attention`` takes it.
 
     Raises:
         ValueError: the implementation is unknown, does not run on these devices or cannot take the shape.
     """
     rows, tokens = end.shape
-    shape = Shape(rows, tokens if queries is None else queries, tokens, groups, head_width)
+    shape = Shape(rows, tokens if queries is None else queries, tokens, groups, head_width, behind)
     name = chosen(implementation, shape)
     return Plan(BACKENDS[name].plan(end, first, shape), name)
 
@@ -71,6 +74,7 @@ def interval_attention(
     soft_cap: float = 0.0,
     first: int | jax.Array = 0,
     positions: jax.Array | None = None,
+    query_positions: jax.Array | None = None,
     plan: Plan | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
@@ -88,10 +92,12 @@ def interval_attention(
             scalar.
         scale: of the scores; ``H ** -0.5`` when None.
         soft_cap: scaled scores become ``soft_cap * tanh(score / soft_cap)``; 0 = they stay.
-        first: index of the first query, where a row's queries are split over devices and each has all keys. An int,
-            or a traced int32 scalar.
+        first: index of the first query, where a row's queries are split over devices. Where its keys are split too it
+            may be T or more, or negative: such queries see nothing. An int, or a traced int32 scalar.
         positions: [B, T] int32 that the window counts by, rising from a key to every query that sees it. None counts
             by index, which is wrong only where other branches of a tree lie between a token and its past.
+        query_positions: [B, Q] int32, those of the queries; None takes them from ``positions``, where all of their
+            tokens must then be.
         plan: ``make_plan`` of ``end``, for batches that attend more than once; made here when None.
         implementation: "xla" is plain JAX, linear in T in memory; "tpu" the kernels for TPUs; "tpu_interpreted" those
             without a TPU, slowly; "reference" builds the whole mask; "auto" picks by the devices (``docs/kernels.md``).
@@ -113,6 +119,7 @@ def interval_attention(
         soft_cap=soft_cap,
         first=first,
         positions=positions,
+        query_positions=query_positions,
         plan=plan,
         implementation=implementation,
     )[0]
@@ -129,6 +136,7 @@ def interval_attention_with_lse(
     soft_cap: float = 0.0,
     first: int | jax.Array = 0,
     positions: jax.Array | None = None,
+    query_positions: jax.Array | None = None,
     plan: Plan | None = None,
     implementation: Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
@@ -151,14 +159,21 @@ def interval_attention_with_lse(
     if plan is None:
         groups = heads // k.shape[2]
         options = {"groups": groups, "head_width": width, "queries": queries, "first": first}
+        options["behind"] = not (isinstance(first, int) and first == 0)
         plan = make_plan(end, **options, implementation=implementation)
-    index = jnp.arange(tokens, dtype=jnp.int32)
-    seeing = jax.lax.dynamic_slice_in_dim(jax.lax.cummax(end, axis=1) > index, first, queries, axis=1)[..., None]
+    index, query = jnp.arange(tokens, dtype=jnp.int32), first + jnp.arange(queries, dtype=jnp.int32)
+    furthest = jnp.take(jax.lax.cummax(end, axis=1), jnp.clip(query, 0, tokens - 1), axis=1)
+    seeing = ((query >= 0) & (furthest > query))[..., None]
     seen = (end > index)[..., None, None]
     q, k, v = jnp.where(seeing[..., None], q, 0), jnp.where(seen, k, 0), jnp.where(seen, v, 0)
     window, scale = jnp.asarray(window, jnp.int32), width**-0.5 if scale is None else scale
     attend = BACKENDS[plan.backend].attend
-    attended, log_total = attend(q, k, v, end, window, first, scale, soft_cap, positions, plan.lists)
+    places = None
+    if positions is not None:
+        if query_positions is None:
+            query_positions = jax.lax.dynamic_slice_in_dim(positions, first, queries, axis=1)
+        places = query_positions, positions
+    attended, log_total = attend(q, k, v, end, window, first, scale, soft_cap, places, plan.lists)
     return jnp.where(seeing[..., None], attended, 0), jnp.where(seeing, log_total, -jnp.inf)
 
 

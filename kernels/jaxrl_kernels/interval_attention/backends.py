@@ -20,13 +20,15 @@ LONGEST_LIST = 1 << 17
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a plan is made for: queries and tokens of a row, query heads that share a KV head, and their width."""
+    """What a plan is made for: queries and tokens of a row, query heads that share a KV head, their width, and whether
+    the queries may lie behind keys that are not theirs."""
 
     rows: int
     queries: int
     tokens: int
     groups: int
     head_width: int
+    behind: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Backend:
     Attributes:
         plan: ``(end, first, shape)`` -> what ``attend`` needs of the mask, a tree of arrays whose first two axes are
             split on a mesh as rows and tokens are.
-        attend: ``(q, k, v, end, window, first, scale, soft_cap, positions, the plan)`` -> what is attended to
+        attend: ``(q, k, v, end, window, first, scale, soft_cap, places, the plan)`` -> what is attended to
             [B, Q, N, H] in q's type and the log-sum-exp [B, Q, N] in float32; both can be differentiated. Tokens of
-            padding hold zeros.
+            padding hold zeros. ``places`` are the positions of queries [B, Q] and keys [B, T], or None.
         devices: beginning of the kinds of device, as jax says them, that it runs on; empty = all.
         fits: whether it can take a shape.
     """
@@ -61,12 +63,12 @@ def _key_blocks(end: jax.Array, first: int | jax.Array, shape: Shape) -> plan.Ke
 
 def _pairs(end: jax.Array, first: int | jax.Array, shape: Shape) -> Pairs:
     blocks = blocks_for(device_kind(), shape.head_width, shape.groups, shape.queries, shape.tokens)
-    return make_pairs(end, queries=shape.queries, first=first, blocks=blocks)
+    return make_pairs(end, queries=shape.queries, first=first, blocks=blocks, behind=shape.behind)
 
 
 def _has_room(shape: Shape) -> bool:
     blocks = blocks_for(device_kind(), shape.head_width, shape.groups, shape.queries, shape.tokens)
-    return longest_list(shape.rows, shape.queries, shape.tokens, blocks) <= LONGEST_LIST
+    return longest_list(shape.rows, shape.queries, shape.tokens, blocks, shape.behind) <= LONGEST_LIST
 
 
 BACKENDS: dict[str, Backend] = {

@@ -76,7 +76,7 @@ class Code:
         return number >> (self.block_bits + self.partner_bits), block, number & ((1 << self.partner_bits) - 1)
 
 
-def make_pairs(end: jax.Array, *, queries: int, first: int | jax.Array, blocks: Blocks) -> Pairs:
+def make_pairs(end: jax.Array, *, queries: int, first: int | jax.Array, blocks: Blocks, behind: bool = False) -> Pairs:
     """The pairs that an interval mask needs without a window, which only takes pairs away.
 
     Args:
@@ -84,6 +84,7 @@ def make_pairs(end: jax.Array, *, queries: int, first: int | jax.Array, blocks: 
         queries: how many queries there are.
         first: index of the first query.
         blocks: sizes of the blocks.
+        behind: the queries may lie behind keys that are not theirs.
     """
     query_blocks, key_blocks = blocks_of(queries, blocks.queries), blocks_of(end.shape[1], blocks.keys)
     ends = jnp.pad(end, ((0, 0), (0, key_blocks * blocks.keys - end.shape[1])))
@@ -93,16 +94,16 @@ def make_pairs(end: jax.Array, *, queries: int, first: int | jax.Array, blocks: 
     last_query, last_key = first_query + blocks.queries - 1, first_key + blocks.keys - 1
     needed = (first_key <= last_query) & (first_query < ends.max(axis=3))
     full = (last_key <= first_query) & (last_query < ends.min(axis=3))
-    length = longest_list(end.shape[0], queries, end.shape[1], blocks)
+    length = longest_list(end.shape[0], queries, end.shape[1], blocks, behind)
     by_query, queries_listed = _listed(needed, full, length)
     by_key, keys_listed = _listed(needed.swapaxes(1, 2), full.swapaxes(1, 2), length)
     return Pairs(by_query[None], by_key[None], jnp.stack([queries_listed, keys_listed])[None], blocks)
 
 
-def longest_list(rows: int, queries: int, tokens: int, blocks: Blocks) -> int:
-    """Entries of the list of a plain causal mask, than which none is longer."""
+def longest_list(rows: int, queries: int, tokens: int, blocks: Blocks, behind: bool = False) -> int:
+    """Entries of the list of a plain causal mask, than which none is longer where no query lies ``behind`` all keys."""
     query_blocks, key_blocks = blocks_of(queries, blocks.queries), blocks_of(tokens, blocks.keys)
-    if queries < tokens:  # which of a row's queries there are is not known when the list is made room for
+    if behind or queries < tokens:  # which of a row's queries there are is not known when the list is made room for
         return rows * query_blocks * key_blocks
     return rows * sum(min(key_blocks, blocks_of((i + 1) * blocks.queries, blocks.keys)) for i in range(query_blocks))
 

@@ -16,7 +16,7 @@ def interval_attention(
     first: int | jax.Array,
     scale: float,
     soft_cap: float,
-    positions: jax.Array | None,
+    places: tuple[jax.Array, jax.Array] | None,
     plan: tuple,
 ) -> tuple[jax.Array, jax.Array]:
     """As the contract says, one line per step; there is no plan."""
@@ -25,8 +25,9 @@ def interval_attention(
     v = jnp.repeat(v, groups, axis=2).astype(jnp.float32)
     query, key = first + jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None, :]
     distance = query - key
-    if positions is not None:
-        distance = jnp.take(positions, first + jnp.arange(q.shape[1]), axis=1)[:, :, None] - positions[:, None, :]
+    if places is not None:
+        asked, held = places
+        distance = asked[:, :, None] - held[:, None, :]
     visible = (key <= query) & (query < end[:, None, :]) & ((window == 0) | (distance < window))  # [B, Q, T]
     visible = visible[:, None]
     scores = product("btnh,bsnh->bnts", q.astype(jnp.float32), k) * scale

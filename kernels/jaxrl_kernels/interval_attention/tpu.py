@@ -75,7 +75,7 @@ def interval_attention(
     first: int | jax.Array,
     scale: float,
     soft_cap: float,
-    positions: jax.Array | None,
+    places: tuple[jax.Array, jax.Array] | None,
     pairs: Pairs,
     *,
     interpret: bool = False,
@@ -93,7 +93,7 @@ def interval_attention(
         query_blocks=query_blocks,
         key_blocks=key_blocks,
         soft_cap=soft_cap,
-        by_position=positions is not None,
+        by_position=places is not None,
         interpret=interpret,
     )
     fill = ((0, 0), (0, query_blocks * blocks.queries - queries), (0, 0), (0, 0))
@@ -102,8 +102,10 @@ def interval_attention(
     q = jnp.einsum("bnckgh->bkhngc", q).reshape(batch, kv_heads, width, -1)
     fill = ((0, 0), (0, key_blocks * blocks.keys - k.shape[1]))
     k, v = (jnp.einsum("btkh->bkth", jnp.pad(x, (*fill, (0, 0), (0, 0)))) for x in (k, v))
-    held = jnp.broadcast_to(jnp.arange(end.shape[1], dtype=jnp.int32), end.shape) if positions is None else positions
-    asked = jax.lax.dynamic_slice_in_dim(held, first, queries, axis=1)
+    if places is None:
+        index = jnp.arange(end.shape[1], dtype=jnp.int32)
+        places = tuple(jnp.broadcast_to(x, (batch, len(x))) for x in (first + index[:queries], index))
+    asked, held = places
     asked = jnp.pad(asked, ((0, 0), (0, query_blocks * blocks.queries - queries)))
     asked = jnp.tile(asked.reshape(batch, query_blocks, 1, blocks.queries), (1, 1, settings.groups, 1))
     masks = jnp.stack([jnp.pad(end, fill), jnp.pad(held, fill)], axis=1)

@@ -28,7 +28,7 @@ def interval_attention(
     first: int | jax.Array,
     scale: float,
     soft_cap: float,
-    positions: jax.Array | None,
+    places: tuple[jax.Array, jax.Array] | None,
     plan: KeyBlocks,
 ) -> tuple[jax.Array, jax.Array]:
     """As the contract says: what is attended to, and the log-sum-exp of the scores."""
@@ -42,11 +42,10 @@ def interval_attention(
     k, v = (jnp.pad(x, (*fill, (0, 0), (0, 0))).reshape(batch, key_blocks, block, kv_heads, width) for x in (k, v))
     k, v = (jnp.einsum("bnskh->nbksh", x) for x in (k, v))
     ends = jnp.einsum("bns->nbs", jnp.pad(end, fill).reshape(batch, key_blocks, block))
-    first, places = jnp.asarray(first, jnp.int32), None
-    if positions is not None:
-        asked = jax.lax.dynamic_slice_in_dim(positions, first, queries, axis=1)
-        places = _blocks_of_places(asked, query_blocks, block), _blocks_of_places(positions, key_blocks, block)
-    results = _attend(soft_cap, q, k, v, ends, window, first, places, plan)
+    if places is not None:
+        asked, held = places
+        places = _blocks_of_places(asked, query_blocks, block), _blocks_of_places(held, key_blocks, block)
+    results = _attend(soft_cap, q, k, v, ends, window, jnp.asarray(first, jnp.int32), places, plan)
     attended, log_total = (
         jnp.einsum("nbkgch->bnckgh", x).reshape(batch, query_blocks * block, heads, -1)[:, :queries] for x in results
     )
