@@ -1,21 +1,25 @@
 """Log-probabilities and entropies of tokens, without ever holding the logits of a long row."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from jaxrl.config import ModelConfig
-from jaxrl.mesh import compute_spec, per_shard, to_compute
-from jaxrl.model.chunks import cut, joined
+from jaxrl.mesh import COMPUTE_RULES, compute_spec, per_shard, to_compute
 from jaxrl.model.lora import ADAPTERS, RANK, A, B
 from jaxrl.model.moe import Load
 from jaxrl.model.transformer import Params, hidden_states_and_load
 from jaxrl.records import Tree
-from jaxrl_kernels.products import product
+from jaxrl_kernels import linear_logprob
+from jaxrl_kernels.chunks import cut, joined
+from jaxrl_kernels.linear_logprob.scores import linear_scores
 from jaxrl_kernels.softmax import soft_capped
+
+HEAD_AXES = ("vocab", "embed"), ("embed", RANK), (RANK, "vocab")
+"""Of the output matrix and of its adapter's factors."""
 
 
 @flax.struct.dataclass
@@ -29,10 +33,9 @@ class TokenStats:
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Float32 logits [..., V] of hidden states [..., D], rows and vocabulary unsplit: for few rows, as in sampling."""
-    axes = ("vocab", "embed"), ("embed", RANK), (RANK, "vocab")
-    head = [to_compute(matrix, own) for matrix, own in zip(_head(params, hidden.dtype), axes, strict=False)]
+    head = [to_compute(matrix, own) for matrix, own in zip(_head(params, hidden.dtype), HEAD_AXES, strict=False)]
     spec = compute_spec((*[None] * (hidden.ndim - 1), "vocab"))
-    split = _scores(hidden, head, spec)
+    split = linear_scores(hidden, head, spec)
     return to_compute(soft_capped(split, config.logit_soft_cap), (None,) * hidden.ndim)
 
 
@@ -46,20 +49,26 @@ def token_logprobs(
     """Score ``targets[b, t]`` under the distribution that ``hidden[b, t]`` predicts.
 
     The rows are flattened and scored ``ModelConfig.logprob_chunk`` tokens at a time; the backward pass computes each
-    chunk's logits again. On a mesh the tokens are split over all devices, and each has the whole vocabulary.
+    chunk's logits again. On a mesh tokens and vocabulary are split, and no device has the whole output matrix.
 
     Args:
         hidden: [B, T, D] from ``hidden_states``.
         targets: [B, T] int32.
         temperature: logits are divided by it; > 0.
     """
-    tokens, head = ("batch", "token_shards"), _head(params, hidden.dtype)
-    score = per_shard(
-        functools.partial(_score_chunks, chunk=config.logprob_chunk, soft_cap=config.logit_soft_cap),
-        [(*tokens, None), tokens, (), *[(None, None)] * len(head)],
-        [tokens, tokens],
-    )
-    logprobs, entropy = score(hidden, targets, jnp.asarray(temperature, jnp.float32), *head)
+    rows, head = ("batch", "tokens"), _head(params, hidden.dtype)
+    axis = None if jax.sharding.get_abstract_mesh().empty else COMPUTE_RULES["vocab"]
+    options = {"soft_cap": config.logit_soft_cap, "chunk": config.logprob_chunk, "vocab_axis": axis}
+
+    def score(
+        hidden: jax.Array, targets: jax.Array, temperature: jax.Array, *head: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        flat = hidden.reshape(-1, hidden.shape[2]), head, targets.reshape(-1)
+        result = linear_logprob(*flat, temperature=temperature, **options)
+        return result.logprob.reshape(targets.shape), result.entropy.reshape(targets.shape)
+
+    split = per_shard(score, [(*rows, None), rows, (), *HEAD_AXES[: len(head)]], [rows, rows])
+    logprobs, entropy = split(hidden, targets, jnp.asarray(temperature, jnp.float32), *head)
     return TokenStats(logprobs=to_compute(logprobs, ("batch", None)), entropy=to_compute(entropy, ("batch", None)))
 
 
@@ -176,38 +185,6 @@ def _head(params: Params, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
     return params["head"].astype(dtype), *(pair[factor].astype(dtype) for factor in (A, B) if pair)
 
 
-def _scores(
-    hidden: jax.Array, head: Sequence[jax.Array], out_sharding: jax.sharding.PartitionSpec | None = None
-) -> jax.Array:
-    """Logits [..., V] of hidden states [..., D], before any soft cap; ``head`` is what ``_head`` gives."""
-    matrix, *pair = head
-    scores = product("...d,vd->...v", hidden, matrix, out_sharding=out_sharding)
-    if not pair:
-        return scores
-    narrow = product("...d,dr->...r", hidden, pair[0]).astype(hidden.dtype)
-    return scores + product("...r,rv->...v", narrow, pair[1], out_sharding=out_sharding)
-
-
-def _score_chunks(
-    hidden: jax.Array, targets: jax.Array, temperature: jax.Array, *head: jax.Array, chunk: int, soft_cap: float
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities and entropies, [B, T] each, of local rows."""
-    batch, tokens, _ = hidden.shape
-
-    @jax.checkpoint
-    def score(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scaled = soft_capped(_scores(hidden, head), soft_cap) / temperature
-        log_total = jax.nn.logsumexp(scaled, axis=-1)
-        hit = targets[:, None] == jnp.arange(head[0].shape[0], dtype=targets.dtype)
-        logprob = jnp.sum(jnp.where(hit, scaled, 0.0), axis=-1) - log_total
-        mean = jnp.sum(jnp.exp(scaled - log_total[:, None]) * scaled, axis=-1)
-        return logprob, log_total - mean
-
-    pieces = cut(hidden, chunk), cut(targets, chunk)
-    _, (logprobs, entropy) = jax.lax.scan(lambda _, piece: (None, score(*piece)), None, pieces)
-    return joined(logprobs, batch, tokens), joined(entropy, batch, tokens)
-
-
 def _compare_chunks(
     hidden: jax.Array,
     their_hidden: jax.Array,
@@ -222,7 +199,7 @@ def _compare_chunks(
 
     @jax.checkpoint
     def compare(states: jax.Array, their_states: jax.Array) -> jax.Array:
-        logits = _scores(states, heads[:own]), _scores(their_states, heads[own:])
+        logits = linear_scores(states, heads[:own]), linear_scores(their_states, heads[own:])
         return of_logits(*(soft_capped(values, cap) for values, cap in zip(logits, soft_caps, strict=True)))
 
     pieces = cut(hidden, chunk), cut(their_hidden, chunk)
@@ -237,7 +214,7 @@ def _measure_chunks(
     batch, tokens, _ = hidden.shape
 
     def measure(states: jax.Array) -> jax.Array:
-        return square_sum(soft_capped(_scores(states, head), soft_cap) / temperature)
+        return square_sum(soft_capped(linear_scores(states, head), soft_cap) / temperature)
 
     _, values = jax.lax.scan(lambda _, piece: (None, measure(piece)), None, cut(hidden, chunk))
     return (joined(values, batch, tokens),)

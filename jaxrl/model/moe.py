@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_axes, compute_spec, per_shard, to_compute
-from jaxrl.model.chunks import cut, joined
+from jaxrl_kernels.chunks import cut, joined
 from jaxrl_kernels.products import product, rounded
 
 

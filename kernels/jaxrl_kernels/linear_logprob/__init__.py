@@ -1,0 +1,70 @@
+"""Log-probabilities of tokens from hidden states and the output matrix, without the logits of all tokens at once."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_kernels.linear_logprob import reference, xla
+
+Implementation = Literal["auto", "xla", "reference"]
+
+
+class LinearLogprob(NamedTuple):
+    """What a distribution over the vocabulary says of one token, [...] float32 each, in nats."""
+
+    logprob: jax.Array
+    log_total: jax.Array
+    """Log-sum-exp of the scaled logits."""
+    entropy: jax.Array
+
+
+def linear_logprob(
+    hidden: jax.Array,
+    head: tuple[jax.Array, ...],
+    targets: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    soft_cap: float = 0.0,
+    chunk: int = 1024,
+    vocab_axis: str | None = None,
+    implementation: Implementation = "auto",
+) -> LinearLogprob:
+    """Score ``targets`` under ``softmax(hidden @ matrix.T / temperature)``; softmax and sums in float32.
+
+    All three results can be differentiated for ``hidden`` and ``head``; the backward pass forms each chunk's logits
+    again and keeps nothing else of the vocabulary's size.
+
+    Args:
+        hidden: [T, D].
+        head: (matrix [V, D],), or with low-rank factors [D, r] and [r, V] of what is added to its transpose.
+        targets: [T] int32.
+        temperature: logits are divided by it; > 0. It is not differentiated.
+        soft_cap: logits become ``soft_cap * tanh(logit / soft_cap)`` before that; 0 = they stay.
+        chunk: tokens whose logits exist at once.
+        vocab_axis: axis of the mesh that splits the vocabulary, under ``jax.shard_map`` with ``check_vma=False``:
+            ``matrix`` and the last factor are then this device's part, in order, ``hidden`` and ``targets`` are the
+            same on all devices of the axis, and so are the results.
+        implementation: "xla" is plain JAX; "reference" holds all logits and takes no ``vocab_axis``.
+
+    Raises:
+        ValueError: shapes do not fit together, or the implementation is unknown or cannot split the vocabulary.
+    """
+    matrix, *pair = head
+    if hidden.ndim != 2 or matrix.shape[1] != hidden.shape[1] or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden {hidden.shape} [T, D] needs a matrix [V, D] and targets [T]; got {matrix.shape}, {targets.shape}"
+        )
+    if pair and (len(pair) != 2 or pair[0].shape[0] != matrix.shape[1] or pair[1].shape[1] != matrix.shape[0]):
+        raise ValueError(f"matrix {matrix.shape} [V, D] needs factors [D, r] and [r, V]; got {[x.shape for x in pair]}")
+    temperature = jnp.asarray(temperature, jnp.float32)
+    match implementation:
+        case "auto" | "xla":
+            settings = xla.Settings(soft_cap, chunk, vocab_axis)
+            return LinearLogprob(*xla.linear_logprob(settings, hidden, head, targets, temperature))
+        case "reference" if vocab_axis is None:
+            return LinearLogprob(*reference.linear_logprob(hidden, head, targets, temperature, soft_cap))
+    raise ValueError(
+        f"implementation={implementation!r} with vocab_axis={vocab_axis!r} cannot be had; choose auto or xla, or "
+        "reference without an axis"
+    )
