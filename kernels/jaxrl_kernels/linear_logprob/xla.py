@@ -90,13 +90,11 @@ def _backward(settings: Settings, saved: tuple, gradients: Results) -> tuple:
         factor = of_logprob - of_total + of_entropy * (logprobs + entropy[:, None])
         hit = jnp.where(settings.hits(targets, scaled.shape[1]), of_logprob, 0.0)
         hidden_gradient, head_gradient = pull(hit - jnp.exp(logprobs) * factor)
-        added = jax.tree.map(lambda total, more: total + more.astype(jnp.float32), sums, head_gradient)
-        return added, hidden_gradient
+        return jax.tree.map(jnp.add, sums, head_gradient), hidden_gradient
 
     pieces = [cut(x[None], settings.chunk) for x in (hidden, targets, log_total, entropy, gradients.T)]
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
-    sums, hidden_gradient = jax.lax.scan(differentiate, nothing, pieces)
-    head_gradient = jax.tree.map(lambda total, x: total.astype(x.dtype), sums, head)
+    # In float32 they would take twice the memory of the matrix, on every device that has it whole.
+    head_gradient, hidden_gradient = jax.lax.scan(differentiate, jax.tree.map(jnp.zeros_like, head), pieces)
     return joined(hidden_gradient, 1, len(targets))[0], head_gradient, None, None
 
 
