@@ -15,7 +15,6 @@ from jaxrl.train.group_queue import GroupQueue
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session
-from jaxrl.train.shares import known_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ def open_queue(
     return GroupQueue(
         play,
         finished_first=config.train.next_groups == "finished",
-        pending=map(known_here, progress.pending),
+        pending=progress.pending,
         unfinished=progress.unfinished,
     )
 

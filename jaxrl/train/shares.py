@@ -8,9 +8,8 @@ import asyncio
 import contextlib
 import functools
 import itertools
-import json
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import TypeVar
 
 import jax
@@ -18,8 +17,7 @@ import numpy as np
 
 from jaxrl.config import Config, ConfigError
 from jaxrl.episodes import Player, play_group, play_groups
-from jaxrl.observe import traces
-from jaxrl.processes.exchange import exchange, forget, receive, send
+from jaxrl.processes.exchange import forget, receive, send
 from jaxrl.records import Group, Problem
 from jaxrl.rl.targets import TARGETS
 from jaxrl.train import outlines
@@ -35,27 +33,6 @@ def is_own(draw: int) -> bool:
 def known_here(group: Group) -> Group:
     """A group whole where it is this process's own, and else its outline."""
     return group if is_own(group.draw) else outlines.outline(group)
-
-
-def agreed(pending: Sequence[Group], unfinished: Sequence[int], name: str) -> tuple[tuple[Group, ...], tuple[int, ...]]:
-    """Groups that have been played, whole, and draws that have not, where each process knows its own groups whole and
-    may not have heard yet that one of another has ended: whoever plays a draw says what it has.
-
-    All processes call this together, of the same draws and with a fresh name.
-
-    Returns:
-        In the order of the draws, and the same in every process.
-    """
-    if jax.process_count() == 1:
-        return tuple(pending), tuple(unfinished)
-    draws = {group.draw for group in pending} | set(unfinished)
-    own = {group.draw: [traces.to_json(t) for t in group.trajectories] for group in pending if is_own(group.draw)}
-    whole = {}
-    for message in exchange(f"jaxrl/groups/{name}", json.dumps(own).encode()):
-        for draw, rows in json.loads(message).items():
-            trajectories = tuple(map(traces.from_json, rows))
-            whole[int(draw)] = Group(trajectories[0].problem, int(draw), trajectories)
-    return tuple(whole[draw] for draw in sorted(whole)), tuple(sorted(draws - set(whole)))
 
 
 def check_processes(config: Config, processes: int) -> None:

@@ -269,6 +269,8 @@ def test_what_a_run_left_is_kept_where_it_was_played_and_begun_again_where_not()
             await until(lambda: queue.unfinished == (3, 4))
             progress.pending, progress.unfinished = queue.pending, queue.unfinished
         saved = RunProgress.from_json(json.loads(json.dumps(progress.to_json())))
+        assert saved.unfinished == (2, 3, 4, 5) and not saved.pending, "what was played is no part of it"
+        saved = saved.with_played(progress.pending)
         assert [group.draw for group in saved.pending] == [2, 5] and saved.unfinished == (3, 4)
         async with opened(at_once, saved, **changes) as (queue, player, step):
             assert draws(await step()) == [2, 3]
