@@ -6,6 +6,7 @@ outlives the first process for as long as the others take to see that this one g
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from jaxrl.processes.service_process import READY
 
 LINGER_SECONDS = 20
 """How long it outlives a first process that went without a word: twice as long as the others wait for a sign."""
+REASON_CHARACTERS = 2000
+"""How much is shown of what a service said that did not start."""
 
 
 class Service:
@@ -29,7 +32,7 @@ class Service:
         options: plain values; which there are depends on the version of jax.
 
     Raises:
-        OSError: it cannot listen at ``address``; one that lingers there is waited for.
+        OSError: it cannot listen at ``address``, with what it said; one that lingers there is waited for.
     """
 
     def __init__(self, address: str, count: int, **options: Any) -> None:
@@ -38,11 +41,22 @@ class Service:
         command = [*script, address, str(count), json.dumps(options), str(LINGER_SECONDS)]
         # Whoever reads the standard error of this process to its end, or kills its group, has nothing of the service.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
-        if self._process.stdout.readline() != READY:
-            raise OSError(f"the coordination service did not start at {address}; is the port free?")
+        begun = self._process.stdout.readline() == READY
+        if not begun:
+            self._process.kill()
+        said = "" if begun else self._process.stderr.read().decode(errors="replace").strip()
         self._process.stdout.close()
+        self._process.stderr.close()
+        if not begun:
+            self._process.wait()
+            raise OSError(f"the coordination service did not start at {address}: {said[-REASON_CHARACTERS:]}")
 
     def leave(self, seconds: float) -> None:
         """End it after so many seconds."""

@@ -103,6 +103,17 @@ def test_a_service_stays_as_long_as_it_is_told_and_another_waits_for_it(monkeypa
     socket.create_server(("", port)).close()  # free again
 
 
+def test_a_service_that_does_not_start_says_why(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with reserved_port() as port:
+        address = f"[::]:{port}"
+    with pytest.raises(OSError, match=r"(?s)did not start at \[::\]:.*unexpected_option"):
+        service.Service(address, 2, unexpected_option=1)
+    (tmp_path / "sitecustomize.py").write_text("raise SystemExit('found where this process finds modules')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(OSError, match="(?s)found where this process finds modules"):
+        service.Service(address, 2)
+
+
 @pytest.mark.parametrize("process", [0, 1])
 def test_nobody_at_the_coordinator_is_said_before_long(process: int) -> None:
     with reserved_port() as port:
