@@ -17,6 +17,7 @@ from typing import Any
 from jax._src import distributed  # what starts the service has no public name
 from jaxlib import _jax
 
+from jaxrl.processes import door
 from jaxrl.processes.service_process import READY
 
 LINGER_SECONDS = 20
@@ -72,13 +73,27 @@ class Service:
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """Inside, ``jax.distributed.initialize`` starts its service in a process of its own."""
-    start = _jax.get_distributed_runtime_service
-    _jax.get_distributed_runtime_service = Service
+    """Inside, ``jax.distributed.initialize`` starts its service in a process of its own, once all have come to its
+    door; in the others it waits there."""
+    serve, join = _jax.get_distributed_runtime_service, _jax.get_distributed_runtime_client
+
+    def served(address: str, count: int, **options: Any) -> Service:
+        check_port(address)
+        visitors = door.gathered(_port(address), count)
+        service = Service(address, count, **options)
+        door.admit(visitors)
+        return service
+
+    def joined(address: str, index: int, **options: Any) -> Any:
+        if index:
+            door.enter(address, index)
+        return join(address, index, **options)
+
+    _jax.get_distributed_runtime_service, _jax.get_distributed_runtime_client = served, joined
     try:
         yield
     finally:
-        _jax.get_distributed_runtime_service = start
+        _jax.get_distributed_runtime_service, _jax.get_distributed_runtime_client = serve, join
 
 
 def of_this_process() -> Service | None:
@@ -92,7 +107,8 @@ def check_port(address: str) -> None:
     Raises:
         OSError: with what to do.
     """
-    port, given_up = int(address.rpartition(":")[2]), time.monotonic() + LINGER_SECONDS + 1
+    port, given_up = _port(address), time.monotonic() + LINGER_SECONDS + 1
+    told = False
     while True:
         try:
             # Without SO_REUSEPORT: jax's service sets it, so that one which listens already would share the port.
@@ -101,4 +117,14 @@ def check_port(address: str) -> None:
         except OSError as error:
             if time.monotonic() > given_up:
                 raise OSError(f"process 0 cannot listen at port {port}: {error}; take a free port") from error
+        if not told:
+            sys.stderr.write(
+                f"jaxrl: process 0 waits up to {LINGER_SECONDS} s: port {port} is taken, perhaps by a former run that "
+                "has not ended yet\n"
+            )
+            told = True
         time.sleep(0.2)
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
