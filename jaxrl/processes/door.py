@@ -48,7 +48,7 @@ def enter(address: str, index: int) -> None:
     Whoever else is there, such as the service of a former run that has not ended yet, is waited for.
     """
     told = False
-    while not (answer := _answer(address, index)) == OPEN:
+    while (answer := _answer(address, index)) != OPEN:
         if answer is not None and not told:
             sys.stderr.write(
                 f"jaxrl: process {index} waits: at {address} there is not process 0 of this start, but a former run "

@@ -16,10 +16,10 @@ from jaxrl.model import moe
 from jaxrl.model.transformer import param_specs
 from jaxrl.processes import join
 from jaxrl.processes.exchange import is_first
-from jaxrl.records import Group
+from jaxrl.records import Batch, Group
 from jaxrl.rl import selection
 from jaxrl.rl.outcomes import Recorded
-from jaxrl.train import shares
+from jaxrl.train import placement, shares
 from jaxrl.train.critic import new_critic
 from jaxrl.train.pack import earned, pack
 from jaxrl.train.progress import RunProgress
@@ -76,7 +76,27 @@ def with_experts(group: Group) -> Group:
     )
 
 
+def check_held(updater: Updater, batch: Batch) -> None:
+    """Of experts, a device is given no more of all processes' parts at once than what it keeps of them."""
+    place, held = updater._place, []
+    add = place._add
+
+    def watched_add(parts: jax.Array, unsaid: np.generic) -> jax.Array:
+        added = add(parts, unsaid)
+        if parts.dtype == batch.experts.dtype:
+            held.append(parts.addressable_shards[0].data.nbytes)
+        return added
+
+    place._add = watched_add
+    placed = updater._placed(batch)
+    place._add = add
+    kept = placed.experts.addressable_shards[0].data.nbytes
+    if jax.process_count() > 1 and not 0 < max(held) <= kept:
+        raise AssertionError(f"{max(held)} bytes of experts at once, of which {kept} are kept")
+
+
 def main() -> int:
+    placement.AT_ONCE_BYTES = 0
     session = Session(CONFIG, None, None, None, MODEL, make_mesh(updating.MESH))
     params, reference = (initial_params(param_specs(MODEL), session.mesh, seed) for seed in (0, 1))
     critic, steering, progress = new_critic(session, params), Steering(session), RunProgress()
@@ -100,6 +120,7 @@ def main() -> int:
     state, metrics = new_state(params, optimizer, session.mesh), []
     with jax.set_mesh(session.mesh):
         placed = [updater._placed(batch) for batch in updates[1]]
+        check_held(updater, updates[1][0])
     for batches in updates:
         state, found = updater.step(state, batches)
         metrics.append(found)
