@@ -182,8 +182,8 @@ def test_nobody_at_the_coordinator_is_said_before_long(process: int) -> None:
         ),
         (
             1,
-            ["TrainConfig.max_staleness=1", "TrainConfig.next_groups=finished"],
-            'TrainConfig.next_groups="finished" needs a single process, but this run has 2',
+            ["TrainConfig.packing=tree"],
+            "TrainConfig.packing='tree' needs a single process, but this run has 2",
         ),
     ],
     ids=["more devices than there are", "replicas over several processes", "what takes one process"],
