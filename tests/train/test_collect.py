@@ -267,7 +267,10 @@ def test_a_group_that_fails_is_heard_of_while_others_are_still_to_agree() -> Non
         return await asyncio.get_running_loop().create_future()
 
     async def run() -> None:
-        async with asyncio.timeout(20), contextlib.aclosing(GroupQueue(fails, finished_first=True, agree=never)) as queue:
+        async with (
+            asyncio.timeout(20),
+            contextlib.aclosing(GroupQueue(fails, finished_first=True, agree=never)) as queue,
+        ):
             queue.begin(None, [(0, Problem("p", "?", "1"))])
             with pytest.raises(RuntimeError, match="draw 0"):
                 await queue.take(1)
