@@ -51,8 +51,8 @@ def enter(address: str, index: int) -> None:
     while (answer := _answer(address, index)) != OPEN:
         if answer is not None and not told:
             sys.stderr.write(
-                f"jaxrl: process {index} waits: at {address} there is not process 0 of this start, but a former run "
-                "that has not ended yet (within 30 s, if all of it was stopped)\n"
+                f"jaxrl: process {index} waits: at {address} somebody answers who is not process 0 of this start, "
+                "perhaps of a former run that has not ended yet, which takes it up to 30 s\n"
             )
             told = True
         time.sleep(0.2)

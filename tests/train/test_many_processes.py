@@ -24,6 +24,7 @@ MORE = (
     *("MeshConfig.data=2", "MeshConfig.fsdp=2", "SftConfig.steps=40", "EvalConfig.samples=1", "EvalConfig.k=(1,)"),
     *(f"TrainConfig.steps={STEPS}", "TrainConfig.samples=4", "TrainConfig.eval_every=0"),
     *("AlgorithmConfig.reject_equal=False", "CheckpointConfig.keep=3"),
+    "AlgorithmConfig.advantage=gigpo",  # compares what was written
 )
 OWN_DEVICES = ("MeshConfig.data=1", "MeshConfig.rollout_devices=2")
 READS_TOKENS = (
