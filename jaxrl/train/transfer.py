@@ -89,23 +89,40 @@ def _held(array: jax.Array) -> dict[Box, list[_Part]]:
 
 
 def _gathered(array: jax.Array, dtype: jnp.dtype, chunk_bytes: int) -> Iterator[dict[Box, list[_Part]]]:
-    """The same, of all processes, a piece of every shard at a time; each device of a process holds those pieces."""
-    lengths = array.sharding.shard_shape(array.shape)
-    boxes = {_box(index, array.shape) for index in array.sharding.devices_indices_map(array.shape).values()}
-    own = len(array.addressable_shards)
+    """The same, of all processes, a box of every shard at a time; each device of a process holds all those boxes."""
+    shard = array.sharding.shard_shape(array.shape)
+    counts = [whole // length for whole, length in zip(array.shape, shard, strict=True)]
     # Two are there when one follows another.
-    size = chunk_bytes // (2 * len(boxes) * own * dtype.itemsize)
-    for cut in _cuts(tuple((0, length) for length in lengths), max(size, 1)):
-        first, sizes = tuple(start for start, _ in cut), _lengths(cut)
-        joined = _gather(array, first, lengths=sizes, dtype=dtype, sharding=array.sharding)
-        held: dict[Box, list[_Part]] = {}
-        for box in boxes:
-            # Of the shard that is the n-th along an axis, the piece is the n-th there.
-            start = tuple(at // length * size for (at, _), length, size in zip(box, lengths, sizes, strict=True))
-            begins = tuple(at + offset for (at, _), offset in zip(box, first, strict=True))
-            part = tuple((at, at + size) for at, size in zip(begins, sizes, strict=True))
-            held[part] = [_Part(_plain(shard), start) for shard in joined.addressable_shards]
-        yield held
+    size = chunk_bytes // (2 * math.prod(counts) * len(array.addressable_shards) * dtype.itemsize)
+    steps = _steps(shard, counts, size)
+    for first in itertools.product(*map(range, itertools.repeat(0), shard, steps)):
+        lengths = tuple(map(min, steps, (length - at for length, at in zip(shard, first, strict=True))))
+        joined = _gather(array, first, lengths=lengths, dtype=dtype, sharding=array.sharding)
+        everywhere = [_plain(whole) for whole in joined.addressable_shards]
+        axes = itertools.starmap(_along, zip(shard, counts, first, lengths, strict=True))
+        yield {
+            tuple(span for span, _ in part): [_Part(whole, tuple(start for _, start in part)) for whole in everywhere]
+            for part in itertools.product(*axes)
+        }
+
+
+def _along(length: int, count: int, first: int, size: int) -> list[tuple[tuple[int, int], int]]:
+    """What boxes that were joined along an axis are of it, and where there each begins in what was joined; shards are
+    ``length`` long. What is not cut is one."""
+    if size == length:
+        return [((0, count * length), 0)]
+    places = [number * length + first for number in range(count)]
+    return [((at, at + size), number * size) for number, at in enumerate(places)]
+
+
+def _steps(shard: tuple[int, ...], counts: list[int], size: int) -> list[int]:
+    """Lengths of a box of at most ``size`` numbers of a shard. It is cut so that those of all shards are few parts of
+    the array: along axes that do not split it first, and along those that split it most last."""
+    steps = list(shard)
+    for axis in sorted(range(len(shard)), key=lambda axis: (counts[axis], -shard[axis])):
+        if (whole := math.prod(steps)) > size:
+            steps[axis] = max(1, steps[axis] * size // whole)
+    return steps
 
 
 @functools.partial(jax.jit, static_argnames=("lengths", "dtype", "sharding"))

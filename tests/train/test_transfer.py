@@ -32,6 +32,16 @@ def test_a_box_is_cut_into_slabs_that_cover_it_once(box: transfer.Box, size: int
     assert np.array_equal(covered, inside)
 
 
+def test_what_is_gathered_is_in_few_parts() -> None:
+    """A layer of 70B on 128 x 4 devices: whole along the axis that 128 split, and four parts along the other."""
+    shard, counts = (80, 64, 7168), [1, 128, 4]
+    steps = transfer._steps(shard, counts, 32768)
+    assert steps == [1, 64, 512]
+    parts = map(transfer._along, shard, counts, (3, 0, 1024), steps)
+    assert [len(along) for along in parts] == [1, 1, 4]
+    assert transfer._along(7168, 4, 1024, 512)[1] == ((8192, 8704), 512)
+
+
 def test_numbers_that_nobody_here_holds_are_missed() -> None:
     held = types.SimpleNamespace(index=(slice(0, 2), slice(None)), data=jnp.ones((2, 2)), device=jax.devices()[0])
     everything = types.SimpleNamespace(devices_indices_map=lambda shape: {jax.devices()[0]: (slice(None), slice(None))})
