@@ -121,8 +121,15 @@ def by_slice(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device
     of a single process may be cut as well, to try out what several slices do.
 
     Raises:
-        ConfigError: the devices belong to another number of slices, or the slices to unequal numbers of devices.
+        ConfigError: the devices belong to another number of slices, or slices or processes have unequal numbers of
+            them.
     """
+    of_processes = collections.Counter(device.process_index for device in devices)
+    if len(set(of_processes.values())) > 1:
+        raise ConfigError(
+            f"the processes have different numbers of devices that train: {dict(sorted(of_processes.items()))}; what "
+            "they exchange is cut for equal ones, so start each of them with as many"
+        )
     tpu = devices[0].platform == "tpu"
     groups: dict[int, list[jax.Device]] = {}
     for device in devices:
@@ -131,7 +138,7 @@ def by_slice(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device
         groups.setdefault(group, []).append(device)
     if len({len(group) for group in groups.values()}) > 1:
         sizes = {name: len(group) for name, group in groups.items()}
-        raise ConfigError(f"the {'slices' if tpu else 'processes'} have different numbers of devices: {sizes}")
+        raise ConfigError(f"the slices have different numbers of devices: {sizes}")
     divides = len(groups) == slices if tpu else len(groups) == 1 or len(groups) % slices == 0
     if not divides:
         raise ConfigError(

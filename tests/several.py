@@ -62,7 +62,15 @@ def finished(command: list[str], devices: int, seconds: float = 280) -> tuple[in
 
 def together(script: pathlib.Path, count: int, devices: int, *arguments: str) -> list[tuple[int, str, str]]:
     """The results of ``script PORT COUNT PROCESS arguments``, run as ``count`` processes."""
-    with reserved_port() as port, concurrent.futures.ThreadPoolExecutor(count) as threads:
+    with reserved_port() as port:
+        return together_at(port, script, count, devices, *arguments)
+
+
+def together_at(
+    port: int, script: pathlib.Path, count: int, devices: int, *arguments: str
+) -> list[tuple[int, str, str]]:
+    """The same, at a port that is reserved already."""
+    with concurrent.futures.ThreadPoolExecutor(count) as threads:
         runs = [
             threads.submit(
                 finished, [sys.executable, str(script), str(port), str(count), str(process), *arguments], devices

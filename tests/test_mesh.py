@@ -121,6 +121,15 @@ def test_elsewhere_whole_processes_are_a_group() -> None:
         by_slice(devices, 3)
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_processes_with_unequal_numbers_of_devices_are_refused(platform: str) -> None:
+    """What is gathered between them is cut by how many one has, so that some would wait for others for ever."""
+    devices = [Device(index, platform=platform, process_index=index // 4) for index in range(6)]
+    training, _ = split_devices(MeshConfig(rollout_devices=2), devices)
+    with pytest.raises(ConfigError, match=r"processes have different numbers of devices that train: \{0: 3, 1: 1\}"):
+        by_slice(training, 1)
+
+
 def test_a_mesh_that_does_not_divide_says_what_would() -> None:
     specs = param_specs(ModelConfig(vocab_size=48, kv_heads=2, query_heads=8, width=36, ffn_width=64))
     mesh = abstract_mesh(tensor=4)

@@ -14,7 +14,7 @@ from jaxrl import mesh as meshes
 from jaxrl.check import flops
 from jaxrl.config import Config, ModelConfig
 from jaxrl.data.tree_packing import sharing_of, without_sharing
-from jaxrl.model import logprob, lora, moe, spec, transformer
+from jaxrl.model import logprob, lora, moe, quantized, spec, transformer
 from jaxrl.records import Batch
 from jaxrl.rl.supervised import SupervisedLoss, supervised_loss
 from jaxrl.rl.targets import keeps_reference
@@ -192,6 +192,10 @@ def shapes(config: Config, devices: Sequence[jax.Device]) -> Shapes:
     apart = playing if config.mesh.rollout_devices else None
     replicas = meshes.make_rollout_mesh(mesh, config.mesh.rollout_tensor, apart)
     spec.shardings(specs, replicas, meshes.ROLLOUT_RULES)
+    if config.lora.rank:
+        frozen = lora.base_specs(specs, config.lora)
+        quantized.check_blocks(frozen, mesh, meshes.PARAM_RULES)
+        quantized.check_blocks(frozen, replicas, meshes.ROLLOUT_RULES)
     return Shapes(config, config.model, mesh, meshes.replica_meshes(replicas)[0])
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl.config import ConfigError
-from jaxrl.mesh import to_compute
+from jaxrl.mesh import Rules, divisors, partition_spec, pieces, to_compute
 from jaxrl.model.spec import ParamSpec, Specs
 
 BLOCK = 64
@@ -89,6 +90,31 @@ def quantized_specs(specs: Specs, kind: str) -> Specs:
     """
     layers = {name: _pair(spec, kind) if _is_cut(name, spec) else spec for name, spec in specs["layers"].items()}
     return {**specs, "layers": layers}
+
+
+def check_blocks(specs: Specs, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
+    """Every device must get whole blocks of what is kept in codes.
+
+    Args:
+        specs: see ``quantized_specs``.
+
+    Raises:
+        ConfigError: a mesh would cut through blocks; the message says what would not.
+    """
+    for weight in specs["layers"].values():
+        if not isinstance(weight, Quantized):
+            continue
+        cut = len(weight.magnitudes.axes) + weight.axis
+        axis, blocks = weight.magnitudes.axes[cut], weight.magnitudes.shape[cut]
+        block = weight.codes.shape[cut + 1] * (2 if weight.kind == "nf4" else 1)
+        if blocks % (parts := pieces(axis, rules, mesh)):
+            (over,) = partition_spec((axis,), rules, mesh)
+            raise ConfigError(
+                f"LoraConfig.base={weight.kind!r}: {weight.codes.hf_name} has axis {axis!r} of length "
+                f"{blocks * block} in {blocks} blocks of {block} numbers, which cannot be split over "
+                f"{over if isinstance(over, str) else ' x '.join(over)} = {parts} devices; choose one of "
+                f"{', '.join(map(str, divisors(blocks)))}, or LoraConfig.base='none'"
+            )
 
 
 def matching(specs: Specs, params: dict[str, Any]) -> Specs:

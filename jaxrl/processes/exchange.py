@@ -46,11 +46,27 @@ def receive(name: str, unwanted: threading.Event | None = None) -> bytes:
     return zlib.decompress(first[4:] + b"".join(_wait_for(f"{name}/{number}", unwanted) for number in range(1, count)))
 
 
-def forget(name: str) -> None:
-    """Say that this process needs no message below this name any more. The last process to say so frees them all."""
+def forget(name: str, notice: str = "") -> None:
+    """Say that this process needs no message below this name any more. The last process to say so frees them all.
+
+    Args:
+        notice: one that was left of them.
+    """
     if client().key_value_increment(f"{name}.forgotten", 1) == jax.process_count():
         client().key_value_delete(f"{name}/")
         client().key_value_delete(f"{name}.forgotten")
+        if notice:
+            client().key_value_delete(notice)
+
+
+def leave_notice(name: str) -> None:
+    """Leave a name that others look for."""
+    client().key_value_set(name, "1")
+
+
+def notices(folder: str) -> list[str]:
+    """The names that were left below this one, which ends in a stroke; without it."""
+    return [name.removeprefix(folder) for name, _ in client().key_value_dir_get(folder)]
 
 
 def exchange(name: str, message: bytes) -> list[bytes]:

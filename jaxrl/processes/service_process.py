@@ -21,6 +21,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # what ends the run ends this as well, but last
     address, count, options, linger = sys.argv[1:]
     service = _jax.get_distributed_runtime_service(address, int(count), **json.loads(options))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads it any more
     os.write(1, READY)
     seconds = os.read(0, 64)
     time.sleep(float(seconds or linger))

@@ -12,7 +12,7 @@ from jaxrl.rl.advantages.running import Remembered
 from jaxrl.rl.correction import correction
 from jaxrl.rl.example import example
 from jaxrl.rl.methods import configured
-from jaxrl.rl.outcomes import Outcomes, Recorded, of_trajectories
+from jaxrl.rl.outcomes import CONTENTS, Outcomes, Recorded, of_trajectories
 from jaxrl.rl.policy_losses import POLICY_LOSSES
 from jaxrl.rl.selection import chooser
 from jaxrl.rl.selection.difficulty import EXTRA_SAMPLES
@@ -89,8 +89,8 @@ def advantage(config: AlgorithmConfig, recorded: Recorded) -> Advantage:
 
 
 def _tried(recorded: Recorded) -> Outcomes:
-    """Two trajectories of 3 and 4 tokens, to try an advantage on."""
-    trajectories = [example(0), example(1)]
+    """Two trajectories of 3 and 4 tokens, to try an advantage on; their contents are known."""
+    trajectories, recorded = [example(0), example(1)], dataclasses.replace(recorded, contents=True)
     guessed = [np.zeros(one.mask.shape) for one in trajectories]
     outcomes = of_trajectories(trajectories, np.zeros(2, int), recorded, {}, guessed)
     return dataclasses.replace(
@@ -102,6 +102,20 @@ def _tried(recorded: Recorded) -> Outcomes:
 
 def _same(values: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
     return all(np.array_equal(value, other) for value, other in zip(values, others, strict=True))
+
+
+def contents_asked(config: AlgorithmConfig, recorded: Recorded) -> frozenset[str]:
+    """Those of ``CONTENTS`` that the advantage looks at."""
+    estimate, outcomes = advantage(config, recorded), _tried(recorded)
+    values = estimate(outcomes).values
+
+    def can_do_without(field: str) -> bool:
+        try:
+            return _same(values, estimate(dataclasses.replace(outcomes, **{field: None})).values)
+        except Exception:  # whatever a function raises that takes the field for granted
+            return False
+
+    return frozenset(field for field in CONTENTS if not can_do_without(field))
 
 
 def _check_used(config: AlgorithmConfig, recorded: Recorded) -> None:

@@ -10,9 +10,7 @@ from jaxrl.config import ConfigError
 from jaxrl.records import Trajectory
 from jaxrl.rl.trees import nodes_of, states_of, turns_of
 
-_OF_ONE_PROCESS = "of several processes each knows only what it played itself; train in one, or take another advantage"
 _SUPPLIED_BY = {
-    **dict.fromkeys(("states", "nodes", "logprobs"), _OF_ONE_PROCESS),
     "turn_rewards": "reward single turns: name a component that does in RewardConfig.components",
     "greedy_rewards": "set AlgorithmConfig.greedy_baseline=True, which plays a greedy trajectory of every problem too",
     "values": "set CriticConfig.enabled=True, which trains a critic beside the policy",
@@ -22,6 +20,9 @@ _SUPPLIED_BY = {
     "episodes": "it takes an environment in which several agents play, and python episodes have one",
 }
 """What to do about a field that may be missing."""
+
+CONTENTS = ("states", "nodes", "logprobs")
+"""Fields that follow from what was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,8 @@ class Recorded:
         reference_ratios: every token is scored under the reference.
         values: a critic estimates what is still to come.
         several_agents: the environment says who wrote a trajectory, and with whom it was played.
-        contents: what was written is known of all of them; of several processes each knows only what it played.
+        contents: what was written is known of all of them, for ``CONTENTS``; of several processes each knows only what
+            it played.
     """
 
     component_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -1,14 +1,14 @@
 """Checkpoints of everything a resumed run needs, written in the background and marked complete last.
 
 A checkpoint holds the train state, the reference parameters where a KL is used, the critic's train state where there is
-one, and one JSON of host state: stage, weight version, data position, pending groups, counters, alarm history. Random
-keys are functions of (seed, draw, sample, position) and of nothing else, so the draw counter is all there is to save of
-them.
+one, the groups that were played ahead (``played``), and one JSON of host state: stage, weight version, data position,
+draws under way, counters, alarm history. Random keys are functions of (seed, draw, sample, position) and of nothing
+else, so the draw counter is all there is to save of them.
 """
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from jaxrl.config import CheckpointConfig
+from jaxrl.records import Group
+from jaxrl.train.played import PlayedHandler, RestorePlayed, SavePlayed
 
 
 class CheckpointError(RuntimeError):
@@ -44,6 +46,7 @@ class Checkpoints:
             "reference": ocp.StandardCheckpointHandler(),
             "critic": ocp.StandardCheckpointHandler(),
             "host": ocp.JsonCheckpointHandler(),
+            "played": PlayedHandler(),
         }
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
@@ -55,6 +58,7 @@ class Checkpoints:
         host: dict[str, Any],
         pass_rate: float | None,
         critic: Any | None = None,
+        played: Sequence[Group] = (),
     ) -> None:
         """Begin writing; returns once the arrays are copied. A fault of an earlier write is raised here.
 
@@ -62,8 +66,9 @@ class Checkpoints:
             step: the run's global step (cold start and reinforcement counted through).
             pass_rate: of the latest evaluation of these weights, or None if they were not evaluated.
             critic: its train state, where there is one.
+            played: groups that wait to be trained on; of several processes each gives those that it played.
         """
-        items = {"state": ocp.args.StandardSave(state), "host": ocp.args.JsonSave(host)}
+        items = {"state": ocp.args.StandardSave(state), "host": ocp.args.JsonSave(host), "played": SavePlayed(played)}
         if reference is not None:
             items["reference"] = ocp.args.StandardSave(reference)
         if critic is not None:
@@ -92,6 +97,18 @@ class Checkpoints:
     def host(self, step: int) -> dict[str, Any]:
         """The host state alone."""
         return self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+
+    def played(self, step: int, seen: Callable[[Group], Group]) -> tuple[Group, ...]:
+        """The groups that were played ahead, of all processes that there were then, in the order of their draws.
+
+        Args:
+            seen: makes of each what this process keeps of it.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        with self._reading(step):
+            return self._manager.restore(step, args=ocp.args.Composite(played=RestorePlayed(seen)))["played"]
 
     def restore(self, step: int, abstract_state: Any, abstract_reference: Any | None) -> tuple[Any, Any | None]:
         """State and reference parameters, placed as the abstract trees' shardings say (any mesh).

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,10 @@ from jaxrl.config import Config
 from jaxrl.episodes import Player, play_group
 from jaxrl.records import Group, Trajectory
 from jaxrl.rl import algorithm, selection, staleness
-from jaxrl.train.group_queue import GroupQueue
+from jaxrl.train.group_queue import Choice, GroupQueue, alone
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session
-from jaxrl.train.shares import known_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +36,16 @@ class Collected:
 
 
 def open_queue(
-    config: Config, progress: RunProgress, play: Callable[..., Coroutine[Any, Any, Group]] = play_group
+    config: Config,
+    progress: RunProgress,
+    play: Callable[..., Coroutine[Any, Any, Group]] = play_group,
+    agree: Callable[[Choice], Awaitable[list[int]]] = alone,
 ) -> GroupQueue:
     """The groups that wait to be trained on, as a run left them.
 
     Args:
         play: called as ``play_group`` is.
+        agree: as for ``GroupQueue``, where it matters.
     """
     play = functools.partial(
         play,
@@ -50,10 +53,12 @@ def open_queue(
         greedy_baseline=config.algorithm.greedy_baseline,
         extra_samples=algorithm.extra_samples(config.algorithm),
     )
+    finished_first = config.train.next_groups == "finished"
     return GroupQueue(
         play,
-        finished_first=config.train.next_groups == "finished",
-        pending=map(known_here, progress.pending),
+        finished_first=finished_first,
+        agree=agree if finished_first else alone,  # the order of the draws is the same everywhere
+        pending=progress.pending,
         unfinished=progress.unfinished,
     )
 

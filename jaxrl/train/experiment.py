@@ -28,6 +28,7 @@ from jaxrl.train.recorder import Recorder
 from jaxrl.train.run import RunError, open_run
 from jaxrl.train.session import Session, open_session
 from jaxrl.train.sft import cold_start
+from jaxrl.train.shares import known_here
 from jaxrl.train.state import (
     HOST,
     TrainState,
@@ -156,6 +157,7 @@ def export_adapter(session: Session, adapters: Any, folder: pathlib.Path) -> Non
 def restore(session: Session, checkpoints: Checkpoints, step: int) -> tuple[RunProgress, TrainState, Any | None]:
     """What a checkpoint holds, placed on this session's mesh, whatever mesh it was saved from."""
     progress = RunProgress.from_json(checkpoints.host(step))
+    progress = progress.with_played(checkpoints.played(step, known_here))
     optimizer, wants_reference = _needs(session, progress.stage)
     target = abstract_state(session.trained_specs, optimizer, session.mesh)
     state, reference = checkpoints.restore(step, target, target.params if wants_reference else None)

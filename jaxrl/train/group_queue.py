@@ -2,11 +2,15 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Coroutine, Iterable
+import functools
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from jaxrl.episodes import Player, first_cause
 from jaxrl.records import Group, Problem
+
+Choice = Callable[[], Coroutine[Any, Any, list[int]]]
+"""Waits until there is something to choose from, and chooses draws."""
 
 
 @dataclasses.dataclass
@@ -30,12 +34,18 @@ class _Entry:
         return self.playing.result()
 
 
+async def alone(choose: Choice) -> list[int]:
+    """The choice of a single process."""
+    return await choose()
+
+
 class GroupQueue:
     """Plays in the background. Use it from one asyncio loop, and close it: then nothing of it goes on.
 
     Args:
         play: plays one problem; its further argument is the draw.
         finished_first: give out what is played first, the oldest of it first, instead of waiting for the oldest draw.
+        agree: given what chooses the draws that are taken next, says which they are; the same in all processes.
         pending: groups that were played earlier.
         unfinished: draws that were begun earlier and not played to their end, which begin again.
     """
@@ -45,11 +55,13 @@ class GroupQueue:
         play: Callable[[Player, Problem, int], Coroutine[Any, Any, Group]],
         *,
         finished_first: bool,
+        agree: Callable[[Choice], Awaitable[list[int]]] = alone,
         pending: Iterable[Group] = (),
         unfinished: Iterable[int] = (),
     ) -> None:
         self._play = play
         self._finished_first = finished_first
+        self._agree = agree
         self._entries = [_Entry(draw) for draw in unfinished]
         for group in pending:
             played: asyncio.Future[Group] = asyncio.get_running_loop().create_future()
@@ -91,17 +103,20 @@ class GroupQueue:
         Raises:
             Exception: what an episode raised, at once and whichever it was.
         """
-        while True:
-            groups = [entry.group for entry in self._entries]
-            if self._finished_first:
-                chosen = [index for index, group in enumerate(groups) if group is not None][:count]
-            else:
-                chosen = list(range(count))
-            if len(chosen) == count and all(groups[index] is not None for index in chosen):
-                break
+        agreeing = asyncio.ensure_future(self._agree(functools.partial(self._choose, count)))
+        try:
+            while not agreeing.done():
+                self._played()  # raises what an episode raised
+                await asyncio.wait({agreeing, *self._playing()}, return_when=asyncio.FIRST_COMPLETED)
+            chosen = agreeing.result()
+        finally:
+            agreeing.cancel()
+            await asyncio.gather(agreeing, return_exceptions=True)
+        while not all(draw in self._played() for draw in chosen):
             await self._progress()
-        self._entries = [entry for index, entry in enumerate(self._entries) if index not in set(chosen)]
-        return [groups[index] for index in chosen]
+        played = self._played()
+        self._entries = [entry for entry in self._entries if entry.draw not in set(chosen)]
+        return [played[draw] for draw in chosen]
 
     async def settle(self) -> None:
         """Wait until every group has been played.
@@ -124,6 +139,19 @@ class GroupQueue:
         """As ``discard``; for ``contextlib.aclosing``."""
         await self.discard()
 
+    async def _choose(self, count: int) -> list[int]:
+        """The draws that this process would take."""
+        if not self._finished_first:
+            return [entry.draw for entry in self._entries[:count]]
+        while len(self._played()) < count:
+            await self._progress()
+        return list(self._played())[:count]
+
+    def _played(self) -> dict[int, Group]:
+        return {group.draw: group for group in self.pending}
+
+    def _playing(self) -> list[asyncio.Future[Group]]:
+        return [entry.playing for entry in self._entries if entry.playing is not None and not entry.playing.done()]
+
     async def _progress(self) -> None:
-        playing = [entry.playing for entry in self._entries if entry.playing is not None and not entry.playing.done()]
-        await asyncio.wait(playing, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(self._playing(), return_when=asyncio.FIRST_COMPLETED)

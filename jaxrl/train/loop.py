@@ -61,7 +61,7 @@ async def reinforce(
                 critic.compile()
             weights = session.rollout_weights(state.params)
             player = await stack.enter_async_context(open_player(session, weights, progress.step))
-        queue = open_queue(config, progress, session.shares.play_group)
+        queue = open_queue(config, progress, session.shares.play_group, session.shares.agree)
         await stack.enter_async_context(contextlib.aclosing(queue))
         if progress.before is None:
             progress.before = progress.after = await measure(session, recorder, player, progress)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -20,6 +21,10 @@ PLANNED = (
 
 UNSAID = {"experts": -1}
 """What stands for contents that a process does not know, where it is not 0."""
+
+AT_ONCE_BYTES = 16 << 20
+"""What a device may hold of a field at once while what processes have of it is added up, if that is more than what it
+keeps in the end."""
 
 
 def said_once(batch: Batch) -> Batch:
@@ -51,9 +56,9 @@ class Placement:
         self._pooled = pooled and jax.process_count() > 1
         self.rows = NamedSharding(mesh, meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, mesh))
         self._by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        processes = [device.process_index for device in mesh.devices.flat]
-        self._speaks = [process not in processes[:place] for place, process in enumerate(processes)]  # one of each
+        self._circles = _circles(mesh) if self._pooled else []
         self._add = jax.jit(self._added)
+        self._join = jax.jit(lambda added: jnp.concatenate(added, axis=1))
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch on the devices. All processes call this together, under the mesh."""
@@ -69,15 +74,44 @@ class Placement:
         if name in PLANNED or not self._pooled:
             return jax.make_array_from_callback(values.shape, self.rows, lambda index: values[index])
         unsaid = values.dtype.type(UNSAID.get(name, 0))
-        nothing = np.full_like(values, unsaid)[None]
-        parts = jax.make_array_from_callback(
-            (len(self._speaks), *values.shape),
-            self._by_device,
-            lambda index: values[None] if self._speaks[index[0].start or 0] else nothing,
-        )
-        return self._add(parts, unsaid)
+        processes, tokens = len(self._circles[0]), values.shape[1]
+        shard_bytes = values.nbytes // values.shape[0] * self.rows.shard_shape(values.shape)[0]
+        rounds = min(tokens, -(-processes * shard_bytes // max(shard_bytes, AT_ONCE_BYTES)))
+        length = -(-tokens // rounds)
+        added: list[jax.Array] = []
+        for first in range(0, tokens, length):
+            jax.block_until_ready(added)  # and the parts before are free again
+            added.append(self._add(self._parts(values[:, first : first + length]), unsaid))
+        return added[0] if len(added) == 1 else self._join(added)
+
+    def _parts(self, values: np.ndarray) -> jax.Array:
+        """[devices, processes, rows of a shard, T, ...]: on each device what this process has for it and for those of
+        its circle."""
+        places = self.rows.devices_indices_map(values.shape)
+        wanted = [places[device] for device in self.rows.mesh.devices.flat]
+        circle_of = {place: circle for circle in self._circles for place in circle}
+
+        def parts_for(index: tuple[slice, ...]) -> np.ndarray:
+            return np.stack([values[wanted[place]] for place in circle_of[index[0].start or 0]])[None]
+
+        shape = (len(wanted), len(self._circles[0]), *self.rows.shard_shape(values.shape))
+        return jax.make_array_from_callback(shape, self._by_device, parts_for)
 
     def _added(self, parts: jax.Array, unsaid: jax.Array) -> jax.Array:
-        """[processes' parts, B, T, ...] -> [B, T, ...]."""
-        said = (parts - unsaid).sum(axis=0, dtype=parts.dtype)
-        return jax.sharding.reshard(said + unsaid, self.rows.spec)
+        """[devices, processes, rows of a shard, T, ...] -> [B, T, ...]."""
+        names = self.rows.mesh.axis_names
+
+        def own_sum(parts: jax.Array, unsaid: jax.Array) -> jax.Array:
+            said = jax.lax.psum_scatter(parts[0] - unsaid, names, axis_index_groups=self._circles)
+            return said + unsaid
+
+        specs = self._by_device.spec, PartitionSpec()
+        return jax.shard_map(own_sum, in_specs=specs, out_specs=self.rows.spec, check_vma=False)(parts, unsaid)
+
+
+def _circles(mesh: Mesh) -> list[list[int]]:
+    """Places in the mesh, in circles of one device of every process, which has as many as any other."""
+    of_process: dict[int, list[int]] = {}
+    for place, device in enumerate(mesh.devices.flat):
+        of_process.setdefault(device.process_index, []).append(place)
+    return [list(circle) for circle in zip(*of_process.values(), strict=True)]

@@ -1,21 +1,22 @@
 """Where a run stands, apart from its weights: the host half of a checkpoint."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from jaxrl.observe import traces
 from jaxrl.records import Group
 from jaxrl.train.checkpoint import CheckpointError
 
 Stage = Literal["sft", "rl", "prefer"]
 
-FORMAT = 1
+FORMAT = 2
 """Version of the host half of a checkpoint; a reader refuses any other."""
 
 
 @dataclasses.dataclass
 class RunProgress:
-    """Everything the next step depends on that is not an array. Round-trips through JSON."""
+    """Everything the next step depends on that is not an array. Round-trips through JSON, but for the groups that were
+    played ahead, of which only the draws are there."""
 
     stage: Stage = "sft"
     step: int = 0  # steps of this stage done; also the weight version during reinforcement
@@ -49,12 +50,12 @@ class RunProgress:
     def to_json(self) -> dict[str, Any]:
         row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         row["format"] = FORMAT
-        row["pending"] = [[traces.to_json(t) for t in group.trajectories] for group in self.pending]
+        row["unfinished"] = sorted([*row["unfinished"], *(group.draw for group in row.pop("pending"))])
         return row
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "RunProgress":
-        """What ``to_json`` wrote.
+        """What ``to_json`` wrote, as if nothing under way had been played.
 
         Raises:
             CheckpointError: another format version.
@@ -67,10 +68,11 @@ class RunProgress:
                 f"a checkpoint of {found}, but this jaxrl reads format {FORMAT}; go on with the one that made it, or "
                 "choose a new folder with --run"
             )
-        groups = []
-        for rows in row["pending"]:
-            trajectories = tuple(traces.from_json(item) for item in rows)
-            groups.append(Group(trajectories[0].problem, trajectories[0].draw, trajectories))
         problems = None if row["problems"] is None else tuple(row["problems"])
-        unfinished = tuple(row.get("unfinished", ()))
-        return cls(**{**row, "pending": tuple(groups), "unfinished": unfinished, "problems": problems})
+        return cls(**{**row, "unfinished": tuple(row["unfinished"]), "problems": problems})
+
+    def with_played(self, groups: Sequence[Group]) -> "RunProgress":
+        """The same with groups, of the draws under way, that have been played."""
+        played = {group.draw for group in groups}
+        unfinished = tuple(draw for draw in self.unfinished if draw not in played)
+        return dataclasses.replace(self, pending=tuple(groups), unfinished=unfinished)

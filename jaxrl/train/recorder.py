@@ -18,7 +18,7 @@ from jaxrl.rl.selection import Selection
 from jaxrl.train.checkpoint import Checkpoints
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunFolder
-from jaxrl.train.shares import agreed, is_own
+from jaxrl.train.shares import is_own
 
 ALARM_HISTORY = 64
 """Steps the alarms look back on."""
@@ -153,9 +153,8 @@ class Recorder:
         if step == self._checkpoints.latest():
             return
         with self.timer.phase("checkpoint"):
-            pending, unfinished = agreed(progress.pending, progress.unfinished, f"pending at {step}")
-            whole = dataclasses.replace(progress, pending=pending, unfinished=unfinished)
-            self._checkpoints.save(step, state, reference, whole.to_json(), pass_rate, critic)
+            own = [group for group in progress.pending if is_own(group.draw)]
+            self._checkpoints.save(step, state, reference, progress.to_json(), pass_rate, critic, own)
 
     def settle(self, progress: RunProgress) -> None:
         """Count the seconds since the last step, so that the report has all of them."""

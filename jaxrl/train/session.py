@@ -356,8 +356,8 @@ def _session(config: Config, run: RunFolder, tokenizer: Tokenizer) -> Session:
     if config.lora.rank:
         lora.adapter_specs(session.specs, config.lora)  # refuses targets that name nothing
         frozen = lora.base_specs(session.specs, config.lora)
-        spec.shardings(frozen, session.mesh, meshes.PARAM_RULES)
-        spec.shardings(frozen, session.rollout_mesh, meshes.ROLLOUT_RULES)
+        quantized.check_blocks(frozen, session.mesh, meshes.PARAM_RULES)
+        quantized.check_blocks(frozen, session.rollout_mesh, meshes.ROLLOUT_RULES)
     return session
 
 

@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import TypeVar
 
 import jax
@@ -18,13 +18,17 @@ import numpy as np
 
 from jaxrl.config import Config, ConfigError
 from jaxrl.episodes import Player, play_group, play_groups
-from jaxrl.observe import traces
-from jaxrl.processes.exchange import exchange, forget, receive, send
+from jaxrl.processes.exchange import forget, is_first, leave_notice, notices, receive, send
 from jaxrl.records import Group, Problem
-from jaxrl.rl.targets import TARGETS
 from jaxrl.train import outlines
+from jaxrl.train.group_queue import Choice
 
 T = TypeVar("T")
+
+PLAYED = "jaxrl/played/"
+"""Below it notices of the draws that have been played and are heard of by some processes, but not yet by all."""
+LOOK_SECONDS = 0.2
+"""Between two looks there."""
 
 
 def is_own(draw: int) -> bool:
@@ -35,27 +39,6 @@ def is_own(draw: int) -> bool:
 def known_here(group: Group) -> Group:
     """A group whole where it is this process's own, and else its outline."""
     return group if is_own(group.draw) else outlines.outline(group)
-
-
-def agreed(pending: Sequence[Group], unfinished: Sequence[int], name: str) -> tuple[tuple[Group, ...], tuple[int, ...]]:
-    """Groups that have been played, whole, and draws that have not, where each process knows its own groups whole and
-    may not have heard yet that one of another has ended: whoever plays a draw says what it has.
-
-    All processes call this together, of the same draws and with a fresh name.
-
-    Returns:
-        In the order of the draws, and the same in every process.
-    """
-    if jax.process_count() == 1:
-        return tuple(pending), tuple(unfinished)
-    draws = {group.draw for group in pending} | set(unfinished)
-    own = {group.draw: [traces.to_json(t) for t in group.trajectories] for group in pending if is_own(group.draw)}
-    whole = {}
-    for message in exchange(f"jaxrl/groups/{name}", json.dumps(own).encode()):
-        for draw, rows in json.loads(message).items():
-            trajectories = tuple(map(traces.from_json, rows))
-            whole[int(draw)] = Group(trajectories[0].problem, int(draw), trajectories)
-    return tuple(whole[draw] for draw in sorted(whole)), tuple(sorted(draws - set(whole)))
 
 
 def check_processes(config: Config, processes: int) -> None:
@@ -69,16 +52,6 @@ def check_processes(config: Config, processes: int) -> None:
     """
     if processes == 1:
         return
-    algorithm = config.algorithm
-    of_whole_groups = {
-        "AlgorithmConfig.reference_ratios=True": algorithm.reference_ratios,
-        f"AlgorithmConfig.loss={algorithm.loss!r}": algorithm.loss in TARGETS,
-    }
-    if found := [setting for setting, used in of_whole_groups.items() if used]:
-        raise ConfigError(
-            f"{', '.join(found)} needs a single process, but this run has {processes}, each of which knows whole "
-            "trajectories only of what it played; change it, or train in one process"
-        )
     packing, recorded = config.train.packing, config.engine.record_experts
     if packing == "tree" or (packing == "shared_prompt" and recorded):
         raise ConfigError(
@@ -86,19 +59,14 @@ def check_processes(config: Config, processes: int) -> None:
             f"single process, but this run has {processes}, each of which knows what trajectories have in common only "
             f"of what it played; set it to {'rows' if recorded else 'shared_prompt'!r}"
         )
-    if config.train.next_groups == "finished":
-        raise ConfigError(
-            f'TrainConfig.next_groups="finished" needs a single process, but this run has {processes}, each of which '
-            'knows when its own groups end; set it to "drawn", or train in one process'
-        )
 
 
 class Shares:
     """Plays draws in all processes. All of them make the same calls in the same order."""
 
     def __init__(self) -> None:
-        self._plays = itertools.count()
-        self._turn = asyncio.Lock()
+        self._plays, self._choices = itertools.count(), itertools.count()
+        self._elsewhere = _Elsewhere()
 
     async def play_group(
         self,
@@ -118,11 +86,25 @@ class Shares:
         if is_own(draw):
             group = await play(player, problem, draw, samples)
             await asyncio.to_thread(send, name, outlines.encode(group))
+            await asyncio.to_thread(leave_notice, f"{PLAYED}{draw}")
         else:
-            async with self._turn:  # one after the other: each wait takes a thread, of which there are few
-                group = await _received(name, problem, draw)
-        await asyncio.to_thread(forget, name)
+            await self._elsewhere.played(draw)
+            group = outlines.decode(await _received(name), problem, draw)
+        await asyncio.to_thread(forget, name, f"{PLAYED}{draw}")
         return group
+
+    async def agree(self, choose: Choice) -> list[int]:
+        """What process 0 chooses; see ``GroupQueue``."""
+        if jax.process_count() == 1:
+            return await choose()
+        name = f"jaxrl/choice/{next(self._choices)}"
+        if is_first():
+            chosen = await choose()
+            await asyncio.to_thread(send, name, json.dumps(chosen).encode())
+        else:
+            chosen = json.loads(await _received(name))
+        await asyncio.to_thread(forget, name)
+        return chosen
 
     def play(
         self,
@@ -166,7 +148,9 @@ async def _play_share(
                 played.put_nowait(group)
 
     async def next_group(draw: int, problem: Problem) -> Group:
-        return await (played.get() if is_own(draw) else _received(f"{name}/{draw}", problem, draw))
+        if is_own(draw):
+            return await played.get()
+        return outlines.decode(await _received(f"{name}/{draw}"), problem, draw)
 
     playing = asyncio.create_task(play_own())
     try:
@@ -179,10 +163,41 @@ async def _play_share(
         await asyncio.gather(playing, return_exceptions=True)
 
 
-async def _received(name: str, problem: Problem, draw: int) -> Group:
+class _Elsewhere:
+    """What other processes play. A single look tells of all; to wait for each would take a thread for each."""
+
+    def __init__(self) -> None:
+        self._awaited: dict[int, asyncio.Future[None]] = {}
+        self._looking: asyncio.Task[None] | None = None
+
+    async def played(self, draw: int) -> None:
+        """Until whoever plays the draw has sent it."""
+        self._awaited[draw] = asyncio.get_running_loop().create_future()
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+        try:
+            await self._awaited[draw]
+        finally:
+            del self._awaited[draw]
+
+    async def _look(self) -> None:
+        try:
+            while self._awaited:
+                there = set(await asyncio.to_thread(notices, PLAYED))
+                for draw, awaited in self._awaited.items():
+                    if str(draw) in there and not awaited.done():
+                        awaited.set_result(None)
+                await asyncio.sleep(LOOK_SECONDS)
+        except Exception as error:
+            for awaited in self._awaited.values():
+                if not awaited.done():
+                    awaited.set_exception(error)
+
+
+async def _received(name: str) -> bytes:
     unwanted = threading.Event()
     try:
-        return outlines.decode(await asyncio.to_thread(receive, name, unwanted), problem, draw)
+        return await asyncio.to_thread(receive, name, unwanted)
     finally:
         unwanted.set()  # cancelled: the thread would wait on
 

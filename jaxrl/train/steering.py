@@ -14,6 +14,7 @@ from jaxrl.model import logprob
 from jaxrl.records import Batch, Trajectory
 from jaxrl.rl import divergence, entropy, targets
 from jaxrl.rl.outcomes import Outcomes
+from jaxrl.train.contents import Contents
 from jaxrl.train.placement import once
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.score import Scorer, of_trajectories
@@ -39,6 +40,8 @@ class Steering:
             *scored,
         )
         self._reference_logprobs = scorer(lambda _, logprobs: logprobs, *scored)
+        self._reference_ratios = scorer(lambda batch, theirs: batch.behaviour_logprobs - theirs, *scored)
+        self._contents = Contents(session)
         self._squares = scorer(
             lambda _, sums: sums,
             *scored,
@@ -55,8 +58,11 @@ class Steering:
         """Compile what this run will use, so that nothing is compiled once it trains."""
         if self._rescores or self._algorithm.loss in targets.TARGETS:
             self._logprobs.compile(params, self._train.rows, self._train.row_tokens)
-        if self._algorithm.reference_ratios or self._algorithm.loss in targets.AGAINST_REFERENCE:
+        if self._algorithm.loss in targets.AGAINST_REFERENCE:
             self._reference_logprobs.compile(reference, self._train.rows, self._train.row_tokens)
+        if self._algorithm.reference_ratios:
+            self._reference_ratios.compile(reference, self._train.rows, self._train.row_tokens)
+        self._contents.compile(proximal=self._algorithm.loss in targets.TARGETS)
         if self._charges:
             self._divergence.compile(reference, self._train.rows, self._train.row_tokens)
         if self._algorithm.square_sums:
@@ -73,19 +79,17 @@ class Steering:
         reference: Any | None,
         progress: RunProgress,
     ) -> Outcomes:
-        """What the advantage sees: ``outcomes`` with every token's Σ π² under ``params`` and every trajectory's ratio
-        to the reference, if the run scores them, and ``charged``."""
+        """What the advantage sees: ``outcomes`` with what it asks for of ``Contents``, with every token's Σ π² under
+        ``params`` and every trajectory's ratio to the reference, if the run scores them, and ``charged``."""
+        outcomes = self._contents.seen(outcomes, trajectories, progress.global_step)
         if self._algorithm.square_sums and trajectories:
             sums = of_trajectories(functools.partial(self._squares, params), trajectories, self._train)
             outcomes = dataclasses.replace(outcomes, square_sums=sums)
         if self._algorithm.reference_ratios and trajectories:
-            score = functools.partial(self._reference_logprobs, reference)
-            theirs = of_trajectories(score, trajectories, self._train)
-            ratios = [
-                float(((one.logprobs - values) * one.mask).sum(dtype=np.float64))
-                for one, values in zip(trajectories, theirs, strict=True)
-            ]
-            outcomes = dataclasses.replace(outcomes, reference_ratios=np.array(ratios))
+            score = functools.partial(self._reference_ratios, reference)
+            by_token = of_trajectories(score, trajectories, self._train)
+            ratios = np.array([values.sum(dtype=np.float64) for values in by_token])
+            outcomes = dataclasses.replace(outcomes, reference_ratios=ratios)
         return self.charged(outcomes, trajectories, reference, progress)
 
     def charged(
@@ -143,8 +147,12 @@ class Steering:
         theirs = None
         if self._algorithm.loss in targets.AGAINST_REFERENCE:
             theirs = [self._reference_logprobs(reference, batch.replace(groups=None)) for batch in sampled]
-        found = iter(targets.completed(self._algorithm, sampled, logprobs, theirs))
-        return [next(found) if batch.mask.any() else batch for batch in batches]
+        known = [self._contents.with_proximal(batch) for batch in sampled]
+        found = iter(targets.completed(self._algorithm, known, logprobs, theirs))
+        return [
+            batch.replace(advantages=next(found).advantages, groups=None) if batch.mask.any() else batch
+            for batch in batches
+        ]
 
     def _rescored(self, batch: Batch, params: Any) -> Batch:
         """With the log-probabilities of ``params`` as the proximal ones, if the run takes these."""

@@ -211,3 +211,13 @@ def test_check_returns_one_when_it_does_not_fit() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout or "{}").get("fits") is False, done.stderr
+
+
+def test_blocks_of_codes_that_the_mesh_would_cut_are_refused_as_by_training(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", DEVICES["XLA_FLAGS"])
+    lora = dataclasses.replace(config.lora, rank=4, base="nf4")
+    wrong = dataclasses.replace(config, lora=lora, mesh=dataclasses.replace(config.mesh, fsdp=8, tensor=1))
+    with pytest.raises(ConfigError, match=r"LoraConfig.base='nf4'.*'embed' of length 256 in 4 blocks of 64 numbers"):
+        run.compile_for(wrong, targets.parse("this"), lambda line: None)

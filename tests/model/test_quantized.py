@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import norm
 
 from jaxrl.config import ConfigError, MeshConfig, ModelConfig
-from jaxrl.mesh import make_mesh
+from jaxrl.mesh import AXES, PARAM_RULES, ROLLOUT_RULES, Rules, make_mesh
 from jaxrl.model import hf, lora, quantized
 from jaxrl.model.logprob import sequence_logprobs
 from jaxrl.model.spec import initialize
@@ -34,6 +34,33 @@ def base(model: ModelConfig, kind: str) -> lora.Base:
     params, specs = weights(model), param_specs(model)["layers"]
     layers = {name: quantized.quantized(name, specs[name], leaf, kind) for name, leaf in params["layers"].items()}
     return lora.Base({**params, "layers": layers}, lora.scale_of(CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths", "rules", "message"),
+    [
+        (
+            "nf4",
+            {"fsdp": 4},
+            PARAM_RULES,
+            "'embed' of length 128 in 2 blocks of 64 .* fsdp = 4 .* 1, 2, or",
+        ),
+        ("int8", {"fsdp": 2, "expert": 2}, PARAM_RULES, "'int8': .*'embed' of length 128 .* fsdp x expert = 4 devices"),
+        (
+            "int8",
+            {"tensor": 2},
+            ROLLOUT_RULES,
+            "down_proj.* 'ffn' of length 96 in 3 blocks of 32 .* 1, 3, or",
+        ),
+    ],
+)
+def test_a_mesh_that_cuts_through_blocks_is_refused(kind: str, lengths: dict, rules: Rules, message: str) -> None:
+    """It would divide the matrices themselves."""
+    mesh = jax.sharding.AbstractMesh(tuple(lengths.get(axis, 1) for axis in AXES), AXES)
+    specs = param_specs(DENSE)
+    with pytest.raises(ConfigError, match=message):
+        quantized.check_blocks(quantized.quantized_specs(specs, kind), mesh, rules)
+    quantized.check_blocks(specs, mesh, rules)
 
 
 def test_the_levels_of_nf4_are_quantiles_of_the_normal_distribution() -> None:

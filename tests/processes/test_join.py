@@ -1,5 +1,7 @@
 """Processes that meet, talk, and stop together."""
 
+import concurrent.futures
+import contextlib
 import json
 import pathlib
 import re
@@ -11,9 +13,9 @@ import jax
 import pytest
 
 from jaxrl.config import ConfigError
-from jaxrl.processes import service
+from jaxrl.processes import door, service
 from jaxrl.processes.join import PATIENCE_SECONDS, VARIABLES, Place, place, run
-from tests.several import REPOSITORY, finished, reserved_port, together
+from tests.several import REPOSITORY, finished, reserved_port, started, together, together_at
 
 TALKING = pathlib.Path(__file__).with_name("talking.py")
 HERE = {VARIABLES[0]: "there:1", VARIABLES[1]: "2", VARIABLES[2]: "1"}
@@ -103,6 +105,59 @@ def test_a_service_stays_as_long_as_it_is_told_and_another_waits_for_it(monkeypa
     socket.create_server(("", port)).close()  # free again
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["die first", "die"])
+def test_a_start_of_more_processes_right_after_a_kill_waits_for_the_end_of_the_run_before(what: str) -> None:
+    """Its service is still there, and with process 0 alive its port as well."""
+    with reserved_port() as port, concurrent.futures.ThreadPoolExecutor(1) as threads:
+        before = [[sys.executable, str(TALKING), str(port), "2", str(process), what] for process in (0, 1)]
+        killed = before[0 if what == "die first" else 1]
+        with started(killed, 1) as first, started(next(one for one in before if one is not killed), 1) as other:
+            assert first.wait(60) == -9
+            runs = threads.submit(together_at, port, TALKING, 3, 1, "talk").result()
+            assert other.wait(30) == 1
+            assert f"process {0 if what == 'die first' else 1} is gone" in other.stderr.read()
+    for process, (code, out, said) in enumerate(runs):
+        assert code == 0, said
+        assert json.loads(out.splitlines()[-1])["messages"] == ["from 0", "from 1", "from 2"]
+        waits = "port" if process == 0 else "waits: at 127.0.0.1"
+        assert f"process {process} waits" in said and waits in said
+
+
+def test_at_the_door_others_than_processes_of_the_start_are_turned_away() -> None:
+    def knocked(words: bytes) -> socket.socket:
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                visitor = socket.create_connection(("127.0.0.1", port))
+                visitor.sendall(words)
+                return visitor
+
+    with reserved_port() as port, concurrent.futures.ThreadPoolExecutor(3) as threads:
+        gathered = threads.submit(door.gathered, port, 3)
+        for wrong in (b"PRI * HTTP/2.0\r\n\r\n", door.KNOCK + b"3\n", door.KNOCK + b"one\n"):
+            with knocked(wrong) as visitor, contextlib.suppress(ConnectionResetError):
+                assert visitor.recv(1) == b"", "shut"
+        with knocked(door.KNOCK + b"1\n") as visitor:  # and is started once more
+            entered = [threads.submit(door.enter, f"127.0.0.1:{port}", 1)]
+            assert visitor.recv(1) == b""
+        entered.append(threads.submit(door.enter, f"127.0.0.1:{port}", 2))
+        visitors = gathered.result(10)
+        assert not any(one.done() for one in entered), "the service is not there yet"
+        door.admit(visitors)
+        assert [one.result(10) for one in entered] == [None, None]
+
+
+def test_a_service_that_does_not_start_says_why(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with reserved_port() as port:
+        address = f"[::]:{port}"
+    with pytest.raises(OSError, match=r"(?s)did not start at \[::\]:.*unexpected_option"):
+        service.Service(address, 2, unexpected_option=1)
+    (tmp_path / "sitecustomize.py").write_text("raise SystemExit('found where this process finds modules')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(OSError, match="(?s)found where this process finds modules"):
+        service.Service(address, 2)
+
+
 @pytest.mark.parametrize("process", [0, 1])
 def test_nobody_at_the_coordinator_is_said_before_long(process: int) -> None:
     with reserved_port() as port:
@@ -127,8 +182,8 @@ def test_nobody_at_the_coordinator_is_said_before_long(process: int) -> None:
         ),
         (
             1,
-            ["TrainConfig.max_staleness=1", "TrainConfig.next_groups=finished"],
-            'TrainConfig.next_groups="finished" needs a single process, but this run has 2',
+            ["TrainConfig.packing=tree"],
+            "TrainConfig.packing='tree' needs a single process, but this run has 2",
         ),
     ],
     ids=["more devices than there are", "replicas over several processes", "what takes one process"],

@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what is refused, another mesh, a full disk."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -11,7 +12,11 @@ import numpy as np
 import pytest
 
 from jaxrl.config import CheckpointConfig
+from jaxrl.train import outlines
 from jaxrl.train.checkpoint import CheckpointError, Checkpoints
+from jaxrl.train.played import PlayedHandler, RestorePlayed, SavePlayed
+from tests.train import updating
+from tests.train.scoring import with_experts
 
 HERE = pathlib.Path(__file__).parent
 
@@ -66,6 +71,33 @@ def test_going_back_removes_what_is_newer(tmp_path: pathlib.Path) -> None:
     checkpoints.save(2, state(7), None, {}, None)
     checkpoints.wait()
     np.testing.assert_array_equal(checkpoints.restore(2, target(), None)[0]["weights"], state(7)["weights"])
+
+
+def test_every_process_writes_what_it_played_and_any_number_of_them_reads_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = [with_experts(updating.group(draw)) for draw in (5, 2, 9)]
+    handler, seen = PlayedHandler(), []
+    for process, own in enumerate((played[:2], [], played[2:])):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        handler.save(tmp_path, SavePlayed(own))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0.jsonl", "1.jsonl", "2.jsonl"]
+    read = handler.restore(tmp_path, RestorePlayed(lambda group: seen.append(group.draw) or group))
+    assert [group.draw for group in read] == sorted(seen) == [2, 5, 9]
+    for have, wanted in zip(read, (played[1], played[0], played[2]), strict=True):
+        assert have.problem == wanted.problem
+        for one, other in zip(have.trajectories, wanted.trajectories, strict=True):
+            for field in dataclasses.fields(other):
+                np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), err_msg=field.name)
+
+
+def test_what_was_played_ahead_is_part_of_a_checkpoint(tmp_path: pathlib.Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=1))
+    for step, groups in enumerate(([updating.group(3)], [updating.group(4)], [])):
+        checkpoints.save(step, state(step), None, {}, None, played=groups)
+        checkpoints.wait()
+        assert [group.draw for group in checkpoints.played(step, outlines.outline)] == [one.draw for one in groups]
+    assert len([*tmp_path.rglob("*.jsonl")]) == 1, "and leaves with it"
 
 
 def test_a_full_disk_leaves_the_older_checkpoints_intact(tmp_path: pathlib.Path) -> None:

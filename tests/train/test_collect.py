@@ -13,11 +13,11 @@ from jaxrl.config import ChatConfig, Config, EnvConfig, TrainConfig
 from jaxrl.data.problems import ProblemStream
 from jaxrl.episodes import Player
 from jaxrl.observe.metrics import PhaseTimer
-from jaxrl.records import Problem, RewardStatus, ToolCall, ToolStatus
+from jaxrl.records import Group, Problem, RewardStatus, ToolCall, ToolStatus
 from jaxrl.rl.selection import chooser
 from jaxrl.text.chat import ChatFormat, ToolSchema
 from jaxrl.train.collect import Collected, collect, open_queue
-from jaxrl.train.group_queue import GroupQueue
+from jaxrl.train.group_queue import Choice, GroupQueue
 from jaxrl.train.progress import RunProgress
 from tests.scripted_engine import ScriptedEngine, answer, call, small_tokenizer
 
@@ -256,6 +256,29 @@ def test_with_what_is_finished_first_a_straggler_holds_up_nobody_and_is_dropped_
     asyncio.run(run())
 
 
+def test_a_group_that_fails_is_heard_of_while_others_are_still_to_agree() -> None:
+    """They might wait for that very group."""
+
+    async def fails(player: Player, problem: Problem, draw: int) -> Group:
+        await asyncio.sleep(0.01)
+        raise RuntimeError(f"draw {draw}")
+
+    async def never(choose: Choice) -> list[int]:
+        return await asyncio.get_running_loop().create_future()
+
+    async def run() -> None:
+        async with (
+            asyncio.timeout(20),
+            contextlib.aclosing(GroupQueue(fails, finished_first=True, agree=never)) as queue,
+        ):
+            queue.begin(None, [(0, Problem("p", "?", "1"))])
+            with pytest.raises(RuntimeError, match="draw 0"):
+                await queue.take(1)
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "nothing goes on"
+
+    asyncio.run(run())
+
+
 def test_what_a_run_left_is_kept_where_it_was_played_and_begun_again_where_not() -> None:
     async def run() -> None:
         changes = {"prefetch_groups": 0, "max_staleness": 2}
@@ -269,6 +292,8 @@ def test_what_a_run_left_is_kept_where_it_was_played_and_begun_again_where_not()
             await until(lambda: queue.unfinished == (3, 4))
             progress.pending, progress.unfinished = queue.pending, queue.unfinished
         saved = RunProgress.from_json(json.loads(json.dumps(progress.to_json())))
+        assert saved.unfinished == (2, 3, 4, 5) and not saved.pending, "what was played is no part of it"
+        saved = saved.with_played(progress.pending)
         assert [group.draw for group in saved.pending] == [2, 5] and saved.unfinished == (3, 4)
         async with opened(at_once, saved, **changes) as (queue, player, step):
             assert draws(await step()) == [2, 3]

@@ -1,6 +1,7 @@
 """Whole runs in several processes: killed in two, interrupted in four, finished in one, one is the run in one."""
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -23,6 +24,7 @@ MORE = (
     *("MeshConfig.data=2", "MeshConfig.fsdp=2", "SftConfig.steps=40", "EvalConfig.samples=1", "EvalConfig.k=(1,)"),
     *(f"TrainConfig.steps={STEPS}", "TrainConfig.samples=4", "TrainConfig.eval_every=0"),
     *("AlgorithmConfig.reject_equal=False", "CheckpointConfig.keep=3"),
+    "AlgorithmConfig.advantage=gigpo",  # compares what was written
 )
 OWN_DEVICES = ("MeshConfig.data=1", "MeshConfig.rollout_devices=2")
 READS_TOKENS = (
@@ -151,12 +153,17 @@ def test_recorded_experts_a_critic_and_scores_with_devices_of_their_own(
 def test_killed_while_groups_are_played_ahead_it_trains_on_every_draw_once(
     tmp_path: pathlib.Path, tiny_overrides: tuple
 ) -> None:
-    """Of what is played ahead each process knows something else: the checkpoint has what those say who play it."""
+    """Of what is played ahead each process knows something else: the checkpoint has what those wrote who played it."""
     staleness = ("TrainConfig.prefetch_groups=0", "TrainConfig.max_staleness=2", "TrainConfig.steps=5")
     run = training(tmp_path, (*tiny_overrides, *MORE, *OWN_DEVICES, *staleness))
     with run(2) as launcher:
         wait_for_step(tmp_path, 2, launcher)
         stopped_by(signal.SIGKILL, process_id(launcher, 1), launcher)
+    written = [file for file in tmp_path.glob("checkpoints/*/played/*.jsonl") if file.stat().st_size]
+    assert {file.name for file in written} == {"0.jsonl", "1.jsonl"}
+    for file in written:
+        draws = {trajectory["draw"] for line in file.read_text().splitlines() for trajectory in json.loads(line)}
+        assert {draw % 2 for draw in draws} == {int(file.stem)}
     assert "reinforcement: 5 steps, from step" in whole_run(run, 2)
     played = ids(tmp_path)
     assert {draw for draw, _ in played} == set(range(len(played) // 4))

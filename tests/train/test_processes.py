@@ -1,17 +1,18 @@
 """One run in one, two and four processes."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
 
-from jaxrl.config import ConfigError
+from jaxrl.config import AlgorithmConfig, ConfigError
 from jaxrl.data.packing import pack_trajectories
 from jaxrl.data.tree_packing import Sharing
 from jaxrl.records import Group, ToolCall, ToolStatus, Turn
-from jaxrl.rl import selection
+from jaxrl.rl import algorithm, selection
 from jaxrl.rl.outcomes import Recorded, of_trajectories
 from jaxrl.train import outlines, shares
 from tests import several
@@ -61,13 +62,20 @@ def test_selection_from_outlines_is_that_from_what_was_played() -> None:
         assert both[0].statistics == both[1].statistics
 
 
-def test_an_advantage_that_reads_what_was_written_is_refused_in_several_processes() -> None:
-    trajectories, groups = group(0).trajectories, np.zeros(5, int)
-    seen = of_trajectories(trajectories, groups, Recorded(contents=False), {})
-    for field in ("states", "nodes", "logprobs"):
-        of_trajectories(trajectories, groups, Recorded(), {}).need(field)
-        with pytest.raises(ConfigError, match="of several processes each knows only what it played itself; train in"):
-            seen.need(field)
+def test_it_is_found_out_what_of_the_contents_an_advantage_reads(tmp_path: pathlib.Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def takes_it_for_granted(outcomes):\n    return [float(x.sum()) for x in outcomes.logprobs]\n")
+    recorded = Recorded(contents=False, square_sums=True)
+    for name, asked in {
+        "grpo": set(),
+        "gigpo": {"states"},
+        "tree_depth": {"nodes"},
+        "optimal_token_baseline": {"logprobs"},
+        f"{own}:takes_it_for_granted": {"logprobs"},
+    }.items():
+        assert algorithm.contents_asked(AlgorithmConfig(advantage=name), recorded) == asked
+    seen = of_trajectories(group(0).trajectories, np.zeros(5, int), recorded, {})
+    assert seen.states is seen.nodes is seen.logprobs is None, "unknown, and not guessed"
 
 
 @pytest.mark.parametrize(
@@ -105,6 +113,17 @@ def test_processes_lay_out_a_shared_prompt_alike() -> None:
             np.testing.assert_array_equal(getattr(one.tree, name), getattr(other.tree, name))
         np.testing.assert_array_equal(one.segment_ids, other.segment_ids)
         assert one.tree.tokens.any() and not other.tree.tokens.any()
+
+
+def test_processes_take_the_same_groups_as_they_are_finished(tmp_path: pathlib.Path) -> None:
+    for code, _, err in several.together(HERE / "playing.py", 2, 1, str(tmp_path)):
+        assert code == 0, err
+    first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1))
+    assert first["taken"] == second["taken"]
+    assert first["taken"][-1] == [1, 2], "what straggled holds nobody up"
+    assert sorted(draw for draws in first["taken"] for draw in draws) == list(range(8))
+    assert sorted(first["whole"]) == [0, 2, 4, 6] and sorted(second["whole"]) == [1, 3, 5, 7]
+    assert first["left"] == second["left"] == []
 
 
 def written(script: str, folder: pathlib.Path, processes: tuple[int, ...]) -> Iterator[Mapping[str, np.ndarray]]:

@@ -1,5 +1,5 @@
 """Run by test_transfer.py with eight virtual devices: arrays carried from the first four or five to the last three or
-two, and the memory that takes; prints a JSON line for each."""
+two, and the memory that takes, as they are and as if a process lacked parts of them; prints a JSON line for each."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def bytes_of(devices: list[jax.Device]) -> int:
     return sum({(s.device, s.data.unsafe_buffer_pointer()): s.data.nbytes for s in shards}.values())
 
 
-def carry(name: str) -> dict[str, Any]:
+def carry(name: str, gathers: bool) -> dict[str, Any]:
     have, want, sends, receives = LAYOUTS[name]
     devices = jax.devices()
     sending, receiving = devices[: int(np.prod(have))], devices[-int(np.prod(want)) :]
@@ -52,10 +52,13 @@ def carry(name: str) -> dict[str, Any]:
         return put(*arguments)
 
     transfer._cut, transfer._put = watched_cut, watched_put
+    if gathers:
+        transfer._whole_in_every_process = lambda array: False
     copy = transfer.carried(array, jnp.dtype(jnp.bfloat16), target, chunk_bytes=CHUNK)
     transfer._cut, transfer._put = cut, put
     return {
         "layout": name,
+        "gathers": gathers,
         "equal": bool(np.array_equal(np.asarray(copy), values.astype(jnp.bfloat16))),
         "placed": copy.sharding == target,
         "sending": peaks[0] / CHUNK,
@@ -66,6 +69,7 @@ def carry(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for layout in LAYOUTS:
-        print(json.dumps(carry(layout)), flush=True)
+    for gathers in (False, True):
+        for layout in LAYOUTS:
+            print(json.dumps(carry(layout, gathers)), flush=True)
     sys.exit()
