@@ -11,6 +11,7 @@ from jaxrl.records import Trajectory
 from jaxrl.rl.trees import nodes_of, states_of, turns_of
 
 _OF_ONE_PROCESS = "of several processes each knows only what it played itself; train in one, or take another advantage"
+_SEVERAL_AGENTS = "name an episode that several agents play in EnvConfig.joint_episode, such as 'draft_and_revise'"
 _SUPPLIED_BY = {
     **dict.fromkeys(("states", "nodes", "logprobs"), _OF_ONE_PROCESS),
     "turn_rewards": "reward single turns: name a component that does in RewardConfig.components",
@@ -18,8 +19,8 @@ _SUPPLIED_BY = {
     "values": "set CriticConfig.enabled=True, which trains a critic beside the policy",
     "square_sums": "set AlgorithmConfig.square_sums=True, which scores every token once more",
     "reference_ratios": "set AlgorithmConfig.reference_ratios=True, which scores every token under the reference",
-    "roles": "it takes an environment in which several agents play, and python episodes have one",
-    "episodes": "it takes an environment in which several agents play, and python episodes have one",
+    "roles": _SEVERAL_AGENTS,
+    "episodes": _SEVERAL_AGENTS,
 }
 """What to do about a field that may be missing."""
 
