@@ -124,6 +124,7 @@ def check(config: Any) -> None:
         )
     _check_stages(config)
     _check_lora(config.lora)
+    _check_agents(config)
     if config.eval.temperature > 0 and max(config.eval.k, default=1) > config.eval.samples:
         raise ConfigError(
             f"EvalConfig.k={config.eval.k} asks for more than EvalConfig.samples={config.eval.samples}; "
@@ -248,6 +249,18 @@ def _check_kl(algorithm: Any, lora: Any) -> None:
             f"AlgorithmConfig.reference_mix={algorithm.reference_mix} of adapters is not that of the weights they add "
             "up to; set it to 1"
         )
+
+
+def _check_agents(config: Any) -> None:
+    if not config.env.joint_episode:
+        return
+    for field in ("keep", "extra_samples", "greedy_baseline"):
+        if value := getattr(config.algorithm, field):
+            raise ConfigError(
+                f"AlgorithmConfig.{field}={value!r} counts trajectories of one agent, but "
+                f"EnvConfig.joint_episode={config.env.joint_episode!r} has several in an episode; "
+                f"set it to {type(value)()!r}"
+            )
 
 
 def _check_lora(lora: Any) -> None:

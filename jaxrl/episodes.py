@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,10 @@ class Player:
     max_response_tokens: int
     temperature: float | None = None
     scorer: Scorer = CORRECTNESS
+
+
+JointPlay = Callable[[Player, Problem, int, int], Awaitable[tuple[Trajectory, ...]]]
+"""Plays a number of episodes of a drawn problem in which several agents take part; all that they wrote."""
 
 
 @dataclasses.dataclass
@@ -226,12 +230,18 @@ async def play_group(
     *,
     greedy_baseline: bool = False,
     extra_samples: Callable[[np.ndarray], int] | None = None,
+    joint: JointPlay | None = None,
 ) -> Group:
     """Play ``samples`` trajectories of one drawn problem side by side; further arguments as for ``play_groups``.
+
+    Args:
+        joint: plays ``samples`` episodes of several agents each, in their place.
 
     Raises:
         BaseExceptionGroup: around what an episode raised; see ``first_cause``.
     """
+    if joint is not None:
+        return Group(problem, draw, await joint(player, problem, draw, samples))
     async with asyncio.TaskGroup() as tasks:
         episodes = [tasks.create_task(play_episode(player, problem, draw, sample)) for sample in range(samples)]
         if greedy_baseline:

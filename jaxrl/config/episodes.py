@@ -99,6 +99,11 @@ class EnvConfig:
     """A call that has no result after this, on top of its run time, counts as a fault of ours."""
     infra_retries: int = 2
     """Fresh tries of a call after a fault of ours; then the trajectory leaves the batch."""
+    joint_episode: str = ""
+    """How several agents play an episode that is trained on: a name in docs/episodes.md, or
+    "path/to/file.py:function"; empty = one plays it alone, as in evaluations."""
+    joint_episode_settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Of ``joint_episode``, by name, where they are not its defaults."""
 
 
 @dataclasses.dataclass(frozen=True)

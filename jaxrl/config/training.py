@@ -82,8 +82,8 @@ class AlgorithmConfig:
     """Score, of every token, the sum of squared probabilities over the vocabulary, which the advantage
     ``optimal_token_baseline`` needs: one more forward pass a step."""
     reference_ratios: bool = False
-    """Keep the policy that reinforcement began from and score every token under it, which the advantage ``online_dpo``
-    needs: one more forward pass a step."""
+    """Keep the policy that reinforcement began from and score every token under it, which the advantages
+    ``online_dpo``, ``xpo``, ``nash_md`` and ``optimal_value`` need: one more forward pass a step."""
     loss: str = "ppo_clip"
     """The policy loss of a token: a name in docs/algorithms.md, or "path/to/file.py:function"."""
     loss_settings: dict[str, bool | int | float | str] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxrl.config import ConfigError, DistillConfig
 from jaxrl.rl import divergence, sequences
-from jaxrl.rl.methods import configured
+from jaxrl.rl.methods import configured, not_negative
 from jaxrl.rl.tokens import MAX_LOG_RATIO, TokenLoss, Tokens
 
 
@@ -80,6 +80,7 @@ class Taught:
 
     tokens: Tokens
     teacher_logprobs: jax.Array  # [B, T], of the sampled tokens; a constant
+    divergences: jax.Array | None = None  # [B, T] KL(student || teacher) of every token, for ``DECOMPOSED_LOSSES``
 
 
 def on_policy(taught: Taught, *, drop: float = 0.2, ratio_penalty: float = 1e-3) -> TokenLoss:
@@ -102,23 +103,61 @@ def minillm(taught: Taught, *, discount: float = 1.0, length_normalised: bool = 
     """On-policy distillation that credits a token with what comes after it: -ρ Σ_{k ≥ 0} discount^k d_{t + k}.
 
     d = teacher logprob - logprob, a constant, of the sampled tokens of the trajectory; ρ the ratio to the policy that
-    sampled. MiniLLM (arXiv 2306.08543, section 2.2), whose sampling from a mixture with the teacher and whose exact
-    term of the single step are not here. With ``discount`` 1 and without ``length_normalised`` the gradient is in
-    expectation that of the KL(student || teacher) of whole trajectories, which ``on_policy`` takes token by token.
+    sampled. MiniLLM (arXiv 2306.08543, section 2.2), whose sampling from a mixture with the teacher is not here; its
+    exact term of the single step is in ``minillm_single_step``. With ``discount`` 1 and without ``length_normalised``
+    the gradient is in expectation that of the KL(student || teacher) of whole trajectories, which ``on_policy`` takes
+    token by token.
 
     Args:
         taught: sampled tokens.
         discount: of one token.
         length_normalised: divide by Σ discount^k over the same tokens, so that early tokens do not weigh more.
     """
-    tokens = taught.tokens
-    log_ratio = jnp.clip(tokens.logprobs - tokens.behaviour_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    advantage = jax.lax.stop_gradient(taught.teacher_logprobs - tokens.logprobs) * tokens.mask
-    returns = sequences.still_to_come(advantage, tokens.mask, tokens.segment_ids, discount)
+    advantage, returns, counts = _still_to_come(taught, discount)
     if length_normalised:
-        counts = sequences.still_to_come(tokens.mask, tokens.mask, tokens.segment_ids, discount)
         returns /= jnp.maximum(counts, 1.0)
-    return TokenLoss(-returns * jnp.exp(log_ratio), {"teacher_advantage": advantage})
+    return TokenLoss(-returns * _ratio(taught.tokens), {"teacher_advantage": advantage})
+
+
+def minillm_single_step(taught: Taught, *, discount: float = 1.0, length_normalised: bool = True) -> TokenLoss:
+    """As ``minillm``, but a token's own term is exact: KL(student || teacher) - ρ Σ_{k ≥ 1} discount^k d_{t + k}.
+
+    MiniLLM's single-step decomposition (arXiv 2306.08543, equation 3): the KL over the whole vocabulary in the place of
+    the sampled d_t, which has less variance; it takes a second comparison of student and teacher. TRL's
+    ``single_step_decomposition`` adds the KL and leaves d_t in the sum, so that it counts twice.
+
+    Args:
+        taught: sampled tokens with ``divergences``.
+        discount: of one token.
+        length_normalised: divide the sum by Σ_{k ≥ 0} discount^k, as ``minillm`` does.
+    """
+    advantage, returns, counts = _still_to_come(taught, discount)
+    later = returns - advantage
+    if length_normalised:
+        later /= jnp.maximum(counts, 1.0)
+    loss = taught.divergences - later * _ratio(taught.tokens)
+    return TokenLoss(loss, {"teacher_advantage": advantage, "single_step": taught.divergences})
+
+
+def importance_weighted(taught: Taught, *, gamma: float = 0.5) -> TokenLoss:
+    """On-policy distillation in which a token counts by how little went astray before it: -ρ w d.
+
+    d = teacher logprob - behaviour logprob; w = 1 + gamma (1 - Σ |d| of the tokens before / Σ |d| of all), of the
+    sampled tokens of the trajectory: 1 + gamma for the first and 1 behind the last. IW-OPD (arXiv 2606.22600, algorithm
+    1; TRL's ``iw_opd``): far from where the teacher would be, what it thinks means less.
+
+    Args:
+        taught: sampled tokens.
+        gamma: how much more the first token counts than one after all that went astray.
+    """
+    not_negative("importance_weighted", gamma=gamma)
+    tokens = taught.tokens
+    advantage = (taught.teacher_logprobs - tokens.behaviour_logprobs) * tokens.mask
+    astray = jnp.abs(advantage)
+    here_and_later = sequences.still_to_come(astray, tokens.mask, tokens.segment_ids, 1.0)
+    whole = jnp.maximum(tokens.over_sequence(astray), 1e-8)
+    weight = jax.lax.stop_gradient(1 + gamma * jnp.clip(here_and_later / whole, 0.0, 1.0))
+    return TokenLoss(-weight * advantage * _ratio(tokens), {"teacher_advantage": advantage, "prefix_weight": weight})
 
 
 def k2(taught: Taught) -> TokenLoss:
@@ -133,11 +172,15 @@ def k3(taught: Taught) -> TokenLoss:
 
 SAMPLED_LOSSES: Mapping[str, Callable[..., TokenLoss]] = {
     "on_policy": on_policy,
+    "importance_weighted": importance_weighted,
     "minillm": minillm,
     "k2": k2,
     "k3": k3,
 }
 """Those that see the sampled tokens alone, in ``Taught``."""
+
+DECOMPOSED_LOSSES: Mapping[str, Callable[..., TokenLoss]] = {"minillm_single_step": minillm_single_step}
+"""Those that see the sampled tokens and, of every token, the KL of whole distributions."""
 
 WHOLE_LOSSES: Mapping[str, Callable[..., jax.Array]] = {
     "generalised_jsd": generalised_jsd,
@@ -152,12 +195,29 @@ def distillation(config: DistillConfig) -> Callable[..., Any]:
     Raises:
         ConfigError: see ``methods.configured``.
     """
-    return configured("DistillConfig.loss", SAMPLED_LOSSES | WHOLE_LOSSES, config.loss, config.loss_settings)
+    table = SAMPLED_LOSSES | DECOMPOSED_LOSSES | WHOLE_LOSSES
+    return configured("DistillConfig.loss", table, config.loss, config.loss_settings)
 
 
 def _estimate(taught: Taught, estimator: str) -> TokenLoss:
     tokens = taught.tokens
     return TokenLoss(divergence.kl(tokens.logprobs, taught.teacher_logprobs, tokens.mask, estimator), {})
+
+
+def _still_to_come(taught: Taught, discount: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[B, T] of the sampled tokens: teacher logprob - logprob, the discounted sum of it from a token on, and of 1."""
+    tokens = taught.tokens
+    advantage = jax.lax.stop_gradient(taught.teacher_logprobs - tokens.logprobs) * tokens.mask
+    sums = [
+        sequences.still_to_come(values, tokens.mask, tokens.segment_ids, discount)
+        for values in (advantage, tokens.mask)
+    ]
+    return advantage, *sums
+
+
+def _ratio(tokens: Tokens) -> jax.Array:
+    """[B, T] of the policy to the one that sampled."""
+    return jnp.exp(jnp.clip(tokens.logprobs - tokens.behaviour_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 def _kl(left: jax.Array, right: jax.Array) -> jax.Array:

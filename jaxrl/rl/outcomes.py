@@ -10,14 +10,15 @@ from jaxrl.config import ConfigError
 from jaxrl.records import Trajectory
 from jaxrl.rl.trees import nodes_of, states_of, turns_of
 
+_SEVERAL_AGENTS = "name an episode that several agents play in EnvConfig.joint_episode, such as 'draft_and_revise'"
 _SUPPLIED_BY = {
     "turn_rewards": "reward single turns: name a component that does in RewardConfig.components",
     "greedy_rewards": "set AlgorithmConfig.greedy_baseline=True, which plays a greedy trajectory of every problem too",
     "values": "set CriticConfig.enabled=True, which trains a critic beside the policy",
     "square_sums": "set AlgorithmConfig.square_sums=True, which scores every token once more",
     "reference_ratios": "set AlgorithmConfig.reference_ratios=True, which scores every token under the reference",
-    "roles": "it takes an environment in which several agents play, and python episodes have one",
-    "episodes": "it takes an environment in which several agents play, and python episodes have one",
+    "roles": _SEVERAL_AGENTS,
+    "episodes": _SEVERAL_AGENTS,
 }
 """What to do about a field that may be missing."""
 

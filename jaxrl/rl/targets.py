@@ -24,6 +24,7 @@ class Sequences:
     log_ratios: np.ndarray  # sum of logprob - proximal logprob
     logprobs: np.ndarray  # mean of logprob
     reference_logprobs: np.ndarray  # mean of the reference's; 0 for losses that do not look at it
+    lengths: np.ndarray  # sampled tokens
 
 
 def of_gvpo(sequences: Sequences, *, beta: float = 0.1) -> np.ndarray:
@@ -38,10 +39,19 @@ def of_flowrl(sequences: Sequences, *, beta: float = 15.0, cap: float = 10.0) ->
     return unnormalised - _group_means(unnormalised - sequences.logprobs, sequences.groups)
 
 
-TARGETS: Mapping[str, Callable[..., np.ndarray]] = {"gvpo": of_gvpo, "flowrl": of_flowrl}
+def of_a_star_po(sequences: Sequences, *, beta: float = 1e-3) -> np.ndarray:
+    """[N] advantage + beta · sum of the reference's logprob; see ``policy_losses.regression.a_star_po``."""
+    return sequences.advantages + beta * sequences.lengths * sequences.reference_logprobs
+
+
+TARGETS: Mapping[str, Callable[..., np.ndarray]] = {
+    "gvpo": of_gvpo,
+    "flowrl": of_flowrl,
+    "a_star_po": of_a_star_po,
+}
 """By the name of the loss, whose settings they share."""
 
-AGAINST_REFERENCE = frozenset({"flowrl"})
+AGAINST_REFERENCE = frozenset({"flowrl", "a_star_po"})
 """Those that look at the reference."""
 
 
@@ -104,6 +114,7 @@ def _sequences(batch: Batch, owners: np.ndarray, logprobs: np.ndarray, reference
         log_ratios=mean(drift) * lengths,
         logprobs=mean(logprobs),
         reference_logprobs=mean(reference),
+        lengths=lengths,
     )
 
 

@@ -12,6 +12,7 @@ from jaxrl.episodes import Player, play_group
 from jaxrl.records import Group, Trajectory
 from jaxrl.rl import algorithm, selection, staleness
 from jaxrl.train.group_queue import Choice, GroupQueue, alone
+from jaxrl.train.joint_episodes import joint_play
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session
@@ -52,6 +53,7 @@ def open_queue(
         samples=config.train.samples,
         greedy_baseline=config.algorithm.greedy_baseline,
         extra_samples=algorithm.extra_samples(config.algorithm),
+        joint=joint_play(config.env),
     )
     finished_first = config.train.next_groups == "finished"
     return GroupQueue(

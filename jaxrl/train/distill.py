@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxrl.config import ConfigError, DistillConfig, ModelConfig
 from jaxrl.model import hf, logprob
 from jaxrl.records import Batch
-from jaxrl.rl.distillation import WHOLE_LOSSES, Predictions, Taught, distillation
+from jaxrl.rl.distillation import DECOMPOSED_LOSSES, WHOLE_LOSSES, Predictions, Taught, distillation, generalised_jsd
 from jaxrl.rl.tokens import sampled
 from jaxrl.train.session import Session
 from jaxrl.train.update import Guides, LossFunction, Metrics
@@ -53,7 +53,9 @@ def distillation_loss(
         temperature: the sampler's, of log-probabilities of sampled tokens.
     """
     of_token = distillation(config)
-    of_rows = _of_whole if config.loss in WHOLE_LOSSES else functools.partial(_of_sampled, temperature=temperature)
+    of_rows = functools.partial(_of_sampled, temperature=temperature, whole=config.loss in DECOMPOSED_LOSSES)
+    if config.loss in WHOLE_LOSSES:
+        of_rows = _of_whole
 
     def loss(params: Any, batch: Batch, guides: Guides) -> tuple[jax.Array, Metrics]:
         per_token, shown = of_rows(params, batch, guides.teacher, models, of_token)
@@ -96,8 +98,9 @@ def _of_sampled(
     of_token: Callable[..., Any],
     *,
     temperature: float,
+    whole: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """[B, T] of what both think of the sampled tokens."""
+    """[B, T] of what both think of the sampled tokens, and if ``whole`` of all others in their places."""
     rows = batch.tokens, batch.positions, batch.segment_ids
     stats = logprob.sequence_logprobs(params, models[0], *rows, temperature, batch.experts, batch.tree)
     theirs = logprob.sequence_logprobs(teacher, models[1], *rows, temperature, tree=batch.tree).logprobs
@@ -110,5 +113,10 @@ def _of_sampled(
         segment_ids=batch.segment_ids,
         entropy=stats.entropy,
     )
-    result = of_token(Taught(tokens, jax.lax.stop_gradient(jnp.where(batch.mask > 0, theirs, 0.0))))
+    taught = Taught(tokens, jax.lax.stop_gradient(jnp.where(batch.mask > 0, theirs, 0.0)))
+    if whole:
+        divergence = functools.partial(generalised_jsd, beta=1.0, temperature=temperature)
+        exact, _ = _of_whole(params, batch, teacher, models, divergence)
+        taught = taught.replace(divergences=exact)
+    result = of_token(taught)
     return result.loss, result.metrics

@@ -35,6 +35,7 @@ from jaxrl.rollout.scheduler import Scheduler
 from jaxrl.sandbox import pool_from_config
 from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from jaxrl.train.joint_episodes import joint_play
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunError, RunFolder
 from jaxrl.train.shares import Shares, check_processes
@@ -238,6 +239,7 @@ def open_session(config: Config, run: RunFolder) -> Session:
     """
     check_processes(config, jax.process_count())
     algorithm.check(config.algorithm, what_is_recorded(config))
+    joint_play(config.env)
     if config.reward.verifier != MATH:
         comparison(config.reward.verifier)
     supervised_loss("SftConfig.loss", config.sft.loss, config.sft.loss_settings)
@@ -338,6 +340,7 @@ def what_is_recorded(config: Config) -> Recorded:
         contents=jax.process_count() == 1,
         square_sums=config.algorithm.square_sums,
         reference_ratios=config.algorithm.reference_ratios,
+        several_agents=bool(config.env.joint_episode),
     )
 
 

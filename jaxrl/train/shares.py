@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxrl.config import Config, ConfigError
-from jaxrl.episodes import Player, play_group, play_groups
+from jaxrl.episodes import JointPlay, Player, play_group, play_groups
 from jaxrl.processes.exchange import forget, is_first, leave_notice, notices, receive, send
 from jaxrl.records import Group, Problem
 from jaxrl.train import outlines
@@ -77,9 +77,10 @@ class Shares:
         *,
         greedy_baseline: bool = False,
         extra_samples: Callable[[np.ndarray], int] | None = None,
+        joint: JointPlay | None = None,
     ) -> Group:
         """As ``episodes.play_group`` in the process whose draw it is; in others its outline. Once for each draw."""
-        play = functools.partial(play_group, greedy_baseline=greedy_baseline, extra_samples=extra_samples)
+        play = functools.partial(play_group, greedy_baseline=greedy_baseline, extra_samples=extra_samples, joint=joint)
         if jax.process_count() == 1:
             return await play(player, problem, draw, samples)
         name = f"jaxrl/group/{draw}"

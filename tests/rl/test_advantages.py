@@ -1,8 +1,11 @@
 """Advantages against worked numbers, and what holds for all of them."""
 
 import dataclasses
+import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,9 +13,10 @@ from hypothesis import strategies as st
 
 from jaxrl.config import ConfigError
 from jaxrl.rl.advantages import ADVANTAGES
-from jaxrl.rl.advantages.gae import decay_of_length, gae
+from jaxrl.rl.advantages.gae import decay_of_length, gae, pf_ppo
 from jaxrl.rl.advantages.group import dr_grpo, gpg, grpo, max_rl, opo, pass_at_k, rloo
-from jaxrl.rl.advantages.preferred import online_dpo
+from jaxrl.rl.advantages.optimal_value import optimal_value
+from jaxrl.rl.advantages.preferred import nash_md, online_dpo, xpo
 from jaxrl.rl.advantages.returns import cut_sums, discounted_sums
 from jaxrl.rl.advantages.roles import hierarchical
 from jaxrl.rl.advantages.running import Remembered, rae, remax
@@ -130,6 +134,65 @@ def test_online_dpo_is_the_slope_of_the_loss_of_all_pairs() -> None:
     step = 1e-5 * np.eye(9)
     slopes = [(loss(ratios + one) - loss(ratios - one)) / 2e-5 for one in step]
     np.testing.assert_allclose(got / 9, np.negative(slopes), rtol=1e-4, atol=1e-7)
+
+
+def test_xpo_pushes_down_what_the_reference_would_write() -> None:
+    """Over all answers there are, each with its chance: the gradient of alpha · the mean ln p under the reference."""
+    logits, reference = jnp.array([0.4, -0.2, 1.0]), np.array([0.5, 0.3, 0.2])
+    policy = np.asarray(jax.nn.softmax(logits), np.float64)
+    given = outcomes([1.0, 0.0, 0.5], reference_ratios=np.log(policy / reference))
+    term = xpo(given, alpha=0.2) - online_dpo(given)
+    got = -policy @ (term[:, None] * np.asarray(jax.jacobian(jax.nn.log_softmax)(logits)))
+    wanted = jax.grad(lambda x: 0.2 * jnp.asarray(reference) @ jax.nn.log_softmax(x))(logits)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
+    far = outcomes([1.0, 1.0], reference_ratios=np.array([-50.0, 0.0]))
+    np.testing.assert_allclose(xpo(far, alpha=0.1, cap=3.0), [-0.3, -0.1], rtol=1e-6)
+
+
+def test_nash_md_plays_against_the_others_of_its_group_as_the_mixture_would_write_them() -> None:
+    rewards, ratios = [1.0, 0.0, 3.0, 2.0], [0.5, -1.0, 0.25, 7.0]
+    got = nash_md(outcomes(rewards, [0, 0, 0, 1], reference_ratios=np.array(ratios)), beta=0.2, mixture=0.7)
+    for own in range(3):
+        wins = total = 0.0
+        for other in range(3):
+            if other != own:
+                chance = 1 / (1 + math.exp(rewards[other] - rewards[own]))
+                wins += math.exp(-0.7 * ratios[other]) * chance
+                total += math.exp(-0.7 * ratios[other])
+        assert got[own] == pytest.approx(wins / total - 0.5 - 0.2 * ratios[own], rel=1e-5)
+    assert got[3] == pytest.approx(-0.2 * 7.0, rel=1e-6)
+    with pytest.raises(ConfigError, match="mixture=1.5 must lie between 0 and 1"):
+        nash_md(outcomes([1.0, 0.0], reference_ratios=np.zeros(2)), mixture=1.5)
+
+
+def test_the_optimal_value_is_that_of_the_reference_whoever_sampled() -> None:
+    """Four trajectories in the proportions of the policy; the value is a sum over what the reference would write."""
+    policy, reference = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.25, 0.5])
+    rewards, answers = np.array([0.0, 1.0, 0.5]), [0, 0, 1, 2]
+    given = outcomes(rewards[answers], reference_ratios=np.log(policy / reference)[answers])
+    value = 0.3 * math.log(float(reference @ np.exp(rewards / 0.3)))
+    np.testing.assert_allclose(optimal_value(given, beta=0.3), rewards[answers] - value, rtol=1e-5)
+    with pytest.raises(ConfigError, match="beta=0 must be above 0"):
+        optimal_value(given, beta=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [
+        ({}, [1 / 2.25, 4 / 2.25, 4 / 2.25, 0]),
+        ({"power": 1.0}, [0.8, 1.6, 1.6, 0]),
+        ({"weight": "ends"}, [0, 4 / 2, 4 / 2, 0]),
+        ({"weight": "best"}, [0.1 / 0.175, 0.1 / 0.175, 0.4 / 0.175, 0.1 / 0.175]),
+    ],
+)
+def test_pf_ppo_counts_a_trajectory_by_its_reward(settings: dict[str, Any], weights: list[float]) -> None:
+    given = complete(np.array([1.0, -2.0, 2.0, 0.0]), np.zeros(4, int), 3)
+    plain, weighted = gae(given, decay=0.9), pf_ppo(given, decay=0.9, **settings)
+    for values, each, weight in zip(weighted, plain, weights, strict=True):
+        np.testing.assert_allclose(values, weight * each, rtol=1e-5)
+    nothing = dataclasses.replace(given, rewards=np.zeros(4))
+    for values, each in zip(pf_ppo(nothing), gae(nothing), strict=True):
+        np.testing.assert_array_equal(values, each)
 
 
 def test_gpg_makes_up_for_rewards_of_zero() -> None:
@@ -250,7 +313,8 @@ def test_remax_subtracts_what_the_greedy_rollout_got() -> None:
         ("gae", "CriticConfig.enabled=True"),
         ("hierarchical", "several agents"),
         ("optimal_token_baseline", "square_sums=True"),
-        ("online_dpo", "reference_ratios=True"),
+        *((name, "reference_ratios=True") for name in ("online_dpo", "xpo", "nash_md", "optimal_value")),
+        ("pf_ppo", "CriticConfig.enabled=True"),
         ("turn_level", "name a component"),
         ("step_and_episode", "name a component"),
     ],
@@ -282,7 +346,7 @@ def test_the_order_of_trajectories_changes_nothing_and_nothing_is_nan(name: str,
 
 WITHIN_GROUPS = (
     *("grpo", "dr_grpo", "rloo", "opo", "pass_at_k", "max_rl", "remax", "gigpo", "step_and_episode", "turn_level"),
-    *("tree_depth", "tree_sibling", "optimal_token_baseline", "online_dpo"),
+    *("tree_depth", "tree_sibling", "optimal_token_baseline", "online_dpo", "xpo", "nash_md", "optimal_value"),
 )
 
 
@@ -302,6 +366,9 @@ NOT_OF_EQUALS = {
     "remax": "compares with the greedy trajectory",
     "rae": "compares with steps before",
     "gae": "compares with a critic",
+    "pf_ppo": "compares with a critic",
+    "xpo": "pushes down what the reference would write",
+    "nash_md": "pays for the KL to the reference",
 }
 """Those that compare with something else than siblings, and so credit what earned the same as they."""
 

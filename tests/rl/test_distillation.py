@@ -15,7 +15,9 @@ from jaxrl.rl.distillation import (
     Taught,
     forward_kl_top,
     generalised_jsd,
+    importance_weighted,
     minillm,
+    minillm_single_step,
     on_policy,
 )
 from jaxrl.rl.tokens import Tokens, sampled
@@ -42,7 +44,9 @@ def test_every_case_of_trl(golden: Golden) -> None:
     assert checked == 30
 
 
-def taught(logprobs: jax.Array, teacher: Any, behaviour: Any, mask: Any) -> Taught:
+def taught(
+    logprobs: jax.Array, teacher: Any, behaviour: Any, mask: Any, divergences: jax.Array | None = None
+) -> Taught:
     tokens: Tokens = sampled(
         jnp.asarray(mask),
         logprobs,
@@ -52,7 +56,7 @@ def taught(logprobs: jax.Array, teacher: Any, behaviour: Any, mask: Any) -> Taug
         segment_ids=jnp.ones(logprobs.shape, jnp.int32),
         entropy=jnp.zeros_like(logprobs),
     )
-    return Taught(tokens, jnp.where(jnp.asarray(mask) > 0, teacher, 0.0))
+    return Taught(tokens, jnp.where(jnp.asarray(mask) > 0, teacher, 0.0), divergences)
 
 
 def test_the_policy_gradient_form_is_its_formula_and_drops_tokens_that_fell() -> None:
@@ -93,7 +97,8 @@ def test_a_divergence_from_itself_is_zero_and_tokens_without_a_chance_add_nothin
         generalised_jsd(Predictions(logits, logits), beta=1.5)
 
 
-def test_minillm_credits_a_token_with_what_comes_after_it() -> None:
+@pytest.mark.parametrize("single_step", [False, True])
+def test_minillm_credits_a_token_with_what_comes_after_it(single_step: bool) -> None:
     """Over trajectories of two tokens: the gradient of the KL of whole trajectories, which no sum over tokens is."""
     keys = jax.random.split(jax.random.key(0), 4)
     student = jax.random.normal(keys[0], (3,)), jax.random.normal(keys[1], (3, 3))
@@ -107,8 +112,12 @@ def test_minillm_credits_a_token_with_what_comes_after_it() -> None:
     def expected(policy: tuple[jax.Array, jax.Array]) -> jax.Array:
         own = both(policy)
         chance = jax.lax.stop_gradient(jnp.exp(own.sum(axis=1)))
-        record = taught(own, both(teacher), jax.lax.stop_gradient(own), jnp.ones((9, 2)))
-        return (chance * minillm(record, length_normalised=False).loss.sum(axis=1)).sum()
+        pairs = zip(policy, teacher, strict=True)
+        first, second = (generalised_jsd(Predictions(ours, theirs), beta=1.0) for ours, theirs in pairs)
+        exact = jnp.stack([jnp.full(9, first), jnp.repeat(second, 3)], axis=1)
+        record = taught(own, both(teacher), jax.lax.stop_gradient(own), jnp.ones((9, 2)), exact)
+        loss = minillm_single_step if single_step else minillm
+        return (chance * loss(record, length_normalised=False).loss.sum(axis=1)).sum()
 
     def divergence(policy: tuple[jax.Array, jax.Array]) -> jax.Array:
         whole = both(policy).sum(axis=1)
@@ -129,3 +138,32 @@ def test_the_divergence_of_the_likeliest_tokens() -> None:
         assert float(value) == pytest.approx((np.exp(other[row]) * (other[row] - own[row]))[best].sum(), rel=1e-5)
     with pytest.raises(ConfigError, match="k=0 must be at least 1"):
         forward_kl_top(Predictions(student, teacher), k=0)
+
+
+LOGPROBS = np.array([[-1.0, -0.5, -9.0, -2.0, -0.1]], np.float32)
+TEACHER = np.array([[-0.4, -1.5, -9.0, -1.0, -0.3]], np.float32)
+SAMPLED = np.array([[1.0, 1.0, 0.0, 1.0, 1.0]], np.float32)  # a tool wrote the third
+
+
+def test_minillm_is_a_mean_over_what_is_still_to_come_unless_told_otherwise() -> None:
+    """On policy, discount ½, d = .6, -1, 1, -.2: worked by hand, with the sum over Σ ½^k of as many tokens."""
+    record = taught(jnp.asarray(LOGPROBS), TEACHER, LOGPROBS, SAMPLED, jnp.full((1, 5), 0.7))
+    sums = np.array([0.6 - 0.5 + 0.25 - 0.025, -1 + 0.5 - 0.05, 1 - 0.1, -0.2])
+    counts = np.array([1.875, 1.75, 1.5, 1.0])
+    got = np.asarray(minillm(record, discount=0.5).loss)[0, SAMPLED[0] > 0]
+    np.testing.assert_allclose(got, -sums / counts, rtol=1e-5)
+    got = np.asarray(minillm_single_step(record, discount=0.5).loss)[0, SAMPLED[0] > 0]
+    np.testing.assert_allclose(got, 0.7 - (sums - [0.6, -1, 1, -0.2]) / counts, rtol=1e-5)
+
+
+def test_what_comes_after_others_that_went_astray_counts_for_less() -> None:
+    """|d| = .6, 1, 1, .2 of 2.8: weights 1 + gamma times what is left of it when a token begins."""
+    drifted = LOGPROBS + np.array([[0.3, 0.0, 0.0, -0.2, 0.0]], np.float32)
+
+    def loss(logprobs: jax.Array, gamma: float) -> jax.Array:
+        return importance_weighted(taught(logprobs, TEACHER, LOGPROBS, SAMPLED), gamma=gamma).loss.sum()
+
+    slopes = jax.jit(jax.grad(loss), static_argnums=1)
+    for gamma, left in ((0.5, np.array([2.8, 2.2, 0, 1.2, 0.2]) / 2.8), (0.0, np.zeros(5))):
+        wanted = -(1 + gamma * left) * (TEACHER - LOGPROBS)[0] * np.exp(drifted - LOGPROBS)[0] * SAMPLED[0]
+        np.testing.assert_allclose(slopes(jnp.asarray(drifted), gamma)[0], wanted, rtol=1e-4, atol=1e-6)

@@ -50,7 +50,7 @@ def of_update(name: str, rows: int, order: Any = None, **settings: float) -> tup
     config = AlgorithmConfig(loss=name, loss_settings=settings)
     batches = packed(rows, order)
     logprobs = [score(batch, 1) for batch in batches]
-    reference = [score(batch, 2) for batch in batches] if name == "flowrl" else None
+    reference = [score(batch, 2) for batch in batches] if name in targets.AGAINST_REFERENCE else None
     loss_of_token = algorithm.policy_loss(config)
     total, slopes = 0.0, {}
     for old, batch, values in zip(
@@ -79,7 +79,9 @@ def of_update(name: str, rows: int, order: Any = None, **settings: float) -> tup
     return total, slopes
 
 
-@pytest.mark.parametrize(("name", "settings"), [("gvpo", {"beta": 0.7}), ("flowrl", {"beta": 1.5})])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("gvpo", {"beta": 0.7}), ("flowrl", {"beta": 1.5}), ("a_star_po", {"beta": 0.6})]
+)
 def test_neither_micro_batches_nor_order_change_anything(name: str, settings: dict[str, float]) -> None:
     whole, slopes = of_update(name, 5, **settings)
     for rows, order in ((1, None), (2, [4, 2, 0, 3, 1])):
@@ -100,7 +102,7 @@ def test_gvpo_has_the_gradient_of_the_variance_of_reward_less_log_ratio() -> Non
         difference = beta * drift - rewards
         return 0.5 * ((difference - mean_of_group @ difference) ** 2).mean()
 
-    seen = targets.Sequences(groups, centred, drift, np.zeros(5), np.zeros(5))
+    seen = targets.Sequences(groups, centred, drift, np.zeros(5), np.zeros(5), np.ones(5))
     residuals = beta * drift - targets.of_gvpo(seen, beta=beta)
     np.testing.assert_allclose(beta * residuals / 5, jax.grad(loss)(jnp.asarray(drift)), rtol=1e-4, atol=1e-6)
 
@@ -109,11 +111,21 @@ def test_flowrl_is_at_rest_where_the_policy_is_the_reference_times_the_exponent_
     draw = np.random.default_rng(0)
     reference, advantages, groups = draw.normal(size=6), draw.normal(size=6), np.repeat([0, 1], 3)
     at_rest = reference + 2.0 * advantages + np.repeat([0.3, -1.2], 3)  # any constant of a group
-    sequences = targets.Sequences(groups, advantages, np.zeros(6), at_rest, reference)
+    sequences = targets.Sequences(groups, advantages, np.zeros(6), at_rest, reference, np.ones(6))
     np.testing.assert_allclose(targets.of_flowrl(sequences, beta=2.0), at_rest)
-    moved = targets.Sequences(groups, advantages, np.zeros(6), at_rest + np.eye(6)[0], reference)
+    moved = targets.Sequences(groups, advantages, np.zeros(6), at_rest + np.eye(6)[0], reference, np.ones(6))
     residuals = moved.logprobs - targets.of_flowrl(moved, beta=2.0)
     np.testing.assert_allclose(residuals, [2 / 3, -1 / 3, -1 / 3, 0, 0, 0], atol=1e-12)
+
+
+def test_a_star_po_fits_the_log_ratio_to_the_reference_to_the_advantage() -> None:
+    """Worked from the tokens: the mean over sequences of (beta · Σ (logprob - reference logprob) - advantage)²."""
+    (batch,), squares = packed(5), []
+    own, theirs = score(batch, 1), score(batch, 2)
+    for advantage in ADVANTAGES:
+        here = (batch.mask > 0) & (batch.advantages == np.float32(advantage))
+        squares.append((0.6 * (own - theirs)[here].sum() - advantage) ** 2)
+    assert of_update("a_star_po", 5, beta=0.6)[0] == pytest.approx(np.mean(squares), rel=1e-5)
 
 
 def test_what_would_leave_parts_of_sequences_out_is_refused() -> None:

@@ -74,6 +74,16 @@ def test_packed_and_chunked_is_the_divergence_of_whole_logits(batch: Batch, stag
     assert float(metrics["distillation"][0] / metrics["distillation"][1]) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_the_exact_term_of_the_single_step_is_the_divergence_of_whole_logits(batch: Batch) -> None:
+    """Nothing is credited with what comes after it at discount 0, at the sampler's temperature."""
+    student, teacher = parameters(STUDENT, 0), parameters(TEACHER, 1)
+    config = DistillConfig(loss="minillm_single_step", loss_settings={"discount": 0.0})
+    models = (STUDENT, TEACHER)
+    loss = distillation_loss(cross_entropy_loss(STUDENT), models, config, "reinforcement", 2.0)
+    value = loss(student, batch, Guides(None, teacher))[0]
+    assert float(value) == pytest.approx(by_hand(batch, student, teacher, beta=1.0, temperature=2.0), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["generalised_jsd", "k2"])
 def test_a_student_computes_with_the_experts_that_were_recorded(batch: Batch, name: str) -> None:
     model = dataclasses.replace(STUDENT, family="qwen3_moe", experts=4, expert_width=8)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jaxrl.rl.advantages.batch import gdpo, reinforce_plus_plus, reinforce_plus_plus_baseline
-from jaxrl.rl.advantages.gae import gae
+from jaxrl.rl.advantages.gae import gae, pf_ppo
 from jaxrl.rl.advantages.group import dr_grpo, gpg, grpo, max_rl, opo, pass_at_k, rloo
-from jaxrl.rl.advantages.preferred import online_dpo
+from jaxrl.rl.advantages.optimal_value import optimal_value
+from jaxrl.rl.advantages.preferred import nash_md, online_dpo, xpo
 from jaxrl.rl.advantages.roles import hierarchical
 from jaxrl.rl.advantages.running import Remembered, rae, remax
 from jaxrl.rl.advantages.steps import gigpo, step_and_episode, turn_level
@@ -38,6 +39,10 @@ ADVANTAGES: Mapping[str, Callable[..., Sequence[np.ndarray | float] | Remembered
     "tree_depth": tree_depth,
     "tree_sibling": tree_sibling,
     "gae": gae,
+    "pf_ppo": pf_ppo,
     "online_dpo": online_dpo,
+    "xpo": xpo,
+    "nash_md": nash_md,
+    "optimal_value": optimal_value,
     "optimal_token_baseline": optimal_token_baseline,
 }

@@ -1,6 +1,7 @@
 """Generalised advantage estimation from a critic's values (arXiv 1506.02438, equation 16)."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -40,6 +41,46 @@ def gae(
     if whiten:
         return whitened(advantages, outcomes.trained_masks())
     return [values.astype(np.float32) for values in advantages]
+
+
+def pf_ppo(
+    outcomes: Outcomes,
+    *,
+    weight: Literal["power", "ends", "best"] = "power",
+    power: float = 2.0,
+    discount: float = 1.0,
+    decay: float = 1.0,
+) -> list[np.ndarray]:
+    """``gae`` times how much a trajectory's reward is to be trusted, weights of mean 1 (PF-PPO, arXiv 2409.06957).
+
+    verl draws the batch anew with these weights, with replacement; here a trajectory counts by its weight, which is
+    what that draw does in expectation, for losses in proportion to the size of the advantage. The critic learns from
+    all alike; in verl also from what was drawn.
+
+    Args:
+        outcomes: ``values``.
+        weight: "power": |reward|^power (``pow`` of verl); "ends": 1 for the best and the worst of the batch, else 0
+            (``max_min``); "best": 0.4 for the best, 0.1 for the others (``max_random``).
+        power: see ``weight``.
+        discount: as in ``gae``.
+        decay: as in ``gae``.
+
+    Returns:
+        [T_i] float32 of each trajectory; all weights are 1 where all would be 0.
+
+    Raises:
+        ConfigError: there is no critic.
+    """
+    rewards = np.asarray(outcomes.rewards, np.float64)
+    best = rewards == rewards.max(initial=-np.inf)
+    weights = {
+        "power": np.abs(rewards) ** power,
+        "ends": (best | (rewards == rewards.min(initial=np.inf))).astype(np.float64),
+        "best": np.where(best, 0.4, 0.1),
+    }[weight]
+    weights = weights / weights.mean() if weights.any() else np.ones(len(rewards))
+    advantages = gae(outcomes, discount=discount, decay=decay)
+    return [(each * values).astype(np.float32) for each, values in zip(weights, advantages, strict=True)]
 
 
 def decay_of_length(mask: np.ndarray, share: float) -> float:

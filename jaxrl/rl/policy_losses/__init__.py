@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from jaxrl.rl.policy_losses.clipped import gmpo, gspo, gspo_token, luspo, ppo_clip
 from jaxrl.rl.policy_losses.covariance import clip_cov, kl_cov
-from jaxrl.rl.policy_losses.regression import flowrl, gvpo, sppo
+from jaxrl.rl.policy_losses.regression import a_star_po, flowrl, gvpo, sppo
 from jaxrl.rl.policy_losses.reinforce import cispo, cispo_absolute, dro, reinforce, reinforce_capped, topr, vespo
 from jaxrl.rl.policy_losses.smooth import sapo
 from jaxrl.rl.policy_losses.trust_region import dppo_kl, dppo_tv, prime_rl, prime_rl_symmetric
@@ -31,6 +31,7 @@ POLICY_LOSSES: Mapping[str, Callable[..., TokenLoss]] = {
     "sppo": sppo,
     "gvpo": gvpo,
     "flowrl": flowrl,
+    "a_star_po": a_star_po,
     "clip_cov": clip_cov,
     "kl_cov": kl_cov,
 }
@@ -43,6 +44,6 @@ WITHOUT_RATIO = frozenset({"reinforce"})
 
 SPANS: Mapping[str, Span] = {
     **dict.fromkeys(("gspo", "gspo_token", "luspo", "gmpo"), "geometric"),
-    **dict.fromkeys(("vespo", "sppo", "gvpo", "flowrl"), "product"),
+    **dict.fromkeys(("vespo", "sppo", "gvpo", "flowrl", "a_star_po"), "product"),
 }
 """Over what a loss takes its ratio, if not over the token and not by its setting ``span``."""

@@ -1,7 +1,8 @@
 """Losses that fit what the policy thinks of a whole sequence to its reward.
 
-``gvpo`` and ``flowrl`` compare the sequences of a group with each other. Their targets are completed on the host,
-before an update and over all of it, by the functions in ``jaxrl.rl.targets``, and stand in the place of advantages.
+``gvpo`` and ``flowrl`` compare the sequences of a group with each other, ``a_star_po`` with the reference. Their
+targets are completed on the host, before an update and over all of it, by the functions in ``jaxrl.rl.targets``, and
+stand in the place of advantages.
 """
 
 import jax
@@ -60,3 +61,19 @@ def flowrl(tokens: Tokens, *, beta: float = 15.0, cap: float = 10.0) -> TokenLos
     weight = jnp.minimum(jnp.exp(bounded(tokens.over_sequence(tokens.logprobs - tokens.proximal_logprobs))), cap)
     residual = tokens.mean_over_sequence(tokens.logprobs) - tokens.mean_over_sequence(tokens.advantages)
     return TokenLoss(jax.lax.stop_gradient(weight) * residual**2, {"sequence_weight": weight})
+
+
+def a_star_po(tokens: Tokens, *, beta: float = 1e-3) -> TokenLoss:
+    """(beta · sum of logprob - target)² over the sequence.
+
+    A*-PO (arXiv 2505.20686, equation 3; TRL's ``A2PO``): the target is the advantage and beta · the sum of the
+    reference's logprob, so that beta · the log-ratio to the reference comes to be the advantage, as it is for the best
+    policy near the reference. Take ``optimal_value`` for the advantage and aggregate by ``sequence``.
+
+    Args:
+        tokens: see ``Tokens``; in ``advantages`` stand the targets, the same at all tokens of a sequence.
+        beta: β₂ of the paper; 1e-3 in TRL.
+    """
+    not_negative("a_star_po", beta=beta)
+    residual = beta * tokens.over_sequence(tokens.logprobs) - tokens.mean_over_sequence(tokens.advantages)
+    return TokenLoss(residual**2, {"residual": residual})

@@ -1,0 +1,109 @@
+"""Episodes that several agents play with each other: one policy in several roles, told apart by what it is asked."""
+
+import asyncio
+import dataclasses
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from jaxrl.config import ConfigError, EnvConfig
+from jaxrl.episodes import JointPlay, Player, play_episode
+from jaxrl.records import Problem, Trajectory
+from jaxrl.rl.methods import configured
+
+
+class JointEpisode:
+    """What a function that plays such an episode gets.
+
+    Attributes:
+        problem: that the episode is about.
+    """
+
+    def __init__(self, player: Player, problem: Problem, draw: int, number: int, samples: int) -> None:
+        self.problem = problem
+        self._player, self._draw, self._number = player, draw, number
+        self._samples = itertools.count(number, samples)
+
+    def play(self, role: str, question: str = "", answer: str = "") -> Coroutine[Any, Any, Trajectory]:
+        """Let one agent play to its end, with tools, and grade it; await what this gives back.
+
+        The order of the calls names the random keys of what agents write, so no timing may decide it.
+
+        Args:
+            role: by which advantages tell agents apart.
+            question: in the place of the problem's, of at most ``EngineConfig.max_prompt_tokens`` tokens.
+            answer: what it is graded against, in the place of the problem's.
+        """
+        asked = dataclasses.replace(
+            self.problem, question=question or self.problem.question, answer=answer or self.problem.answer
+        )
+        return self._play(role, asked, next(self._samples))
+
+    async def _play(self, role: str, asked: Problem, sample: int) -> Trajectory:
+        trajectory = await play_episode(self._player, asked, self._draw, sample)
+        return dataclasses.replace(trajectory, role=role, episode=self._number)
+
+
+async def draft_and_revise(episode: JointEpisode, *, revisers: int = 2, shown: int = 80) -> list[Trajectory]:
+    """A drafter answers the problem; revisers are shown its answer and answer again. All are graded alike.
+
+    Args:
+        episode: see ``JointEpisode``.
+        revisers: how many there are, roles "reviser" beside the one "drafter".
+        shown: characters of the draft's answer that they are shown at most.
+
+    Raises:
+        ConfigError: a setting below 1.
+    """
+    if min(revisers, shown) < 1:
+        raise ConfigError(f"draft_and_revise: revisers={revisers} and shown={shown} must be at least 1")
+    draft = await episode.play("drafter")
+    said = f'answered "{draft.answer[:shown]}"' if draft.answer else "gave no answer"
+    question = f"{episode.problem.question}\nSomebody else {said}. Check it, and answer yourself."
+    async with asyncio.TaskGroup() as tasks:
+        revised = [tasks.create_task(episode.play("reviser", question)) for _ in range(revisers)]
+    return [draft, *(one.result() for one in revised)]
+
+
+JOINT_EPISODES: Mapping[str, Callable[..., Coroutine[Any, Any, Sequence[Trajectory]]]] = {
+    "draft_and_revise": draft_and_revise,
+}
+
+
+def joint_play(config: EnvConfig) -> JointPlay | None:
+    """What plays the episodes that ``joint_episode`` names; None where one agent plays alone.
+
+    Raises:
+        ConfigError: see ``methods.configured``; or it is no ``async def``.
+    """
+    if not config.joint_episode:
+        return None
+    key = f"EnvConfig.joint_episode={config.joint_episode!r}"
+    method = configured("EnvConfig.joint_episode", JOINT_EPISODES, config.joint_episode, config.joint_episode_settings)
+    if not inspect.iscoroutinefunction(method):
+        raise ConfigError(f"{key} plays episodes, so it must be an async def")
+
+    async def play(player: Player, problem: Problem, draw: int, samples: int) -> tuple[Trajectory, ...]:
+        async with asyncio.TaskGroup() as tasks:
+            episodes = [
+                tasks.create_task(method(JointEpisode(player, problem, draw, number, samples)))
+                for number in range(samples)
+            ]
+        played = [_checked(key, one.result(), draw, number) for number, one in enumerate(episodes)]
+        return tuple(trajectory for together in played for trajectory in together)
+
+    return play
+
+
+def _checked(key: str, together: Any, draw: int, number: int) -> Sequence[Trajectory]:
+    """What a function gave back for one episode, if it can be trained on."""
+    whole = isinstance(together, list | tuple) and all(isinstance(one, Trajectory) for one in together)
+    if not whole or any((one.draw, one.episode) != (draw, number) or not one.role for one in together):
+        raise ConfigError(f"{key} gave {together!r:.80}; it must give a list of the trajectories it had played")
+    if len({one.sample for one in together}) < len(together):
+        raise ConfigError(f"{key} gave a trajectory twice; each is trained on once")
+    if spoiled := [one.reward for one in together if not math.isfinite(one.reward)]:
+        raise ConfigError(f"{key} gave a trajectory the reward {spoiled[0]}; it must be a number")
+    return together
