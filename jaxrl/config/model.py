@@ -69,8 +69,8 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products, in training and in rollout alike."""
     attention: Literal["auto", "xla", "tpu"] = "auto"
-    """Who computes attention over packed rows, in training and scoring: plain JAX, the kernels for TPUs, or those where
-    there are TPUs (``docs/kernels.md``)."""
+    """Who computes attention, over packed rows in training and scoring and over KV pages in rollout: plain JAX, the
+    kernels for TPUs, or those where there are TPUs (``docs/kernels.md``)."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass recomputes: nothing, everything in a layer, or all but matrix products."""
     logprob_chunk: int = 1024

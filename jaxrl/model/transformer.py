@@ -140,23 +140,24 @@ def _feed_forward_specs(weight: Callable[..., ParamSpec], prefix: str, config: M
 class KVPages:
     """Keys and values of all layers in pages that rows take and give back."""
 
-    keys: jax.Array  # [L, P, page, K, H]
-    values: jax.Array  # [L, P, page, K, H]
+    keys: jax.Array  # [L, P, K, page, H]
+    values: jax.Array  # [L, P, K, page, H]
     experts: jax.Array | None = None  # [L, P, page, experts of a token], which computed the token; None = not recorded
 
 
-KV_AXES = ("layers", "pages", None, "kv_heads", "head")
+KV_AXES = ("layers", "pages", "kv_heads", None, "head")
 """Logical axes of keys and values; recorded experts are not split."""
 
 
 def init_pages(config: ModelConfig, pages: int, page_size: int, record_experts: bool = False) -> KVPages:
     """Empty KV pages in the compute type, ``page_size`` tokens each."""
-    shape = (config.layers, pages, page_size, config.kv_heads, config.head_width)
+    shape = (config.layers, pages, config.kv_heads, page_size, config.head_width)
     dtype = jnp.dtype(config.compute_dtype)
     keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
     if not record_experts:
         return KVPages(keys, values)
-    return KVPages(keys, values, jnp.zeros((*shape[:3], config.experts_per_token), id_type(config.experts)))
+    recorded = (config.layers, pages, page_size, config.experts_per_token)
+    return KVPages(keys, values, jnp.zeros(recorded, id_type(config.experts)))
 
 
 def hidden_states(
@@ -260,8 +261,8 @@ def paged_hidden_states(
     Returns:
         ([R, C, D] after the final norm in the compute type, the pages).
     """
-    layers, pages, page_size = kv_pages.keys.shape[:3]
-    kernel = functools.partial(paged_attention, **_score_options(config))
+    layers, pages, _, page_size = kv_pages.keys.shape[:4]
+    kernel = functools.partial(paged_attention, **_score_options(config), implementation=config.attention)
     held = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // page_size, axis=1, mode="clip")
     target = jnp.where(positions >= 0, held, layers * pages)  # out of range: dropped by the update
     offset = positions % page_size
@@ -270,12 +271,13 @@ def paged_hidden_states(
         q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, *integers: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         page_table, positions, target, offset, window = integers
-        keys = keys.at[target, offset].set(k, mode="drop")
-        values = values.at[target, offset].set(v, mode="drop")
+        keys = keys.at[target, :, offset].set(k, mode="drop")
+        values = values.at[target, :, offset].set(v, mode="drop")
         return kernel(q, keys, values, page_table, positions, window=window), keys, values
 
-    heads = [(None, None, axis, None) for axis in ("query_heads", *["kv_heads"] * 4)]
-    attention = per_shard(update_and_attend, [*heads, *[(None, None)] * 4, ()], [heads[0], *heads[3:]])
+    heads = [(None, None, axis, None) for axis in ("query_heads", "kv_heads", "kv_heads")]
+    pools = [(None, "kv_heads", None, None)] * 2
+    attention = per_shard(update_and_attend, [*heads, *pools, *[(None, None)] * 4, ()], [heads[0], *pools])
 
     def layer(carry: tuple[jax.Array, KVPages], scanned: tuple[Params, Any]) -> tuple[tuple[jax.Array, KVPages], None]:
         x, pool = carry

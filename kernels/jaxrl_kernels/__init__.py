@@ -14,7 +14,7 @@ from jaxrl_kernels.interval_attention import (
     make_plan,
     segment_ends,
 )
-from jaxrl_kernels.paged_attention import paged_attention
+from jaxrl_kernels.paged_attention import paged_attention, paged_attention_with_lse
 
 __all__ = [
     "Plan",
@@ -22,5 +22,6 @@ __all__ = [
     "interval_attention_with_lse",
     "make_plan",
     "paged_attention",
+    "paged_attention_with_lse",
     "segment_ends",
 ]
