@@ -7,6 +7,7 @@ of cases that every backend must pass. Shapes are written with the letters
     N query heads   K KV heads   G query heads per KV head   H head width   S keys looked at together
 """
 
+from jaxrl_kernels.group_decode import Groups, group_decode, make_groups
 from jaxrl_kernels.interval_attention import (
     Plan,
     interval_attention,
@@ -17,9 +18,12 @@ from jaxrl_kernels.interval_attention import (
 from jaxrl_kernels.paged_attention import paged_attention, paged_attention_with_lse
 
 __all__ = [
+    "Groups",
     "Plan",
+    "group_decode",
     "interval_attention",
     "interval_attention_with_lse",
+    "make_groups",
     "make_plan",
     "paged_attention",
     "paged_attention_with_lse",

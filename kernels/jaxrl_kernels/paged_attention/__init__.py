@@ -70,7 +70,8 @@ def paged_attention_with_lse(
     """``paged_attention``, and the log-sum-exp of each query's scores, by which parts of a row can be joined.
 
     Returns:
-        ([R, C, N, H] in q's type, [R, C, N] float32, minus infinity where there is no token).
+        ([R, C, N, H], [R, C, N] and minus infinity where there is no token), both in float32: what is joined is rounded
+        once, and not part by part.
     """
     arrays = (q, key_pages, value_pages, page_table, positions)
     options = {"window": window, "scale": scale, "soft_cap": soft_cap, "implementation": implementation}

@@ -24,7 +24,8 @@ class Backend:
 
     Attributes:
         attend: ``(q, key_pages, value_pages, page_table, positions, window, scale, soft_cap, with_lse)`` -> what is
-            attended to [R, C, N, H] in q's type, and the log-sum-exp [R, C, N] in float32 if it is asked for.
+            attended to [R, C, N, H] in q's type and None, or in float32 and the log-sum-exp [R, C, N] if that is asked
+            for.
         devices: beginning of the kinds of device, as jax says them, that it runs on; empty = all.
         unfit: why it cannot take a shape, empty if it can.
     """

@@ -33,5 +33,7 @@ def paged_attention(
     scores = jnp.where(visible[:, None], soft_capped(scores, soft_cap), -jnp.inf)
     anything = visible.any(axis=-1)[:, None, :, None]
     weights = jnp.where(anything, jax.nn.softmax(jnp.where(anything, scores, 0.0), axis=-1), 0.0)
-    output = product("rncs,rsnh->rcnh", weights, v).astype(q.dtype)
-    return output, jnp.einsum("rnc->rcn", jax.nn.logsumexp(scores, axis=-1)) if with_lse else None
+    output = product("rncs,rsnh->rcnh", weights, v)
+    if not with_lse:
+        return output.astype(q.dtype), None
+    return output, jnp.einsum("rnc->rcn", jax.nn.logsumexp(scores, axis=-1))

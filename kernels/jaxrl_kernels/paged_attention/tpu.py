@@ -31,7 +31,7 @@ class Settings:
         shape: of the call.
         blocks: sizes.
         soft_cap: of the scores; 0 = none.
-        with_lse: the log-sum-exp is a result.
+        with_lse: the log-sum-exp is a result, and the other one in float32.
     """
 
     shape: Shape
@@ -125,7 +125,7 @@ def _call(
 
         return pl.BlockSpec((1, *lengths), index)
 
-    out_shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    out_shapes = [jax.ShapeDtypeStruct(q.shape, jnp.float32 if settings.with_lse else q.dtype)]
     out_specs = [of_unit(kv_heads, rows, width)]
     if settings.with_lse:
         out_shapes.append(jax.ShapeDtypeStruct((units, kv_heads, rows, 1), jnp.float32))

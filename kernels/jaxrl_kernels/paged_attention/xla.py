@@ -68,8 +68,8 @@ def paged_attention(
     blocks = (last.max() + block) // block
     top, total, output = jax.lax.fori_loop(0, blocks, look, start)
     divisor = jnp.where(total > 0, total, 1.0)
-    output = jnp.einsum("rkgch->rckgh", output / divisor[..., None]).reshape(rows, count, heads, width).astype(q.dtype)
+    output = jnp.einsum("rkgch->rckgh", output / divisor[..., None]).reshape(rows, count, heads, width)
     if not with_lse:
-        return output, None
+        return output.astype(q.dtype), None
     log_total = jnp.where(total > 0, top + jnp.log(divisor), -jnp.inf)
     return output, jnp.einsum("rkgc->rckg", log_total).reshape(rows, count, heads)
