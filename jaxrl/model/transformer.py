@@ -24,7 +24,15 @@ from jaxrl.model.quantized import in_compute
 from jaxrl.model.rotary import frequencies, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl.records import Tree
-from jaxrl_kernels import Plan, interval_attention, make_plan, paged_attention, segment_ends
+from jaxrl_kernels import (
+    Groups,
+    Plan,
+    group_decode,
+    interval_attention,
+    make_plan,
+    paged_attention,
+    segment_ends,
+)
 from jaxrl_kernels.products import product, rounded
 
 Params = dict[str, Any]
@@ -245,6 +253,7 @@ def paged_hidden_states(
     positions: jax.Array,
     kv_pages: KVPages,
     page_table: jax.Array,
+    groups: Groups | None = None,
 ) -> tuple[jax.Array, KVPages]:
     """Hidden states of new tokens of rows whose earlier tokens are in KV pages; the new ones are written there too.
 
@@ -257,12 +266,14 @@ def paged_hidden_states(
             hidden state means nothing.
         kv_pages: the pages.
         page_table: [R, M] int32, the pages of each row in order; it must cover the new positions.
+        groups: of this table, for C = 1: rows that read the pages they share once for all of them.
 
     Returns:
         ([R, C, D] after the final norm in the compute type, the pages).
     """
     layers, pages, _, page_size = kv_pages.keys.shape[:4]
-    kernel = functools.partial(paged_attention, **_score_options(config), implementation=config.attention)
+    options = {**_score_options(config), "implementation": config.attention}
+    parties = () if groups is None else (groups.members, groups.shared)
     held = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // page_size, axis=1, mode="clip")
     target = jnp.where(positions >= 0, held, layers * pages)  # out of range: dropped by the update
     offset = positions % page_size
@@ -270,23 +281,26 @@ def paged_hidden_states(
     def update_and_attend(
         q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, *integers: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        page_table, positions, target, offset, window = integers
+        page_table, positions, target, offset, window, *parties = integers
         keys = keys.at[target, :, offset].set(k, mode="drop")
         values = values.at[target, :, offset].set(v, mode="drop")
-        return kernel(q, keys, values, page_table, positions, window=window), keys, values
+        arrays, seen = (q, keys, values, page_table, positions), window if config.sliding_layers else 0
+        if parties:
+            return group_decode(*arrays, Groups(*parties), window=seen, **options), keys, values
+        return paged_attention(*arrays, window=seen, **options), keys, values
 
     heads = [(None, None, axis, None) for axis in ("query_heads", "kv_heads", "kv_heads")]
     pools = [(None, "kv_heads", None, None)] * 2
-    attention = per_shard(update_and_attend, [*heads, *pools, *[(None, None)] * 4, ()], [heads[0], *pools])
+    integers = [*[(None, None)] * 4, (), *[(None,) * array.ndim for array in parties]]
+    attention = per_shard(update_and_attend, [*heads, *pools, *integers], [heads[0], *pools])
 
     def layer(carry: tuple[jax.Array, KVPages], scanned: tuple[Params, Any]) -> tuple[tuple[jax.Array, KVPages], None]:
         x, pool = carry
         weights, (window, layer_frequencies, first_page) = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            attended, new_keys, new_values = attention(
-                q, k, v, pool.keys, pool.values, page_table + first_page, positions, target + first_page, offset, window
-            )
+            own = page_table + first_page, positions, target + first_page, offset, window
+            attended, new_keys, new_values = attention(q, k, v, pool.keys, pool.values, *own, *parties)
             return attended, (new_keys, new_values)
 
         turned = rotation(positions, layer_frequencies)

@@ -56,7 +56,7 @@ class PagedShape:
 
 PAGED_SHAPES = (
     PagedShape("decode", rows=64, count=1, query_heads=32, kv_heads=8),
-    PagedShape("prefill", rows=4, count=512, query_heads=32, kv_heads=8, table=512, soft_cap=30.0),
+    PagedShape("prefill", rows=4, count=512, query_heads=32, kv_heads=8, table=2048, soft_cap=30.0),
     PagedShape("decode_of_one_head", rows=16, count=1, query_heads=5, kv_heads=1, page=64, table=512),
     PagedShape("float32", rows=4, count=64, query_heads=4, kv_heads=4, page=8, width=256, dtype="float32"),
 )
