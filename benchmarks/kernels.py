@@ -2,6 +2,7 @@
 
 K1 is interval attention, forward and backward, against ``jax.nn.dot_product_attention`` with the same mask made dense.
 "rows" compares rows that are packed differently; "memory" is what the compiler reserves, doubled tokens over single.
+K2 is decoding of groups that share their prompt's pages, against K3, which reads them for every row.
 
     python benchmarks/kernels.py --json
 """
@@ -16,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_kernels import interval_attention
+from jaxrl_kernels import group_decode, interval_attention, make_groups, paged_attention
 
 QUERY_HEADS, KV_HEADS, WIDTH = 4, 2, 64
+SLOTS, PARTY, PAGE = 64, 16, 16
 
 
 def row_of_segments(tokens: int, segments: int) -> tuple[jax.Array, ...]:
@@ -77,6 +79,40 @@ def figures(tokens: int, rounds: int) -> list[dict]:
     return [_figure("K1", what, value, demand, f"{tokens} tokens") for what, (value, demand) in ratios.items()]
 
 
+def slots_with_prompts(group: int, prompt: int, own: int) -> tuple[jax.Array, ...]:
+    """Arguments of ``group_decode`` but the groups: slots in groups of this size, each with as many tokens of its own,
+    and how many pages they share."""
+    generator = np.random.default_rng(0)
+    shared, table = prompt // PAGE, (prompt + own) // PAGE
+    page_table = np.arange(SLOTS * table).reshape(SLOTS, table)
+    leader = np.arange(SLOTS) // group * group
+    page_table[:, :shared] = page_table[leader, :shared]
+    q = generator.normal(size=(SLOTS, 1, QUERY_HEADS, WIDTH))
+    pages = generator.normal(size=(2, SLOTS * table, KV_HEADS, PAGE, WIDTH))
+    positions, counts = np.full((SLOTS, 1), prompt + own - 1), np.full(SLOTS, shared)
+    integers = (jnp.asarray(x, jnp.int32) for x in (page_table, positions, counts))
+    return (*(jnp.asarray(x, jnp.float32) for x in (q, *pages)), *integers)
+
+
+def decode_figures(rounds: int) -> list[dict]:
+    @jax.jit
+    def plain(*arguments: jax.Array) -> jax.Array:
+        return paged_attention(*arguments[:5])
+
+    @jax.jit
+    def grouped(*arguments: jax.Array) -> jax.Array:
+        return group_decode(*arguments[:5], make_groups(arguments[3], arguments[5], PARTY))
+
+    found = []
+    for group, prompt in ((16, 1024), (16, 4096), (4, 1024), (1, 1024), (1, 0)):
+        arguments = slots_with_prompts(group, prompt, own=64)
+        runs = {"plain": lambda given=arguments: plain(*given), "grouped": lambda given=arguments: grouped(*given)}
+        cost = cpu_seconds(runs, rounds)
+        what = f"groups of {group} with {prompt} shared and 64 own tokens: K3 over K2"
+        found.append(_figure("K2", what, cost["plain"] / cost["grouped"], "", f"{SLOTS} slots, parties of {PARTY}"))
+    return found
+
+
 def _figure(name: str, what: str, value: float, demand: str, note: str) -> dict:
     holds = None
     if demand:
@@ -92,7 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one JSON object a line (there is no other form)")
     options = parser.parse_args()
-    for figure in figures(options.tokens, options.rounds):
+    for figure in figures(options.tokens, options.rounds) + decode_figures(options.rounds):
         print(json.dumps(figure), flush=True)
 
 

@@ -11,7 +11,7 @@ class ConfigError(ValueError):
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "Engine.slots Engine.page_size Engine.prefill_rows Engine.prefill_chunk Engine.round_steps "
+        "Engine.slots Engine.page_size Engine.prefill_rows Engine.prefill_chunk Engine.round_steps Engine.group_width "
         "Engine.max_prompt_tokens Engine.max_response_tokens Model.logprob_chunk Model.layers Model.width "
         "Model.query_heads Model.kv_heads Model.head_width Model.ffn_width Model.experts_per_token Model.expert_width "
         "Prefer.rows Prefer.row_tokens Model.max_positions "

@@ -25,7 +25,7 @@ from jaxrl.model.quantized import in_compute
 from jaxrl.model.rotary import frequencies, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl.records import Tree
-from jaxrl_kernels import paged_attention, segment_ends
+from jaxrl_kernels import Groups, group_decode, paged_attention, segment_ends
 from jaxrl_kernels.products import product, rounded
 
 Params = dict[str, Any]
@@ -141,23 +141,24 @@ def _feed_forward_specs(weight: Callable[..., ParamSpec], prefix: str, config: M
 class KVPages:
     """Keys and values of all layers in pages that rows take and give back."""
 
-    keys: jax.Array  # [L, P, page, K, H]
-    values: jax.Array  # [L, P, page, K, H]
+    keys: jax.Array  # [L, P, K, page, H]
+    values: jax.Array  # [L, P, K, page, H]
     experts: jax.Array | None = None  # [L, P, page, experts of a token], which computed the token; None = not recorded
 
 
-KV_AXES = ("layers", "pages", None, "kv_heads", "head")
+KV_AXES = ("layers", "pages", "kv_heads", None, "head")
 """Logical axes of keys and values; recorded experts are not split."""
 
 
 def init_pages(config: ModelConfig, pages: int, page_size: int, record_experts: bool = False) -> KVPages:
     """Empty KV pages in the compute type, ``page_size`` tokens each."""
-    shape = (config.layers, pages, page_size, config.kv_heads, config.head_width)
+    shape = (config.layers, pages, config.kv_heads, page_size, config.head_width)
     dtype = jnp.dtype(config.compute_dtype)
     keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
     if not record_experts:
         return KVPages(keys, values)
-    return KVPages(keys, values, jnp.zeros((*shape[:3], config.experts_per_token), id_type(config.experts)))
+    recorded = (config.layers, pages, page_size, config.experts_per_token)
+    return KVPages(keys, values, jnp.zeros(recorded, id_type(config.experts)))
 
 
 def hidden_states(
@@ -230,6 +231,7 @@ def paged_hidden_states(
     positions: jax.Array,
     kv_pages: KVPages,
     page_table: jax.Array,
+    groups: Groups | None = None,
 ) -> tuple[jax.Array, KVPages]:
     """Hidden states of new tokens of rows whose earlier tokens are in KV pages; the new ones are written there too.
 
@@ -242,12 +244,14 @@ def paged_hidden_states(
             hidden state means nothing.
         kv_pages: the pages.
         page_table: [R, M] int32, the pages of each row in order; it must cover the new positions.
+        groups: of this table, for C = 1: rows that read the pages they share once for all of them.
 
     Returns:
         ([R, C, D] after the final norm in the compute type, the pages).
     """
-    layers, pages, page_size = kv_pages.keys.shape[:3]
-    kernel = functools.partial(paged_attention, **score_options(config))
+    layers, pages, _, page_size = kv_pages.keys.shape[:4]
+    options = {**score_options(config), "implementation": config.attention}
+    parties = () if groups is None else (groups.members, groups.shared)
     held = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // page_size, axis=1, mode="clip")
     target = jnp.where(positions >= 0, held, layers * pages)  # out of range: dropped by the update
     offset = positions % page_size
@@ -255,22 +259,26 @@ def paged_hidden_states(
     def update_and_attend(
         q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, *integers: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        page_table, positions, target, offset, window = integers
-        keys = keys.at[target, offset].set(k, mode="drop")
-        values = values.at[target, offset].set(v, mode="drop")
-        return kernel(q, keys, values, page_table, positions, window=window), keys, values
+        page_table, positions, target, offset, window, *parties = integers
+        keys = keys.at[target, :, offset].set(k, mode="drop")
+        values = values.at[target, :, offset].set(v, mode="drop")
+        arrays, seen = (q, keys, values, page_table, positions), window if config.sliding_layers else 0
+        if parties:
+            return group_decode(*arrays, Groups(*parties), window=seen, **options), keys, values
+        return paged_attention(*arrays, window=seen, **options), keys, values
 
-    heads = [(None, None, axis, None) for axis in ("query_heads", *["kv_heads"] * 4)]
-    attention = per_shard(update_and_attend, [*heads, *[(None, None)] * 4, ()], [heads[0], *heads[3:]])
+    heads = [(None, None, axis, None) for axis in ("query_heads", "kv_heads", "kv_heads")]
+    pools = [(None, "kv_heads", None, None)] * 2
+    integers = [*[(None, None)] * 4, (), *[(None,) * array.ndim for array in parties]]
+    attention = per_shard(update_and_attend, [*heads, *pools, *integers], [heads[0], *pools])
 
     def layer(carry: tuple[jax.Array, KVPages], scanned: tuple[Params, Any]) -> tuple[tuple[jax.Array, KVPages], None]:
         x, pool = carry
         weights, (window, layer_frequencies, first_page) = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            attended, new_keys, new_values = attention(
-                q, k, v, pool.keys, pool.values, page_table + first_page, positions, target + first_page, offset, window
-            )
+            own = page_table + first_page, positions, target + first_page, offset, window
+            attended, new_keys, new_values = attention(q, k, v, pool.keys, pool.values, *own, *parties)
             return attended, (new_keys, new_values)
 
         turned = rotation(positions, layer_frequencies)

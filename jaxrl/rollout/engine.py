@@ -174,6 +174,7 @@ class Engine:
         self._scheduler = Scheduler(config)
         self._stop_ids = frozenset(int(stop) for stop in stop_ids)
         self._mesh = mesh or meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+        self._party = rounds.party_of(config, self._mesh)
         self._launches = launches or contextlib.nullcontext()
         self._shardings = spec.shardings(
             lora.specs_with_adapters(param_specs(model), params), self._mesh, meshes.ROLLOUT_RULES
@@ -467,6 +468,7 @@ class Engine:
                 self._device_stop_ids,
                 model=self._model,
                 steps=config.round_steps,
+                party=self._party,
             )
         tokens, logprobs = rounds.read_round(output)
         decoded, experts = time.perf_counter(), {}

@@ -9,15 +9,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxrl.config import EngineConfig, ModelConfig
 from jaxrl.model.logprob import logits
 from jaxrl.model.transformer import KVPages, Params, paged_hidden_states
 from jaxrl.rollout import sampler
+from jaxrl_kernels import make_groups
 
-TOKEN, POSITION, LEFT, PROMPT, DRAW, SAMPLE, TEMPERATURE, TABLE = range(8)
+TOKEN, POSITION, LEFT, PROMPT, DRAW, SAMPLE, TEMPERATURE, SHARED, TABLE = range(9)
 """Columns of a decode plan: the last token, its position, tokens it may still sample (0 = the slot is empty), prompt
-length, draw, sample, bits of the float32 temperature, and from TABLE on the row's pages."""
+length, draw, sample, bits of the float32 temperature, how many of its first pages its prompt's other samples have as
+well, and from TABLE on the row's pages."""
 
 START, COUNT, ROW_TABLE = range(3)
 """Columns of a prefill plan: position of the first token, number of tokens (0 = no row), and from ROW_TABLE on the
@@ -33,6 +36,12 @@ def padded_stops(count: int) -> int:
     return -(-max(1, count) // STOP_IDS) * STOP_IDS
 
 
+def party_of(config: EngineConfig, mesh: Mesh) -> int:
+    """The most slots that read the pages of their prompt together on the devices of this mesh; 0 = each by itself."""
+    together = {"on": True, "off": False, "auto": mesh.devices.flat[0].platform == "tpu"}[config.group_decode]
+    return min(config.group_width, config.slots) if together else 0
+
+
 def empty_plans(config: EngineConfig, table_width: int, pages: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Plans of a prefill, a copy and a decode round that do nothing, in the only shapes an engine runs.
 
@@ -45,7 +54,7 @@ def empty_plans(config: EngineConfig, table_width: int, pages: int) -> tuple[np.
     return row, copies, np.zeros((config.slots, TABLE + table_width), np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps"), donate_argnames=("kv_pages",))
+@functools.partial(jax.jit, static_argnames=("model", "steps", "party"), donate_argnames=("kv_pages",))
 def decode_round(
     params: Params,
     kv_pages: KVPages,
@@ -56,6 +65,7 @@ def decode_round(
     *,
     model: ModelConfig,
     steps: int,
+    party: int = 0,
 ) -> tuple[KVPages, jax.Array]:
     """Decode up to ``steps`` tokens in every slot; a slot ends at a stop id or when it has sampled all it may.
 
@@ -66,6 +76,7 @@ def decode_round(
         exit_at: () int32, the round also ends when no more than this many slots go on.
         key: the run's key.
         stop_ids: [n] int32, -1 where there is none.
+        party: the most slots that read the pages of their prompt together, see ``party_of``.
 
     Returns:
         The pages, and [2, steps, S] int32: sampled tokens (-1 = none), and the bits of their float32 log-probabilities.
@@ -73,6 +84,7 @@ def decode_round(
     table = plan[:, TABLE:]
     temperatures = jax.lax.bitcast_convert_type(plan[:, TEMPERATURE], jnp.float32)
     keys = sampler.row_keys(key, plan[:, DRAW], plan[:, SAMPLE])
+    groups = make_groups(table, plan[:, SHARED], party) if party else None
 
     def going(carry: tuple[jax.Array, ...]) -> jax.Array:
         step, _, _, _, left, _ = carry
@@ -82,7 +94,7 @@ def decode_round(
         step, kv_pages, token, position, left, output = carry
         active = left > 0
         here = jnp.where(active, position, -1)
-        hidden, kv_pages = paged_hidden_states(params, model, token[:, None], here[:, None], kv_pages, table)
+        hidden, kv_pages = paged_hidden_states(params, model, token[:, None], here[:, None], kv_pages, table, groups)
         uniform = sampler.uniforms(keys, position + 1 - plan[:, PROMPT])
         sampled, logprob = sampler.sample(logits(params, model, hidden[:, 0]), temperatures, uniform)
         token = jnp.where(active, sampled, -1)

@@ -316,6 +316,8 @@ class Scheduler:
             row[rounds.DRAW] = track.draw
             row[rounds.SAMPLE] = track.sample
             row[rounds.TEMPERATURE] = np.float32(track.temperature).view(np.int32)
+            assert track.shared is not None
+            row[rounds.SHARED] = track.shared.full
             table = self._table(track)
             row[rounds.TABLE : rounds.TABLE + len(table)] = table
         return any(self._slots)

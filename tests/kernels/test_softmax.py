@@ -23,6 +23,6 @@ def test_paged_and_packed_attention_agree_in_bfloat16_over_several_blocks() -> N
     packed = jax.jit(interval_attention)(q, k, v, jnp.full((1, tokens), tokens, jnp.int32))[0]
     positions = np.linspace(130, tokens - 1, rows).astype(np.int32)
     table = np.broadcast_to(np.arange(tokens // page, dtype=np.int32), (rows, tokens // page))
-    pages = [x[0].reshape(tokens // page, page, 2, 16) for x in (k, v)]
+    pages = [x[0].reshape(tokens // page, page, 2, 16).swapaxes(1, 2) for x in (k, v)]
     paged = jax.jit(paged_attention)(q[0, positions][:, None], *pages, table, positions[:, None])[:, 0]
     assert float(jnp.mean(paged == packed[positions])) > 0.99

@@ -13,13 +13,17 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrl_kernels import Plan, interval_attention
+from jaxrl_kernels import Plan, interval_attention, paged_attention_with_lse
 from jaxrl_kernels.interval_attention import pairs, tpu
 from jaxrl_kernels.interval_attention.pairs import Blocks, Pairs, make_pairs
+from jaxrl_kernels.paged_attention import blocks, steps
+from jaxrl_kernels.paged_attention import tpu as paged
 
 TOKENS = 24
 FAITHFUL = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
 """Scratch memory and results begin as NaN, and copies happen as late as they may."""
+EAGER = dataclasses.replace(FAITHFUL, dma_execution_mode="eager")
+"""Copies happen at once."""
 
 
 def padded_segments() -> jax.Array:
@@ -67,6 +71,78 @@ def test_lists_without_a_flag_leave_memory_unwritten(flag: int) -> None:
     spoilt = dataclasses.replace(whole, by_query=whole.by_query & ~flag, by_key=whole.by_key & ~flag)
     for array in attended(spoilt):
         assert np.isnan(np.asarray(array)).any()
+
+
+def rows_in_pages() -> tuple[jax.Array, ...]:
+    """Arguments of paged attention: rows of several blocks, of one and of none, and chunks of two blocks of queries.
+
+    Tables are out of range beyond their row, and tokens beyond it are NaN.
+    """
+    generator = np.random.default_rng(4)
+    reach, page, table = np.array([20, -1, 3]), 4, 6
+    q = generator.normal(size=(3, 5, 4, 8))
+    pages = generator.normal(size=(2, 3 * table, 2, page, 8))
+    tables = generator.permutation(3 * table).reshape(3, table)
+    for row, last in enumerate(reach):
+        pages[:, tables[row, (last + 1) // page], :, (last + 1) % page :] = np.nan
+        tables[row, last // page + 1 :] = 10_000
+    positions = np.maximum(reach[:, None] - np.arange(5)[::-1], -1)
+    positions[2, :3] = -1  # fewer tokens than the others
+    return (*(jnp.asarray(x, jnp.float32) for x in (q, *pages)), *(jnp.asarray(x) for x in (tables, positions)))
+
+
+def attended_in_pages(monkeypatch: pytest.MonkeyPatch, mode: pltpu.InterpretParams = FAITHFUL) -> tuple[jax.Array, ...]:
+    """Output and log-sum-exp on the interpreter, in blocks of 8 keys and 4 queries."""
+    monkeypatch.setattr(paged, "blocks_for", lambda shape: blocks.Blocks(queries=4, rows=8, pages=2))
+    interpreter.reset_tpu_interpret_mode_state()
+    with pltpu.force_tpu_interpret_mode(mode):
+        options = {"window": jnp.int32(11), "scale": 0.4, "soft_cap": 2.0, "with_lse": True}
+        return jax.block_until_ready(paged.paged_attention(*rows_in_pages(), **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [FAITHFUL, EAGER], ids=["late", "eager"])
+def test_pages_no_race_and_no_unwritten_memory(mode: pltpu.InterpretParams, monkeypatch: pytest.MonkeyPatch) -> None:
+    got = attended_in_pages(monkeypatch, mode)
+    assert not interpreter.races.races_found
+    options = {"window": 11, "scale": 0.4, "soft_cap": 2.0, "implementation": "reference"}
+    for ours, wanted in zip(got, paged_attention_with_lse(*rows_in_pages(), **options), strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+def test_pages_that_are_not_waited_for_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that nobody waits for never happens in one mode; in the other it races with who reads it."""
+    copies = paged._copies
+
+    def only_started(*arguments: object) -> None:
+        *others, act = arguments
+        copies(*others, lambda copy: act(copy) if act.__code__.co_names == ("start",) else None)
+
+    monkeypatch.setattr(paged, "_copies", only_started)
+    assert np.isnan(np.asarray(attended_in_pages(monkeypatch)[0])).any()
+    attended_in_pages(monkeypatch, EAGER)
+    assert interpreter.races.races_found
+
+
+@pytest.mark.parametrize("flag", [steps.FIRST, steps.LAST])
+def test_steps_without_a_flag_leave_memory_unwritten(flag: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(*arguments: object, **sizes: int) -> steps.Steps:
+        whole = steps.make_steps(*arguments, **sizes)
+        return dataclasses.replace(whole, entries=whole.entries & ~flag)
+
+    monkeypatch.setattr(paged, "make_steps", spoilt)
+    assert np.isnan(np.asarray(attended_in_pages(monkeypatch)[0])).any()
+
+
+def test_pages_beyond_a_row_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(*arguments: object, **sizes: int) -> steps.Steps:
+        whole = steps.make_steps(*arguments, **sizes)
+        return dataclasses.replace(whole, reach=whole.reach + 4)
+
+    monkeypatch.setattr(paged, "make_steps", spoilt)
+    with pytest.raises(Exception, match="[Oo]ut-of-bounds|out of bounds"):
+        attended_in_pages(monkeypatch)
+    interpreter.reset_tpu_interpret_mode_state()
 
 
 def test_a_copy_that_is_not_waited_for_is_seen() -> None:

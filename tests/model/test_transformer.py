@@ -90,11 +90,12 @@ def test_promise_2_a_row_is_bit_identical_in_every_slot_and_company(
     params = parameters(config)
     generator = np.random.default_rng(slots)
     own_tokens = generator.integers(0, config.vocab_size, count)
-    own_keys, own_values = generator.normal(size=(2, config.layers, 5, PAGE, config.kv_heads, config.head_width))
+    own_keys, own_values = generator.normal(size=(2, config.layers, 5, config.kv_heads, PAGE, config.head_width))
     results = []
     for slot, longest in ((0, 20), (slots - 1, -1), (slots // 2, 63), (1, 63)):
         table = generator.permutation(slots * 16).reshape(slots, 16).astype(np.int32)
-        keys, values = generator.normal(size=(2, config.layers, slots * 16, PAGE, config.kv_heads, config.head_width))
+        shape = (2, config.layers, slots * 16, config.kv_heads, PAGE, config.head_width)
+        keys, values = generator.normal(size=shape)
         keys[:, table[slot, :5]], values[:, table[slot, :5]] = own_keys, own_values
         pages = KVPages(keys=jnp.asarray(keys, dtype), values=jnp.asarray(values, dtype))
         tokens = generator.integers(0, config.vocab_size, (slots, count)).astype(np.int32)
@@ -113,7 +114,7 @@ def test_padding_tokens_write_nowhere_and_tokens_write_only_their_place() -> Non
     table = np.array([[4, 1], [2, 0]], np.int32)
     positions = np.array([[3, 4, -1], [-1, -1, -1]], np.int32)
     _, written = paged_step(params, CONFIG, np.ones((2, 3), np.int32), positions, pages, table)
-    changed = np.argwhere((np.asarray(written.keys) != 7.0).any(axis=(0, 3, 4)))
+    changed = np.argwhere((np.asarray(written.keys) != 7.0).any(axis=(0, 2, 4)))
     assert changed.tolist() == [[1, 0], [4, 3]]  # (page, offset) of positions 4 and 3 of row 0
 
 

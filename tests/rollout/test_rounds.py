@@ -60,7 +60,9 @@ def test_successive_chunks_of_a_sequence_may_share_a_call(params):
     together = prefilled(params, [cuts[:2], cuts[2:]])
     apart = prefilled(params, [[cut] for cut in cuts])
     jax.tree.map(np.testing.assert_array_equal, together, apart)
-    assert (apart.keys[:, 5, :1] != 0).all() and (apart.keys[:, 5, 1:] == 0).all(), "21 tokens, and nothing beyond"
+    assert (apart.keys[:, 5, :, :1] != 0).all() and (apart.keys[:, 5, :, 1:] == 0).all(), (
+        "21 tokens, and nothing beyond"
+    )
 
 
 def test_copies_take_whole_pages_and_skip_what_is_no_page(params):

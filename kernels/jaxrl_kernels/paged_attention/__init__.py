@@ -1,16 +1,14 @@
 """Attention of new tokens over the KV pages of their row: decoding (C = 1) and chunked prefill (C > 1).
 
-Token p of a row has its key and value at ``pages[page_table[row, p // page], p % page]``.
+Token p of a row has its key and value at ``pages[page_table[row, p // page], :, p % page]``: a page holds one KV head
+after the other, so that a head's part of it lies in one piece.
 """
-
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_kernels.paged_attention import reference, xla
-
-Implementation = Literal["auto", "xla", "reference"]
+from jaxrl_kernels.paged_attention.backends import BACKENDS, Implementation, chosen
+from jaxrl_kernels.paged_attention.blocks import shape_of
 
 
 def paged_attention(
@@ -33,26 +31,72 @@ def paged_attention(
 
     Args:
         q: [R, C, N, H] queries.
-        key_pages: [P, page, K, H].
-        value_pages: [P, page, K, H].
+        key_pages: [P, K, page, H].
+        value_pages: [P, K, page, H].
         page_table: [R, M] int32, the pages of each row in order; entries beyond the row's length may hold anything.
         positions: [R, C] int32, position of each query in its row; it sees the tokens at 0 ... position. Negative means
-            there is no token: the result is zeros.
+            there is no token: the result is zeros. Rows may have different numbers of tokens: decoding and prefill
+            go together in one call.
         window: a query also needs ``position - key position < window``; 0 = no window. An int or a traced int32.
         scale: of the scores; ``H ** -0.5`` when None.
         soft_cap: scaled scores become ``soft_cap * tanh(score / soft_cap)``; 0 = they stay.
-        implementation: "xla" is plain JAX, its time proportional to the longest row; "reference" gathers whole tables.
+        implementation: "xla" is plain JAX, its time proportional to the longest row; "tpu" the kernel for TPUs, its
+            time proportional to the tokens that are seen; "tpu_interpreted" that one without a TPU, slowly;
+            "reference" gathers whole tables; "auto" picks by the devices (``docs/kernels.md``).
 
     Returns:
         [R, C, N, H] in q's type.
 
     Raises:
-        ValueError: shapes do not fit together, or the implementation is unknown.
+        ValueError: shapes do not fit together, or the implementation is unknown or cannot be had.
     """
+    arrays = (q, key_pages, value_pages, page_table, positions)
+    options = {"window": window, "scale": scale, "soft_cap": soft_cap, "implementation": implementation}
+    return _attend(*arrays, **options, with_lse=False)[0]
+
+
+def paged_attention_with_lse(
+    q: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    page_table: jax.Array,
+    positions: jax.Array,
+    *,
+    window: int | jax.Array = 0,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """``paged_attention``, and the log-sum-exp of each query's scores, by which parts of a row can be joined.
+
+    Returns:
+        ([R, C, N, H], [R, C, N] and minus infinity where there is no token), both in float32: what is joined is rounded
+        once, and not part by part.
+    """
+    arrays = (q, key_pages, value_pages, page_table, positions)
+    options = {"window": window, "scale": scale, "soft_cap": soft_cap, "implementation": implementation}
+    output, log_total = _attend(*arrays, **options, with_lse=True)
+    assert log_total is not None
+    return output, log_total
+
+
+def _attend(
+    q: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    page_table: jax.Array,
+    positions: jax.Array,
+    *,
+    window: int | jax.Array,
+    scale: float | None,
+    soft_cap: float,
+    implementation: Implementation,
+    with_lse: bool,
+) -> tuple[jax.Array, jax.Array | None]:
     rows, count, heads, width = q.shape
-    if key_pages.shape != value_pages.shape or key_pages.shape[3] != width or heads % key_pages.shape[2]:
+    if key_pages.shape != value_pages.shape or key_pages.shape[3] != width or heads % key_pages.shape[1]:
         raise ValueError(
-            f"q {q.shape} [R, C, N, H] needs key and value pages of one shape [P, page, K, H] with K dividing N; "
+            f"q {q.shape} [R, C, N, H] needs key and value pages of one shape [P, K, page, H] with K dividing N; "
             f"got {key_pages.shape}, {value_pages.shape}"
         )
     if page_table.shape[0] != rows or positions.shape != (rows, count):
@@ -60,12 +104,7 @@ def paged_attention(
             f"q {q.shape} needs a page table [{rows}, M] and positions [{rows}, {count}]; "
             f"got {page_table.shape}, {positions.shape}"
         )
+    attend = BACKENDS[chosen(implementation, shape_of(q, key_pages, page_table))].attend
     window = jnp.asarray(window, jnp.int32)
     scale = width**-0.5 if scale is None else scale
-    arrays = (q, key_pages, value_pages, page_table, positions, window)
-    match implementation:
-        case "auto" | "xla":
-            return xla.paged_attention(*arrays, scale, soft_cap)
-        case "reference":
-            return reference.paged_attention(*arrays, scale, soft_cap)
-    raise ValueError(f"implementation={implementation!r} is unknown; choose auto, xla or reference")
+    return attend(q, key_pages, value_pages, page_table, positions, window, scale, soft_cap, with_lse)

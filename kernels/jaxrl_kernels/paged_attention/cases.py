@@ -5,7 +5,8 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape. ``lengths`` holds, for each row, the position of its last query; -1 = the row is empty."""
+    """One shape. ``lengths`` holds, for each row, the position of its last query; -1 = the row is empty. ``counts``
+    holds how many queries of a row there are, where not all of them are."""
 
     name: str
     lengths: tuple[int, ...]
@@ -19,6 +20,7 @@ class Case:
     scale: float | None = None
     soft_cap: float = 0.0
     dtype: str = "float32"
+    counts: tuple[int, ...] = ()
 
 
 CASES = (
@@ -37,5 +39,7 @@ CASES = (
     Case("scale", (9, 21), scale=0.9),
     Case("soft_cap", (5, -1, 39), scale=1.5, soft_cap=2.0),
     Case("soft_cap_several_blocks", (270, 130), page=16, table=20, window=100, scale=1.5, soft_cap=2.0),
+    Case("decode_and_prefill", (25, 38, -1, 9), count=8, counts=(1, 8, 0, 3), window=20),
+    Case("blocks_of_queries", (299, 280, 5), count=280, page=32, kv_heads=1, counts=(280, 1, 6), dtype="bfloat16"),
     Case("bfloat16", (30, 12), dtype="bfloat16"),
 )

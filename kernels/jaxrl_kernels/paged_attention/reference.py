@@ -16,14 +16,15 @@ def paged_attention(
     window: jax.Array,
     scale: float,
     soft_cap: float,
-) -> jax.Array:
+    with_lse: bool,
+) -> tuple[jax.Array, jax.Array | None]:
     """As the contract says, one line per step."""
     rows, width = q.shape[0], q.shape[3]
-    page, kv_heads = key_pages.shape[1:3]
+    kv_heads, page = key_pages.shape[1:3]
     groups = q.shape[2] // kv_heads
     reach = page_table.shape[1] * page
-    k = key_pages[page_table].reshape(rows, reach, kv_heads, width).repeat(groups, axis=2).astype(jnp.float32)
-    v = value_pages[page_table].reshape(rows, reach, kv_heads, width).repeat(groups, axis=2).astype(jnp.float32)
+    k, v = (jnp.einsum("rmkph->rmpkh", pages[page_table]) for pages in (key_pages, value_pages))
+    k, v = (x.reshape(rows, reach, kv_heads, width).repeat(groups, axis=2).astype(jnp.float32) for x in (k, v))
     query, key = positions[:, :, None], jnp.arange(reach)[None, None, :]
     visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, C, S]
     seen = visible.any(axis=1)[:, :, None, None]
@@ -32,4 +33,7 @@ def paged_attention(
     scores = jnp.where(visible[:, None], soft_capped(scores, soft_cap), -jnp.inf)
     anything = visible.any(axis=-1)[:, None, :, None]
     weights = jnp.where(anything, jax.nn.softmax(jnp.where(anything, scores, 0.0), axis=-1), 0.0)
-    return product("rncs,rsnh->rcnh", weights, v).astype(q.dtype)
+    output = product("rncs,rsnh->rcnh", weights, v)
+    if not with_lse:
+        return output.astype(q.dtype), None
+    return output, jnp.einsum("rnc->rcn", jax.nn.logsumexp(scores, axis=-1))

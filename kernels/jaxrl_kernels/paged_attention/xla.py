@@ -31,10 +31,11 @@ def paged_attention(
     window: jax.Array,
     scale: float,
     soft_cap: float,
-) -> jax.Array:
+    with_lse: bool,
+) -> tuple[jax.Array, jax.Array | None]:
     """As the contract says."""
     rows, count, heads, width = q.shape
-    page, kv_heads = key_pages.shape[1:3]
+    kv_heads, page = key_pages.shape[1:3]
     pages = min(max(1, BLOCK // page), page_table.shape[1])
     block = pages * page
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))
@@ -47,24 +48,28 @@ def paged_attention(
         top, total, output = running
         ids = jax.lax.dynamic_slice_in_dim(page_table, index * pages, pages, axis=1)
         key = index * block + jnp.arange(block, dtype=jnp.int32)
-        held = (key <= last[:, None])[:, :, None, None]
-        k = key_pages.at[ids].get(mode="clip").reshape(rows, block, kv_heads, width)
-        v = value_pages.at[ids].get(mode="clip").reshape(rows, block, kv_heads, width)
+        held = (key <= last[:, None])[:, None, :, None]
+        k, v = (jnp.einsum("rpkth->rkpth", pool.at[ids].get(mode="clip")) for pool in (key_pages, value_pages))
+        k, v = (x.reshape(rows, kv_heads, block, width) for x in (k, v))
         v = jnp.where(held, v, 0)
         query = positions[:, None, None, :, None]
         visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, 1, 1, C, S]
-        scores = soft_capped(product("rkmh,rskh->rkms", q, k), soft_cap)
+        scores = soft_capped(product("rkmh,rksh->rkms", q, k), soft_cap)
         scores = jnp.where(visible, scores.reshape(rows, kv_heads, groups, count, block), MASKED)
         new_top = jnp.maximum(top, round_up(scores.max(axis=-1)))
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
         correction = jnp.exp(top - new_top)
         merged = weights.astype(v.dtype).reshape(rows, kv_heads, groups * count, block)
-        attended = product("rkms,rskh->rkmh", merged, v).reshape(output.shape)
+        attended = product("rkms,rksh->rkmh", merged, v).reshape(output.shape)
         return new_top, total * correction + weights.sum(axis=-1), output * correction[..., None] + attended
 
     shape = (rows, kv_heads, groups, count)
     start = (round_up(jnp.full(shape, MASKED)), jnp.zeros(shape), jnp.zeros((*shape, width)))
     blocks = (last.max() + block) // block
-    _, total, output = jax.lax.fori_loop(0, blocks, look, start)
-    output = output / jnp.where(total > 0, total, 1.0)[..., None]
-    return jnp.einsum("rkgch->rckgh", output).reshape(rows, count, heads, width).astype(q.dtype)
+    top, total, output = jax.lax.fori_loop(0, blocks, look, start)
+    divisor = jnp.where(total > 0, total, 1.0)
+    output = jnp.einsum("rkgch->rckgh", output / divisor[..., None]).reshape(rows, count, heads, width)
+    if not with_lse:
+        return output.astype(q.dtype), None
+    log_total = jnp.where(total > 0, top + jnp.log(divisor), -jnp.inf)
+    return output, jnp.einsum("rkgc->rckg", log_total).reshape(rows, count, heads)

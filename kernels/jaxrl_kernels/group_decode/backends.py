@@ -1,0 +1,77 @@
+"""Who computes what a party sees of the pages it shares, by the backend of paged attention that it is joined with."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_kernels.paged_attention import paged_attention_with_lse
+from jaxrl_kernels.paged_attention.backends import Implementation
+
+
+def at_once(
+    implementation: Implementation,
+    q: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    page_table: jax.Array,
+    members: jax.Array,
+    shared: jax.Array,
+    options: dict[str, Any],
+) -> tuple[jax.Array, jax.Array]:
+    """All parties in one call, as rows with a token for every member. For kernels that skip those without members.
+
+    Args:
+        q: [R, 1, N, H].
+        key_pages: [P, K, page, H].
+        value_pages: [P, K, page, H].
+        page_table: [R, M] int32.
+        members: [X, W] int32, as in ``Groups``.
+        shared: [R] int32, as in ``Groups``.
+        options: scale and soft cap.
+
+    Returns:
+        What each row sees of its shared pages [R, 1, N, H], and the log-sum-exp of its scores [R, 1, N]; zeros and
+        minus infinity where nothing is shared. Both float32.
+    """
+    table = page_table.at[members[:, 0]].get(mode="clip")
+    reach = shared.at[members].get(mode="clip") * key_pages.shape[2] - 1
+    positions = jnp.where(members >= 0, reach, -1)
+    party = q[:, 0].at[members].get(mode="clip")
+    arrays = (party, key_pages, value_pages, table, positions)
+    seen, log_total = paged_attention_with_lse(*arrays, **options, implementation=implementation)
+    target = jnp.where(members >= 0, members, len(q))
+    by_row = jnp.zeros((len(q), *seen.shape[2:]), jnp.float32).at[target].set(seen, mode="drop")
+    logs = jnp.full((len(q), seen.shape[2]), -jnp.inf).at[target].set(log_total, mode="drop")
+    return by_row[:, None], logs[:, None]
+
+
+def one_by_one(
+    q: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    page_table: jax.Array,
+    members: jax.Array,
+    shared: jax.Array,
+    options: dict[str, Any],
+) -> tuple[jax.Array, jax.Array]:
+    """``at_once`` in plain JAX, a party after the other, as many as there are."""
+
+    def add(party: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        own = jax.lax.dynamic_slice_in_dim(members, party, 1)
+        seen, logs = at_once("xla", q, key_pages, value_pages, page_table, own, shared, options)
+        return sums[0] + seen, jnp.maximum(sums[1], logs)  # a row is in one party, and gets zeros from the others
+
+    start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
+    return jax.lax.fori_loop(0, (members[:, 0] >= 0).sum(), add, start)
+
+
+PREFIXES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "xla": one_by_one,
+    "tpu": functools.partial(at_once, "tpu"),
+    "tpu_interpreted": functools.partial(at_once, "tpu_interpreted"),
+    "reference": functools.partial(at_once, "reference"),
+}
+"""By the name that ``implementation`` gives."""
