@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl.check import cost, ledger, targets
-from jaxrl.check.run import Report, Result
+from jaxrl.check.run import ASSURED, Report, Result
 
 _WORDS = {
     "weights": "weights",
@@ -41,8 +41,10 @@ def show(report: Report, console: Console) -> None:
     for remedy, outcome in report.mended:
         console.print(f"  fits with {remedy.options(result.target)}", soft_wrap=True, highlight=False)
         left = (outcome.memory - outcome.fullest.total) / targets.GIB
+        fullest = outcome.compiled.get(outcome.fullest.name)
+        how = f" with little effort of the compiler, over {ASSURED:.0%}" if fullest and fullest.effort else ""
         costs = "; ".join(remedy.words)
-        console.print(f"    re-checked: {left:.1f} GiB left; {costs}", soft_wrap=True, highlight=False)
+        console.print(f"    re-checked{how}: {left:.1f} GiB left; {costs}", soft_wrap=True, highlight=False)
     if not report.mended:
         console.print(
             f"  none of the {report.tried} changes tried makes it fit; take a larger target or a smaller model"

@@ -19,7 +19,7 @@ import jax
 from jaxrl.check import collectives, devices, flops, programs, targets
 from jaxrl.config import ConfigError, parse
 
-READING = 2
+READING = 3
 """Raised when what is read of a compiled program, and how, changes: what was kept before is then not used."""
 
 
@@ -34,6 +34,7 @@ class Compiled:
         flops: of its matrix products, all devices together.
         traffic: what it sends.
         refused: why it was not compiled; empty where it was. ``temporary`` is then what the compiler asked for.
+        effort: that it was compiled with; see ``compiled``.
     """
 
     arguments: int = 0
@@ -42,6 +43,7 @@ class Compiled:
     flops: float = 0.0
     traffic: tuple[dict[str, Any], ...] = ()
     refused: str = ""
+    effort: float = 0.0
 
 
 def main() -> int:
@@ -94,7 +96,7 @@ def compiled(lowered: jax.stages.Lowered, inner: int, effort: float) -> Compiled
         wanted = asked_for(str(error))
         if wanted is None:
             raise
-        return Compiled(temporary=wanted, refused=str(error).splitlines()[0])
+        return Compiled(temporary=wanted, refused=str(error).splitlines()[0], effort=effort)
     memory = program.memory_analysis()
     sent = collectives.traffic(program.as_text(), inner)
     return Compiled(
@@ -102,6 +104,7 @@ def compiled(lowered: jax.stages.Lowered, inner: int, effort: float) -> Compiled
         results=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
         temporary=memory.temp_size_in_bytes,
         traffic=tuple(map(dataclasses.asdict, sent)),
+        effort=effort,
     )
 
 

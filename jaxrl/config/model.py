@@ -37,16 +37,18 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     local_rope_theta: float = 0.0
     """Base of the rotary frequencies, never scaled, on the layers that slide (Gemma 3); 0 = as on the others."""
-    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     """How the rotary frequencies are stretched for texts longer than those of the first training."""
     rope_factor: float = 1.0
     """By how much they are stretched."""
     rope_low_frequency: float = 1.0
-    """llama3: pairs with fewer turns in rope_trained_positions are stretched wholly."""
+    """llama3, yarn: pairs with fewer turns in rope_trained_positions are stretched wholly (yarn's beta_slow, 1)."""
     rope_high_frequency: float = 4.0
-    """llama3: pairs with more turns in rope_trained_positions are not stretched."""
+    """llama3, yarn: pairs with more turns in rope_trained_positions are not stretched (yarn's beta_fast, 32)."""
     rope_trained_positions: int = 8192
-    """llama3: length of the texts of the first training."""
+    """llama3, yarn: length of the texts of the first training."""
+    rope_attention_factor: float = 0.0
+    """yarn: by which rotated queries and keys are longer; 0 = 0.1 ln(rope_factor) + 1."""
     norm_eps: float = 1e-6
     attention_bias: bool = False
     """Add biases to q, k, v and the output projection (not Qwen2, whose biases on q, k, v are always there)."""

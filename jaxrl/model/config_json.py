@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxrl.config import ConfigError, ModelConfig
 from jaxrl.model.families import FAMILIES, Family
+from jaxrl.model.rotary import yarn_length
 
 Document = dict[str, Any]
 """A parsed config.json."""
@@ -39,8 +40,20 @@ SCALINGS: dict[str, dict[str, str]] = {
         "high_freq_factor": "rope_high_frequency",
         "original_max_position_embeddings": "rope_trained_positions",
     },
+    "yarn": {
+        "factor": "rope_factor",
+        "beta_slow": "rope_low_frequency",
+        "beta_fast": "rope_high_frequency",
+        "original_max_position_embeddings": "rope_trained_positions",
+    },
 }
 """Kinds of scaled rotary embeddings, each with its keys and the fields of ``ModelConfig`` that hold them."""
+
+USUAL = {"beta_slow": 1.0, "beta_fast": 32.0}
+"""Values of keys of those that may be absent."""
+
+ATTENTION_KEYS = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
+"""Further keys of yarn."""
 
 EXPERT_KEYS = {
     "num_experts": "experts",
@@ -194,6 +207,8 @@ def _canonical(config: ModelConfig) -> ModelConfig:
     used = SCALINGS["default" if config.rope_scaling == "none" else config.rope_scaling].values()
     for name in set(SCALINGS["llama3"].values()) - set(used):
         neutral[name] = getattr(ModelConfig, name)
+    if config.rope_scaling != "yarn":
+        neutral["rope_attention_factor"] = 0.0
     if config.local_rope_theta == config.rope_theta and config.rope_scaling == "none":
         neutral["local_rope_theta"] = 0.0
     return dataclasses.replace(config, **neutral)
@@ -318,7 +333,8 @@ def _usual_layers(document: Document, family: Family, layers: int) -> set[int]:
                 )
             return set(range(first, layers))
         case "most":
-            every = _whole(document, "sliding_window_pattern", family.full_every)
+            named = [key for key in ("sliding_window_pattern", "_sliding_window_pattern") if key in document]
+            every = _whole(document, named[0], family.full_every) if named else family.full_every
             return {layer for layer in range(layers) if (layer + 1) % every}
     return set()
 
@@ -357,23 +373,40 @@ def _rope(document: Document, family: Family) -> dict[str, Any]:
         table, local = table.get(FULL) or {}, table.get(SLIDING) or {}
     kind = table.get("rope_type", table.get("type", "default"))
     local_kind = local.get("rope_type", "default")
-    known = {"rope_type", "type", "rope_theta", *SCALINGS.get(kind, {})}
+    known = {"rope_type", "type", "rope_theta", *SCALINGS.get(kind, {}), *(ATTENTION_KEYS if kind == "yarn" else ())}
     if kind not in SCALINGS or set(table) - known or local_kind != "default":
         raise ConfigError(
-            f"config.json has {key}={_short(document[key])}; of scaled rotary embeddings only linear and llama3 are "
-            "supported, with their own keys: use a checkpoint without, or set it to null if only short texts are wanted"
+            f"config.json has {key}={_short(document[key])}; of scaled rotary embeddings only linear, llama3 and yarn "
+            "are supported, with their own keys: use a checkpoint without, or set it to null if only short texts are "
+            "wanted"
         )
     fields: dict[str, Any] = {"rope_scaling": "none" if kind == "default" else kind}
     for name, field in SCALINGS[kind].items():
         if name == "original_max_position_embeddings":
             fields[field] = _whole(table, name, document.get("max_position_embeddings"))
         else:
-            fields[field] = _positive(table, name)
+            fields[field] = _positive(table, name, USUAL.get(name))
+    fields["rope_attention_factor"] = _attention_factor(table) if kind == "yarn" else 0.0
     fields["rope_theta"] = _positive(table if "rope_theta" in table else document, "rope_theta", family.rope_theta)
     fields["local_rope_theta"] = 0.0
     if family.local_rope_theta:
         fields["local_rope_theta"] = _positive(local, "rope_theta", family.local_rope_theta)
     return fields
+
+
+def _attention_factor(table: Document) -> float:
+    """Of yarn; 0 for the usual one."""
+    if table.get("truncate") not in (None, True):
+        raise ConfigError(
+            f"config.json has truncate={table['truncate']!r} for yarn, which is not supported (only True); use a "
+            "checkpoint without it"
+        )
+    if table.get("attention_factor") is not None:
+        return _positive(table, "attention_factor")
+    if table.get("mscale") and table.get("mscale_all_dim"):
+        ours, whole = (yarn_length(_positive(table, "factor"), _positive(table, key)) for key in ATTENTION_KEYS[1:3])
+        return ours / whole
+    return 0.0
 
 
 def _rope_keys(config: ModelConfig, family: Family) -> Document:
@@ -382,6 +415,8 @@ def _rope_keys(config: ModelConfig, family: Family) -> Document:
     if config.rope_scaling != "none":
         numbers = {key: getattr(config, field) for key, field in SCALINGS[config.rope_scaling].items()}
         scaling = {"rope_type": config.rope_scaling, **numbers}
+        if config.rope_scaling == "yarn" and config.rope_attention_factor:
+            scaling["attention_factor"] = config.rope_attention_factor
     keys = {"rope_theta": config.rope_theta, "rope_scaling": scaling}
     if family.local_rope_theta:
         keys["rope_local_base_freq"] = config.local_rope_theta or config.rope_theta

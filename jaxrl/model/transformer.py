@@ -22,7 +22,7 @@ from jaxrl.model.lora import ADAPTERS, A, B, low_rank_product, low_rank_rows
 from jaxrl.model.moe import Choice, Load, experts_feed_forward, id_type, load_of, route
 from jaxrl.model.packed_attention import packed_attention, score_options
 from jaxrl.model.quantized import in_compute
-from jaxrl.model.rotary import frequencies, rotate, rotation
+from jaxrl.model.rotary import frequencies, lengths, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl.records import Tree
 from jaxrl_kernels import Groups, group_decode, paged_attention, segment_ends
@@ -206,12 +206,12 @@ def hidden_states_and_load(
     positions, counts = to_compute(positions, rows), to_compute(counts, rows)
 
     def layer(x: jax.Array, scanned: tuple[Params, Any]) -> tuple[jax.Array, Load | None]:
-        weights, (recorded, window, layer_frequencies) = scanned
+        weights, (recorded, window, turning) = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             return attention(q, k, v, window), None
 
-        turned = rotation(positions, layer_frequencies)
+        turned = rotation(positions, *turning)
         x, _, choice = _layer(weights, config, x, turned, attend, rows, recorded)
         return x, None if choice is None else load_of(choice, counts)
 
@@ -274,14 +274,14 @@ def paged_hidden_states(
 
     def layer(carry: tuple[jax.Array, KVPages], scanned: tuple[Params, Any]) -> tuple[tuple[jax.Array, KVPages], None]:
         x, pool = carry
-        weights, (window, layer_frequencies, first_page) = scanned
+        weights, (window, turning, first_page) = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             own = page_table + first_page, positions, target + first_page, offset, window
             attended, new_keys, new_values = attention(q, k, v, pool.keys, pool.values, *own, *parties)
             return attended, (new_keys, new_values)
 
-        turned = rotation(positions, layer_frequencies)
+        turned = rotation(positions, *turning)
         x, (keys, values), choice = _layer(weights, config, x, turned, attend, (None, None))
         pool = pool.replace(keys=keys, values=values)
         if pool.experts is not None and choice is not None:
@@ -410,7 +410,10 @@ def _rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
     return scaled * (FAMILIES[config.family].norm_offset + to_compute(scale.astype(jnp.float32), (None,)))
 
 
-def _layer_constants(config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """What differs from layer to layer: sliding windows [L] int32 (0 = none), rotary frequencies [L, H/2]."""
+def _layer_constants(config: ModelConfig) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None]]:
+    """What differs from layer to layer: sliding windows [L] int32 (0 = none); rotary frequencies [L, H/2] and lengths
+    [L], if there are any."""
     windows = [config.sliding_window if layer in config.sliding_layers else 0 for layer in range(config.layers)]
-    return jnp.asarray(windows, jnp.int32), jnp.asarray(frequencies(config))
+    longer = lengths(config)
+    turning = jnp.asarray(frequencies(config)), None if longer is None else jnp.asarray(longer)
+    return jnp.asarray(windows, jnp.int32), turning

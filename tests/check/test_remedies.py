@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 import threading
+from typing import Any
 
 import pytest
+from rich.console import Console
 
-from jaxrl.check import estimate, mending, run, targets
+from jaxrl.check import estimate, mending, report, run, targets
 from jaxrl.check.programs import Resident
 from jaxrl.check.remedies import Remedy, candidates, changed, says_little
 from jaxrl.check.worker import Compiled
@@ -95,21 +98,40 @@ def test_what_the_mesh_refuses_is_no_remedy_and_what_did_not_help_hides_nothing(
     assert len(report.mended) == mending.REMEDIES and report.tried == mending.REMEDIES + 2 == len(asked) - 1
 
 
-def test_a_remedy_that_hardly_fits_is_none(recipe: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is compiled with little effort, which may find less memory than all effort does."""
+@pytest.mark.parametrize(
+    ("quickly", "truly", "helps", "again"),
+    [(0.95, 1.01, False, True), (0.95, 0.97, True, True), (0.85, 9.0, True, False)],
+)
+def test_a_remedy_that_hardly_fits_is_compiled_as_training_does(
+    recipe: Config, monkeypatch: pytest.MonkeyPatch, quickly: float, truly: float, helps: bool, again: bool
+) -> None:
+    """Little effort may find less memory than all effort does."""
     target, nothing = targets.parse("v5e-8"), Resident(*[0] * len(dataclasses.fields(Resident)))
+    asked: list[tuple[str, ...]] = []
 
-    def compiled(config: Config, target: targets.Target, *rest: object, quick: bool = False) -> run.Result:
-        needed = int(target.memory() * (0.99 if quick else 2))
-        programs = {"more": Compiled(temporary=needed), "decode": Compiled()}
+    def compiled(config: Config, target: targets.Target, *rest: object, **how: Any) -> run.Result:
+        quick, names = how.get("quick", False), tuple(how.get("names", run.COMPILED))
+        share = quickly if quick else truly if asked else 2
+        asked.append(names)
+        programs = {
+            name: Compiled(temporary=int(target.memory() * share * (name == "more")), effort=-1.0 if quick else 0.0)
+            for name in names
+        }
         return run.Result(config, target, target.devices, target.memory(), 0, nothing, programs)
 
-    monkeypatch.setattr(
-        run, "compile_for", lambda *values, cached, names=(), quick=False: compiled(*values, quick=quick)
-    )
+    monkeypatch.setattr(run, "compile_for", compiled)
     monkeypatch.setattr(run, "_needs", lambda config, devices, base: 0)
-    report = run.check(recipe, target, lambda line: None)
-    assert report.mended == () and report.tried == mending.TRIES
+    monkeypatch.setattr(mending, "REMEDIES", 1)
+    monkeypatch.setattr(mending, "TRIES", 1)
+    found = run.check(recipe, target, lambda line: None)
+    assert (len(found.mended), found.tried) == (int(helps), 1)
+    assert asked[1:] == [run.DECISIVE, ("more",)] if again else [run.DECISIVE]
+    for _, outcome in found.mended:
+        assert outcome.fullest.name == "more" and (outcome.compiled["more"].effort == 0) == again
+        assert outcome.compiled["decode"].effort == -1
+        console = Console(width=160, record=True, file=io.StringIO())
+        report.show(found, console)
+        assert ("re-checked:" in console.export_text()) == again
 
 
 def test_frozen_weights_may_be_kept_in_codes(recipe: Config) -> None:

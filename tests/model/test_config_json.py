@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import typing
 from typing import Any
 
@@ -157,6 +158,42 @@ def test_scaled_rotary_frequencies_in_both_styles() -> None:
     assert found.rope_trained_positions == 99
 
 
+def test_yarn_in_both_styles() -> None:
+    as_qwen = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+    found = config_from_hf(of_family("qwen2", rope_theta=1e6, rope_scaling=as_qwen))
+    assert (found.rope_scaling, found.rope_factor, found.rope_trained_positions) == ("yarn", 4.0, 32_768)
+    assert (found.rope_low_frequency, found.rope_high_frequency, found.rope_attention_factor) == (1.0, 32.0, 0.0)
+    newer = {"rope_theta": 1e6, "rope_type": "yarn", **{key: as_qwen[key] for key in list(as_qwen)[1:]}}
+    assert config_from_hf(of_family("qwen2", rope_parameters={**newer, "truncate": True})) == found
+    said = {**as_qwen, "beta_slow": 2, "beta_fast": 16.0, "attention_factor": 1.5}
+    found = config_from_hf(of_family("qwen2", rope_scaling=said, max_position_embeddings=99))
+    assert (found.rope_low_frequency, found.rope_high_frequency, found.rope_attention_factor) == (2.0, 16.0, 1.5)
+    ratio = config_from_hf(of_family("llama", rope_scaling={**as_qwen, "mscale": 1.0, "mscale_all_dim": 0.5}))
+    assert ratio.rope_attention_factor == pytest.approx((0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1))
+
+
+def test_gemmas_sliding_layers_in_both_styles() -> None:
+    """The pattern of files without ``layer_types``, and the list, which wins; rotary tables of either style."""
+    slides, full = "sliding_attention", "full_attention"
+    for family, every in (("gemma2", 2), ("gemma3_text", 6)):
+        sizes = {"num_hidden_layers": 12, "sliding_window": 9}
+        usual = tuple(layer for layer in range(12) if (layer + 1) % every)
+        kinds = [slides if layer in usual else full for layer in range(12)]
+        old = {"rope_theta": 1e4}
+        new: dict[str, Any] = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+        if family == "gemma3_text":
+            old["rope_local_base_freq"] = 50.0
+            new = {"rope_parameters": {full: new["rope_parameters"], slides: {"rope_theta": 50.0}}}
+        wanted = config_from_hf(of_family(family, **sizes, **old))
+        assert (wanted.sliding_window, wanted.sliding_layers) == (9, usual)
+        for style in (old, new):
+            assert config_from_hf(of_family(family, **sizes, **style, layer_types=kinds)) == wanted
+            for key in ("sliding_window_pattern", "_sliding_window_pattern"):
+                thirds = of_family(family, **sizes, **style, **{key: 3})
+                assert config_from_hf(thirds).sliding_layers == (0, 1, 3, 4, 6, 7, 9, 10)
+                assert config_from_hf({**thirds, "layer_types": kinds}) == wanted
+
+
 def test_local_and_global_rotary_frequencies_in_both_styles() -> None:
     scaling = {"rope_type": "linear", "factor": 8.0}
     old = of_family("gemma3_text", rope_theta=1000, rope_local_base_freq=50, rope_scaling=scaling)
@@ -208,7 +245,10 @@ def test_sliding_layers(keys: dict[str, Any], window: int, layers: tuple[int, ..
         ({"model_type": "gemma3"}, "nearest that is supported is gemma3_text .Gemma3ForCausalLM., of qwen2, qwen3, "),
         ({"model_type": ...}, "model_type=None; the nearest"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "only the language model Qwen3ForCausalLM"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling=.*yarn.*only linear and llama3 .*: use a"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "=.*longrope.*only linear, llama3 and yarn .*: use a"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "truncate=False for yarn, which is not"),
+        ({"rope_scaling": {"type": "yarn", "beta_fast": 8}}, "config.json has no factor; add it"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "low_freq_factor": 1}}, "low_freq_factor.*own keys"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling=.*dynamic.*set it to null if only short"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 1}}, "rope_scaling=.*beta_fast.*own keys"),
         ({"rope_scaling": {"type": "linear"}}, "config.json has no factor; add it"),
@@ -331,9 +371,11 @@ def expert_fields(draw: st.DrawFn, layers: int) -> dict[str, Any]:
 @st.composite
 def rope_scalings(draw: st.DrawFn) -> dict[str, Any]:
     """Fields of ModelConfig."""
-    kind = draw(st.sampled_from(["none", "linear", "llama3"]))
+    kind = draw(st.sampled_from(["none", "linear", "llama3", "yarn"]))
     factor = {"rope_factor": draw(st.floats(1.0, 64.0))} if kind != "none" else {}
-    if kind != "llama3":
+    if kind == "yarn":
+        factor["rope_attention_factor"] = draw(st.just(0.0) | st.floats(0.5, 2.0))
+    if kind not in ("llama3", "yarn"):
         return {"rope_scaling": kind, **factor}
     low = draw(st.floats(0.5, 4.0))
     turns = {"rope_low_frequency": low, "rope_high_frequency": low + draw(st.floats(0.5, 10.0))}

@@ -31,8 +31,14 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 3},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 3,
+        "rope_parameters": {"rope_theta": 900.0, **YARN},
+    },
     "qwen3": {"attention_bias": True, "rope_parameters": {"rope_theta": 900.0, "rope_type": "default"}},
     "llama": {"rope_parameters": {"rope_theta": 500.0, **LLAMA3}},
     "mistral": {"sliding_window": 30, "tie_word_embeddings": True},
@@ -55,6 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Keys of config.json with which as much as possible of a family is at work."""
 
 OLD_ROPE: dict[str, dict[str, Any]] = {
+    "qwen2": {"rope_theta": 900.0, "rope_scaling": YARN},
     "qwen3": {"rope_theta": 900.0, "rope_scaling": None},
     "llama": {"rope_theta": 500.0, "rope_scaling": LLAMA3},
     "gemma3_text": {"rope_theta": 900.0, "rope_scaling": LINEAR, "rope_local_base_freq": 50.0},
