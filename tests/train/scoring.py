@@ -71,12 +71,13 @@ def reads_all(outcomes: Outcomes) -> list[np.ndarray]:
 
 def targets_of(loss: str, session: Session, kept: tuple[selection.Selection, ...], *params: Any) -> list[np.ndarray]:
     """What the loss of a whole group fits, of the tokens of an update."""
-    algorithm = dataclasses.replace(CONFIG.algorithm, loss=loss, advantage="dr_grpo", kl_placement="loss")
+    against_sampler = {"proximal": "behaviour", "kl_placement": "loss"}
+    algorithm = dataclasses.replace(CONFIG.algorithm, loss=loss, advantage="dr_grpo", **against_sampler)
     config = dataclasses.replace(CONFIG, algorithm=algorithm)
     steering = Steering(dataclasses.replace(session, config=config))
     steering.compile(*params)
     updates = steering.prepared(pack(config, kept, {}), params[0], RunProgress())
-    return [batch.advantages for batch in steering.completed(updates[1], *params)]
+    return [batch.advantages for batch in steering.completed(updates[0], *params)]
 
 
 def with_experts(group: Group) -> Group:
