@@ -91,6 +91,16 @@ def test_the_first_loss_is_what_the_rewards_on_disk_make_it(
 
 
 @pytest.mark.slow
+def test_a_policy_learns_from_itself_with_a_demonstration_in_its_prompt(
+    tiny_overrides: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
+    own = "AlgorithmConfig.advantage=self_distillation", "AlgorithmConfig.hint=demonstration"
+    wide = "AlgorithmConfig.loss=reinforce", "TrainConfig.row_tokens=256"
+    rows, _ = run(tmp_path, (*tiny_overrides, *COMMON, *own, *wide))
+    assert len(rows) == 2 and all(row["hinted_share"] == 1 and 0 < row["grad_norm"] < np.inf for row in rows)
+
+
+@pytest.mark.slow
 def test_several_agents_play_and_are_compared_with_their_like(
     tiny_overrides: tuple[str, ...], tmp_path: pathlib.Path
 ) -> None:
