@@ -54,8 +54,8 @@ def check_processes(config: Config, processes: int) -> None:
         return
     if config.algorithm.hint:
         raise ConfigError(
-            f"AlgorithmConfig.hint={config.algorithm.hint!r} needs a single process, but this run has {processes}, each "
-            "of which can only show again what it played itself; set it to '', or train in one process"
+            f"AlgorithmConfig.hint={config.algorithm.hint!r} needs a single process, but this run has {processes}, of "
+            "which each can only show again what it played itself; set it to '', or train in one process"
         )
     packing, recorded = config.train.packing, config.engine.record_experts
     if packing == "tree" or (packing == "shared_prompt" and recorded):

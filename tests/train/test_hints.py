@@ -15,6 +15,7 @@ from jaxrl.rl.example import example
 from jaxrl.text.chat import ChatFormat
 from jaxrl.train.hints import FAILED, SOLVED, hinted
 from jaxrl.train.session import what_is_recorded
+from jaxrl.train.shares import check_processes
 from tests.scripted_engine import small_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -90,5 +91,8 @@ def test_hints_and_what_looks_at_them_go_together() -> None:
             algorithm.check(config.algorithm, what_is_recorded(config))
     config = configuration.load("", [own, hint])
     algorithm.check(config.algorithm, what_is_recorded(config))
+    check_processes(config, 1)
+    with pytest.raises(ConfigError, match="hint='attempts' needs a single process, but this run has 2"):
+        check_processes(config, 2)
     with pytest.raises(ConfigError, match="hint='demonstration' but SftConfig.demonstrations is empty"):
         configuration.load("", ["AlgorithmConfig.hint=demonstration", "SftConfig.demonstrations=''"])
