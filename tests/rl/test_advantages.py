@@ -437,3 +437,5 @@ def test_one_trajectory_keeps_its_reward() -> None:
     for name in ("grpo", "dr_grpo", "rloo"):
         np.testing.assert_allclose(ADVANTAGES[name](outcomes([2.0])), [2.0], rtol=2e-6)
         assert np.asarray(ADVANTAGES[name](outcomes([1.0, 0.0]))).dtype == np.float32
+    noise = {"logprobs": [np.array([-1.0])], "square_sums": [np.array([0.5])]}
+    np.testing.assert_allclose(ADVANTAGES["optimal_token_baseline"](outcomes([2.0], **noise)), [[2.0]])
