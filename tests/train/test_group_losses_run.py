@@ -45,6 +45,12 @@ def flowrl(groups: Groups, row: dict) -> float:
     return 0.1 * 15**2 * float(np.mean(np.square(spread))) + 0.9 * row["nll"]
 
 
+def a_star_po(groups: Groups, row: dict) -> float:
+    """The mean square of the reward less ½ ln of the mean of exp(2 reward) over its group."""
+    values = [0.5 * np.log(np.mean(np.exp(rewards(group) / 0.5))) for group in groups]
+    return float(np.mean([(rewards(group) - value) ** 2 for group, value in zip(groups, values, strict=True)]))
+
+
 def online_dpo(groups: Groups, row: dict) -> float:
     """-Σ A ln p over the number of trajectories, A = beta / 2 for every pair won or lost, of n / pairs."""
     total = 0.0
@@ -65,6 +71,13 @@ RUNS: dict[str, tuple[Callable[[Groups, dict], float], tuple[str, ...]]] = {
         (
             *("AlgorithmConfig.loss=flowrl", "AlgorithmConfig.aggregation=sequence", "TrainConfig.packing=tree"),
             "MixConfig.demonstrations=any",
+        ),
+    ),
+    "a_star_po": (
+        a_star_po,
+        (
+            *("AlgorithmConfig.loss=a_star_po", "AlgorithmConfig.advantage=optimal_value"),
+            *("AlgorithmConfig.reference_ratios=True", "AlgorithmConfig.aggregation=sequence"),
         ),
     ),
     "online_dpo": (

@@ -51,7 +51,11 @@ def told(trajectories: list[Trajectory], *arguments: Any) -> list[str]:
 def test_an_attempt_is_told_another_that_solved_its_problem_or_else_what_its_tools_said() -> None:
     played = [
         *(attempt(0, 2, right=True), attempt(0, 1, right=True), attempt(0, 0, right=False, said="oops")),
-        *(attempt(1, 0, right=True), attempt(2, 0, right=False, said="NameError"), attempt(3, 0, right=False)),
+        *(
+            attempt(1, 0, right=True, said="a warning"),
+            attempt(2, 0, right=False, said="NameError"),
+            attempt(3, 0, right=False),
+        ),
     ]
     texts = told(played, "attempts")
     assert [f"attempt 0 {other}" in text for text, other in zip(texts, (1, 2, 1), strict=False)] == [True] * 3
