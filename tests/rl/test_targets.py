@@ -108,7 +108,7 @@ def test_gvpo_has_the_gradient_of_the_variance_of_reward_less_log_ratio() -> Non
 
 
 def test_drift_is_measured_from_where_the_proximal_policy_lies() -> None:
-    """Worked from the tokens: the share of the way to the present policy that the proximal one is shifted is no drift."""
+    """Worked from the tokens: what the proximal policy is moved towards the present one is no drift."""
     (batch,), draw = packed(5), np.random.default_rng(1)
     proximal, shares = (draw.normal(size=batch.mask.shape).astype(np.float32) for _ in range(2))
     moved = batch.replace(proximal_logprobs=proximal, proximal_shares=shares, behaviour_logprobs=proximal + 1)
