@@ -3,7 +3,8 @@
 A loss is its value and gradient by the log-probabilities of a batch of rows x tokens, with corrections where the line
 says so; the advantage is GRPO's with the aggregation weights, on the host. The step they are compared with is forward
 and backward of a recipe's model on a few rows, counted for all. The smaller the model, the larger these shares: the
-recipe's is the smallest there is. No loss may move anything between host and device.
+recipe's is the smallest there is. No loss may move anything between host and device: its arguments are there, and its
+compiled program has no instruction that would.
 
     python benchmarks/losses.py --json
 """
@@ -11,6 +12,7 @@ recipe's is the smallest there is. No loss may move anything between host and de
 import argparse
 import functools
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -47,7 +49,7 @@ def arrays(rows: int, tokens: int) -> dict[str, np.ndarray]:
     return made
 
 
-def loss_gradient(name: str, algorithm: AlgorithmConfig) -> Callable[[dict[str, jax.Array]], Any]:
+def loss_gradient(name: str, algorithm: AlgorithmConfig) -> jax.stages.Wrapped:
     """Value and gradient of a loss, with what the algorithm does to tokens before."""
     correct = correction(algorithm)
 
@@ -65,6 +67,12 @@ def loss_gradient(name: str, algorithm: AlgorithmConfig) -> Callable[[dict[str, 
         return (given["mask"] * corrected.weights * POLICY_LOSSES[name](corrected.tokens).loss).sum()
 
     return jax.jit(lambda given: jax.value_and_grad(loss)(given["logprobs"], given))
+
+
+def host_instructions(program: jax.stages.Wrapped, given: dict[str, jax.Array]) -> int:
+    """How many instructions of a compiled program talk to the host."""
+    text = program.lower(given).compile().as_text()
+    return len(re.findall(r"callback|\b(?:infeed|outfeed|send|recv)(?:-done)?\(", text))
 
 
 def step(recipe: str, rows: int, tokens: int) -> Callable[[], Any]:
@@ -120,11 +128,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     given = jax.tree.map(jnp.asarray, arrays(options.rows, options.tokens))
+    programs = {name: loss_gradient(name, AlgorithmConfig(loss=name)) for name in options.losses}
+    programs["ppo_clip, corrected"] = loss_gradient("ppo_clip", CORRECTED)
+    talking = sum(host_instructions(program, given) for program in programs.values())
     runs = {"step": step(options.recipe, options.step_rows, options.tokens)}
     runs["advantage"] = advantage(options.rows, options.tokens)
-    for name in options.losses:
-        runs[name] = functools.partial(loss_gradient(name, AlgorithmConfig(loss=name)), given)
-    runs["ppo_clip, corrected"] = functools.partial(loss_gradient("ppo_clip", CORRECTED), given)
+    runs |= {name: functools.partial(program, given) for name, program in programs.items()}
     seconds = cpu_seconds(runs, options.rounds)
     whole = seconds.pop("step") * options.rows / options.step_rows
     for name, value in seconds.items():
@@ -139,6 +148,9 @@ def main() -> None:
             "step_seconds": round(whole, 2),
         }
         print(json.dumps(row) if options.json else f"{row['figure']}: {share:.2%} of the step, {value:.3f} s")
+    row = {"figure": "losses: instructions that talk to the host", "value": talking, "unit": "count"}
+    row |= {"demand": "0", "holds": talking == 0}
+    print(json.dumps(row) if options.json else f"{row['figure']}: {talking}")
 
 
 if __name__ == "__main__":

@@ -198,6 +198,11 @@ def _check_mix(config: Any) -> None:
             f"one of {', '.join(_OF_WHOLE_DISTRIBUTIONS)}"
         )
     _check_task(config)
+    if config.algorithm.hint == "demonstration" and not config.sft.demonstrations:
+        raise ConfigError(
+            "AlgorithmConfig.hint='demonstration' but SftConfig.demonstrations is empty; name some, with "
+            "SftConfig.steps=0 for no cold start"
+        )
     if config.mix.observation_weight and config.mix.loss != "nll":
         raise ConfigError(
             f"MixConfig.observation_weight={config.mix.observation_weight} is of the cross-entropy, but "

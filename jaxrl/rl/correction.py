@@ -12,6 +12,9 @@ from jaxrl.rl.mismatch import MISMATCH, REJECTIONS, correction_metrics
 from jaxrl.rl.policy_losses import AGAINST_BEHAVIOUR, POLICY_LOSSES, WITHOUT_RATIO
 from jaxrl.rl.tokens import Tokens, abstract_tokens
 
+RANKING = frozenset({"clip_cov", "kl_cov", "m2po"})
+"""Losses and rejections that rank the tokens of a micro-batch."""
+
 
 class Corrected(NamedTuple):
     """Tokens for a policy loss.
@@ -71,3 +74,14 @@ def _check_counted_once(config: AlgorithmConfig) -> None:
             f"AlgorithmConfig.mismatch={config.mismatch!r} would weigh by the sampler's mismatch what the ratio of "
             f"AlgorithmConfig.loss={config.loss!r} to the sampler holds already; {remedy}"
         )
+
+
+def of_micro_batch(config: AlgorithmConfig) -> list[str]:
+    """Settings whose ranks or means are over the tokens of a micro-batch, so that it matters how an update is cut."""
+    found = {
+        f"loss={config.loss!r}": config.loss in RANKING,
+        f"rejection={config.rejection!r}": config.rejection in RANKING,
+        f"mismatch_settings={config.mismatch_settings!r}": bool(config.mismatch_settings.get("normalize")),
+        f"top_entropy={config.top_entropy}": config.top_entropy < 1,
+    }
+    return [f"AlgorithmConfig.{setting}" for setting, used in found.items() if used]

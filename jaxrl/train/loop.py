@@ -15,7 +15,7 @@ from jaxrl.train.critic import Critic
 from jaxrl.train.distill import distilled
 from jaxrl.train.methods import methods_of
 from jaxrl.train.mixture import Mixture
-from jaxrl.train.pack import earned, pack
+from jaxrl.train.pack import earned, pack, ranked_in_parts
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.recorder import Recorder
 from jaxrl.train.session import Session, open_player
@@ -37,6 +37,8 @@ async def reinforce(
     if progress.step >= config.train.steps and progress.after is not None:
         return state
     recorder.view.stage("reinforcement", config.train.steps, first=progress.step)
+    if warning := ranked_in_parts(config):
+        recorder.view.note(warning)
     mixture, methods = Mixture(session), methods_of(config)
     loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature, mixture.loss)
     loss, teacher = distilled(session, loss, "reinforcement")

@@ -11,6 +11,7 @@ from jaxrl.data.tree_packing import sharing_of
 from jaxrl.records import Batch
 from jaxrl.rl import selection
 from jaxrl.rl.aggregation import aggregation_weights
+from jaxrl.rl.correction import of_micro_batch
 from jaxrl.rl.outcomes import Outcomes, Recorded, of_trajectories
 from jaxrl.rl.targets import TARGETS
 from jaxrl.train.methods import Methods, methods_of
@@ -78,3 +79,17 @@ def pack(
             )
         )
     return updates
+
+
+def ranked_in_parts(config: Config) -> str:
+    """What to say before a run in which ranks or means of an update's tokens may be those of its parts; "" if not."""
+    train, engine = config.train, config.engine
+    trajectories = -(-train.problems // train.updates_per_step) * (config.algorithm.keep or train.samples)
+    rows = -(-trajectories // (train.row_tokens // (engine.max_prompt_tokens + engine.max_response_tokens)))
+    settings = of_micro_batch(config.algorithm)
+    if not settings or rows <= train.rows:
+        return ""
+    return (
+        f"{', '.join(settings)} compares the tokens of a micro-batch, and an update may take several of "
+        f"TrainConfig.rows={train.rows}: it then depends on how it is cut. With rows={rows} all of it is compared"
+    )

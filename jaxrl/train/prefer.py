@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxrl.config import Config
+from jaxrl.config import Config, ConfigError
 from jaxrl.data import packing, preferences
 from jaxrl.data.preferences import Answer, Preference
 from jaxrl.observe.metrics import PhaseTimer
@@ -27,12 +28,22 @@ from jaxrl.train.session import Session, open_offline_session
 from jaxrl.train.sft import batch_of, episode_sequence, is_saved, offline_updater
 from jaxrl.train.state import TrainState
 
+LOG = logging.getLogger(__name__)
 LINE_EVERY = 25
 """Steps between plain progress lines."""
 
 
-def packed(session: Session, rows: Sequence[Preference]) -> list[Batch]:
-    """Packed rows: the chosen and the rejected answers, or judged answers and those to another prompt, or steps."""
+def packed(session: Session, rows: Sequence[Preference], note: Callable[[str], None] = LOG.warning) -> list[Batch]:
+    """Packed rows: the chosen and the rejected answers, or judged answers and those to another prompt, or steps.
+
+    Episodes that a row cannot hold are left out, for nobody can take them out of a run's folder; rows of files are not.
+
+    Args:
+        note: is told how many were left out.
+
+    Raises:
+        ConfigError: a row of a file does not fit into a packed row, or no episode does.
+    """
     config = session.config.prefer
     shape = {"rows": config.rows, "row_tokens": config.row_tokens}
 
@@ -46,8 +57,19 @@ def packed(session: Session, rows: Sequence[Preference]) -> list[Batch]:
         couples = [(sequence(index, 0), sequence(index, 0, other)) for index, other in enumerate(others)]
     else:
         couples = [(sequence(index, 0), sequence(index, 1)) for index in range(len(rows))]
-    signs = [1.0 if row.good else -1.0 for row in rows]
-    return packing.pack_couples(couples, signs, **shape, learned_weight=config.sft_weight)
+    lengths = [sum(len(ids) for ids, _ in couple) for couple in couples]
+    played = [isinstance(row.answers[0], Trajectory) for row in rows]
+    chosen = [i for i, length in enumerate(lengths) if not played[i] or length <= config.row_tokens]
+    if len(chosen) < len(rows):
+        longer = f"{len(rows) - len(chosen)} of {len(rows)} couples of episodes"
+        if not chosen:
+            raise ConfigError(
+                f"{config.data}: {longer} have more than PreferConfig.row_tokens={config.row_tokens} tokens, the "
+                f"shortest {min(lengths)}; raise it"
+            )
+        note(f"left out: {longer}, with more than PreferConfig.row_tokens={config.row_tokens} tokens")
+    signs = [1.0 if rows[i].good else -1.0 for i in chosen]
+    return packing.pack_couples([couples[i] for i in chosen], signs, **shape, learned_weight=config.sft_weight)
 
 
 def _answered(session: Session, row: Preference, answer: Answer, place: str) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +154,8 @@ def _learn(
     section = config.prefer
     recorder.view.stage("preferences", section.steps, first=progress.step, every=LINE_EVERY)
     with timer.phase("pack"):
-        batches, measured = packed(session, rows), packed(session, held_out) if held_out else []
+        note = recorder.view.note
+        batches, measured = packed(session, rows, note), packed(session, held_out, note) if held_out else []
         couples = max(int(batch.segment_ids.max()) // 2 for batch in (*batches, *measured))
     loss = (score_loss if section.kind in VALUED else preference_loss)(session.model, section, couples)
     updater = offline_updater(session, loss, section)

@@ -52,6 +52,11 @@ def check_processes(config: Config, processes: int) -> None:
     """
     if processes == 1:
         return
+    if config.algorithm.hint:
+        raise ConfigError(
+            f"AlgorithmConfig.hint={config.algorithm.hint!r} needs a single process, but this run has {processes}, of "
+            "which each can only show again what it played itself; set it to '', or train in one process"
+        )
     packing, recorded = config.train.packing, config.engine.record_experts
     if packing == "tree" or (packing == "shared_prompt" and recorded):
         raise ConfigError(

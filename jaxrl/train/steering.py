@@ -15,6 +15,7 @@ from jaxrl.records import Batch, Trajectory
 from jaxrl.rl import divergence, entropy, targets
 from jaxrl.rl.outcomes import Outcomes
 from jaxrl.train.contents import Contents
+from jaxrl.train.hints import hinted
 from jaxrl.train.placement import once
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.score import Scorer, of_trajectories
@@ -42,6 +43,8 @@ class Steering:
         self._reference_logprobs = scorer(lambda _, logprobs: logprobs, *scored)
         self._reference_ratios = scorer(lambda batch, theirs: batch.behaviour_logprobs - theirs, *scored)
         self._contents = Contents(session)
+        self._hinted_logprobs = scorer(lambda _, logprobs: logprobs, *scored)
+        self._hinted = functools.partial(hinted, session)
         self._squares = scorer(
             lambda _, sums: sums,
             *scored,
@@ -63,6 +66,8 @@ class Steering:
         if self._algorithm.reference_ratios:
             self._reference_ratios.compile(reference, self._train.rows, self._train.row_tokens)
         self._contents.compile(proximal=self._algorithm.loss in targets.TARGETS)
+        if self._algorithm.hint:
+            self._hinted_logprobs.compile(params, self._train.rows, self._train.row_tokens)
         if self._charges:
             self._divergence.compile(reference, self._train.rows, self._train.row_tokens)
         if self._algorithm.square_sums:
@@ -80,7 +85,8 @@ class Steering:
         progress: RunProgress,
     ) -> Outcomes:
         """What the advantage sees: ``outcomes`` with what it asks for of ``Contents``, with every token's Σ π² under
-        ``params`` and every trajectory's ratio to the reference, if the run scores them, and ``charged``."""
+        ``params``, every trajectory's ratio to the reference, and what ``params`` say with a hint, if the run scores
+        them, and ``charged``."""
         outcomes = self._contents.seen(outcomes, trajectories, progress.global_step)
         if self._algorithm.square_sums and trajectories:
             sums = of_trajectories(functools.partial(self._squares, params), trajectories, self._train)
@@ -90,7 +96,19 @@ class Steering:
             by_token = of_trajectories(score, trajectories, self._train)
             ratios = np.array([values.sum(dtype=np.float64) for values in by_token])
             outcomes = dataclasses.replace(outcomes, reference_ratios=ratios)
+        if self._algorithm.hint and trajectories:
+            outcomes = self._told(outcomes, trajectories, params, progress)
         return self.charged(outcomes, trajectories, reference, progress)
+
+    def _told(
+        self, outcomes: Outcomes, trajectories: Sequence[Trajectory], params: Any, progress: RunProgress
+    ) -> Outcomes:
+        """``outcomes`` with the log-probabilities of what was written under ``params``, which are given a hint."""
+        told = self._hinted(trajectories)
+        score = functools.partial(self._hinted_logprobs, params)
+        found = iter(of_trajectories(score, [one for one in told if one is not None], self._train))
+        progress.coefficients["hinted"] = sum(one is not None for one in told) / len(told)
+        return dataclasses.replace(outcomes, hinted_logprobs=[None if one is None else next(found) for one in told])
 
     def charged(
         self, outcomes: Outcomes, trajectories: Sequence[Trajectory], reference: Any | None, progress: RunProgress
@@ -187,6 +205,8 @@ class Steering:
         shown = dict(metrics)
         if self._charges:
             shown["kl_to_reference"] = state["kl_found"]
+        if algorithm.hint:
+            shown["hinted_share"] = state["hinted"]
         if algorithm.kl_target:
             shown["kl_coefficient"] = self._kl_coefficient(progress)
             state["kl"] = divergence.adapted(

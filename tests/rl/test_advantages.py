@@ -21,6 +21,7 @@ from jaxrl.rl.advantages.returns import cut_sums, discounted_sums
 from jaxrl.rl.advantages.roles import hierarchical
 from jaxrl.rl.advantages.running import Remembered, rae, remax
 from jaxrl.rl.advantages.steps import gigpo, step_and_episode, turn_level
+from jaxrl.rl.advantages.taught import self_distillation
 from jaxrl.rl.advantages.tree import tree_depth, tree_sibling
 from jaxrl.rl.outcomes import Outcomes
 
@@ -59,6 +60,7 @@ def complete(rewards: np.ndarray, groups: np.ndarray, seed: int, turns_of_each: 
         logprobs=[-rng.random(length) for length in lengths],
         square_sums=[rng.random(length) for length in lengths],
         reference_ratios=rng.normal(size=len(rewards)),
+        hinted_logprobs=[-rng.random(length) if rng.random() < 0.7 else None for length in lengths],
         values=[rng.normal(size=length) for length in lengths],
         greedy_rewards=rng.normal(size=len(rewards)),
         roles=rng.choice(["proposer", "solver"], len(rewards)),
@@ -195,6 +197,20 @@ def test_pf_ppo_counts_a_trajectory_by_its_reward(settings: dict[str, Any], weig
         np.testing.assert_array_equal(values, each)
 
 
+def test_self_distillation_has_the_gradient_of_the_kl_to_the_policy_with_a_hint() -> None:
+    """In expectation over all tokens the policy may write; what a tool wrote, and what was given no hint, has none."""
+    logits, told = jnp.array([0.3, -0.5, 1.0]), np.asarray(jax.nn.log_softmax(jnp.array([-1.0, 0.4, 0.2])))
+    own = np.asarray(jax.nn.log_softmax(logits))
+    fields = {"logprobs": list(own[:, None]), "hinted_logprobs": list(told[:, None])}
+    values = np.concatenate(self_distillation(outcomes([1.0, 0.0, 0.0], **fields)))
+    got = -(np.exp(own) * values) @ np.asarray(jax.jacobian(jax.nn.log_softmax)(logits))
+    wanted = jax.grad(lambda x: jax.nn.softmax(x) @ (jax.nn.log_softmax(x) - told))(logits)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
+    masks, logprobs = [np.array([1, 0, 1]), np.ones(1)], [np.array([-1.0, 0.0, -2.0]), np.array([-1.0])]
+    given = outcomes([1, 0], masks=masks, logprobs=logprobs, hinted_logprobs=[np.array([-0.5, 9.0, -2.5]), None])
+    assert [values.tolist() for values in self_distillation(given)] == [[0.5, 0.0, -0.5], [0.0]]
+
+
 def test_gpg_makes_up_for_rewards_of_zero() -> None:
     np.testing.assert_allclose(gpg(outcomes(EIGHT))[:2], [8 / 3 * 0.625, -8 / 3 * 0.375], rtol=1e-6)
 
@@ -315,6 +331,7 @@ def test_remax_subtracts_what_the_greedy_rollout_got() -> None:
         ("optimal_token_baseline", "square_sums=True"),
         *((name, "reference_ratios=True") for name in ("online_dpo", "xpo", "nash_md", "optimal_value")),
         ("pf_ppo", "CriticConfig.enabled=True"),
+        ("self_distillation", "AlgorithmConfig.hint to 'demonstration'"),
         ("turn_level", "name a component"),
         ("step_and_episode", "name a component"),
     ],
@@ -369,6 +386,7 @@ NOT_OF_EQUALS = {
     "pf_ppo": "compares with a critic",
     "xpo": "pushes down what the reference would write",
     "nash_md": "pays for the KL to the reference",
+    "self_distillation": "compares with itself, which was told more",
 }
 """Those that compare with something else than siblings, and so credit what earned the same as they."""
 
@@ -419,3 +437,5 @@ def test_one_trajectory_keeps_its_reward() -> None:
     for name in ("grpo", "dr_grpo", "rloo"):
         np.testing.assert_allclose(ADVANTAGES[name](outcomes([2.0])), [2.0], rtol=2e-6)
         assert np.asarray(ADVANTAGES[name](outcomes([1.0, 0.0]))).dtype == np.float32
+    noise = {"logprobs": [np.array([-1.0])], "square_sums": [np.array([0.5])]}
+    np.testing.assert_allclose(ADVANTAGES["optimal_token_baseline"](outcomes([2.0], **noise)), [[2.0]])

@@ -201,7 +201,7 @@ def recipe_loss(
         target = settings["beta_coef"] * advantages + means["old_logprobs"] - inputs["log_z"].reshape(-1)
         return name, {"beta": settings["beta_coef"]}, target, every_row / len(mask)
     drift = ((inputs["logprobs"] - inputs["proximal_logprobs"]) * mask).sum(axis=1)
-    sequences = Sequences(inputs["uid"].astype(int), advantages, drift, means["logprobs"], np.zeros(len(mask)))
+    sequences = Sequences(inputs["uid"].astype(int), advantages, drift, means["logprobs"], np.zeros(len(mask)), lengths)
     return name, {"beta": settings["beta"]}, of_gvpo(sequences, beta=settings["beta"]), every_row / (settings["n"] - 1)
 
 

@@ -208,13 +208,22 @@ def test_judged_answers_move_up_or_down_and_empty_places_count_for_nothing() -> 
 
 
 def test_bco_shifts_by_the_middle_of_both_kinds() -> None:
-    ratios = jnp.array([3.0, 1.0, -2.0])
+    ratios = jnp.array([3.0, 1.0, -1.0])
     judged = Judged(Answers(ratios, ratios, jnp.ones(3)), jnp.array([True, True, False]), jnp.zeros(3), jnp.ones(3))
-    shift = (2.0 - 2.0) / 2
-    wanted = [np.log1p(np.exp(-(3 - shift))), np.log1p(np.exp(-(1 - shift))), np.log1p(np.exp(-2 - shift))]
+    shift = (2.0 - 1.0) / 2
+    wanted = [np.log1p(np.exp(-(3 - shift))), np.log1p(np.exp(-(1 - shift))), np.log1p(np.exp(-1 - shift))]
     close(JUDGED_LOSSES["bco"](judged, beta=1.0), wanted, "bco")
     one_kind = judged.replace(desirable=jnp.ones(3, bool))
-    close(JUDGED_LOSSES["bco"](one_kind, beta=1.0), np.log1p(np.exp(-(np.asarray(ratios) - 2 / 3))), "one kind")
+    close(JUDGED_LOSSES["bco"](one_kind, beta=1.0), np.log1p(np.exp(-(np.asarray(ratios) - 1))), "one kind")
+
+
+def test_bco_of_pairs_shifts_by_the_mean_of_all_their_rewards() -> None:
+    """Two pairs and an empty place; the shift of 0.5 (3 + 1 + 1 - 2) / 2 is a constant."""
+    one = jnp.ones(3)
+    sides = [Answers(jnp.array(ratios), jnp.array(ratios), one) for ratios in ([3.0, 1.0, 50.0], [1.0, -2.0, 50.0])]
+    pairs, shift = Pairs(*sides, jnp.array([1.0, 1.0, 0.0])), 0.75
+    wanted = [np.log1p(np.exp(-(good - shift))) + np.log1p(np.exp(-(shift - bad))) for good, bad in ((3, 1), (1, -2))]
+    close(PAIR_LOSSES["bco_pair"](pairs, beta=1.0)[:2], wanted, "bco_pair")
 
 
 def test_sums_of_long_answers_keep_the_sign_of_a_small_log_ratio() -> None:

@@ -107,6 +107,20 @@ def test_gvpo_has_the_gradient_of_the_variance_of_reward_less_log_ratio() -> Non
     np.testing.assert_allclose(beta * residuals / 5, jax.grad(loss)(jnp.asarray(drift)), rtol=1e-4, atol=1e-6)
 
 
+def test_drift_is_measured_from_where_the_proximal_policy_lies() -> None:
+    """Worked from the tokens: what the proximal policy is moved towards the present one is no drift."""
+    (batch,), draw = packed(5), np.random.default_rng(1)
+    proximal, shares = (draw.normal(size=batch.mask.shape).astype(np.float32) for _ in range(2))
+    moved = batch.replace(proximal_logprobs=proximal, proximal_shares=shares, behaviour_logprobs=proximal + 1)
+    own, config = score(batch, 1), AlgorithmConfig(loss="gvpo", loss_settings={"beta": 0.7})
+    (got,) = targets.completed(config, [moved], [own], None)
+    places = [(batch.mask > 0) & (batch.advantages == np.float32(advantage)) for advantage in ADVANTAGES]
+    drifts = np.array([((1 - shares) * (own - proximal))[here].sum() for here in places])
+    for index, here in enumerate(places):
+        mean = 0.7 * drifts[np.array(GROUPS) == GROUPS[index]].mean()
+        np.testing.assert_allclose(got.advantages[here], ADVANTAGES[index] + mean, rtol=1e-5)
+
+
 def test_flowrl_is_at_rest_where_the_policy_is_the_reference_times_the_exponent_of_the_reward() -> None:
     draw = np.random.default_rng(0)
     reference, advantages, groups = draw.normal(size=6), draw.normal(size=6), np.repeat([0, 1], 3)

@@ -45,6 +45,12 @@ def flowrl(groups: Groups, row: dict) -> float:
     return 0.1 * 15**2 * float(np.mean(np.square(spread))) + 0.9 * row["nll"]
 
 
+def a_star_po(groups: Groups, row: dict) -> float:
+    """The mean square of the reward less ½ ln of the mean of exp(2 reward) over its group."""
+    values = [0.5 * np.log(np.mean(np.exp(rewards(group) / 0.5))) for group in groups]
+    return float(np.mean([(rewards(group) - value) ** 2 for group, value in zip(groups, values, strict=True)]))
+
+
 def online_dpo(groups: Groups, row: dict) -> float:
     """-Σ A ln p over the number of trajectories, A = beta / 2 for every pair won or lost, of n / pairs."""
     total = 0.0
@@ -65,6 +71,13 @@ RUNS: dict[str, tuple[Callable[[Groups, dict], float], tuple[str, ...]]] = {
         (
             *("AlgorithmConfig.loss=flowrl", "AlgorithmConfig.aggregation=sequence", "TrainConfig.packing=tree"),
             "MixConfig.demonstrations=any",
+        ),
+    ),
+    "a_star_po": (
+        a_star_po,
+        (
+            *("AlgorithmConfig.loss=a_star_po", "AlgorithmConfig.advantage=optimal_value"),
+            *("AlgorithmConfig.reference_ratios=True", "AlgorithmConfig.aggregation=sequence"),
         ),
     ),
     "online_dpo": (
@@ -88,6 +101,16 @@ def test_the_first_loss_is_what_the_rewards_on_disk_make_it(
     assert rows[0]["ratio"] == pytest.approx(1, abs=1e-4)
     assert len({one.reward for group in groups for one in group}) > 1
     assert rows[0]["loss"] == pytest.approx(expected(groups, rows[0]), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_policy_learns_from_itself_with_a_demonstration_in_its_prompt(
+    tiny_overrides: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
+    own = "AlgorithmConfig.advantage=self_distillation", "AlgorithmConfig.hint=demonstration"
+    wide = "AlgorithmConfig.loss=reinforce", "TrainConfig.row_tokens=256"
+    rows, _ = run(tmp_path, (*tiny_overrides, *COMMON, *own, *wide))
+    assert len(rows) == 2 and all(row["hinted_share"] == 1 and 0 < row["grad_norm"] < np.inf for row in rows)
 
 
 @pytest.mark.slow

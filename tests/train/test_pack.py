@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from jaxrl import config as configuration
 from jaxrl.config import AlgorithmConfig, Config, EngineConfig, TrainConfig
 from jaxrl.rl.selection import Selection
-from jaxrl.train.pack import pack
+from jaxrl.train.pack import pack, ranked_in_parts
 from jaxrl.train.progress import RunProgress
 from tests.rl.test_outcomes import trajectory
 
@@ -77,3 +78,21 @@ def test_whitening_is_over_what_is_trained_on() -> None:
         (values,) = advantages([batches])
         assert len(values) == 10
         assert values.mean() == pytest.approx(0.0, abs=1e-5) and values.std(ddof=1) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("AlgorithmConfig.loss=clip_cov", "loss='clip_cov'"),
+        ("AlgorithmConfig.rejection=m2po", "rejection='m2po'"),
+        ("AlgorithmConfig.top_entropy=0.2", "top_entropy=0.2"),
+        ("AlgorithmConfig.mismatch_settings={'normalize': True}", "mismatch_settings={'normalize': True}"),
+        ("AlgorithmConfig.loss=gspo", ""),
+    ],
+)
+def test_a_run_is_told_where_cutting_an_update_would_matter(setting: str, named: str) -> None:
+    """16 problems of 8 kept in two updates, two to a row: 32 rows hold whatever may be trained on at once."""
+    sizes = ("EngineConfig.max_prompt_tokens=100", "EngineConfig.max_response_tokens=150", "TrainConfig.row_tokens=512")
+    common = [setting, *sizes, "TrainConfig.updates_per_step=2"]
+    cut, whole = (ranked_in_parts(configuration.load("", [*common, f"TrainConfig.rows={rows}"])) for rows in (31, 32))
+    assert whole == "" and (named in cut and "rows=32" in cut if named else cut == "")

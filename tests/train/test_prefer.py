@@ -310,6 +310,42 @@ def test_right_and_wrong_episodes_of_a_problem_make_pairs(tmp_path: pathlib.Path
         preferences.load(PreferConfig(data=dump(tmp_path / "one", [episode(0, 0)]), held_out=0), 0)
 
 
+def test_pairs_of_episodes_that_a_row_cannot_hold_are_left_out_and_counted(
+    config: Config, finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Nobody can take them out of a run's folder; a row of a file can be, and is refused."""
+    with open_run(tmp_path / "packing") as opened:
+        shutil.copytree(finished / "tokenizer", opened.tokenizer)
+        session = open_offline_session(config, opened, [])
+        texts = [" one" * count for count in (2, 9, 4, 30)]
+        pairs = []
+        for number, text in enumerate(texts):
+            ids = np.asarray(session.tokenizer.encode(text), np.int32)
+            for sample in (0, 1):
+                fields = {"ids": ids, "mask": np.ones(len(ids), np.int8), "text": session.tokenizer.decode(ids)}
+                pairs.append(dataclasses.replace(episode(number, sample), **fields, logprobs=np.zeros(len(ids))))
+        lengths = [2 * (1 + len(one.ids)) for one in pairs[::2]]
+        data = dump(tmp_path / "played", pairs)
+
+        def packed(limit: int, notes: list[str]) -> list[Any]:
+            section = dataclasses.replace(config.prefer, data=data, held_out=0, row_tokens=limit)
+            short = dataclasses.replace(session, config=dataclasses.replace(config, prefer=section))
+            return prefer.packed(short, preferences.load(section, 0)[0], notes.append)
+
+        notes: list[str] = []
+        batches = packed(sorted(lengths)[1], notes)
+        assert sum(np.count_nonzero(batch.rl_weights) for batch in batches) == 2
+        assert notes == [
+            f"left out: 2 of 4 couples of episodes, with more than PreferConfig.row_tokens={sorted(lengths)[1]} tokens"
+        ]
+        with pytest.raises(ConfigError, match=rf"4 of 4 couples of .* the shortest {min(lengths)}; raise it"):
+            packed(min(lengths) - 1, [])
+        section = dataclasses.replace(config.prefer, row_tokens=8)
+        short = dataclasses.replace(session, config=dataclasses.replace(config, prefer=section))
+        with pytest.raises(ConfigError, match=r"row_tokens=8; raise PreferConfig.row_tokens or leave it out"):
+            prefer.packed(short, preferences.load(section, 0)[0])
+
+
 def test_episodes_are_packed_as_the_same_answers_in_messages(
     config: Config, finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -59,8 +59,10 @@ def test_nothing_is_compiled_once_the_steps_run_and_what_moves_is_shown(
         algorithm=dataclasses.replace(tiny_config.algorithm, **STEERED),
         train=dataclasses.replace(tiny_config.train, steps=3, eval_every=0, updates_per_step=2),
     )
-    with Progress("tiny", file=io.StringIO(), live=False) as view:
+    said = io.StringIO()
+    with Progress("tiny", file=said, live=False) as view:
         experiment.train(config, tmp_path / "run", view)
+    assert "top_entropy=0.9 compares the tokens of a micro-batch" in said.getvalue()
     jax.monitoring.clear_event_listeners()
     assert len(begun) == 3 and begun[0] > 0
     assert saved_at[-1] == begun[0]

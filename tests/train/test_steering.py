@@ -13,10 +13,11 @@ from jaxrl import mesh as meshes
 from jaxrl.config import AlgorithmConfig, Config, MeshConfig, ModelConfig, TrainConfig
 from jaxrl.data import packing
 from jaxrl.model import logprob, spec, transformer
-from jaxrl.records import Batch, Trajectory
+from jaxrl.records import Batch, RewardStatus, Trajectory
 from jaxrl.rl.advantages import ADVANTAGES
 from jaxrl.rl.outcomes import Recorded, of_trajectories
 from jaxrl.rl.targets import keeps_reference
+from jaxrl.train.hints import AGAIN, SOLVED
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.score import of_trajectories as of_trajectories_scored
 from jaxrl.train.steering import Steering, proximal_shares
@@ -45,6 +46,7 @@ def steered(algorithm: AlgorithmConfig, train: TrainConfig = TRAIN) -> tuple[Ste
         launches=contextlib.nullcontext(),
         base=None,
         recorded_experts=None,
+        chat=types.SimpleNamespace(prompt=lambda question: np.array([len(question) % 8, 5], np.int32)),
     )
     specs = transformer.param_specs(MODEL)
     params = jax.device_put(spec.initialize(specs, jax.random.key(0)), spec.shardings(specs, mesh, meshes.PARAM_RULES))
@@ -216,3 +218,20 @@ def test_online_dpo_finds_the_log_ratio_of_whole_trajectories() -> None:
         (batch,) = packed([one])
         wanted = ((batch.behaviour_logprobs - scores(params, batch)) * batch.mask).sum()
         assert ratio == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_the_policy_scores_what_it_wrote_as_if_it_had_been_given_a_hint() -> None:
+    """The first trajectory is right and nobody else is: the others are told it, it is told nothing."""
+    steering, params = steered(AlgorithmConfig(advantage="self_distillation", hint="attempts"))
+    first, *rest = played(3)
+    trajectories = [dataclasses.replace(first, reward_status=RewardStatus.CORRECT), *rest]
+    outcomes, progress = of_trajectories(trajectories, np.zeros(3, int), Recorded(), {}), RunProgress()
+    found = steering.seen(outcomes, trajectories, params, None, progress).hinted_logprobs
+    assert found[0] is None and progress.coefficients["hinted"] == pytest.approx(2 / 3)
+    for one, values in zip(trajectories[1:], found[1:], strict=True):
+        question = f"{one.problem.question}\n\n{SOLVED}\n{first.text}\n\n{AGAIN}"
+        tokens = np.concatenate([[len(question) % 8, 5], one.ids])[None]
+        rows = tokens, np.arange(tokens.shape[1])[None], np.ones_like(tokens)
+        whole = jax.nn.log_softmax(logprob.logits(params, MODEL, transformer.hidden_states(params, MODEL, *rows)))[0]
+        own = np.asarray(whole)[np.arange(1, 4), one.ids]
+        np.testing.assert_allclose(values, own * one.mask, rtol=1e-4, atol=1e-6)

@@ -16,6 +16,7 @@ from jaxrl.rl.advantages.preferred import nash_md, online_dpo, xpo
 from jaxrl.rl.advantages.roles import hierarchical
 from jaxrl.rl.advantages.running import Remembered, rae, remax
 from jaxrl.rl.advantages.steps import gigpo, step_and_episode, turn_level
+from jaxrl.rl.advantages.taught import self_distillation
 from jaxrl.rl.advantages.token_baseline import optimal_token_baseline
 from jaxrl.rl.advantages.tree import tree_depth, tree_sibling
 
@@ -44,5 +45,6 @@ ADVANTAGES: Mapping[str, Callable[..., Sequence[np.ndarray | float] | Remembered
     "xpo": xpo,
     "nash_md": nash_md,
     "optimal_value": optimal_value,
+    "self_distillation": self_distillation,
     "optimal_token_baseline": optimal_token_baseline,
 }
