@@ -1,6 +1,6 @@
 """Large models on pods, on paper: every program of the rstar2 recipe compiled for devices that are not there.
 
-    python benchmarks/scale.py --json                                all models on v5p-64 and 8 hosts with 8 H200 each
+    python benchmarks/scale.py --json                                all of ``RUNS``
     python benchmarks/scale.py --models 14B,32B --targets h200x64    some of them
 
 Needs the compilers (``jaxrl check --install tpu``, ``--install gpu``); what they said before is read again from the
@@ -22,7 +22,6 @@ MODELS: dict[str, remedies.Settings] = {
         "ModelConfig.layers": 64,
         "ModelConfig.query_heads": 64,
         "ModelConfig.ffn_width": 25600,
-        "EngineConfig.pages": 8192,
     },
     "30B-A3B": {
         "ModelConfig.family": "qwen3_moe",
@@ -48,19 +47,39 @@ MODELS: dict[str, remedies.Settings] = {
         "ModelConfig.expert_width": 1536,
         "ModelConfig.expert_chunk": 4096,
         "MeshConfig.expert": 8,
-        "MeshConfig.rollout_tensor": 4,
     },
 }
-"""What differs from configs/rstar2_14b.gin, by the models' config.json."""
+"""What differs from configs/rstar2_14b.gin, by the models' config.json; experts on a mesh axis of their own."""
 
-TARGETS = ("v5p-64", "h200x64")
+RUNS: tuple[tuple[str, str, remedies.Settings], ...] = (
+    ("14B", "v5p-64", {}),
+    ("14B", "h200x64", {}),
+    ("32B", "v5p-64", {"EngineConfig.pages": 4096}),
+    ("32B", "h200x64", {"EngineConfig.pages": 8192}),
+    ("30B-A3B", "v5p-64", {}),
+    ("30B-A3B", "h200x64", {}),
+    (
+        "235B-A22B",
+        "h200x256",
+        {
+            "MeshConfig.rollout_tensor": 8,
+            "MeshConfig.context": 2,
+            "TrainConfig.rows": 128,
+            "OptimizerConfig.offload": True,
+            "EngineConfig.pages": 2048,
+        },
+    ),
+)
+"""Model, target, and what it takes there."""
+
 PROGRAMS = tuple(name for name in programs.NAMES if name not in ("first", "score"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    targets_of_runs = list(dict.fromkeys(name for _, name, _ in RUNS))
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--targets", default=",".join(TARGETS), help="as jaxrl check takes them")
+    parser.add_argument("--targets", default=",".join(targets_of_runs), help=f"of {', '.join(targets_of_runs)}")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     options = parser.parse_args()
     for row in rows(options.models.split(","), options.targets.split(",")):
@@ -69,17 +88,18 @@ def main() -> int:
 
 
 def rows(models: list[str], names: list[str]) -> Iterator[dict[str, Any]]:
-    """One for each model and target, of those whose compiler is there."""
+    """One for each run of these models on these targets whose compiler is there."""
     recipe = run.configuration("rstar2_14b", [])
-    for name in names:
+    for model, name, settings in RUNS:
         target = targets.parse(name)
+        if model not in models or name not in names:
+            continue
         if not environment.installed(target.platform):
             print(f"scale: {name} left out; jaxrl check --install {target.platform}", file=sys.stderr)
             continue
-        for model in models:
-            config = remedies.changed(recipe, MODELS[model])
-            result = run.compile_for(config, target, lambda line: print(line, file=sys.stderr), names=PROGRAMS)
-            yield {"figure": f"{model} on {name}", "holds": result.fits, **_values(result)}
+        config = remedies.changed(recipe, MODELS[model] | settings)
+        result = run.compile_for(config, target, lambda line: print(line, file=sys.stderr), names=PROGRAMS)
+        yield {"figure": f"{model} on {name}", "holds": result.fits, **_values(result)}
 
 
 def _values(result: run.Result) -> dict[str, Any]:

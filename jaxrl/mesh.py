@@ -23,7 +23,9 @@ from jaxrl.config import ConfigError, MeshConfig
 AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")
 """Outermost first: neighbours on the last axis exchange most and lie closest together."""
 
-ROLLOUT_AXES = ("replica", "tensor")
+ROLLOUT_AXES = ("replica", "tensor", "query")
+"""Devices along ``query`` hold the same KV heads and share out all else of a replica; the axis is only there where a
+replica has more devices than the model has KV heads."""
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 """Logical axis name -> mesh axis, several mesh axes, or None for an axis that is never split."""
@@ -47,14 +49,14 @@ PARAM_RULES: Rules = {
 
 _TENSOR_PARALLEL: Rules = {
     "layers": None,
-    "vocab": "tensor",
+    "vocab": ("tensor", "query"),
     "embed": None,
-    "query_heads": "tensor",
+    "query_heads": ("tensor", "query"),
     "kv_heads": "tensor",
     "head": None,
-    "ffn": "tensor",
+    "ffn": ("tensor", "query"),
     "choices": None,
-    "experts": ("expert", "tensor"),
+    "experts": ("expert", "tensor", "query"),
     "expert_embed": None,
     "expert_ffn": None,
     "rank": None,
@@ -185,7 +187,9 @@ def split_devices(
     return [one for one in devices if one.id not in given], [one for one in devices if one.id in given]
 
 
-def make_rollout_mesh(mesh: Mesh, tensor: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_rollout_mesh(
+    mesh: Mesh, tensor: int = 0, devices: Sequence[jax.Device] | None = None, kv_heads: int = 0
+) -> Mesh:
     """Devices regrouped as replicas of the rollout engine, those of a process beside each other.
 
     A training mesh lays neighbours of a TPU slice along its axes, across the processes that hold them.
@@ -194,6 +198,7 @@ def make_rollout_mesh(mesh: Mesh, tensor: int = 0, devices: Sequence[jax.Device]
         mesh: the training mesh.
         tensor: devices that share one replica's weights; 0 = as many as the training mesh's ``tensor`` axis.
         devices: those that roll out; those of the training mesh when None.
+        kv_heads: of the model; a replica of a multiple of so many devices holds each of them several times. 0: never.
 
     Raises:
         ConfigError: the devices of one slice cannot be cut into replicas of this size, or a replica would have devices
@@ -215,15 +220,25 @@ def make_rollout_mesh(mesh: Mesh, tensor: int = 0, devices: Sequence[jax.Device]
             f"a replica of the rollout engine needs {tensor} devices of one process, but these lie in several; set "
             f"MeshConfig.rollout_tensor to a divisor of the {smallest} devices of a process"
         )
-    return Mesh(replicas, ROLLOUT_AXES, axis_types=(AxisType.Explicit,) * len(ROLLOUT_AXES))
+    lengths = replica_lengths(tensor, kv_heads)
+    axes = (ROLLOUT_AXES[0], *lengths)
+    return Mesh(replicas.reshape(-1, *lengths.values()), axes, axis_types=(AxisType.Explicit,) * len(axes))
+
+
+def replica_lengths(tensor: int, kv_heads: int) -> dict[str, int]:
+    """Length of every axis of a replica of so many devices."""
+    if not kv_heads or tensor <= kv_heads or tensor % kv_heads:
+        return {"tensor": tensor}
+    return {"tensor": kv_heads, "query": tensor // kv_heads}
 
 
 def replica_meshes(rollout_mesh: Mesh) -> tuple[Mesh, ...]:
-    """One mesh for each replica on devices of this process, whose only axis is ``tensor``."""
+    """One mesh for each replica on devices of this process, with the axes of ``replica_lengths``."""
+    axes = rollout_mesh.axis_names[1:]
     return tuple(
-        Mesh(row, ROLLOUT_AXES[1:], axis_types=(AxisType.Explicit,))
-        for row in rollout_mesh.devices
-        if row[0].process_index == jax.process_index()
+        Mesh(replica, axes, axis_types=(AxisType.Explicit,) * len(axes))
+        for replica in rollout_mesh.devices
+        if replica.flat[0].process_index == jax.process_index()
     )
 
 

@@ -25,6 +25,7 @@ from jaxrl.model.transformer import param_specs
 from jaxrl.records import Batch
 from jaxrl.rollout.engine import Engine
 from jaxrl.rollout.fleet import Fleet
+from jaxrl.train import transfer
 from jaxrl.train.state import new_state, rl_optimizer
 from jaxrl.train.sync import hand_over, rollout_params
 from jaxrl.train.update import Updater, check_layout, policy_gradient_loss
@@ -67,7 +68,7 @@ FLEETS = {
         MeshConfig(fsdp=1, context=4, rollout_tensor=4),
         MeshConfig(fsdp=4, rollout_tensor=4, rollout_devices=4),
     ),
-    "split experts": (MeshConfig(fsdp=1, expert=2, tensor=2),),
+    "split experts": (MeshConfig(fsdp=1, expert=2, tensor=2), MeshConfig(fsdp=4, tensor=2, rollout_tensor=8)),
     "replicas apart": (MeshConfig(fsdp=2, tensor=2, rollout_tensor=1, rollout_devices=2),),
 }
 """Meshes to sample on; each has so many devices as it names, and those that only sample."""
@@ -143,7 +144,8 @@ def sampled(
     """Tokens and log-probabilities of a few sequences, each played with version 0 and again with version 1."""
     training, playing = split_devices(config, jax.devices()[:devices])
     mesh = make_mesh(config, training)
-    rollout_mesh = make_rollout_mesh(mesh, config.rollout_tensor, playing if config.rollout_devices else None)
+    apart = playing if config.rollout_devices else None
+    rollout_mesh = make_rollout_mesh(mesh, config.rollout_tensor, apart, model.kv_heads)
     specs = param_specs(model)
     params = jax.device_put(initialize(specs, jax.random.key(0)), shardings(specs, mesh, PARAM_RULES))
     fleet = Fleet(ENGINE, model, rollout_params(params, model, rollout_mesh), rollout_mesh, stop_ids=(3,), seed=5)
@@ -229,6 +231,7 @@ def compare_training(which: str) -> None:
 
 def compare_sampling(which: str) -> None:
     model = _model(which)
+    transfer.CHUNK_BYTES = 64  # weights change their layout one layer at a time
     plain, _ = sampled(model, MeshConfig(), 1)
     for config in FLEETS[which]:
         lengths = [getattr(config, axis) for axis in AXES]

@@ -25,6 +25,7 @@ from jaxrl.mesh import (
     make_rollout_mesh,
     partition_spec,
     per_shard,
+    pieces,
     split_devices,
     to_compute,
 )
@@ -165,6 +166,16 @@ def test_replicas_never_cross_slices_and_must_divide_one() -> None:
         make_rollout_mesh(mesh, 4)
 
 
+def test_a_replica_of_more_devices_than_kv_heads_holds_each_several_times() -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1] * 16).reshape(1, 1, 16, 1, 1, 1), AXES)
+    wide = make_rollout_mesh(mesh, 8, kv_heads=2)
+    assert dict(wide.shape) == {"replica": 2, "tensor": 2, "query": 4}
+    assert pieces("kv_heads", ROLLOUT_RULES, wide) == 2
+    assert {pieces(axis, ROLLOUT_RULES, wide) for axis in ("query_heads", "ffn", "vocab", "experts")} == {8}
+    for kv_heads in (0, 3, 8, 16):  # 3: refused where the heads are split
+        assert dict(make_rollout_mesh(mesh, 8, kv_heads=kv_heads).shape) == {"replica": 2, "tensor": 8}
+
+
 def test_a_replica_has_devices_of_one_process_in_whatever_order_the_mesh_has_them() -> None:
     """A plane of a TPU slice: four processes hold two by two devices each, and the mesh goes along its lines."""
     lines = [Device(4 * y + x, process_index=10 + y // 2 * 2 + x // 2) for y in range(4) for x in range(4)]
@@ -236,7 +247,7 @@ def test_training_is_the_same_on_every_mesh(which: str, meshes: list[str]) -> No
     ("which", "replicas"),
     [
         ("replicas", [2]),
-        ("split experts", [2]),
+        ("split experts", [2, 1]),  # the one on twice as many devices as there are KV heads
         ("replicas apart", [2]),
         pytest.param("split replicas", [2, 1, 1], marks=pytest.mark.slow),
     ],

@@ -11,10 +11,11 @@ from jax.sharding import AbstractMesh
 from jaxrl import mesh as meshes
 from jaxrl.check.programs import Resident
 from jaxrl.config import Config, ConfigError, LoraConfig, ModelConfig
-from jaxrl.model import lora, moe, spec, transformer
+from jaxrl.model import lora, moe, spec, transformer, value
 from jaxrl.rl.targets import keeps_reference
 from jaxrl.rollout.scheduler import pages_of
 from jaxrl.train import transfer
+from jaxrl.train.distill import teacher_model
 
 
 def lengths(config: Config, devices: int) -> dict[str, int]:
@@ -41,7 +42,8 @@ def resident(config: Config, devices: int) -> Resident:
     model, axes = config.model, lengths(config, devices)
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
     tensor = config.mesh.rollout_tensor or axes["tensor"]
-    replica = AbstractMesh((tensor,), ("tensor",))
+    shares = meshes.replica_lengths(tensor, model.kv_heads)
+    replica = AbstractMesh(tuple(shares.values()), tuple(shares))
     trained, base = _tables(model, config.lora)
     weights = _bytes(trained, meshes.PARAM_RULES, mesh)
     frozen = _bytes(base, meshes.PARAM_RULES, mesh) if config.lora.rank else 0
@@ -49,13 +51,19 @@ def resident(config: Config, devices: int) -> Resident:
     token = 2 * model.layers * model.kv_heads * model.head_width * jax.numpy.dtype(model.compute_dtype).itemsize
     record = moe.record(model)
     recorded = record.size * record.dtype.itemsize if config.engine.record_experts else 0
+    critic = _bytes(value.value_specs(model), meshes.PARAM_RULES, mesh) if config.critic.enabled else 0
+    teacher = teacher_model(config.distill, model, "reinforcement")
     return Resident(
         weights=weights + frozen,
         optimizer=0 if config.optimizer.offload else 2 * weights,
         offloaded=2 * weights if config.optimizer.offload else 0,
+        critic=critic,
+        critic_optimizer=0 if config.optimizer.offload else 2 * critic,
+        critic_offloaded=2 * critic if config.optimizer.offload else 0,
+        teacher=0 if teacher is None else _bytes(transformer.param_specs(teacher), meshes.PARAM_RULES, mesh),
         reference=weights if keeps_reference(config.algorithm) else 0,
         engine=_bytes(base, meshes.ROLLOUT_RULES, replica, model.compute_dtype) + adapters,
-        pages=pages_of(config.engine)[1] * config.engine.page_size * (token // tensor + recorded),
+        pages=pages_of(config.engine)[1] * config.engine.page_size * (token // shares["tensor"] + recorded),
         gradients=weights,
         hand_over=transfer.CHUNK_BYTES // mesh.size
         + max(_bytes(one, meshes.PARAM_RULES, mesh, model.compute_dtype) for one in jax.tree.leaves(trained)),

@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 
-from jaxrl.check.programs import ROLLOUT, Resident
+from jaxrl.check.programs import CRITIC, HAND_OVER, ROLLOUT, Resident
 from jaxrl.check.worker import Compiled
 
-PARTS = ("weights", "optimizer", "reference", "engine", "pages", "gradients", "activations")
+PARTS = ("weights", "optimizer", "critic", "teacher", "reference", "engine", "pages", "gradients", "activations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,15 @@ def moments(
     """
     found = []
     for name, program in compiled.items():
+        if name == HAND_OVER:
+            continue
         stays = _stays(resident, training=not (apart and name in ROLLOUT), rollout=not apart or name in ROLLOUT)
         parts = dict(stays, gradients=0, activations=program.temporary + program.results)
-        if name in ("first", "more"):
+        if name in CRITIC:
+            parts["gradients"] = 0 if name == "values" else resident.critic
+            parts["activations"] += 0 if name == "critic apply" else batch
+            parts["critic"] += resident.critic_offloaded if name == "critic apply" else 0
+        elif name in ("first", "more"):
             parts["gradients"] = resident.gradients
             parts["activations"] += batch - (program.results if name == "first" else 0)
         elif name == "apply":
@@ -52,11 +58,12 @@ def moments(
         elif name == "score":
             parts["activations"] += batch
         elif ahead and not apart:
-            parts["gradients"] = resident.gradients
+            parts["gradients"] = max(resident.gradients, resident.critic)
         found.append(Moment(name, parts, program.refused))
     stays = _stays(resident, training=True, rollout=not apart)
-    handed = dict(stays, gradients=0, activations=resident.hand_over)
-    return [*found, Moment("hand over", handed)]
+    moved = compiled.get(HAND_OVER, Compiled())
+    under_way = resident.hand_over + moved.arguments + moved.temporary + moved.results
+    return [*found, Moment(HAND_OVER, dict(stays, gradients=0, activations=under_way), moved.refused)]
 
 
 def _stays(resident: Resident, *, training: bool, rollout: bool) -> dict[str, int]:
@@ -64,6 +71,8 @@ def _stays(resident: Resident, *, training: bool, rollout: bool) -> dict[str, in
     return {
         "weights": resident.weights * training,
         "optimizer": resident.optimizer * training,
+        "critic": (resident.critic + resident.critic_optimizer) * training,
+        "teacher": resident.teacher * training,
         "reference": resident.reference * training,
         "engine": resident.engine * rollout,
         "pages": resident.pages * rollout,

@@ -14,12 +14,14 @@ from jaxrl import mesh as meshes
 from jaxrl.check import flops
 from jaxrl.config import Config, ModelConfig
 from jaxrl.data.tree_packing import sharing_of, without_sharing
-from jaxrl.model import logprob, lora, moe, quantized, spec, transformer
+from jaxrl.model import logprob, lora, moe, quantized, spec, transformer, value
 from jaxrl.records import Batch
 from jaxrl.rl.supervised import SupervisedLoss, supervised_loss
 from jaxrl.rl.targets import keeps_reference
 from jaxrl.rollout import programs as rollout
-from jaxrl.train import transfer
+from jaxrl.train import sync, transfer
+from jaxrl.train.critic import critic_optimizer, value_loss, values_for_all
+from jaxrl.train.distill import distillation_loss, teacher_model
 from jaxrl.train.session import check_attention, check_rows, packed_sections
 from jaxrl.train.shares import check_processes
 from jaxrl.train.state import TrainState, abstract_params, abstract_state, rl_optimizer
@@ -28,9 +30,12 @@ from jaxrl_kernels.interval_attention import plan
 from jaxrl_kernels.paged_attention import xla as paged_attention
 
 TRAINING = ("first", "more", "apply")
+CRITIC = ("values", "critic more", "critic apply")
 ROLLOUT = ("prefill", "copy", "decode")
-NAMES = (*TRAINING, "score", *ROLLOUT)
-"""Programs of a run: gradients of the first micro-batch, of one more, the update; log-probabilities; the engine's."""
+HAND_OVER = "hand over"
+NAMES = (*TRAINING, *CRITIC, "score", *ROLLOUT, HAND_OVER)
+"""Programs of a run: gradients of the first micro-batch, of one more, the update; a critic's, if there is one;
+log-probabilities; the engine's; what lays out weights anew that go to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +50,12 @@ class Resident:
         engine: the replica's copy of the weights.
         pages: KV pages.
         gradients: of all trained weights.
-        hand_over: weights cast to the compute type that have not yet travelled to the engine.
+        hand_over: weights cast to the compute type that have not yet travelled to the engine, beside what the program
+            needs that lays them out anew.
+        critic: its weights as they rest, whose gradients take as much.
+        critic_optimizer: as ``optimizer``, and
+        critic_offloaded: as ``offloaded``.
+        teacher: its weights.
     """
 
     weights: int
@@ -56,6 +66,10 @@ class Resident:
     pages: int
     gradients: int
     hand_over: int
+    critic: int = 0
+    critic_optimizer: int = 0
+    critic_offloaded: int = 0
+    teacher: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +79,7 @@ class Shapes:
     config: Config
     model: ModelConfig
     mesh: Mesh
+    rollout: Mesh
     replica: Mesh
 
     @functools.cached_property
@@ -87,10 +102,28 @@ class Shapes:
         specs = lora.base_specs(self.specs, self.config.lora)
         return lora.Base(abstract_params(specs, self.mesh), lora.scale_of(self.config.lora))
 
+    @functools.cached_property
+    def critic(self) -> TrainState | None:
+        if not self.config.critic.enabled:
+            return None
+        specs = value.value_specs(self.model)
+        return abstract_state(specs, critic_optimizer(self.config, specs), self.mesh)
+
+    @functools.cached_property
+    def teacher_model(self) -> ModelConfig | None:
+        return teacher_model(self.config.distill, self.model, "reinforcement")
+
+    @functools.cached_property
+    def teacher(self) -> Any | None:
+        """The weights of a teacher."""
+        if self.teacher_model is None:
+            return None
+        return abstract_params(transformer.param_specs(self.teacher_model), self.mesh)
+
     @property
     def recorded_experts(self) -> jax.ShapeDtypeStruct | None:
         """What an episode records of each token, if it does."""
-        return moe.record(self.model) if self.config.engine.record_experts else None
+        return recorded_experts(self.config)
 
     @property
     def reference(self) -> Any | None:
@@ -108,6 +141,7 @@ class Shapes:
     def resident(self) -> Resident:
         """What rests on the devices."""
         moments, offload = per_device(self.state.opt_state), self.config.optimizer.offload
+        critic_moments = 0 if self.critic is None else per_device(self.critic.opt_state)
         cast = jax.tree.map(
             lambda leaf, one: jax.ShapeDtypeStruct(
                 leaf.shape, one.compute_dtype(self.model.compute_dtype), sharding=leaf.sharding
@@ -119,6 +153,10 @@ class Shapes:
             weights=per_device(self.state.params) + per_device(self.base),
             optimizer=0 if offload else moments,
             offloaded=moments if offload else 0,
+            critic=0 if self.critic is None else per_device(self.critic.params),
+            critic_optimizer=0 if offload else critic_moments,
+            critic_offloaded=critic_moments if offload else 0,
+            teacher=per_device(self.teacher),
             reference=per_device(self.reference),
             engine=per_device(self.engine_params),
             pages=per_device(rollout.abstract_pages(self.config.engine, self.model, self.replica)),
@@ -128,7 +166,7 @@ class Shapes:
 
     def mesh_of(self, name: str) -> Mesh:
         """The mesh that a program runs on."""
-        return self.replica if name in ROLLOUT else self.mesh
+        return self.replica if name in ROLLOUT else self._in_replicas if name == HAND_OVER else self.mesh
 
     def data(self, name: str) -> flops.Data:
         """What the data decide of a program, if one longest sequence fills each row and the experts' load is even."""
@@ -139,19 +177,42 @@ class Shapes:
         return flops.Data(turns, self.model.experts, self.model.experts_per_token)
 
     def traced(self, names: Sequence[str] = NAMES) -> dict[str, jax.stages.Traced]:
-        """The programs of these names, traced."""
-        config, found = self.config, {}
+        """The programs of these names that the run has, traced."""
+        found: dict[str, jax.stages.Traced] = {}
         if set(names) & set(TRAINING):
-            loss = policy_gradient_loss(self.model, config.algorithm, config.engine.temperature, self._supervised())
-            optimizer = rl_optimizer(config.optimizer, self.trained)
-            form = {"experts": self.recorded_experts, "sharing": sharing_of(config.train)}
-            updater = Updater(loss, optimizer, self.mesh, **form, base=self.base)
-            found |= updater.traced(self.state, config.train.rows, config.train.row_tokens, self.reference)
+            found |= self._training()
+        if set(names) & set(CRITIC) and self.critic is not None:
+            found |= self._critic(self.critic)
         if "score" in names:
             found["score"] = self._scoring()
         if set(names) & set(ROLLOUT):
-            found |= rollout.traced(config.engine, self.model, self.replica, self.engine_params)
-        return {name: found[name] for name in names}
+            found |= rollout.traced(self.config.engine, self.model, self.replica, self.engine_params)
+        if HAND_OVER in names and (handed := self._handed()) is not None:
+            found[HAND_OVER] = handed
+        return {name: found[name] for name in names if name in found}
+
+    def _training(self) -> dict[str, jax.stages.Traced]:
+        """The update's programs, with the teacher's in them."""
+        config = self.config
+        loss = policy_gradient_loss(self.model, config.algorithm, config.engine.temperature, self._supervised())
+        if self.teacher_model is not None:
+            models, temperature = (self.model, self.teacher_model), config.engine.temperature
+            loss = distillation_loss(loss, models, config.distill, "reinforcement", temperature)
+        optimizer = rl_optimizer(config.optimizer, self.trained)
+        form = {"experts": self.recorded_experts, "sharing": sharing_of(config.train)}
+        updater = Updater(loss, optimizer, self.mesh, **form, base=self.base, teacher=self.teacher)
+        return updater.traced(self.state, config.train.rows, config.train.row_tokens, self.reference)
+
+    def _critic(self, state: TrainState) -> dict[str, jax.stages.Traced]:
+        """As ``critic.Critic`` compiles them."""
+        config, train = self.config, self.config.train
+        optimizer = critic_optimizer(config, value.value_specs(self.model))
+        updater = Updater(value_loss(self.model, config.critic), optimizer, self.mesh)
+        traced = updater.traced(state, train.rows, train.row_tokens)
+        batch = jax.tree.map(lambda leaf: self._of_rows(leaf.dtype), Batch.zeros(train.rows, train.row_tokens))
+        with jax.set_mesh(self.mesh):
+            values = jax.jit(functools.partial(values_for_all, model=self.model)).trace(state.params, batch)
+        return {"values": values, "critic more": traced["more"], "critic apply": traced["apply"]}
 
     def _supervised(self) -> SupervisedLoss | None:
         """The loss beside the policy's, if there is one."""
@@ -162,18 +223,47 @@ class Shapes:
 
     def _scoring(self) -> jax.stages.Traced:
         """Log-probabilities of packed rows, with no gradient."""
-        train = self.config.train
 
         def score(params: Any, base: lora.Base | None, tokens: jax.Array, positions: jax.Array, segments: jax.Array):
             params = params if base is None else base.adapted(params)
             return logprob.sequence_logprobs(params, self.model, tokens, positions, segments)
 
-        rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, self.mesh)
-        tokens = jax.ShapeDtypeStruct(
-            (train.rows, train.row_tokens), jnp.int32, sharding=jax.sharding.NamedSharding(self.mesh, rows)
-        )
+        tokens = self._of_rows(jnp.int32)
         with jax.set_mesh(self.mesh):
             return jax.jit(score).trace(self.state.params, self.base, tokens, tokens, tokens)
+
+    def _of_rows(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        """The type of a field of a micro-batch."""
+        rows = meshes.partition_spec(("batch", None), meshes.COMPUTE_RULES, self.mesh)
+        shape = (self.config.train.rows, self.config.train.row_tokens)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(self.mesh, rows))
+
+    @functools.cached_property
+    def _in_replicas(self) -> Mesh:
+        """The training mesh with its devices in the order in which replicas have them: no one program takes two."""
+        ordered = self.rollout.devices.reshape(self.mesh.devices.shape)
+        return Mesh(ordered, self.mesh.axis_names, axis_types=self.mesh.axis_types)
+
+    def _handed(self) -> jax.stages.Traced | None:
+        """The new layout of the largest part of a weight that travels at once; None where none changes its layout, or
+        weights go to other devices, in blocks that count as ``Resident.hand_over``."""
+        if self.config.mesh.rollout_devices:
+            return None
+        parts = []
+        for one in jax.tree.leaves(self.trained):
+            before, after = (
+                jax.sharding.NamedSharding(mesh, meshes.partition_spec(one.axes, rules, mesh))
+                for mesh, rules in ((self._in_replicas, meshes.PARAM_RULES), (self.rollout, meshes.ROLLOUT_RULES))
+            )
+            if not before.is_equivalent_to(after, len(one.shape)):
+                dtype, shape = one.compute_dtype(self.model.compute_dtype), one.shape
+                if sync.is_cut(before, after):
+                    shape = (sync.layers_at_once(shape, dtype.itemsize), *shape[1:])
+                parts.append((jax.ShapeDtypeStruct(shape, dtype, sharding=before), after))
+        if not parts:
+            return None
+        part, after = max(parts, key=lambda pair: pair[0].size * pair[0].dtype.itemsize)
+        return jax.jit(sync.same, out_shardings=after).trace(part)
 
 
 def shapes(config: Config, devices: Sequence[jax.Device]) -> Shapes:
@@ -190,13 +280,13 @@ def shapes(config: Config, devices: Sequence[jax.Device]) -> Shapes:
     specs = transformer.param_specs(config.model)
     spec.shardings(specs, mesh, meshes.PARAM_RULES)
     apart = playing if config.mesh.rollout_devices else None
-    replicas = meshes.make_rollout_mesh(mesh, config.mesh.rollout_tensor, apart)
+    replicas = meshes.make_rollout_mesh(mesh, config.mesh.rollout_tensor, apart, config.model.kv_heads)
     spec.shardings(specs, replicas, meshes.ROLLOUT_RULES)
     if config.lora.rank:
         frozen = lora.base_specs(specs, config.lora)
         quantized.check_blocks(frozen, mesh, meshes.PARAM_RULES)
         quantized.check_blocks(frozen, replicas, meshes.ROLLOUT_RULES)
-    return Shapes(config, config.model, mesh, meshes.replica_meshes(replicas)[0])
+    return Shapes(config, config.model, mesh, replicas, meshes.replica_meshes(replicas)[0])
 
 
 def per_device(types: Any) -> int:
@@ -210,5 +300,12 @@ def batch_bytes(config: Config, mesh: Mesh) -> int:
     """Bytes of one device's piece of a micro-batch."""
     train = config.train
     batch = without_sharing(Batch.zeros(train.rows, train.row_tokens), sharing_of(train))
-    pieces = meshes.pieces("batch", meshes.COMPUTE_RULES, mesh)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)) // pieces
+    held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    if (recorded := recorded_experts(config)) is not None:
+        held += (batch.tree or batch).tokens.size * recorded.size * recorded.dtype.itemsize
+    return held // meshes.pieces("batch", meshes.COMPUTE_RULES, mesh)
+
+
+def recorded_experts(config: Config) -> jax.ShapeDtypeStruct | None:
+    """What an episode records of each token, if it does."""
+    return moe.record(config.model) if config.engine.record_experts else None

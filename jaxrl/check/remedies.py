@@ -192,7 +192,8 @@ def _wider_replicas(config: Config) -> Iterator[_Step]:
     now = config.mesh.rollout_tensor or config.mesh.tensor
     for doublings in range(1, 5):
         wide = now << doublings
-        if config.model.kv_heads % wide == 0:
+        heads = config.model.kv_heads
+        if config.model.query_heads % wide == 0 and (heads % wide == 0 or wide % heads == 0):
             words = f"a replica of the engine on {wide} devices: each layer waits for their sums"
             yield _Step({"MeshConfig.rollout_tensor": wide}, 1.0 * doublings, words)
 

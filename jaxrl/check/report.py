@@ -13,12 +13,18 @@ from jaxrl.check.run import ASSURED, Report, Result
 _WORDS = {
     "weights": "weights",
     "optimizer": "optimizer",
+    "critic": "critic",
+    "teacher": "teacher",
     "reference": "reference",
     "engine": "engine's weights",
     "pages": "KV pages",
     "gradients": "gradients",
     "activations": "activations",
 }
+
+
+_RARE = ("critic", "teacher", "reference")
+"""What most runs do not have; no column is shown for what a run lacks."""
 
 
 def show(report: Report, console: Console) -> None:
@@ -98,12 +104,13 @@ def _as_values(result: Result) -> dict[str, Any]:
 def _memory(result: Result) -> Table:
     table = Table(title=f"GiB on each device of {result.target.name}", title_justify="left")
     table.add_column("during")
-    for part in ledger.PARTS:
+    shown = [part for part in ledger.PARTS if part not in _RARE or any(moment.parts[part] for moment in result.moments)]
+    for part in shown:
         table.add_column(_WORDS[part], justify="right")
     table.add_column("in all", justify="right")
     table.add_column("left", justify="right")
     for moment in result.moments:
-        amounts = [f"{moment.parts[part] / targets.GIB:.2f}" for part in ledger.PARTS]
+        amounts = [f"{moment.parts[part] / targets.GIB:.2f}" for part in shown]
         left = (result.memory - moment.total) / targets.GIB
         mark = "refused" if moment.refused else f"{left:.2f}"
         table.add_row(moment.name, *amounts, f"{moment.total / targets.GIB:.2f}", mark)

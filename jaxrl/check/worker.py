@@ -19,7 +19,7 @@ import jax
 from jaxrl.check import collectives, devices, flops, programs, targets
 from jaxrl.config import ConfigError, parse
 
-READING = 3
+READING = 2
 """Raised when what is read of a compiled program, and how, changes: what was kept before is then not used."""
 
 
@@ -72,7 +72,7 @@ def main() -> int:
             result = (_cached(cached) if request["read"] else None) or dataclasses.asdict(
                 compiled(lowered, inner, request["effort"])
             )
-            result["flops"] = flops.matrix_flops(traced.jaxpr, run.data(name))
+            result |= {"effort": request["effort"], "flops": flops.matrix_flops(traced.jaxpr, run.data(name))}
             if cached is not None:
                 _keep(cached, result)
             answer(program=name, **result)

@@ -147,7 +147,8 @@ class MeshConfig:
     tensor: int = 1
     """Heads, feed-forward width and vocabulary are split."""
     rollout_tensor: int = 0
-    """Devices that share one replica of the rollout engine; 0 = as many as ``tensor``."""
+    """Devices that share one replica of the rollout engine; 0 = as many as ``tensor``. With a multiple of the KV heads,
+    several devices hold the same ones."""
     rollout_devices: int = 0
     """So many devices, the last ones, roll out and do not train, and the others train and do not roll out; 0 = all of
     them do both."""

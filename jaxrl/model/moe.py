@@ -218,13 +218,9 @@ def _local_feed_forward(
     chosen = (jnp.arange(len(order)) < group_sizes.sum())[:, None]
 
     def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(
-            left,
-            right,
-            group_sizes,
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        # As ``product``; operands in bfloat16, of which all bits count anyhow, XLA for TPUs refuses to take so.
+        exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+        return jax.lax.ragged_dot(left, right, group_sizes, precision=exact, preferred_element_type=jnp.float32)
 
     def multiply_adapted(left: jax.Array, right: jax.Array, name: str) -> jax.Array:
         if name not in adapters:

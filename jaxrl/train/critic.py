@@ -50,7 +50,7 @@ class Critic:
         )
         self._launches = session.launches
         self._place = Placement(session.mesh, pooled=True)
-        self._values = jax.jit(functools.partial(_values_for_all, model=session.model))
+        self._values = jax.jit(functools.partial(values_for_all, model=session.model))
 
     def compile(self) -> None:
         """Compile everything, so that nothing is compiled once training runs."""
@@ -128,12 +128,12 @@ def value_loss(model: ModelConfig, config: CriticConfig) -> LossFunction:
 
 
 def _values_before(params: Any, batch: Batch, *, model: ModelConfig) -> jax.Array:
-    """[B, T]: at each token the value of what precedes it in its segment."""
+    """The same, split as the batch is."""
     return jnp.roll(value.token_values(params, model, batch.tokens, batch.positions, batch.segment_ids), 1, axis=1)
 
 
-def _values_for_all(params: Any, batch: Batch, *, model: ModelConfig) -> jax.Array:
-    """The same, where every process reads them."""
+def values_for_all(params: Any, batch: Batch, *, model: ModelConfig) -> jax.Array:
+    """[B, T]: at each token the value of what precedes it in its segment, where every process reads it."""
     return meshes.to_compute(_values_before(params, batch, model=model), (None, None))
 
 

@@ -1,5 +1,6 @@
 """Learning from a teacher: on demonstrations in the cold start, on the policy's own samples in reinforcement."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -25,16 +26,29 @@ def distilled(session: Session, own: LossFunction, stage: Stage) -> tuple[LossFu
         ConfigError: a teacher with another vocabulary, or a folder that holds none.
     """
     config = session.config.distill
-    if not config.teacher or config.stages not in (stage, "both"):
+    model = teacher_model(config, session.model, stage)
+    if model is None:
         return own, None
-    model, teacher = hf.load_folder(config.teacher, session.model.compute_dtype, mesh=session.mesh)
-    if model.vocab_size != session.model.vocab_size:
-        raise ConfigError(
-            f"DistillConfig.teacher={config.teacher!r} has a vocabulary of {model.vocab_size}, the policy one of "
-            f"{session.model.vocab_size}; both must have the same tokenizer"
-        )
+    _, teacher = hf.load_folder(config.teacher, model.param_dtype, mesh=session.mesh)
     temperature = session.config.engine.temperature if stage == "reinforcement" else 1.0
     return distillation_loss(own, (session.model, model), config, stage, temperature), teacher
+
+
+def teacher_model(config: DistillConfig, student: ModelConfig, stage: Stage) -> ModelConfig | None:
+    """The architecture of a stage's teacher, with the type its weights are kept in; None without one.
+
+    Raises:
+        ConfigError: another vocabulary than the student's, or a folder that holds no model.
+    """
+    if not config.teacher or config.stages not in (stage, "both"):
+        return None
+    model = dataclasses.replace(hf.read_config(config.teacher), param_dtype=student.compute_dtype)
+    if model.vocab_size != student.vocab_size:
+        raise ConfigError(
+            f"DistillConfig.teacher={config.teacher!r} has a vocabulary of {model.vocab_size}, the policy one of "
+            f"{student.vocab_size}; both must have the same tokenizer"
+        )
+    return model
 
 
 def distillation_loss(

@@ -64,7 +64,7 @@ class Session:
     def rollout_mesh(self) -> jax.sharding.Mesh:
         config = self.config.mesh
         playing = meshes.split_devices(config)[1] if config.rollout_devices else None
-        return meshes.make_rollout_mesh(self.mesh, config.rollout_tensor, playing)
+        return meshes.make_rollout_mesh(self.mesh, config.rollout_tensor, playing, self.model.kv_heads)
 
     @functools.cached_property
     def launches(self) -> contextlib.AbstractContextManager[Any]:

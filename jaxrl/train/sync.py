@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import functools
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jaxrl import mesh as meshes
@@ -49,10 +51,9 @@ def rollout_params(params: Any, model: ModelConfig, mesh: Mesh) -> tuple[Any, ..
     """Copies of ``params``, one for each replica, split over its devices: what is multiplied is in the compute type.
 
     A weight is cast where it rests, and travels straight from there to where it is used, never through the host. What
-    is cast and not yet there is bounded: other devices get a weight in blocks (``transfer``), the same ones weight by
-    weight, in a program that reshards it. Where XLA knows no exchange between the two layouts, that program holds the
-    one weight whole on every device for a moment. The copies are real even where nothing has to move: the trainer
-    donates its buffers to the next update.
+    is cast and not yet there is bounded: other devices get a weight in blocks (``transfer``), the same ones a few
+    layers at a time, see ``layers_at_once``. The copies are real even where nothing has to move: the trainer donates
+    its buffers to the next update.
 
     Args:
         params: the trainer's weights.
@@ -114,20 +115,57 @@ def _moved(params: Any, specs: spec.Specs, model: ModelConfig, mesh: Mesh, *, ma
     )
 
 
-def _resharded(array: jax.Array, sharding: NamedSharding, *, may_alias: bool) -> jax.Array:
-    """The array laid out anew on its own devices.
+def layers_at_once(shape: tuple[int, ...], itemsize: int) -> int:
+    """How many entries of the first axis of a weight change their layout in one program.
 
-    ``jax.device_put`` would take it through the host where one process has all devices and the pieces differ.
+    Where XLA knows no exchange between two layouts, as from one axis to another over more devices, each device holds
+    what the program moves whole for a moment (on TPUs three times): so it gets no more than ``transfer.CHUNK_BYTES``,
+    or one layer.
     """
+    each = math.prod(shape[1:]) * itemsize
+    return max(count for count in meshes.divisors(shape[0]) if count == 1 or count * each <= transfer.CHUNK_BYTES)
+
+
+def is_cut(before: NamedSharding, after: NamedSharding) -> bool:
+    """Whether a weight can change its layout a few layers at a time: neither splits its first axis."""
+    return not any(sharding.spec and sharding.spec[0] for sharding in (before, after))
+
+
+def _resharded(array: jax.Array, sharding: NamedSharding, *, may_alias: bool) -> jax.Array:
+    """The array laid out anew on its own devices."""
     now = array.sharding
-    # No one program takes devices in two orders, which a TPU slice has where processes cross the mesh.
-    ordered = not isinstance(now, NamedSharding) or list(now.mesh.devices.flat) == list(sharding.mesh.devices.flat)
-    if not ordered or now.is_equivalent_to(sharding, array.ndim):
+    if not isinstance(now, NamedSharding) or now.is_equivalent_to(sharding, array.ndim):
         return jax.device_put(array, sharding, may_alias=may_alias)
-    return jax.jit(_same, out_shardings=sharding)(array)
+    count = layers_at_once(array.shape, array.dtype.itemsize) if array.ndim else 1
+    if not array.ndim or count == array.shape[0] or not is_cut(now, sharding):
+        return _at_once(array, sharding)
+    moved = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(array.shape, array.dtype)
+    for first in range(0, array.shape[0], count):
+        moved = _put(moved, _at_once(_layers(array, first, count=count), sharding), first)
+        jax.block_until_ready(moved)  # or all parts might be there at once
+    return moved
 
 
-def _same(array: jax.Array) -> jax.Array:
+def _at_once(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """``jax.device_put`` would take it through the host where one process has all devices and the pieces differ."""
+    # No one program takes devices in two orders, which a TPU slice has where processes cross the mesh.
+    if list(array.sharding.mesh.devices.flat) != list(sharding.mesh.devices.flat):
+        return jax.device_put(array, sharding, may_alias=False)
+    return jax.jit(same, out_shardings=sharding)(array)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _layers(array: jax.Array, first: jax.Array, *, count: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, first, count)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(moved: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(moved, part, first, 0)
+
+
+def same(array: jax.Array) -> jax.Array:
+    """The program that changes nothing but where its argument lies."""
     return array
 
 

@@ -32,6 +32,17 @@ def test_a_small_model(name: str) -> None:
     assert totals["first"] <= totals["more"] and totals["score"] <= totals["more"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_experts_in_bfloat16_compile_for_tpus() -> None:
+    """Forward and backward; the compiler takes no grouped product of such operands in the highest precision."""
+    needs_compiler("tpu")
+    sparse = ("family=qwen3_moe", "layers=1", "experts=8", "experts_per_token=2", "expert_width=256")
+    config = run.configuration("smoke", (*SMALL, *(f"ModelConfig.{setting}" for setting in sparse)))
+    result = run.compile_for(config, targets.parse("v5e-4"), lambda line: None, cached=False, names=("more",))
+    assert result.fits and result.compiled["more"].temporary > 0
+
+
 @pytest.mark.timeout(900)
 def test_a_tpu_has_the_memory_that_its_compiler_grants() -> None:
     """Pages beyond the memory are found before anything is compiled; a program beyond it by the compiler."""

@@ -55,6 +55,19 @@ def test_devices_apart_hold_what_is_theirs() -> None:
     assert apart["hand over"] == 10 + 20 + 5 + 2
 
 
+def test_what_lays_out_weights_anew_counts_while_they_travel() -> None:
+    found = moments(RESIDENT, 3, PROGRAMS | {"hand over": Compiled(arguments=1, results=2, temporary=6)})
+    assert [moment.name for moment in found] == [*PROGRAMS, "hand over"]
+    assert found[-1].total == STAYS + 2 + 9
+
+
+def test_a_critics_update_finds_its_own_gradients_and_rounds_beside_it_the_larger() -> None:
+    resident = dataclasses.replace(RESIDENT, critic=15, critic_offloaded=30)
+    programs = {name: Compiled(temporary=50) for name in ("values", "critic more", "critic apply", "decode")}
+    found = {moment.name: moment.total - STAYS - 15 - 50 for moment in moments(resident, 3, programs, ahead=True)}
+    assert found == {"values": 3, "critic more": 15 + 3, "critic apply": 15 + 30, "decode": 15, "hand over": 2 - 50}
+
+
 def test_the_verdict() -> None:
     found = moments(RESIDENT, 3, PROGRAMS)
     assert fullest(found).name == "more"
@@ -69,7 +82,9 @@ def test_what_the_compiler_refused_does_not_fit_whatever_the_sum() -> None:
     assert not fits(found, 10**9)
 
 
-@pytest.mark.parametrize("part", ["weights", "optimizer", "reference", "engine", "pages"])
+@pytest.mark.parametrize(
+    "part", ["weights", "optimizer", "critic", "critic_optimizer", "teacher", "reference", "engine", "pages"]
+)
 def test_every_part_counts_once(part: str) -> None:
     more = dataclasses.replace(RESIDENT, **{part: getattr(RESIDENT, part) + 1000})
     assert all(value == totals()[name] + 1000 for name, value in totals(more).items())

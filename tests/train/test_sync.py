@@ -11,7 +11,7 @@ from jaxrl.config import MeshConfig, ModelConfig
 from jaxrl.mesh import make_mesh, make_rollout_mesh
 from jaxrl.model import spec, transformer
 from jaxrl.model.logprob import sequence_logprobs
-from jaxrl.train.sync import rollout_params
+from jaxrl.train.sync import is_cut, layers_at_once, rollout_params
 
 MODEL = ModelConfig(
     vocab_size=40, layers=2, width=32, query_heads=4, kv_heads=2, head_width=8, ffn_width=48, init_scale=0.1,
@@ -57,3 +57,21 @@ def test_weights_of_another_model_are_refused() -> None:
         engines_copy(params, MODELS["qwen3"])
     with pytest.raises(ValueError, match=r"embedding.* has shape .40, 32.; the model wants .48, 32."):
         engines_copy(params, dataclasses.replace(MODEL, vocab_size=48))
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers"),
+    [((40, 5120, 17408), 1), ((40, 4096, 4096), 8), ((40, 1024, 1024), 40), ((94, 128, 4096, 1536), 1), ((7, 5120), 7)],
+)
+def test_weights_change_their_layout_a_few_layers_at_a_time(shape: tuple[int, ...], layers: int) -> None:
+    """In bfloat16 no more than 256 MiB, or one layer, and parts of one size."""
+    assert layers_at_once(shape, 2) == layers
+
+
+def test_a_first_axis_that_is_split_is_not_cut() -> None:
+    mesh = make_rollout_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
+    whole, layers, first = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        for axes in ((), (None, "tensor"), ("tensor",))
+    )
+    assert is_cut(layers, whole) and not is_cut(first, layers) and not is_cut(whole, first)
