@@ -26,6 +26,7 @@ from jaxrl.model.rotary import frequencies, lengths, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl.records import Tree
 from jaxrl_kernels import Groups, group_decode, paged_attention, segment_ends
+from jaxrl_kernels.paged_attention.backends import BACKENDS as PAGED_BACKENDS
 from jaxrl_kernels.products import product, rounded
 
 Params = dict[str, Any]
@@ -250,7 +251,8 @@ def paged_hidden_states(
         ([R, C, D] after the final norm in the compute type, the pages).
     """
     layers, pages, _, page_size = kv_pages.keys.shape[:4]
-    options = {**score_options(config), "implementation": config.attention}
+    implementation = config.attention if config.attention in PAGED_BACKENDS else "auto"  # a kernel for packed rows only
+    options = {**score_options(config), "implementation": implementation}
     parties = () if groups is None else (groups.members, groups.shared)
     held = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // page_size, axis=1, mode="clip")
     target = jnp.where(positions >= 0, held, layers * pages)  # out of range: dropped by the update
