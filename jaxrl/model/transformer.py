@@ -26,6 +26,7 @@ from jaxrl.model.rotary import frequencies, lengths, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl.records import Tree
 from jaxrl_kernels import Groups, group_decode, paged_attention, segment_ends
+from jaxrl_kernels.paged_attention.backends import BACKENDS as PAGED_BACKENDS
 from jaxrl_kernels.products import product, rounded
 
 Params = dict[str, Any]
@@ -250,7 +251,8 @@ def paged_hidden_states(
         ([R, C, D] after the final norm in the compute type, the pages).
     """
     layers, pages, _, page_size = kv_pages.keys.shape[:4]
-    options = {**score_options(config), "implementation": config.attention}
+    implementation = config.attention if config.attention in PAGED_BACKENDS else "auto"  # a kernel for packed rows only
+    options = {**score_options(config), "implementation": implementation}
     parties = () if groups is None else (groups.members, groups.shared)
     held = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // page_size, axis=1, mode="clip")
     target = jnp.where(positions >= 0, held, layers * pages)  # out of range: dropped by the update
@@ -260,8 +262,7 @@ def paged_hidden_states(
         q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, *integers: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         page_table, positions, target, offset, window, *parties = integers
-        keys = keys.at[target, :, offset].set(k, mode="drop")
-        values = values.at[target, :, offset].set(v, mode="drop")
+        keys, values = _written(keys, k, target, offset), _written(values, v, target, offset)
         arrays, seen = (q, keys, values, page_table, positions), window if config.sliding_layers else 0
         if parties:
             return group_decode(*arrays, Groups(*parties), window=seen, **options), keys, values
@@ -296,6 +297,17 @@ def paged_hidden_states(
     (x, pool), _ = stacks.scan(layer, (x, pool), params["layers"], config, (*_layer_constants(config), first_pages))
     hidden = _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype)
     return hidden, jax.tree.map(lambda array, old: array.reshape(old.shape), pool, kv_pages)
+
+
+def _written(pages: jax.Array, new: jax.Array, target: jax.Array, offset: jax.Array) -> jax.Array:
+    """Pages [P, K, page, H] with new tokens [R, C, K, H] at their pages and offsets [R, C].
+
+    Pages are written as the rows they consist of: told of two axes, a TPU's compiler would lay out all pages anew for
+    it and once more for the kernel that reads them.
+    """
+    _, kv_heads, page, width = pages.shape
+    row = (target[..., None] * kv_heads + jnp.arange(kv_heads)) * page + offset[..., None]
+    return pages.reshape(-1, width).at[row].set(new, mode="drop").reshape(pages.shape)
 
 
 def _layer(

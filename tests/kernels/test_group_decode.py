@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl.check.flops import Data, matrix_flops
 from jaxrl_kernels import group_decode, make_groups, paged_attention
 from jaxrl_kernels.group_decode.cases import CASES, Case
 from jaxrl_kernels.paged_attention import blocks, steps
@@ -94,6 +95,14 @@ def test_shared_pages_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged, "blocks_for", lambda shape: blocks.Blocks(shape.count, 16, pages=1))
     decode(case, "tpu_interpreted", *inputs(case))
     assert read == [8, 6], "the pages of one prompt, and one of each row's own"
+
+
+def test_cost_is_estimated_by_rows_and_not_by_places_in_parties() -> None:
+    q, *arguments = inputs(CASES[0])
+    plain = functools.partial(paged_attention, implementation="tpu_interpreted")
+    alone = matrix_flops(jax.make_jaxpr(plain)(q, *arguments[:4]), Data(1.0, 0, 0))
+    grouped = functools.partial(decode, CASES[0], "tpu_interpreted")
+    assert matrix_flops(jax.make_jaxpr(grouped)(q, *arguments), Data(1.0, 0, 0)) <= 2 * alone
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,8 @@ def attended_in_pages(monkeypatch: pytest.MonkeyPatch, mode: pltpu.InterpretPara
     monkeypatch.setattr(paged, "blocks_for", lambda shape: blocks.Blocks(queries=4, rows=8, pages=2))
     interpreter.reset_tpu_interpret_mode_state()
     with pltpu.force_tpu_interpret_mode(mode):
-        options = {"window": jnp.int32(11), "scale": 0.4, "soft_cap": 2.0, "with_lse": True}
-        return jax.block_until_ready(paged.paged_attention(*rows_in_pages(), **options))
+        options = blocks.Options(scale=0.4, soft_cap=2.0, with_lse=True, queries=15)
+        return jax.block_until_ready(paged.paged_attention(*rows_in_pages(), jnp.int32(11), options))
 
 
 @pytest.mark.slow

@@ -41,7 +41,8 @@ def at_once(
     positions = jnp.where(members >= 0, reach, -1)
     party = q[:, 0].at[members].get(mode="clip")
     arrays = (party, key_pages, value_pages, table, positions)
-    seen, log_total = paged_attention_with_lse(*arrays, **options, implementation=implementation)
+    options = {**options, "queries": len(q), "implementation": implementation}
+    seen, log_total = paged_attention_with_lse(*arrays, **options)
     target = jnp.where(members >= 0, members, len(q))
     by_row = jnp.zeros((len(q), *seen.shape[2:]), jnp.float32).at[target].set(seen, mode="drop")
     logs = jnp.full((len(q), seen.shape[2]), -jnp.inf).at[target].set(log_total, mode="drop")

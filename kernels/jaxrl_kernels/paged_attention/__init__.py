@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels.paged_attention.backends import BACKENDS, Implementation, chosen
-from jaxrl_kernels.paged_attention.blocks import shape_of
+from jaxrl_kernels.paged_attention.blocks import Options, shape_of
 
 
 def paged_attention(
@@ -52,7 +52,7 @@ def paged_attention(
     """
     arrays = (q, key_pages, value_pages, page_table, positions)
     options = {"window": window, "scale": scale, "soft_cap": soft_cap, "implementation": implementation}
-    return _attend(*arrays, **options, with_lse=False)[0]
+    return _attend(*arrays, **options, queries=None, with_lse=False)[0]
 
 
 def paged_attention_with_lse(
@@ -65,9 +65,13 @@ def paged_attention_with_lse(
     window: int | jax.Array = 0,
     scale: float | None = None,
     soft_cap: float = 0.0,
+    queries: int | None = None,
     implementation: Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """``paged_attention``, and the log-sum-exp of each query's scores, by which parts of a row can be joined.
+
+    ``queries`` is how many of R * C there are, at most, where positions leave most of them out: estimates of cost count
+    them, and nothing else does.
 
     Returns:
         ([R, C, N, H], [R, C, N] and minus infinity where there is no token), both in float32: what is joined is rounded
@@ -75,7 +79,7 @@ def paged_attention_with_lse(
     """
     arrays = (q, key_pages, value_pages, page_table, positions)
     options = {"window": window, "scale": scale, "soft_cap": soft_cap, "implementation": implementation}
-    output, log_total = _attend(*arrays, **options, with_lse=True)
+    output, log_total = _attend(*arrays, **options, queries=queries, with_lse=True)
     assert log_total is not None
     return output, log_total
 
@@ -91,6 +95,7 @@ def _attend(
     scale: float | None,
     soft_cap: float,
     implementation: Implementation,
+    queries: int | None,
     with_lse: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     rows, count, heads, width = q.shape
@@ -105,6 +110,6 @@ def _attend(
             f"got {page_table.shape}, {positions.shape}"
         )
     attend = BACKENDS[chosen(implementation, shape_of(q, key_pages, page_table))].attend
+    scale, queries = width**-0.5 if scale is None else scale, rows * count if queries is None else queries
     window = jnp.asarray(window, jnp.int32)
-    scale = width**-0.5 if scale is None else scale
-    return attend(q, key_pages, value_pages, page_table, positions, window, scale, soft_cap, with_lse)
+    return attend(q, key_pages, value_pages, page_table, positions, window, Options(scale, soft_cap, with_lse, queries))

@@ -23,7 +23,7 @@ class Backend:
     """One way to compute paged attention.
 
     Attributes:
-        attend: ``(q, key_pages, value_pages, page_table, positions, window, scale, soft_cap, with_lse)`` -> what is
+        attend: ``(q, key_pages, value_pages, page_table, positions, window, options)`` -> what is
             attended to [R, C, N, H] in q's type and None, or in float32 and the log-sum-exp [R, C, N] if that is asked
             for.
         devices: beginning of the kinds of device, as jax says them, that it runs on; empty = all.

@@ -41,6 +41,23 @@ def shape_of(q: jax.Array, pages: jax.Array, page_table: jax.Array) -> Shape:
 
 
 @dataclasses.dataclass(frozen=True)
+class Options:
+    """What a backend is told beside arrays.
+
+    Attributes:
+        scale: of the scores.
+        soft_cap: of the scaled scores; 0 = none.
+        with_lse: the log-sum-exp is a result, and the other one in float32.
+        queries: how many of R * C there are, at most: what an estimate of cost counts.
+    """
+
+    scale: float
+    soft_cap: float
+    with_lse: bool
+    queries: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Blocks:
     """Sizes of a block of scores of one KV head.
 

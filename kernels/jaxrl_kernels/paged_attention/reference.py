@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels.paged_attention.blocks import Options
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import soft_capped
 
@@ -14,9 +15,7 @@ def paged_attention(
     page_table: jax.Array,
     positions: jax.Array,
     window: jax.Array,
-    scale: float,
-    soft_cap: float,
-    with_lse: bool,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
     """As the contract says, one line per step."""
     rows, width = q.shape[0], q.shape[3]
@@ -29,11 +28,11 @@ def paged_attention(
     visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, C, S]
     seen = visible.any(axis=1)[:, :, None, None]
     k, v = jnp.where(seen, k, 0.0), jnp.where(seen, v, 0.0)
-    scores = product("rcnh,rsnh->rncs", q.astype(jnp.float32), k) * scale
-    scores = jnp.where(visible[:, None], soft_capped(scores, soft_cap), -jnp.inf)
+    scores = product("rcnh,rsnh->rncs", q.astype(jnp.float32), k) * options.scale
+    scores = jnp.where(visible[:, None], soft_capped(scores, options.soft_cap), -jnp.inf)
     anything = visible.any(axis=-1)[:, None, :, None]
     weights = jnp.where(anything, jax.nn.softmax(jnp.where(anything, scores, 0.0), axis=-1), 0.0)
     output = product("rncs,rsnh->rcnh", weights, v)
-    if not with_lse:
+    if not options.with_lse:
         return output.astype(q.dtype), None
     return output, jnp.einsum("rnc->rcn", jax.nn.logsumexp(scores, axis=-1))

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrl_kernels.paged_attention.blocks import Blocks, Shape, blocks_for, shape_of
+from jaxrl_kernels.interval_attention.plan import blocks_of
+from jaxrl_kernels.paged_attention.blocks import Blocks, Options, Shape, blocks_for, shape_of
 from jaxrl_kernels.paged_attention.steps import FIRST, LAST, make_steps, unpack
 from jaxrl_kernels.softmax import MASKED, round_up, soft_capped
 
@@ -30,14 +31,12 @@ class Settings:
     Attributes:
         shape: of the call.
         blocks: sizes.
-        soft_cap: of the scores; 0 = none.
-        with_lse: the log-sum-exp is a result, and the other one in float32.
+        options: of the scores and the results.
     """
 
     shape: Shape
     blocks: Blocks
-    soft_cap: float
-    with_lse: bool
+    options: Options
 
     @property
     def keys(self) -> int:
@@ -47,18 +46,18 @@ class Settings:
     @property
     def query_blocks(self) -> int:
         """Blocks of the queries of a row."""
-        return -(-self.shape.count // self.blocks.queries)
+        return blocks_of(self.shape.count, self.blocks.queries)
 
     @property
     def key_blocks(self) -> int:
         """Blocks of a row's page table."""
-        return -(-self.shape.table // self.blocks.pages)
+        return blocks_of(self.shape.table, self.blocks.pages)
 
 
 def longest_list(shape: Shape) -> int:
     """Entries of the list of steps for which the kernel for this shape has to have room."""
-    settings = Settings(shape, blocks_for(shape), 0.0, False)
-    return shape.rows * settings.query_blocks * settings.key_blocks
+    blocks = blocks_for(shape)
+    return shape.rows * blocks_of(shape.count, blocks.queries) * blocks_of(shape.table, blocks.pages)
 
 
 def paged_attention(
@@ -68,23 +67,21 @@ def paged_attention(
     page_table: jax.Array,
     positions: jax.Array,
     window: jax.Array,
-    scale: float,
-    soft_cap: float,
-    with_lse: bool,
+    options: Options,
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """As the contract says."""
     rows, count, heads, width = q.shape
     shape, kv_heads = shape_of(q, key_pages, page_table), key_pages.shape[1]
-    settings = Settings(shape, blocks_for(shape), soft_cap, with_lse)
+    settings = Settings(shape, blocks_for(shape), options)
     blocks, groups = settings.blocks, heads // kv_heads
     fill = settings.query_blocks * blocks.queries - count
     units, used = rows * settings.query_blocks, blocks.queries * groups
     asked = jnp.pad(positions, ((0, 0), (0, fill)), constant_values=-1).reshape(units, blocks.queries)
     steps = make_steps(asked, window, block=settings.keys, key_blocks=settings.key_blocks)
     asked = jnp.pad(asked.repeat(groups, axis=1), ((0, 0), (0, blocks.rows - used)), constant_values=-1)[..., None]
-    q = jnp.pad((q * scale).astype(q.dtype), ((0, 0), (0, fill), (0, 0), (0, 0)))
+    q = jnp.pad((q * options.scale).astype(q.dtype), ((0, 0), (0, fill), (0, 0), (0, 0)))
     q = jnp.einsum("uckgh->ukcgh", q.reshape(units, blocks.queries, kv_heads, groups, width))
     q = q.reshape(units, kv_heads, used, width)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks.rows - used), (0, 0)))
@@ -99,7 +96,7 @@ def paged_attention(
 
     there = (positions >= 0)[:, :, None]
     attended = jnp.where(there[..., None], by_query(results[0]), 0)
-    return attended, jnp.where(there, by_query(results[1])[..., 0], -jnp.inf) if with_lse else None
+    return attended, jnp.where(there, by_query(results[1])[..., 0], -jnp.inf) if options.with_lse else None
 
 
 def _call(
@@ -125,13 +122,14 @@ def _call(
 
         return pl.BlockSpec((1, *lengths), index)
 
-    out_shapes = [jax.ShapeDtypeStruct(q.shape, jnp.float32 if settings.with_lse else q.dtype)]
+    out_shapes = [jax.ShapeDtypeStruct(q.shape, jnp.float32 if settings.options.with_lse else q.dtype)]
     out_specs = [of_unit(kv_heads, rows, width)]
-    if settings.with_lse:
+    if settings.options.with_lse:
         out_shapes.append(jax.ShapeDtypeStruct((units, kv_heads, rows, 1), jnp.float32))
         out_specs.append(of_unit(kv_heads, rows, 1))
-    scores = units * kv_heads * rows * settings.key_blocks * held // 2
-    read = len(reach) * settings.key_blocks * held * kv_heads * width * key_pages.dtype.itemsize
+    # As if every query saw half of a table, and its row had no other one.
+    seen = settings.options.queries * settings.key_blocks * held // 2
+    scores, read = seen * settings.shape.query_heads, 2 * seen * kv_heads * width * key_pages.dtype.itemsize
     return pl.pallas_call(
         functools.partial(_kernel, settings),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -166,7 +164,7 @@ def _kernel(
 ) -> None:
     """One step: refs of the lists in scalar memory, q [1, K, M, H], asked [1, M, 1], all pages, the results, two
     buffers [2, K, S, H] and who has arrived in them, and the running sums."""
-    results = 2 if settings.with_lse else 1
+    results = 2 if settings.options.with_lse else 1
     attended, *log_total = results_and_scratch[:results]
     keys, values, arrived, *sums = results_and_scratch[results:]
     weighted, top, total = sums
@@ -200,7 +198,7 @@ def _kernel(
         kept = jnp.where(place <= last, values[buffer].astype(jnp.float32), 0.0)
         values[buffer] = kept.astype(values.dtype)
 
-    scores = soft_capped(_product(q[0], keys[buffer], 2), settings.soft_cap)
+    scores = soft_capped(_product(q[0], keys[buffer], 2), settings.options.soft_cap)
     key = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
     query, window = asked[...], scalars[WINDOW]  # [1, M, 1]
     scores = jnp.where((key <= query) & ((window == 0) | (query - key < window)), scores, MASKED)

@@ -15,6 +15,7 @@ Time is proportional to the longest row present, not to the width of the page ta
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels.paged_attention.blocks import Options
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import MASKED, round_up, soft_capped
 
@@ -29,9 +30,7 @@ def paged_attention(
     page_table: jax.Array,
     positions: jax.Array,
     window: jax.Array,
-    scale: float,
-    soft_cap: float,
-    with_lse: bool,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array | None]:
     """As the contract says."""
     rows, count, heads, width = q.shape
@@ -40,7 +39,7 @@ def paged_attention(
     block = pages * page
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))
     groups = heads // kv_heads
-    q = (q * scale).astype(q.dtype).reshape(rows, count, kv_heads, groups, width)
+    q = (q * options.scale).astype(q.dtype).reshape(rows, count, kv_heads, groups, width)
     q = jnp.einsum("rckgh->rkgch", q).reshape(rows, kv_heads, groups * count, width)
     last = positions.max(axis=1)
 
@@ -54,7 +53,7 @@ def paged_attention(
         v = jnp.where(held, v, 0)
         query = positions[:, None, None, :, None]
         visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, 1, 1, C, S]
-        scores = soft_capped(product("rkmh,rksh->rkms", q, k), soft_cap)
+        scores = soft_capped(product("rkmh,rksh->rkms", q, k), options.soft_cap)
         scores = jnp.where(visible, scores.reshape(rows, kv_heads, groups, count, block), MASKED)
         new_top = jnp.maximum(top, round_up(scores.max(axis=-1)))
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
@@ -69,7 +68,7 @@ def paged_attention(
     top, total, output = jax.lax.fori_loop(0, blocks, look, start)
     divisor = jnp.where(total > 0, total, 1.0)
     output = jnp.einsum("rkgch->rckgh", output / divisor[..., None]).reshape(rows, count, heads, width)
-    if not with_lse:
+    if not options.with_lse:
         return output.astype(q.dtype), None
     log_total = jnp.where(total > 0, top + jnp.log(divisor), -jnp.inf)
     return output, jnp.einsum("rkgc->rckg", log_total).reshape(rows, count, heads)
