@@ -250,7 +250,9 @@ def paged_hidden_states(
         ([R, C, D] after the final norm in the compute type, the pages).
     """
     layers, pages, _, page_size = kv_pages.keys.shape[:4]
-    options = {**score_options(config), "implementation": config.attention}
+    # There is no kernel for pages on GPUs.
+    implementation = "auto" if config.attention == "mosaic_gpu" else config.attention
+    options = {**score_options(config), "implementation": implementation}
     parties = () if groups is None else (groups.members, groups.shared)
     held = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // page_size, axis=1, mode="clip")
     target = jnp.where(positions >= 0, held, layers * pages)  # out of range: dropped by the update

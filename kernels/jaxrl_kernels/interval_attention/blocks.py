@@ -27,6 +27,12 @@ that share a KV head."""
 FALLBACK = (512, 256)
 """For every other device and head width up to 256."""
 
+HOPPER = Blocks(128, 128)
+"""Of the kernels for Hopper GPUs. A warpgroup computes half of one: 64 rows, which is what its products take and what
+its registers hold."""
+HOPPER_WIDTHS = (64, 128)
+"""Head widths that these kernels take; the sums of a wider head do not fit into registers."""
+
 
 def blocks_for(kind: str, head_width: int, groups: int, queries: int, tokens: int) -> Blocks:
     """Sizes for a device and a shape; says once where the table has none.
