@@ -49,7 +49,7 @@ bench: .venv/installed-test
 	@$(call benchmarks,sandbox sessions cluster rollout losses packing kernels)
 
 bench-long: .venv/installed-test
-	@$(call benchmarks,soak learning presets preferences staleness scale)
+	@$(call benchmarks,soak learning presets preferences staleness scale bundles)
 
 clean:
 	rm -rf .venv build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis

@@ -145,6 +145,11 @@ def _check(commands, options: argparse.Namespace) -> int:
     return DONE if fits else FAILED
 
 
+def _bench_kernels(commands, options: argparse.Namespace) -> int:
+    holds = commands.bench_kernels(options.tokens, options.rounds, tune=options.tune, as_json=options.json)
+    return DONE if holds else FAILED
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from jaxrl.sandbox import doctor
 
@@ -310,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--again", action="store_true", help="compile again what was compiled before")
     new.add_argument("--json", action="store_true", help="print one JSON object")
     _add_sandbox(verbs)
+    _add_bench(verbs)
     return parser
 
 
@@ -363,6 +369,25 @@ def _add_sandbox(verbs) -> None:
     )
     bench.add_argument("--json", action="store_true", help="print one JSON object a line")
     bench.set_defaults(run_verb=_bench)
+
+
+def _add_bench(verbs) -> None:
+    """What is measured on the devices at hand, which takes no configuration."""
+    bench = verbs.add_parser("bench", help="measure on the devices at hand", description="Measures on these devices.")
+    kernels = bench.add_subparsers(required=True, metavar="WHAT").add_parser(
+        "kernels",
+        help="what the attention kernels cost beside plain attention, and which sizes of blocks cost least",
+        description="Compares interval attention with attention under a dense mask. Exit code 1: a demand does not "
+        "hold. --tune tries sizes of blocks instead and prints the lines of jaxrl_kernels/interval_attention/blocks.py "
+        "for this device.",
+        epilog="examples:\n  jaxrl bench kernels\n  jaxrl bench kernels --tokens 8192\n  jaxrl bench kernels --tune",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kernels.add_argument("--tokens", type=int, default=4096, help="of a row (default: 4096)")
+    kernels.add_argument("--rounds", type=int, default=5, help="in which the alternatives take turns (default: 5)")
+    kernels.add_argument("--tune", action="store_true", help="try sizes of blocks (on a TPU)")
+    kernels.add_argument("--json", action="store_true", help="print one JSON object a line")
+    kernels.set_defaults(run_verb=_bench_kernels)
 
 
 if __name__ == "__main__":

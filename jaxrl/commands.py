@@ -34,6 +34,7 @@ from jaxrl.train.checkpoint import CheckpointError, Checkpoints
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunError, RunFolder, open_run
 from jaxrl.train.session import Session, open_player, open_session, reopen_session
+from jaxrl_kernels import bench
 
 EXPECTED_ERRORS = (
     RunError,
@@ -207,6 +208,43 @@ def check(recipe: str, overrides: Sequence[str], target: str, *, as_json: bool, 
         report = check_run.check(config, wanted, view.note, cached=not again)
     check_report.show(report, _console())
     return report.result.fits
+
+
+def bench_kernels(tokens: int, rounds: int, *, tune: bool, as_json: bool) -> bool:
+    """Print what the attention kernels cost here, or with which sizes of blocks; whether all demands hold.
+
+    Raises:
+        ConfigError: sizes are asked for on a device whose kernels have no choice of them.
+    """
+    if tokens < 1 or rounds < 1:
+        raise ConfigError(f"--tokens {tokens} and --rounds {rounds} must be at least 1")
+    if tune:
+        _tune_kernels(tokens, rounds, as_json)
+        return True
+    figures = bench.figures(tokens, rounds) + bench.decode_figures(rounds)
+    for figure in figures:
+        demand = f" (demanded: {figure['demand']})" if figure["demand"] else ""
+        text = f"{figure['figure']} {figure['what']}: {figure['value']}{demand}"
+        print(json.dumps(figure) if as_json else text, flush=True)
+    return all(figure["holds"] in (True, None) for figure in figures)
+
+
+def _tune_kernels(tokens: int, rounds: int, as_json: bool) -> None:
+    kind = bench.device_kind()
+    if not kind.startswith("TPU"):
+        raise ConfigError(
+            f"--tune measures sizes of blocks on a TPU, and this is {kind!r}, whose kernels have one size"
+        )
+    results = []
+    for result in bench.tried(tokens, rounds):
+        results.append(result)
+        said = result.refused or f"{1000 * result.seconds:.2f} ms"
+        text = f"head width {result.width}, {result.rows} rows by {result.keys} keys: {said}"
+        print(json.dumps(dataclasses.asdict(result)) if as_json else text, flush=True)
+    if not as_json:
+        print("\nfor TABLE in jaxrl_kernels/interval_attention/blocks.py:")
+        for width in bench.WIDTHS:
+            print(f"    {bench.line_of_table(width, results)}")
 
 
 def install_compiler(platform: str) -> None:

@@ -70,9 +70,10 @@ class ModelConfig:
     """Type the trainer keeps the weights in."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products, in training and in rollout alike."""
-    attention: Literal["auto", "xla", "tpu"] = "auto"
+    attention: Literal["auto", "xla", "tpu", "mosaic_gpu"] = "auto"
     """Who computes attention, over packed rows in training and scoring and over KV pages in rollout: plain JAX, the
-    kernels for TPUs, or those where there are TPUs (``docs/kernels.md``)."""
+    kernels for TPUs, those for Hopper GPUs (which rollout has not), or what is proven on the devices at hand
+    (``docs/kernels.md``)."""
     context_attention: Literal["gather", "ring"] = "gather"
     """How queries meet the keys of a row that MeshConfig.context splits: every device gathers them all, or they travel
     around the devices, each of which then holds one part at a time (``docs/meshes.md``)."""

@@ -44,6 +44,7 @@ def _heads(config: ModelConfig) -> dict[str, int | str]:
     return {
         "groups": config.query_heads // config.kv_heads,
         "head_width": config.head_width,
+        "dtype": config.compute_dtype,
         "implementation": config.attention,
     }
 

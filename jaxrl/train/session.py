@@ -413,13 +413,14 @@ def check_attention(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
     """What computes attention must run on the devices.
 
     Raises:
-        ConfigError: the kernels for TPUs are asked for where there is none.
+        ConfigError: kernels are asked for whose devices these are not.
     """
     device = mesh.devices.flat[0]
-    if model.attention == "tpu" and device.platform != "tpu":
+    needed = {"tpu": ("TPUs", "tpu"), "mosaic_gpu": ("Hopper GPUs", "gpu")}.get(model.attention)
+    if needed is not None and device.platform != needed[1]:
         raise ConfigError(
-            f"ModelConfig.attention={model.attention!r} needs TPUs, and these devices are {device.device_kind!r}; "
-            "set it to 'auto'"
+            f"ModelConfig.attention={model.attention!r} needs {needed[0]}, and these devices are "
+            f"{device.device_kind!r}; set it to 'auto'"
         )
 
 

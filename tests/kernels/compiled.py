@@ -63,7 +63,10 @@ PAGED_SHAPES = (
 """With the log-sum-exp, and with a window that is an argument."""
 
 
-def lowered(shape: Shape, device: jax.Device) -> jax.stages.Lowered:
+IMPLEMENTATIONS = {"tpu": "auto", "cuda": "mosaic_gpu"}
+
+
+def lowered(shape: Shape, device: jax.Device, platform: str = "tpu") -> jax.stages.Lowered:
     """Output, log-sum-exp and all gradients."""
     mesh = jax.sharding.Mesh([device], ("one",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -74,10 +77,10 @@ def lowered(shape: Shape, device: jax.Device) -> jax.stages.Lowered:
     def both(
         q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, window: jax.Array, cotangents: tuple
     ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-        heads = {"groups": shape.query_heads // shape.kv_heads, "head_width": shape.width}
-        plan = make_plan(end, **heads)
-        if plan.backend != "tpu":
-            raise AssertionError(f"auto took {plan.backend} for {shape} on {device.device_kind}")
+        heads = {"groups": shape.query_heads // shape.kv_heads, "head_width": shape.width, "dtype": shape.dtype}
+        plan = make_plan(end, **heads, implementation=IMPLEMENTATIONS[platform])
+        if plan.backend == "xla":
+            raise AssertionError(f"auto took xla for {shape} on {device.device_kind}")
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
             return interval_attention_with_lse(q, k, v, end, window=window, soft_cap=shape.soft_cap, plan=plan)
@@ -92,7 +95,7 @@ def lowered(shape: Shape, device: jax.Device) -> jax.stages.Lowered:
         traced = jax.jit(both).trace(
             q, k, k, *integers, (q, array(1, tokens, shape.query_heads, dtype=jnp.float32.__name__))
         )
-        return traced.lower(lowering_platforms=("tpu",))
+        return traced.lower(lowering_platforms=(platform,))
 
 
 def lowered_paged(shape: PagedShape, device: jax.Device) -> jax.stages.Lowered:

@@ -1,6 +1,7 @@
-"""The TPU kernels compiled for every generation of chips, without one: they lower, lay out and fit into VMEM."""
+"""The kernels compiled for chips that are not there: they lower, lay out and fit into the memory of the chip."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from jaxrl.check import environment
 from jaxrl_kernels.interval_attention.blocks import TABLE
+from tests.kernels import compiled_for_hopper
 from tests.kernels.compiled import PAGED_SHAPES, SHAPES
 
 KINDS = {"v5e:2x2": "TPU v5 lite", "v5p:2x2x1": "TPU v5", "v6e:2x2": "TPU v6 lite", "tpu7x:2x2x1": "TPU7x"}
@@ -31,6 +33,28 @@ def test_every_kernel_compiles(topology: str) -> None:
         assert answer["kernels"] == (3 if shape in SHAPES else 1)
         # A whole matrix of scores, or a copy of the pages.
         assert answer["temporary"] < answer["too_much"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kernels_for_hopper_use_its_matrix_units_and_spill_no_register() -> None:
+    if not environment.installed("gpu"):
+        pytest.skip("the compiler for gpu is not installed: jaxrl check --install gpu")
+    variables = environment.variables("gpu") | {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    command, both = [sys.executable, "-m", "tests.kernels.compiled_for_hopper"], subprocess.STDOUT
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=both, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"shape"')]
+    assert [answer["shape"] for answer in answers] == [shape.name for shape in compiled_for_hopper.SHAPES]
+    for answer in answers:
+        assert answer["kernels"] == 3  # forward, gradient of queries, gradients of keys and values
+        assert answer["temporary"] < answer["too_much"]
+    assembly = re.split(r"\.visible \.entry", done.stdout)[1:]
+    assert len(assembly) == 3 * len(compiled_for_hopper.SHAPES)
+    for kernel in assembly:
+        assert "wgmma.mma_async" in kernel and "mma.sync" not in kernel
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stdout)
+    assert spilled == [("0", "0")] * len(assembly)
 
 
 def test_the_table_knows_every_generation() -> None:

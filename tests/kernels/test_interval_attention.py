@@ -1,5 +1,6 @@
 """Every backend of interval attention against the reference: the case table, its mask, and memory linear in T."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -12,12 +13,17 @@ from hypothesis import strategies as st
 
 from jaxrl_kernels import Plan
 from jaxrl_kernels.interval_attention import interval_attention, interval_attention_with_lse, make_plan, segment_ends
+from jaxrl_kernels.interval_attention.backends import HOPPER_KINDS, device_kind
 from jaxrl_kernels.interval_attention.cases import CASES, Case
 from jaxrl_kernels.interval_attention.pairs import Blocks, make_pairs
+from jaxrl_kernels.interval_attention.tables import make_tables
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import soft_capped
 
 BACKENDS = ("xla", "tpu_interpreted")
+
+# The interpreter of a GPU takes ten seconds a case: the table's kinds of masks and scores, each once.
+ON_GPU = ("few_heads", "nothing", "prefix", "bfloat16", "soft_cap_padded_bfloat16", "split_tree_window", "window")
 
 EVERY_CASE = [
     pytest.param(
@@ -29,7 +35,28 @@ EVERY_CASE = [
     )
     for case in CASES
     for backend in BACKENDS
+] + [
+    pytest.param(
+        case,
+        "mosaic_gpu_interpreted",
+        id=f"{case.name}-mosaic_gpu_interpreted",
+        marks=[] if case.name == "few_heads" else [pytest.mark.slow],
+    )
+    for case in CASES
+    if case.name in ON_GPU
 ]
+
+HERE = [
+    dataclasses.replace(case, head_width=64, dtype="bfloat16")
+    for case in CASES
+    if device_kind().startswith(HOPPER_KINDS)
+]
+"""Of a Hopper GPU: every case, as its kernels take them."""
+
+EVERY_LENGTH = [(backend, tokens) for backend in BACKENDS for tokens in (24, 300)] + [
+    pytest.param("mosaic_gpu_interpreted", 24, marks=pytest.mark.slow)
+]
+"""Backends, and tokens of a row."""
 
 Arrays = tuple[jax.Array, ...]
 NAMES = ("output", "log-sum-exp", "q", "k", "v")
@@ -51,8 +78,13 @@ def plan_of(backend: str, end: jax.Array, queries: int, first: jax.Array, heads:
     if backend == "tpu_interpreted":
         blocks = Blocks(8, 16) if end.shape[1] < 100 else Blocks(64, 32)
         return Plan(make_pairs(end, queries=queries, first=first, blocks=blocks), backend)
+    if backend == "mosaic_gpu_interpreted":
+        blocks = Blocks(8, 8) if end.shape[1] < 100 else Blocks(64, 64)
+        return Plan(make_tables(end, queries=queries, first=first, blocks=blocks), backend)
     groups = query_heads // kv_heads
-    return make_plan(end, groups=groups, head_width=width, queries=queries, first=first, implementation=backend)
+    return make_plan(
+        end, groups=groups, head_width=width, dtype="bfloat16", queries=queries, first=first, implementation=backend
+    )
 
 
 def naive(
@@ -131,8 +163,12 @@ def test_case(case: Case, backend: str) -> None:
         assert error <= allowed, f"{name} is off by {error}, allowed {allowed}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tokens", [24, 300])
+@pytest.mark.parametrize("case", HERE, ids=lambda case: case.name)
+def test_case_on_hopper(case: Case) -> None:
+    test_case(case, "mosaic_gpu")
+
+
+@pytest.mark.parametrize(("backend", "tokens"), EVERY_LENGTH)
 def test_rows_that_see_nothing_are_exactly_zero(backend: str, tokens: int) -> None:
     case = Case("padded", "padded", tokens=tokens)
     output, log_total, *gradients = results_of(case, backend)
@@ -144,8 +180,7 @@ def test_rows_that_see_nothing_are_exactly_zero(backend: str, tokens: int) -> No
         assert np.isfinite(np.asarray(array)).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tokens", [24, 300])
+@pytest.mark.parametrize(("backend", "tokens"), EVERY_LENGTH)
 def test_nan_in_padding_reaches_nothing(backend: str, tokens: int) -> None:
     case = Case("padded", "padded", tokens=tokens)
     hidden = case.ends() == 0
@@ -155,9 +190,9 @@ def test_nan_in_padding_reaches_nothing(backend: str, tokens: int) -> None:
         np.testing.assert_array_equal(ours, wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_runs_are_bitwise_equal(backend: str) -> None:
-    case = Case("chunked_segments", "segments", tokens=300)
+@pytest.mark.parametrize(("backend", "tokens"), EVERY_LENGTH)
+def test_two_runs_are_bitwise_equal(backend: str, tokens: int) -> None:
+    case = Case("chunked_segments", "segments", tokens=tokens)
     for first, second in zip(results_of(case, backend), results_of(case, backend), strict=True):
         np.testing.assert_array_equal(first, second)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_kernels.interval_attention import Plan, interval_attention, pairs, plan
+from jaxrl_kernels.interval_attention import Plan, interval_attention, pairs, plan, tables
 from jaxrl_kernels.interval_attention.blocks import FALLBACK, LANES, TABLE, blocks_for
 
 
@@ -80,6 +80,49 @@ def test_lists_of_pairs_hold_each_needed_pair_once_in_both_orders(end: np.ndarra
         np.testing.assert_array_equal(entries & pairs.FIRST != 0, np.diff(group, prepend=-1) != 0)
         np.testing.assert_array_equal(entries & pairs.LAST != 0, np.diff(group, append=-1) != 0)
         assert (np.diff(row * lengths[0] * lengths[1] + block * lengths[1] + partner) > 0).all()
+
+
+made_tables = jax.jit(tables.make_tables, static_argnames=("queries", "blocks"))
+within = jax.jit(tables.in_window, static_argnames=("along_queries",))
+
+
+@given(end=masks(), first=st.sampled_from([0, 1, 8, 35]), window=st.integers(0, 20), stretch=st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_tables_hold_each_pair_that_a_window_leaves_once_in_both_orders(
+    end: np.ndarray, first: int, window: int, stretch: int
+) -> None:
+    """Positions that grow more slowly than indices leave more in a window."""
+    (rows, tokens), size, queries = end.shape, 4, end.shape[1] - first
+    made = made_tables(jnp.asarray(end), queries=queries, first=first, blocks=pairs.Blocks(size, size))
+    query_blocks, key_blocks = -(-queries // size), -(-tokens // size)
+    query, key = np.arange(first, first + query_blocks * size), np.arange(key_blocks * size)
+    places = np.minimum(key, tokens - 1) // stretch
+    asked, held = (
+        np.broadcast_to(places[np.minimum(query, tokens - 1)], (rows, len(query))),
+        places[None].repeat(rows, 0),
+    )
+    seen = (key <= query[:, None]) & (query[:, None] < np.pad(end, ((0, 0), (0, len(key) - tokens)))[:, None, :])
+    seen = seen.reshape(rows, query_blocks, size, key_blocks, size).swapaxes(2, 3)  # [B, I, J, size, size]
+    near = (window == 0) | (asked[:, :, None] - held[:, None, :] < window)
+    near = near.reshape(seen.shape[:2] + (size, key_blocks, size)).swapaxes(2, 3)
+    left, all_of_it = (seen & near).any(axis=(3, 4)), (seen & near).all(axis=(3, 4))
+    reaches = [tables.Reach.of(jnp.asarray(x), size) for x in (asked, held)]
+    for table, counts, along in ((made.by_query, made.query_counts, True), (made.by_key, made.key_counts, False)):
+        entries, spans = (np.asarray(x) for x in within(table, counts, window, *reaches, along_queries=along))
+        listed, full = np.zeros(entries.shape, int), np.zeros(entries.shape, bool)
+        for row, block in np.ndindex(entries.shape[:2]):
+            chosen = entries[row, block, slice(*spans[row, block])]
+            np.add.at(listed[row, block], chosen >> 1, 1)
+            full[row, block][chosen >> 1] = chosen & tables.FULL
+            assert (np.diff(chosen >> 1) > 0).all()
+        if not along:
+            listed, full = listed.swapaxes(1, 2), full.swapaxes(1, 2)
+        assert (listed[left] == 1).all() and not listed[~seen.any(axis=(3, 4))].any()
+        assert not full[~all_of_it].any()
+        if stretch == 1:  # indices tell exactly what a window leaves
+            cut = seen.any(axis=(3, 4)) & ~near.any(axis=(3, 4))
+            np.testing.assert_array_equal(full, all_of_it)
+            assert not listed[cut].any()
 
 
 def test_pairs_beyond_31_bits_are_refused() -> None:

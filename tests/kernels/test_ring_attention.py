@@ -58,7 +58,7 @@ def test_chunks_that_are_no_part_of_the_rows_are_refused() -> None:
 
 def test_a_row_that_cannot_be_cut_equally_is_refused() -> None:
     def run(end: jax.Array) -> jax.Array:
-        make_ring_plan(end, axis="ring", groups=1, head_width=8)
+        make_ring_plan(end, axis="ring", groups=1, head_width=8, dtype="float32")
         return end
 
     with pytest.raises(ValueError, match="rows of 15 tokens cannot be cut into 2 equal chunks; pad them"):

@@ -49,11 +49,13 @@ def test_rows_that_a_mesh_cannot_split_are_refused_with_what_it_could(lengths: t
         session.check_rows(session.packed_sections(config), jax.sharding.AbstractMesh(lengths, AXES))
 
 
-def test_kernels_for_tpus_are_refused_where_there_are_none() -> None:
+@pytest.mark.parametrize(("attention", "devices"), [("tpu", "TPUs"), ("mosaic_gpu", "Hopper GPUs")])
+def test_kernels_are_refused_where_their_devices_are_not(attention: str, devices: str) -> None:
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("one",))
     session.check_attention(ModelConfig(attention="auto"), mesh)
-    with pytest.raises(ConfigError, match="ModelConfig.attention='tpu' needs TPUs, and these devices are 'cpu'; set"):
-        session.check_attention(ModelConfig(attention="tpu"), mesh)
+    message = f"ModelConfig.attention='{attention}' needs {devices}, and these devices are 'cpu'; set"
+    with pytest.raises(ConfigError, match=message):
+        session.check_attention(ModelConfig(attention=attention), mesh)
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ def make_plan(
     *,
     groups: int,
     head_width: int,
+    dtype: str | jnp.dtype,
     queries: int | None = None,
     first: int | jax.Array = 0,
     behind: bool = False,
@@ -48,6 +49,7 @@ def make_plan(
         end: [B, T] int32, as ``interval_attention`` takes it.
         groups: N / K, query heads that share a KV head.
         head_width: H.
+        dtype: of the queries, keys and values.
         queries: how many queries there are; T when None.
         first: index of the first query.
         behind: the queries may lie behind keys that are not theirs (``first`` > 0 though there are T of them), so
@@ -58,7 +60,8 @@ def make_plan(
         ValueError: the implementation is unknown, does not run on these devices or cannot take the shape.
     """
     rows, tokens = end.shape
-    shape = Shape(rows, tokens if queries is None else queries, tokens, groups, head_width, behind)
+    dtype = jnp.dtype(dtype).name
+    shape = Shape(rows, tokens if queries is None else queries, tokens, groups, head_width, dtype, behind)
     name = chosen(implementation, shape)
     return Plan(BACKENDS[name].plan(end, first, shape), name)
 
@@ -99,8 +102,9 @@ def interval_attention(
         query_positions: [B, Q] int32, those of the queries; None takes them from ``positions``, where all of their
             tokens must then be.
         plan: ``make_plan`` of ``end``, for batches that attend more than once; made here when None.
-        implementation: "xla" is plain JAX, linear in T in memory; "tpu" the kernels for TPUs; "tpu_interpreted" those
-            without a TPU, slowly; "reference" builds the whole mask; "auto" picks by the devices (``docs/kernels.md``).
+        implementation: "xla" is plain JAX, linear in T in memory; "tpu" the kernels for TPUs; "mosaic_gpu" those for
+            Hopper GPUs; "tpu_interpreted" and "mosaic_gpu_interpreted" run them without such a device, slowly;
+            "reference" builds the whole mask; "auto" picks by the devices (``docs/kernels.md``).
             A plan that is given has picked already.
 
     Returns:
@@ -158,7 +162,7 @@ def interval_attention_with_lse(
             raise ValueError(f"{name} has shape {integers.shape}; one integer per token needs {(batch, tokens)}")
     if plan is None:
         groups = heads // k.shape[2]
-        options = {"groups": groups, "head_width": width, "queries": queries, "first": first}
+        options = {"groups": groups, "head_width": width, "dtype": q.dtype, "queries": queries, "first": first}
         options["behind"] = not (isinstance(first, int) and first == 0)
         plan = make_plan(end, **options, implementation=implementation)
     index, query = jnp.arange(tokens, dtype=jnp.int32), first + jnp.arange(queries, dtype=jnp.int32)

@@ -9,10 +9,13 @@ from typing import Any, Literal
 import jax
 
 from jaxrl_kernels.interval_attention import plan, reference, tpu, xla
-from jaxrl_kernels.interval_attention.blocks import blocks_for
+from jaxrl_kernels.interval_attention.blocks import HOPPER, HOPPER_WIDTHS, blocks_for
 from jaxrl_kernels.interval_attention.pairs import Pairs, longest_list, make_pairs
+from jaxrl_kernels.interval_attention.tables import Tables, make_tables
 
-Implementation = Literal["auto", "xla", "tpu", "tpu_interpreted", "reference"]
+Implementation = Literal["auto", "xla", "tpu", "tpu_interpreted", "mosaic_gpu", "mosaic_gpu_interpreted", "reference"]
+
+HOPPER_KINDS = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H20", "NVIDIA H800", "NVIDIA GH200")
 
 LONGEST_LIST = 1 << 17
 """Entries of a list of pairs: half of the scalar memory of a TPU, which has 1 MiB."""
@@ -20,14 +23,15 @@ LONGEST_LIST = 1 << 17
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a plan is made for: queries and tokens of a row, query heads that share a KV head, their width, and whether
-    the queries may lie behind keys that are not theirs."""
+    """What a plan is made for: queries and tokens of a row, query heads that share a KV head, their width and type, and
+    whether the queries may lie behind keys that are not theirs."""
 
     rows: int
     queries: int
     tokens: int
     groups: int
     head_width: int
+    dtype: str
     behind: bool = False
 
 
@@ -41,13 +45,13 @@ class Backend:
         attend: ``(q, k, v, end, window, first, scale, soft_cap, places, the plan)`` -> what is attended to
             [B, Q, N, H] in q's type and the log-sum-exp [B, Q, N] in float32; both can be differentiated. Tokens of
             padding hold zeros. ``places`` are the positions of queries [B, Q] and keys [B, T], or None.
-        devices: beginning of the kinds of device, as jax says them, that it runs on; empty = all.
+        devices: beginnings of the kinds of device, as jax says them, that it runs on.
         fits: whether it can take a shape.
     """
 
     plan: Callable[[jax.Array, int | jax.Array, Shape], Any]
     attend: Callable[..., tuple[jax.Array, jax.Array]]
-    devices: str = ""
+    devices: tuple[str, ...] = ("",)
     fits: Callable[[Shape], bool] = lambda shape: True
 
 
@@ -71,16 +75,36 @@ def _has_room(shape: Shape) -> bool:
     return longest_list(shape.rows, shape.queries, shape.tokens, blocks, shape.behind) <= LONGEST_LIST
 
 
+def _tables(end: jax.Array, first: int | jax.Array, shape: Shape) -> Tables:
+    return make_tables(end, queries=shape.queries, first=first, blocks=HOPPER)
+
+
+def _attend_on_hopper(*arguments: Any, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    # Its compiler takes a third of a second to load, and is not in every build of jax: only who uses it needs it.
+    from jaxrl_kernels.interval_attention import mosaic_gpu
+
+    return mosaic_gpu.interval_attention(*arguments, interpret=interpret)
+
+
+def _multiplies(shape: Shape) -> bool:
+    return shape.head_width in HOPPER_WIDTHS and shape.dtype in ("bfloat16", "float16")
+
+
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(_key_blocks, xla.interval_attention),
-    "tpu": Backend(_pairs, tpu.interval_attention, devices="TPU", fits=_has_room),
+    "tpu": Backend(_pairs, tpu.interval_attention, devices=("TPU",), fits=_has_room),
     "tpu_interpreted": Backend(_pairs, functools.partial(tpu.interval_attention, interpret=True)),
+    "mosaic_gpu": Backend(
+        _tables, functools.partial(_attend_on_hopper, interpret=False), devices=HOPPER_KINDS, fits=_multiplies
+    ),
+    "mosaic_gpu_interpreted": Backend(_tables, functools.partial(_attend_on_hopper, interpret=True)),
     "reference": Backend(lambda end, first, shape: (), reference.interval_attention),
 }
-"""By the name that ``implementation`` gives. The interpreted one is for tests on machines without a TPU."""
+"""By the name that ``implementation`` gives. Interpreted ones are for tests on machines without a TPU or GPU."""
 
 AUTOMATIC = ("tpu", "xla")
-"""What "auto" tries, in order: the first that runs on the device and takes the shape."""
+"""What "auto" tries, in order: the first that runs on the device and takes the shape. Not yet "mosaic_gpu", whose
+products no interpreter has."""
 
 
 def chosen(implementation: str, shape: Shape) -> str:
@@ -97,12 +121,14 @@ def chosen(implementation: str, shape: Shape) -> str:
                 continue
             if backend.fits(shape):
                 return name
-            warnings.warn(f"interval attention: {name!r} has no room for {shape}; takes another backend", stacklevel=2)
+            warnings.warn(f"interval attention: {name!r} cannot take {shape}; takes another backend", stacklevel=2)
     if implementation not in BACKENDS:
         raise ValueError(f"implementation={implementation!r} is unknown; choose auto, {', '.join(BACKENDS)}")
     backend = BACKENDS[implementation]
     if not kind.startswith(backend.devices):
-        raise ValueError(f"implementation={implementation!r} needs a {backend.devices}, not {kind!r}; choose auto")
+        raise ValueError(
+            f"implementation={implementation!r} needs a {' or '.join(backend.devices)}, not {kind!r}; choose auto"
+        )
     if not backend.fits(shape):
-        raise ValueError(f"implementation={implementation!r} has no room for {shape}; take fewer rows, or choose auto")
+        raise ValueError(f"implementation={implementation!r} cannot take {shape} (docs/kernels.md); choose auto")
     return implementation

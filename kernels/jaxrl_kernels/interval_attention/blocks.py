@@ -27,6 +27,12 @@ that share a KV head."""
 FALLBACK = (512, 256)
 """For every other device and head width up to 256."""
 
+HOPPER = Blocks(128, 128)
+"""Of the kernels for Hopper GPUs. A warpgroup computes half of one: 64 rows, which is what its products take and what
+its registers hold."""
+HOPPER_WIDTHS = (64, 128)
+"""Head widths that these kernels take; the sums of a wider head do not fit into registers."""
+
 
 def blocks_for(kind: str, head_width: int, groups: int, queries: int, tokens: int) -> Blocks:
     """Sizes for a device and a shape; says once where the table has none.
@@ -41,10 +47,21 @@ def blocks_for(kind: str, head_width: int, groups: int, queries: int, tokens: in
     if (kind, head_width) not in TABLE:
         warnings.warn(
             f"interval attention has no block sizes for head width {head_width} on {kind!r}; takes {FALLBACK} "
-            "(rows of scores, keys); measure some and add a line to interval_attention/blocks.py",
+            "(rows of scores, keys); `jaxrl bench kernels --tune` measures some for interval_attention/blocks.py",
             stacklevel=2,
         )
-    rows, keys = TABLE.get((kind, head_width), FALLBACK)
+    return fitting(*TABLE.get((kind, head_width), FALLBACK), groups, queries, tokens)
+
+
+def fitting(rows: int, keys: int, groups: int, queries: int, tokens: int) -> Blocks:
+    """The largest sizes for a shape of at most so many rows of scores and keys.
+
+    Args:
+        rows, keys: as in the table.
+        groups: query heads that share a KV head.
+        queries: of a row.
+        tokens: of a row, which are its keys.
+    """
     # A power of two, so that the query of a row of scores is found with a mask of bits.
     share = _power_within(max(LANES, rows // groups))
     keys = max(LANES, min(keys, _power_within(max(1, rows * keys // (share * groups)))))

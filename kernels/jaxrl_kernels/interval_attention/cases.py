@@ -81,6 +81,7 @@ CASES = (
     Case("nothing", "nothing"),
     Case("window", "segments", window=3),
     Case("window_one", "causal", window=1),
+    Case("few_heads", "segments", batch=1, query_heads=2, kv_heads=1),
     Case("heads_equal", "segments", kv_heads=4),
     Case("one_kv_head", "tree", kv_heads=1),
     Case("bfloat16", "segments", dtype="bfloat16"),

@@ -86,6 +86,22 @@ def make_pairs(end: jax.Array, *, queries: int, first: int | jax.Array, blocks: 
         blocks: sizes of the blocks.
         behind: the queries may lie behind keys that are not theirs.
     """
+    needed, full = relations(end, queries=queries, first=first, blocks=blocks)
+    length = longest_list(end.shape[0], queries, end.shape[1], blocks, behind)
+    by_query, queries_listed = _listed(needed, full, length)
+    by_key, keys_listed = _listed(needed.swapaxes(1, 2), full.swapaxes(1, 2), length)
+    return Pairs(by_query[None], by_key[None], jnp.stack([queries_listed, keys_listed])[None], blocks)
+
+
+def relations(end: jax.Array, *, queries: int, first: int | jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """Which pairs of blocks have a visible pair of tokens, and in which all are visible: two [B, I, J] of bools.
+
+    Args:
+        end: [B, T] int32, as ``interval_attention`` takes it.
+        queries: how many queries there are.
+        first: index of the first query.
+        blocks: sizes of the blocks.
+    """
     query_blocks, key_blocks = blocks_of(queries, blocks.queries), blocks_of(end.shape[1], blocks.keys)
     ends = jnp.pad(end, ((0, 0), (0, key_blocks * blocks.keys - end.shape[1])))
     ends = ends.reshape(-1, 1, key_blocks, blocks.keys)
@@ -94,10 +110,7 @@ def make_pairs(end: jax.Array, *, queries: int, first: int | jax.Array, blocks: 
     last_query, last_key = first_query + blocks.queries - 1, first_key + blocks.keys - 1
     needed = (first_key <= last_query) & (first_query < ends.max(axis=3))
     full = (last_key <= first_query) & (last_query < ends.min(axis=3))
-    length = longest_list(end.shape[0], queries, end.shape[1], blocks, behind)
-    by_query, queries_listed = _listed(needed, full, length)
-    by_key, keys_listed = _listed(needed.swapaxes(1, 2), full.swapaxes(1, 2), length)
-    return Pairs(by_query[None], by_key[None], jnp.stack([queries_listed, keys_listed])[None], blocks)
+    return needed, full & needed
 
 
 def longest_list(rows: int, queries: int, tokens: int, blocks: Blocks, behind: bool = False) -> int:
@@ -117,6 +130,6 @@ def _listed(needed: jax.Array, full: jax.Array, length: int) -> tuple[jax.Array,
     begins = jnp.cumsum(listed, axis=2) == 1
     ends = jnp.cumsum(listed[:, :, ::-1], axis=2)[:, :, ::-1] == 1
     flags = jnp.where(begins, FIRST, 0) | jnp.where(ends, LAST, 0)
-    flags |= jnp.where(full & needed, FULL, 0) | jnp.where(needed, 0, EMPTY)
+    flags |= jnp.where(full, FULL, 0) | jnp.where(needed, 0, EMPTY)
     (places,) = jnp.nonzero(listed.reshape(-1), size=length, fill_value=0)
     return code.pack(row, block, partner, flags).reshape(-1)[places], listed.sum(dtype=jnp.int32)

@@ -33,7 +33,13 @@ class _Mask:
 
 
 def make_ring_plan(
-    end: jax.Array, *, axis: str, groups: int, head_width: int, implementation: Implementation = "auto"
+    end: jax.Array,
+    *,
+    axis: str,
+    groups: int,
+    head_width: int,
+    dtype: str | jnp.dtype,
+    implementation: Implementation = "auto",
 ) -> RingPlan:
     """The plans of this device, for every layer and window. Call it under ``jax.shard_map``.
 
@@ -42,6 +48,7 @@ def make_ring_plan(
         axis: of the mesh, along which rows are cut; its length divides T.
         groups: N / K, query heads that share a KV head.
         head_width: H.
+        dtype: of the queries, keys and values.
         implementation: as ``interval_attention`` takes it.
 
     Raises:
@@ -53,7 +60,8 @@ def make_ring_plan(
     length = end.shape[1] // devices
 
     def plan(step: int) -> Plan:
-        options = {"groups": groups, "head_width": head_width, "queries": length, "implementation": implementation}
+        options = {"groups": groups, "head_width": head_width, "dtype": dtype}
+        options |= {"queries": length, "implementation": implementation}
         source = (own - step) % devices
         first = (own - source) * length if step else 0
         return make_plan(_chunk_of_ends(end, source, length), first=first, behind=step > 0, **options)
@@ -100,7 +108,7 @@ def ring_attention(
             f"[B, {length * devices}] of whole rows; got {k.shape}, {end.shape}"
         )
     if plan is None:
-        shape = {"groups": q.shape[2] // k.shape[2], "head_width": q.shape[3]}
+        shape = {"groups": q.shape[2] // k.shape[2], "head_width": q.shape[3], "dtype": q.dtype}
         plan = make_ring_plan(end, axis=axis, **shape, implementation=implementation)
     mask = _Mask(end, positions, jnp.asarray(window, jnp.int32), plan)
     return _attend(_Ring(axis, devices, scale, soft_cap), q, k, v, mask)
