@@ -76,6 +76,14 @@ def test_kl_gradients_point_where_the_docstring_says(estimator: Any) -> None:
         assert value == pytest.approx(float(forward(logits)), abs=1e-6)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs", "k3+"])
+def test_a_kl_is_nothing_where_nothing_was_sampled(estimator: Any) -> None:
+    """Whatever stands there, beside a token where it is something."""
+    own, other = jnp.array([[-1.0, jnp.nan, -3.0]]), jnp.array([[-2.0, -7.0, jnp.nan]])
+    got = np.asarray(divergence.kl(own, other, jnp.array([[1.0, 0.0, 0.0]]), estimator))
+    assert got[0, 0] > 0 and (got[0, 1:] == 0).all()
+
+
 def test_a_small_kl_is_measured_by_more_than_rounding() -> None:
     value = divergence.kl(jnp.array([[1e-3]]), jnp.zeros((1, 1)), jnp.ones((1, 1)), "k3")
     assert float(value[0, 0]) == pytest.approx(0.5e-6 - 1e-9 / 6, rel=1e-3)
