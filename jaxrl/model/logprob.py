@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.config import ModelConfig
-from jaxrl.mesh import COMPUTE_RULES, compute_spec, per_shard, to_compute
+from jaxrl.mesh import compute_axes, compute_spec, per_shard, to_compute
 from jaxrl.model.lora import ADAPTERS, RANK, A, B
 from jaxrl.model.moe import Load
 from jaxrl.model.transformer import Params, hidden_states_and_load
@@ -57,8 +57,8 @@ def token_logprobs(
         temperature: logits are divided by it; > 0.
     """
     rows, head = ("batch", "tokens"), _head(params, hidden.dtype)
-    axis = None if jax.sharding.get_abstract_mesh().empty else COMPUTE_RULES["vocab"]
-    options = {"soft_cap": config.logit_soft_cap, "chunk": config.logprob_chunk, "vocab_axis": axis}
+    axes = compute_axes("vocab") or None
+    options = {"soft_cap": config.logit_soft_cap, "chunk": config.logprob_chunk, "vocab_axis": axes}
 
     def score(
         hidden: jax.Array, targets: jax.Array, temperature: jax.Array, *head: jax.Array

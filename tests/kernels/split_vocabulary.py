@@ -1,4 +1,4 @@
-"""Run by test_linear_logprob.py with four virtual devices: prints how far results and gradients are from one device."""
+"""Run by test_linear_logprob.py with eight virtual devices: prints how far results and gradients are from one device."""
 
 import functools
 import json
@@ -16,14 +16,15 @@ CASE = Case("split", tokens=12, rank=3, soft_cap=1.5, temperature=0.6)
 
 
 def split(hidden: jax.Array, head: tuple[jax.Array, ...], targets: jax.Array, **options: float) -> LinearLogprob:
-    """Tokens over one axis of two devices, the vocabulary over the other."""
-    mesh = jax.make_mesh((2, 2), ("rows", "vocabulary"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    """Tokens over one axis of two devices, the vocabulary over the other two."""
+    axes = "outer", "inner"
+    mesh = jax.make_mesh((2, 2, 2), ("rows", *axes), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     rows, whole = PartitionSpec("rows"), PartitionSpec()
-    heads = PartitionSpec("vocabulary"), whole, PartitionSpec(None, "vocabulary")
+    heads = PartitionSpec(axes), whole, PartitionSpec(None, axes)
 
     def score(hidden: jax.Array, head: tuple[jax.Array, ...], targets: jax.Array) -> LinearLogprob:
-        assert head[0].shape[0] == CASE.vocabulary // 2
-        return linear_logprob(hidden, head, targets, chunk=4, vocab_axis="vocabulary", **options)
+        assert head[0].shape[0] == CASE.vocabulary // 4
+        return linear_logprob(hidden, head, targets, chunk=4, vocab_axis=axes, **options)
 
     sharded = jax.shard_map(score, mesh=mesh, in_specs=(rows, heads, rows), out_specs=rows, check_vma=False)
     return sharded(hidden, head, targets)

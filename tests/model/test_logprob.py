@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jaxrl.config import ModelConfig
+from jaxrl.config import MeshConfig, ModelConfig
+from jaxrl.mesh import make_mesh
 from jaxrl.model.logprob import logits, square_sum, token_logprobs
 
 CONFIG = ModelConfig(vocab_size=40, width=12, logprob_chunk=8)
@@ -94,3 +95,11 @@ def test_sums_of_squared_probabilities(golden: Callable[[str], list[dict[str, An
         got = square_sum(jnp.asarray(case["inputs"]["logits"]))
         np.testing.assert_allclose(got, case["outputs"]["sum_pi_squared"], rtol=1e-5)
     assert len(cases) == 3
+
+
+def test_a_mesh_of_one_device_changes_nothing() -> None:
+    params, hidden, targets = inputs(CONFIG)
+    plain = token_logprobs(params, CONFIG, hidden, targets)
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        meshed = token_logprobs(params, CONFIG, hidden, targets)
+    jax.tree.map(np.testing.assert_array_equal, meshed, plain)

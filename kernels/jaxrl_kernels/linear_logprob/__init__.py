@@ -11,11 +11,9 @@ Implementation = Literal["auto", "xla", "reference"]
 
 
 class LinearLogprob(NamedTuple):
-    """What a distribution over the vocabulary says of one token, [...] float32 each, in nats."""
+    """What distributions over the vocabulary say of given tokens, [T] float32 each, in nats."""
 
     logprob: jax.Array
-    log_total: jax.Array
-    """Log-sum-exp of the scaled logits."""
     entropy: jax.Array
 
 
@@ -27,13 +25,13 @@ def linear_logprob(
     temperature: float | jax.Array = 1.0,
     soft_cap: float = 0.0,
     chunk: int = 1024,
-    vocab_axis: str | None = None,
+    vocab_axis: str | tuple[str, ...] | None = None,
     implementation: Implementation = "auto",
 ) -> LinearLogprob:
     """Score ``targets`` under ``softmax(hidden @ matrix.T / temperature)``; softmax and sums in float32.
 
-    All three results can be differentiated for ``hidden`` and ``head``; the backward pass forms each chunk's logits
-    again and keeps nothing else of the vocabulary's size.
+    Both results can be differentiated for ``hidden`` and ``head``; the backward pass forms each chunk's logits again.
+    Beside them it holds the gradient of ``head`` in float32, in which the chunks' parts are added up.
 
     Args:
         hidden: [T, D].
@@ -42,9 +40,9 @@ def linear_logprob(
         temperature: logits are divided by it; > 0. It is not differentiated.
         soft_cap: logits become ``soft_cap * tanh(logit / soft_cap)`` before that; 0 = they stay.
         chunk: tokens whose logits exist at once.
-        vocab_axis: axis of the mesh that splits the vocabulary, under ``jax.shard_map`` with ``check_vma=False``:
-            ``matrix`` and the last factor are then this device's part, in order, ``hidden`` and ``targets`` are the
-            same on all devices of the axis, and so are the results.
+        vocab_axis: axis of the mesh, or axes, that split the vocabulary, under ``jax.shard_map`` with
+            ``check_vma=False``: ``matrix`` and the last factor are then this device's part, in order, ``hidden`` and
+            ``targets`` are the same on all devices of the axis, and so are the results.
         implementation: "xla" is plain JAX; "reference" holds all logits and takes no ``vocab_axis``.
 
     Raises:

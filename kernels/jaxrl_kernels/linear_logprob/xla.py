@@ -3,7 +3,6 @@
 With p the probabilities, L the log-sum-exp and H the entropy of scaled logits s, the gradient for s is
 
     of the log-probability of y   onehot(y) - p
-    of L                          p
     of H                          -p (s - L + H)
 
 and a chunk's logits, formed again in the backward pass, need no more than L and H of the forward one.
@@ -19,8 +18,8 @@ from jaxrl_kernels.chunks import cut, joined
 from jaxrl_kernels.linear_logprob.scores import linear_scores
 from jaxrl_kernels.softmax import soft_capped
 
-Results = tuple[jax.Array, jax.Array, jax.Array]
-"""Log-probability, log-sum-exp and entropy, [T] each."""
+Results = tuple[jax.Array, jax.Array]
+"""Log-probability and entropy, [T] each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Settings:
 
     soft_cap: float
     chunk: int
-    vocab_axis: str | None
+    vocab_axis: str | tuple[str, ...] | None
 
     def total(self, parts: jax.Array) -> jax.Array:
         """The sum over the parts of the vocabulary."""
@@ -62,7 +61,7 @@ def linear_logprob(
 def _forward(
     settings: Settings, hidden: jax.Array, head: tuple[jax.Array, ...], targets: jax.Array, temperature: jax.Array
 ) -> tuple[Results, tuple]:
-    def score(_: None, piece: tuple[jax.Array, jax.Array]) -> tuple[None, Results]:
+    def score(_: None, piece: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, ...]]:
         hidden, targets = piece
         scaled = scaled_scores(settings, hidden, head, temperature)
         top = settings.largest(scaled.max(axis=-1))
@@ -75,7 +74,7 @@ def _forward(
 
     _, pieces = jax.lax.scan(score, None, (cut(hidden[None], settings.chunk), cut(targets[None], settings.chunk)))
     logprob, log_total, entropy = (joined(piece, 1, len(targets))[0] for piece in pieces)
-    return (logprob, log_total, entropy), (hidden, head, targets, temperature, log_total, entropy)
+    return (logprob, entropy), (hidden, head, targets, temperature, log_total, entropy)
 
 
 def _backward(settings: Settings, saved: tuple, gradients: Results) -> tuple:
@@ -84,17 +83,19 @@ def _backward(settings: Settings, saved: tuple, gradients: Results) -> tuple:
     gradients = settings.total(jnp.stack(gradients))
 
     def differentiate(sums: tuple[jax.Array, ...], piece: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
-        hidden, targets, log_total, entropy, (of_logprob, of_total, of_entropy) = (*piece[:4], piece[4].T[..., None])
+        hidden, targets, log_total, entropy, (of_logprob, of_entropy) = (*piece[:4], piece[4].T[..., None])
         scaled, pull = jax.vjp(lambda hidden, head: scaled_scores(settings, hidden, head, temperature), hidden, head)
         logprobs = scaled - log_total[:, None]
-        factor = of_logprob - of_total + of_entropy * (logprobs + entropy[:, None])
+        factor = of_logprob + of_entropy * (logprobs + entropy[:, None])
         hit = jnp.where(settings.hits(targets, scaled.shape[1]), of_logprob, 0.0)
         hidden_gradient, head_gradient = pull(hit - jnp.exp(logprobs) * factor)
-        return jax.tree.map(jnp.add, sums, head_gradient), hidden_gradient
+        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, head_gradient), hidden_gradient
 
     pieces = [cut(x[None], settings.chunk) for x in (hidden, targets, log_total, entropy, gradients.T)]
-    # In float32 they would take twice the memory of the matrix, on every device that has it whole.
-    head_gradient, hidden_gradient = jax.lax.scan(differentiate, jax.tree.map(jnp.zeros_like, head), pieces)
+    # Rounded to bfloat16 after every chunk, the sum of a thousand of them would be off by a sixth.
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
+    sums, hidden_gradient = jax.lax.scan(differentiate, nothing, pieces)
+    head_gradient = jax.tree.map(lambda total, x: total.astype(x.dtype), sums, head)
     return joined(hidden_gradient, 1, len(targets))[0], head_gradient, None, None
 
 
