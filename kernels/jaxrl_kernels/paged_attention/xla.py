@@ -41,14 +41,15 @@ def paged_attention(
     groups = heads // kv_heads
     q = (q * options.scale).astype(q.dtype).reshape(rows, count, kv_heads, groups, width)
     q = jnp.einsum("rckgh->rkgch", q).reshape(rows, kv_heads, groups * count, width)
-    last = positions.max(axis=1)
+    last, pools = positions.max(axis=1), (key_pages, value_pages)
 
     def look(index: jax.Array, running: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, output = running
         ids = jax.lax.dynamic_slice_in_dim(page_table, index * pages, pages, axis=1)
         key = index * block + jnp.arange(block, dtype=jnp.int32)
         held = (key <= last[:, None])[:, None, :, None]
-        k, v = (jnp.einsum("rpkth->rkpth", pool.at[ids].get(mode="clip")) for pool in (key_pages, value_pages))
+        parts = jnp.clip(ids, 0, len(key_pages) - 1)[:, None] * kv_heads + jnp.arange(kv_heads)[:, None]
+        k, v = (pool.reshape(-1, page, width).at[parts].get(mode="promise_in_bounds") for pool in pools)
         k, v = (x.reshape(rows, kv_heads, block, width) for x in (k, v))
         v = jnp.where(held, v, 0)
         query = positions[:, None, None, :, None]
