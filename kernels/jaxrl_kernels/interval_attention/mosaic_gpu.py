@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxrl_kernels.interval_attention.pairs import Blocks
 from jaxrl_kernels.interval_attention.plan import blocks_of
 from jaxrl_kernels.interval_attention.tables import FULL, Reach, Tables, in_window
-from jaxrl_kernels.softmax import MASKED, soft_capped
+from jaxrl_kernels.softmax import MASKED
 
 COMPUTING = 2
 """Warpgroups that compute; one more copies."""
@@ -272,7 +272,7 @@ def _forward_kernel(
             (k_tile, v_tile, mask), (weighted, top, total) = tiles, sums
             entry = listed[at.row, at.block, step]
             scores = _product(settings, q_tile, k_tile, turned=True)
-            scores = soft_capped(scores, settings.soft_cap) * LOG2_E
+            scores = _capped(settings, scores) * LOG2_E
 
             def masked(scores: jax.Array) -> jax.Array:
                 places = at.begin, (entry >> 1) * keys
@@ -349,7 +349,7 @@ def _query_kernel(
             def masked(weights: jax.Array) -> jax.Array:
                 return _masked(weights, 0.0, 0, (at.begin, first), scalars, mask, asked_tile)
 
-            scores = soft_capped(_product(settings, q_tile, k_tile, turned=True), settings.soft_cap)
+            scores = _capped(settings, _product(settings, q_tile, k_tile, turned=True))
             weights = jnp.exp2(scores * LOG2_E - _along(statistic[0], 0, scores.shape))
             slopes = _slopes(settings, scores, _unless_full(entry, masked, weights))
             of_weights = _product(settings, gradient_tile, v_tile, turned=True)
@@ -412,7 +412,7 @@ def _key_kernel(
             def masked(weights: jax.Array) -> jax.Array:
                 return _masked(weights, 0.0, 1, (first, at.begin), scalars, mask, asked_tile)
 
-            scores = soft_capped(_product(settings, k_tile, q_tile, turned=True), settings.soft_cap)
+            scores = _capped(settings, _product(settings, k_tile, q_tile, turned=True))
             weights = jnp.exp2(scores * LOG2_E - _along(statistic[0], 1, scores.shape))
             weights = _unless_full(entry, masked, weights)
             slopes = _slopes(settings, scores, weights)
@@ -519,6 +519,12 @@ def _product(settings: Settings, left, right, total: jax.Array | None = None, *,
         return sums[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+
+
+def _capped(settings: Settings, scores: jax.Array) -> jax.Array:
+    """As ``soft_capped``, by an exponential: of its own tanh a GPU has 11 bits, which decoding would not agree with."""
+    cap = settings.soft_cap
+    return cap - 2 * cap / (1 + jnp.exp2(scores * (2 * LOG2_E / cap))) if cap else scores
 
 
 def _slopes(settings: Settings, scores: jax.Array, weights: jax.Array) -> jax.Array:
