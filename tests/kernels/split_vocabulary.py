@@ -1,4 +1,4 @@
-"""Run by test_linear_logprob.py with eight virtual devices: prints how far results and gradients are from one device."""
+"""Run by test_linear_logprob.py with eight virtual devices: how far results and gradients are from one device."""
 
 import functools
 import json
