@@ -60,10 +60,11 @@ RUNS: tuple[tuple[str, str, remedies.Settings], ...] = (
     ("30B-A3B", "h200x64", {}),
     (
         "235B-A22B",
-        "h200x256",
+        "h200x512",
         {
+            "ModelConfig.expert_chunk": 2048,
             "MeshConfig.rollout_tensor": 8,
-            "MeshConfig.context": 2,
+            "MeshConfig.context": 4,
             "TrainConfig.rows": 128,
             "OptimizerConfig.offload": True,
             "EngineConfig.pages": 2048,
