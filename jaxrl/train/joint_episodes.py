@@ -10,8 +10,12 @@ from typing import Any
 
 from jaxrl.config import ConfigError, EnvConfig
 from jaxrl.episodes import JointPlay, Player, play_episode
-from jaxrl.records import Problem, Trajectory
+from jaxrl.records import Problem, StopReason, Trajectory
 from jaxrl.rl.methods import configured
+
+
+class Spoiled(Exception):
+    """A fault of ours ended an agent, so nothing that depends on it means anything."""
 
 
 class JointEpisode:
@@ -21,15 +25,26 @@ class JointEpisode:
         problem: that the episode is about.
     """
 
-    def __init__(self, player: Player, problem: Problem, draw: int, number: int, samples: int) -> None:
+    def __init__(
+        self, tasks: asyncio.TaskGroup, player: Player, problem: Problem, draw: int, number: int, samples: int
+    ) -> None:
         self.problem = problem
-        self._player, self._draw, self._number = player, draw, number
+        self._tasks, self._player, self._draw, self._number = tasks, player, draw, number
         self._samples = itertools.count(number, samples)
+        self._played: list[Trajectory] = []
+
+    @property
+    def spoiled(self) -> tuple[Trajectory, ...]:
+        """Everything that was played, none of it trainable, if a fault of ours ended an agent; else nothing."""
+        if all(one.trainable for one in self._played):
+            return ()
+        return tuple(dataclasses.replace(one, stop_reason=StopReason.INFRA_ERROR) for one in self._played)
 
     def play(self, role: str, question: str = "", answer: str = "") -> Coroutine[Any, Any, Trajectory]:
         """Let one agent play to its end, with tools, and grade it; await what this gives back.
 
-        The order of the calls names the random keys of what agents write, so no timing may decide it.
+        The order of the calls names the random keys of what agents write, so no timing may decide it. A fault of ours
+        that ends an agent ends the episode: all that plays in it is cancelled, and nothing of it is trained on.
 
         Args:
             role: by which advantages tell agents apart.
@@ -42,8 +57,15 @@ class JointEpisode:
         return self._play(role, asked, next(self._samples))
 
     async def _play(self, role: str, asked: Problem, sample: int) -> Trajectory:
+        return await self._tasks.create_task(self._play_out(role, asked, sample))  # it never outlives the episode
+
+    async def _play_out(self, role: str, asked: Problem, sample: int) -> Trajectory:
         trajectory = await play_episode(self._player, asked, self._draw, sample)
-        return dataclasses.replace(trajectory, role=role, episode=self._number)
+        trajectory = dataclasses.replace(trajectory, role=role, episode=self._number)
+        self._played.append(trajectory)
+        if not trajectory.trainable:
+            raise Spoiled(f"{role} of episode {self._number} of draw {self._draw} ended through a fault of ours")
+        return trajectory
 
 
 async def draft_and_revise(episode: JointEpisode, *, revisers: int = 2, shown: int = 80) -> list[Trajectory]:
@@ -85,11 +107,20 @@ def joint_play(config: EnvConfig) -> JointPlay | None:
     if not inspect.iscoroutinefunction(method):
         raise ConfigError(f"{key} plays episodes, so it must be an async def")
 
+    async def play_one(player: Player, problem: Problem, draw: int, number: int, samples: int) -> Any:
+        together: Any = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                episode = JointEpisode(tasks, player, problem, draw, number, samples)
+                together = await method(episode)
+        except* Spoiled:
+            pass
+        return episode.spoiled or together
+
     async def play(player: Player, problem: Problem, draw: int, samples: int) -> tuple[Trajectory, ...]:
         async with asyncio.TaskGroup() as tasks:
             episodes = [
-                tasks.create_task(method(JointEpisode(player, problem, draw, number, samples)))
-                for number in range(samples)
+                tasks.create_task(play_one(player, problem, draw, number, samples)) for number in range(samples)
             ]
         played = [_checked(key, one.result(), draw, number) for number, one in enumerate(episodes)]
         return tuple(trajectory for together in played for trajectory in together)

@@ -10,7 +10,7 @@ import pytest
 from jaxrl import config as configuration
 from jaxrl.config import AlgorithmConfig, ChatConfig, ConfigError, EnvConfig
 from jaxrl.episodes import Player, play_group
-from jaxrl.records import Group, Problem
+from jaxrl.records import Group, Problem, RewardStatus
 from jaxrl.rl import algorithm
 from jaxrl.rl.advantages.roles import hierarchical
 from jaxrl.rl.outcomes import Recorded, of_trajectories
@@ -25,14 +25,21 @@ SAID = {0: "15", 1: "16", 2: "14", 3: "15", 4: "15", 5: "16", 6: "16", 7: "15", 
 """What sample k + 3 a answers, the agent a of episode k; 15 is right."""
 
 
-def played(config: EnvConfig) -> Group:
+class Failing(Verifier):
+    """Breaks where the answer is 14."""
+
+    async def grade(self, text, gold):
+        return RewardStatus.VERIFIER_CRASH if text == "14" else await super().grade(text, gold)
+
+
+def played(config: EnvConfig, verifier: Verifier | None = None) -> Group:
     tokenizer = small_tokenizer()
     player = Player(
         ScriptedEngine(tokenizer, lambda draw, sample: [answer(SAID[sample])]),
         ChatFormat(ChatConfig(show_tools=False), (Tool.schema,), tokenizer),
         tokenizer,
         (),
-        Verifier(),
+        verifier or Verifier(),
         config,
         max_response_tokens=160,
     )
@@ -40,7 +47,7 @@ def played(config: EnvConfig) -> Group:
 
 
 def own(tmp_path: pathlib.Path, body: str, start: str = "async def mine(episode):") -> EnvConfig:
-    (tmp_path / "mine.py").write_text(f"import dataclasses\n\n\n{start}\n    {body}\n")
+    (tmp_path / "mine.py").write_text(f"import asyncio\nimport dataclasses\n\n\n{start}\n    {body}\n")
     return EnvConfig(joint_episode=f"{tmp_path}/mine.py:mine")
 
 
@@ -79,6 +86,25 @@ def test_the_example_in_the_documentation_plays(tmp_path: pathlib.Path) -> None:
     group = played(EnvConfig(joint_episode=f"{tmp_path}/mine.py:quiz", joint_episode_settings={"hard": 1.0}))
     assert [one.role for one in group.trajectories] == ["proposer", "solver"] * EPISODES
     assert [one.reward for one in group.trajectories] == [0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a, b = await episode.play('a'), await episode.play('b')\n    return [a, b]",
+        "a, b = await asyncio.gather(*map(episode.play, 'ab'))\n    return [a, b]",
+        "a, b, *_ = await asyncio.gather(*map(episode.play, 'ab'), return_exceptions=True)\n    return [a if a.reward else b]",
+        "async with asyncio.TaskGroup() as tasks:\n        a, b = [tasks.create_task(episode.play(r)) for r in 'ab']\n"
+        "    return [a.result(), b.result()]",
+    ],
+)
+def test_promise_5_a_fault_of_ours_takes_the_whole_episode_out(tmp_path: pathlib.Path, body: str) -> None:
+    """Sample 2 meets the fault, agent a of episode 2; the other two episodes are as if nothing had been."""
+    group = played(own(tmp_path, body), Failing())
+    trained = [(one.sample, one.role, one.reward) for one in group.trajectories if one.trainable]
+    assert {number for number, *_ in trained} <= {0, 1, 3, 4} and (0, "a", 1.0) in trained
+    assert not any(one.trainable for one in group.trajectories if one.episode == 2)
+    assert 2 in [one.sample for one in group.trajectories]  # it is counted
 
 
 @pytest.mark.parametrize(
