@@ -69,11 +69,11 @@ class JointEpisode:
 
 
 async def draft_and_revise(episode: JointEpisode, *, revisers: int = 2, shown: int = 80) -> list[Trajectory]:
-    """A drafter answers the problem; revisers are shown its answer and answer again. All are graded alike.
+    """A proposer answers the problem; revisers are shown its answer and answer again. All are graded alike.
 
     Args:
         episode: see ``JointEpisode``.
-        revisers: how many there are, roles "reviser" beside the one "drafter".
+        revisers: how many there are, roles "reviser" beside the one "proposer".
         shown: characters of the draft's answer that they are shown at most.
 
     Raises:
@@ -81,7 +81,7 @@ async def draft_and_revise(episode: JointEpisode, *, revisers: int = 2, shown: i
     """
     if min(revisers, shown) < 1:
         raise ConfigError(f"draft_and_revise: revisers={revisers} and shown={shown} must be at least 1")
-    draft = await episode.play("drafter")
+    draft = await episode.play("proposer")
     said = f'answered "{draft.answer[:shown]}"' if draft.answer else "gave no answer"
     question = f"{episode.problem.question}\nSomebody else {said}. Check it, and answer yourself."
     async with asyncio.TaskGroup() as tasks:

@@ -65,6 +65,7 @@ def complete(rewards: np.ndarray, groups: np.ndarray, seed: int, turns_of_each: 
         greedy_rewards=rng.normal(size=len(rewards)),
         roles=rng.choice(["proposer", "solver"], len(rewards)),
         episodes=rng.integers(0, 2, len(rewards)),
+        memory={"hierarchical/proposer": 1.0},
     )
 
 
@@ -83,7 +84,7 @@ def reordered(given: Outcomes, order: np.ndarray) -> Outcomes:
             fields[name] = {component: rewards[order] for component, rewards in value.items()}
         else:
             fields[name] = value[order] if isinstance(value, np.ndarray) else [value[i] for i in order]
-    return Outcomes(**fields, component_weights=given.component_weights)
+    return Outcomes(**fields, component_weights=given.component_weights, memory=given.memory)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +292,7 @@ def test_roles_are_compared_where_they_had_the_same_task() -> None:
         roles=np.array(["proposer", "proposer", "solver", "solver", "solver", "solver"]),
         episodes=np.array([0, 1, 0, 0, 1, 1]),
     )
-    np.testing.assert_allclose(hierarchical(given), [0.5, -0.5, -1, 1, -1, 1])
+    np.testing.assert_allclose(hierarchical(given).values, [0.5, -0.5, -1, 1, -1, 1])
 
 
 def test_lambda_grows_with_the_sampled_length() -> None:

@@ -149,5 +149,5 @@ def test_agents_that_played_together_are_those_of_one_group_and_episode() -> Non
     seen = of_trajectories(played, GROUPS, Recorded(several_agents=True), {})
     assert seen.roles.tolist() == ["proposer", "solver", "solver", "solver"]
     assert len(set(seen.episodes.tolist())) == 3 and seen.episodes[2] != seen.episodes[3]
-    np.testing.assert_allclose(hierarchical(seen), [one.reward for one in PLAYED])  # nobody had the same task
+    np.testing.assert_allclose(hierarchical(seen).values, [one.reward for one in PLAYED])  # nobody had the same task
     assert of_trajectories(played, GROUPS, Recorded(), {}).roles is None

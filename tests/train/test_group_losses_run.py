@@ -118,7 +118,7 @@ def test_several_agents_play_and_are_compared_with_their_like(
     tiny_overrides: tuple[str, ...], tmp_path: pathlib.Path
 ) -> None:
     joint = ("EnvConfig.joint_episode=draft_and_revise", "AlgorithmConfig.advantage=hierarchical")
-    settings = "AlgorithmConfig.advantage_settings={'proposer': 'drafter'}", "AlgorithmConfig.loss=reinforce"
+    settings = ("AlgorithmConfig.loss=reinforce",)
     # A reviser's question holds the draft's answer.
     longer = "EngineConfig.max_prompt_tokens=120", "TrainConfig.row_tokens=144"
     rows, groups = run(tmp_path, (*tiny_overrides, *COMMON, *joint, *settings, *longer))
@@ -126,7 +126,7 @@ def test_several_agents_play_and_are_compared_with_their_like(
     total = tokens = 0.0
     for group in groups:
         for one in group:
-            same = [o for o in group if o.role == one.role and (one.role == "drafter" or o.episode == one.episode)]
+            same = [o for o in group if o.role == one.role and (one.role == "proposer" or o.episode == one.episode)]
             total -= (one.reward - rewards(same).mean()) * float(one.logprobs.sum())
             tokens += one.mask.sum()
     assert rows[0]["loss"] == pytest.approx(total / tokens, rel=1e-3)

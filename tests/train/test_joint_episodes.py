@@ -13,7 +13,7 @@ from jaxrl.episodes import Player, play_group
 from jaxrl.records import Group, Problem, RewardStatus
 from jaxrl.rl import algorithm
 from jaxrl.rl.advantages.roles import hierarchical
-from jaxrl.rl.outcomes import Recorded, of_trajectories
+from jaxrl.rl.outcomes import Outcomes, Recorded, of_trajectories
 from jaxrl.text.chat import ChatFormat
 from jaxrl.train.joint_episodes import joint_play
 from jaxrl.train.session import what_is_recorded
@@ -55,16 +55,34 @@ def test_revisers_see_the_draft_of_their_episode_and_are_compared_within_it() ->
     group = played(EnvConfig(joint_episode="draft_and_revise"))
     seen = [(one.sample, one.role, one.episode, one.reward) for one in group.trajectories]
     assert seen == [
-        *[(0, "drafter", 0, 1.0), (3, "reviser", 0, 1.0), (6, "reviser", 0, 0.0)],
-        *[(1, "drafter", 1, 0.0), (4, "reviser", 1, 1.0), (7, "reviser", 1, 1.0)],
-        *[(2, "drafter", 2, 0.0), (5, "reviser", 2, 0.0), (8, "reviser", 2, 0.0)],
+        *[(0, "proposer", 0, 1.0), (3, "reviser", 0, 1.0), (6, "reviser", 0, 0.0)],
+        *[(1, "proposer", 1, 0.0), (4, "reviser", 1, 1.0), (7, "reviser", 1, 1.0)],
+        *[(2, "proposer", 2, 0.0), (5, "reviser", 2, 0.0), (8, "reviser", 2, 0.0)],
     ]
     asked = [one.problem.question for one in group.trajectories]
     assert asked[0] == asked[3] == asked[6] == "12+3?"
     assert all('"15"' in question for question in asked[1:3]) and all('"16"' in question for question in asked[4:6])
     outcomes = of_trajectories(group.trajectories, np.zeros(9, int), Recorded(several_agents=True), {})
     expected = [2 / 3, 0.5, -0.5, -1 / 3, 0, 0, -1 / 3, 0, 0]
-    np.testing.assert_allclose(hierarchical(outcomes, proposer="drafter"), expected, atol=1e-6)
+    np.testing.assert_allclose(hierarchical(outcomes).values, expected, atol=1e-6)
+
+
+def test_a_role_that_nobody_has_is_refused_but_all_of_a_step_may_be_filtered() -> None:
+    group = played(EnvConfig(joint_episode="draft_and_revise"))
+
+    def seen(keep: set[str], memory: dict[str, float]) -> Outcomes:
+        kept = [one for one in group.trajectories if one.role in keep]
+        return of_trajectories(kept, np.zeros(len(kept), int), Recorded(several_agents=True), memory)
+
+    whole = seen({"proposer", "reviser"}, {})
+    with pytest.raises(
+        ConfigError, match="the role 'drafter' over the group, but nobody has it: there are proposer, r"
+    ):
+        hierarchical(whole, proposer="drafter")
+    later = seen({"reviser"}, {**hierarchical(whole).memory})
+    np.testing.assert_allclose(hierarchical(later).values, [0.5, -0.5, 0, 0, 0, 0], atol=1e-6)
+    with pytest.raises(ConfigError, match="nobody has it: there are reviser"):
+        hierarchical(later, proposer="another")
 
 
 def test_a_function_of_the_users_plays_and_pays(tmp_path: pathlib.Path) -> None:
