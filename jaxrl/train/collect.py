@@ -53,7 +53,7 @@ def open_queue(
         samples=config.train.samples,
         greedy_baseline=config.algorithm.greedy_baseline,
         extra_samples=algorithm.extra_samples(config.algorithm),
-        joint=joint_play(config.env),
+        joint=joint_play(config.env, config.engine.max_prompt_tokens),
     )
     finished_first = config.train.next_groups == "finished"
     return GroupQueue(

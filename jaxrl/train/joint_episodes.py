@@ -1,6 +1,7 @@
 """Episodes that several agents play with each other: one policy in several roles, told apart by what it is asked."""
 
 import asyncio
+import bisect
 import dataclasses
 import inspect
 import itertools
@@ -26,11 +27,19 @@ class JointEpisode:
     """
 
     def __init__(
-        self, tasks: asyncio.TaskGroup, player: Player, problem: Problem, draw: int, number: int, samples: int
+        self,
+        tasks: asyncio.TaskGroup,
+        player: Player,
+        problem: Problem,
+        draw: int,
+        number: int,
+        *,
+        samples: int,
+        max_prompt_tokens: int,
     ) -> None:
         self.problem = problem
         self._tasks, self._player, self._draw, self._number = tasks, player, draw, number
-        self._samples = itertools.count(number, samples)
+        self._samples, self._max_prompt_tokens = itertools.count(number, samples), max_prompt_tokens
         self._played: list[Trajectory] = []
 
     @property
@@ -40,6 +49,10 @@ class JointEpisode:
             return ()
         return tuple(dataclasses.replace(one, stop_reason=StopReason.INFRA_ERROR) for one in self._played)
 
+    def fits(self, question: str) -> bool:
+        """Whether the prompt that asks this has at most ``EngineConfig.max_prompt_tokens`` tokens."""
+        return len(self._player.chat.prompt(question)) <= self._max_prompt_tokens
+
     def play(self, role: str, question: str = "", answer: str = "") -> Coroutine[Any, Any, Trajectory]:
         """Let one agent play to its end, with tools, and grade it; await what this gives back.
 
@@ -48,7 +61,7 @@ class JointEpisode:
 
         Args:
             role: by which advantages tell agents apart.
-            question: in the place of the problem's, of at most ``EngineConfig.max_prompt_tokens`` tokens.
+            question: in the place of the problem's; one that ``fits``.
             answer: what it is graded against, in the place of the problem's.
         """
         asked = dataclasses.replace(
@@ -74,31 +87,40 @@ async def draft_and_revise(episode: JointEpisode, *, revisers: int = 2, shown: i
     Args:
         episode: see ``JointEpisode``.
         revisers: how many there are, roles "reviser" beside the one "proposer".
-        shown: characters of the draft's answer that they are shown at most.
-
-    Raises:
-        ConfigError: a setting below 1.
+        shown: characters of the draft's answer that they are shown at most: as many as ``fits`` has room for. Where
+            there is room for none they are asked the problem alone.
     """
-    if min(revisers, shown) < 1:
-        raise ConfigError(f"draft_and_revise: revisers={revisers} and shown={shown} must be at least 1")
     draft = await episode.play("proposer")
-    said = f'answered "{draft.answer[:shown]}"' if draft.answer else "gave no answer"
-    question = f"{episode.problem.question}\nSomebody else {said}. Check it, and answer yourself."
+    question = _told(episode, draft.answer or "", shown)
     async with asyncio.TaskGroup() as tasks:
         revised = [tasks.create_task(episode.play("reviser", question)) for _ in range(revisers)]
     return [draft, *(one.result() for one in revised)]
 
 
+def _told(episode: JointEpisode, answer: str, shown: int) -> str:
+    """The problem, and what somebody said to it, cut to the room that is left."""
+    problem = episode.problem.question
+
+    def cut(length: int) -> str:
+        said = f'answered "{answer[:length]}"' if answer else "gave no answer"
+        return f"{problem}\nSomebody else {said}. Check it, and answer yourself."
+
+    lengths = range(1, min(shown, len(answer) or 1) + 1)
+    fitting = bisect.bisect_left(lengths, True, key=lambda length: not episode.fits(cut(length)))
+    return cut(fitting) if fitting else problem
+
+
 JOINT_EPISODES: Mapping[str, Callable[..., Coroutine[Any, Any, Sequence[Trajectory]]]] = {
     "draft_and_revise": draft_and_revise,
 }
+"""Their settings are numbers, of at least 1."""
 
 
-def joint_play(config: EnvConfig) -> JointPlay | None:
+def joint_play(config: EnvConfig, max_prompt_tokens: int) -> JointPlay | None:
     """What plays the episodes that ``joint_episode`` names; None where one agent plays alone.
 
     Raises:
-        ConfigError: see ``methods.configured``; or it is no ``async def``.
+        ConfigError: see ``methods.configured``; or it is no ``async def``, or a setting of our own ones is below 1.
     """
     if not config.joint_episode:
         return None
@@ -106,12 +128,18 @@ def joint_play(config: EnvConfig) -> JointPlay | None:
     method = configured("EnvConfig.joint_episode", JOINT_EPISODES, config.joint_episode, config.joint_episode_settings)
     if not inspect.iscoroutinefunction(method):
         raise ConfigError(f"{key} plays episodes, so it must be an async def")
+    if config.joint_episode in JOINT_EPISODES:
+        for name, value in config.joint_episode_settings.items():
+            if value < 1:
+                raise ConfigError(f"EnvConfig.joint_episode_settings[{name!r}]={value} must be at least 1")
 
     async def play_one(player: Player, problem: Problem, draw: int, number: int, samples: int) -> Any:
         together: Any = None
         try:
             async with asyncio.TaskGroup() as tasks:
-                episode = JointEpisode(tasks, player, problem, draw, number, samples)
+                episode = JointEpisode(
+                    tasks, player, problem, draw, number, samples=samples, max_prompt_tokens=max_prompt_tokens
+                )
                 together = await method(episode)
         except* Spoiled:
             pass

@@ -239,7 +239,7 @@ def open_session(config: Config, run: RunFolder) -> Session:
     """
     check_processes(config, jax.process_count())
     algorithm.check(config.algorithm, what_is_recorded(config))
-    joint_play(config.env)
+    joint_play(config.env, config.engine.max_prompt_tokens)
     if config.reward.verifier != MATH:
         comparison(config.reward.verifier)
     supervised_loss("SftConfig.loss", config.sft.loss, config.sft.loss_settings)

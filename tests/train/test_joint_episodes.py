@@ -32,18 +32,23 @@ class Failing(Verifier):
         return RewardStatus.VERIFIER_CRASH if text == "14" else await super().grade(text, gold)
 
 
-def played(config: EnvConfig, verifier: Verifier | None = None) -> Group:
+CHAT = ChatFormat(ChatConfig(show_tools=False), (Tool.schema,), small_tokenizer())
+
+
+def played(config: EnvConfig, verifier: Verifier | None = None, room: int = 256) -> Group:
     tokenizer = small_tokenizer()
     player = Player(
         ScriptedEngine(tokenizer, lambda draw, sample: [answer(SAID[sample])]),
-        ChatFormat(ChatConfig(show_tools=False), (Tool.schema,), tokenizer),
+        CHAT,
         tokenizer,
         (),
         verifier or Verifier(),
         config,
         max_response_tokens=160,
     )
-    return asyncio.run(play_group(player, Problem("sums/1", "12+3?", "15"), 7, EPISODES, joint=joint_play(config)))
+    return asyncio.run(
+        play_group(player, Problem("sums/1", "12+3?", "15"), 7, EPISODES, joint=joint_play(config, room))
+    )
 
 
 def own(tmp_path: pathlib.Path, body: str, start: str = "async def mine(episode):") -> EnvConfig:
@@ -65,6 +70,17 @@ def test_revisers_see_the_draft_of_their_episode_and_are_compared_within_it() ->
     outcomes = of_trajectories(group.trajectories, np.zeros(9, int), Recorded(several_agents=True), {})
     expected = [2 / 3, 0.5, -0.5, -1 / 3, 0, 0, -1 / 3, 0, 0]
     np.testing.assert_allclose(hierarchical(outcomes).values, expected, atol=1e-6)
+
+
+def test_revisers_are_shown_what_the_prompt_has_room_for() -> None:
+    def asked(room: int) -> str:
+        return played(EnvConfig(joint_episode="draft_and_revise"), room=room).trajectories[1].problem.question
+
+    whole = asked(256)
+    needed, cut = len(CHAT.prompt(whole)), len(CHAT.prompt(whole.replace('"15"', '"1"')))
+    assert cut < needed and asked(needed) == whole
+    assert asked(needed - 1) == asked(cut) == whole.replace('"15"', '"1"')
+    assert asked(cut - 1) == "12+3?"
 
 
 def test_a_role_that_nobody_has_is_refused_but_all_of_a_step_may_be_filtered() -> None:
@@ -111,7 +127,8 @@ def test_the_example_in_the_documentation_plays(tmp_path: pathlib.Path) -> None:
     [
         "a, b = await episode.play('a'), await episode.play('b')\n    return [a, b]",
         "a, b = await asyncio.gather(*map(episode.play, 'ab'))\n    return [a, b]",
-        "a, b, *_ = await asyncio.gather(*map(episode.play, 'ab'), return_exceptions=True)\n    return [a if a.reward else b]",
+        "a, b, *_ = await asyncio.gather(*map(episode.play, 'ab'), return_exceptions=True)\n"
+        "    return [a if a.reward else b]",
         "async with asyncio.TaskGroup() as tasks:\n        a, b = [tasks.create_task(episode.play(r)) for r in 'ab']\n"
         "    return [a.result(), b.result()]",
     ],
@@ -141,9 +158,12 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path: pathlib.Path, body: str,
 
 def test_a_run_is_told_at_its_start_what_does_not_go_together(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="joint_episode='draft_and_revis' is no method; did you mean draft_and_rev"):
-        joint_play(EnvConfig(joint_episode="draft_and_revis"))
+        joint_play(EnvConfig(joint_episode="draft_and_revis"), 256)
     with pytest.raises(ConfigError, match="must be an async def"):
-        joint_play(own(tmp_path, "return []", "def mine(episode):"))
+        joint_play(own(tmp_path, "return []", "def mine(episode):"), 256)
+    for name in ("revisers", "shown"):
+        with pytest.raises(ConfigError, match=rf"EnvConfig.joint_episode_settings\['{name}'\]=0 must be at least 1"):
+            joint_play(EnvConfig(joint_episode="draft_and_revise", joint_episode_settings={name: 0}), 256)
     joint, whole = "EnvConfig.joint_episode=draft_and_revise", "AlgorithmConfig.keep=0"
     for setting in ("AlgorithmConfig.keep=4", "AlgorithmConfig.greedy_baseline=True"):
         with pytest.raises(ConfigError, match="counts trajectories of one agent"):
