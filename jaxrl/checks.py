@@ -132,12 +132,7 @@ def check(config: Any) -> None:
             "raise samples or lower k"
         )
     _check_kl(algorithm, config.lora)
-    trained = train.problems * (algorithm.keep or train.samples)
-    if algorithm.kl_target and trained >= 5 * algorithm.kl_horizon:
-        raise ConfigError(
-            f"AlgorithmConfig.kl_horizon={algorithm.kl_horizon} must be above a fifth of the {trained} trajectories of "
-            "a step, one of which could bring the KL's weight to 0 for good; raise it"
-        )
+    _check_kl_target(config)
     _check_mix(config)
     if not config.data.eval and "stories" in config.data.train.split(","):
         raise ConfigError("DataConfig.eval is empty: stories have a split of their own; set DataConfig.eval='stories'")
@@ -174,6 +169,15 @@ def check(config: Any) -> None:
             f"ModelConfig.max_positions={config.model.max_positions} is less than the longest trajectory of {longest} "
             "tokens; raise it"
         )
+
+
+def most_trajectories(config: Any, problems: int) -> int | None:
+    """How many trajectories of so many problems are trained on at most. None = that depends on what is played: several
+    agents share an episode, or problems get extra samples and all are kept."""
+    algorithm = config.algorithm
+    if not algorithm.keep and (config.env.joint_episode or algorithm.extra_samples):
+        return None
+    return problems * (algorithm.keep or config.train.samples)
 
 
 def _check_ranges(sections: Mapping[str, Any]) -> None:
@@ -246,14 +250,33 @@ def _check_kl(algorithm: Any, lora: Any) -> None:
             f"kl_coefficient={algorithm.kl_coefficient} and kl_placement={algorithm.kl_placement!r}; "
             "set kl_coefficient above 0 with kl_placement='loss', or kl_by_ratio=False"
         )
-    if algorithm.kl_target and not algorithm.kl_coefficient:
-        raise ConfigError(
-            f"AlgorithmConfig.kl_target={algorithm.kl_target} does nothing without a KL; set kl_coefficient above 0"
-        )
     if algorithm.reference_every and algorithm.reference_mix < 1 and lora.rank:
         raise ConfigError(
             f"AlgorithmConfig.reference_mix={algorithm.reference_mix} of adapters is not that of the weights they add "
             "up to; set it to 1"
+        )
+
+
+def _check_kl_target(config: Any) -> None:
+    algorithm = config.algorithm
+    if not algorithm.kl_target:
+        return
+    if not algorithm.kl_coefficient:
+        raise ConfigError(
+            f"AlgorithmConfig.kl_target={algorithm.kl_target} does nothing without a KL; set kl_coefficient above 0"
+        )
+    trained = most_trajectories(config, config.train.problems)
+    if trained is None:
+        several = f"EnvConfig.joint_episode={config.env.joint_episode!r} has several agents; set kl_target to 0"
+        extra = f"AlgorithmConfig.extra_samples={algorithm.extra_samples!r} is played and all is kept; set keep above 0"
+        raise ConfigError(
+            f"AlgorithmConfig.kl_target={algorithm.kl_target} moves the KL's weight by the number of trajectories of a "
+            f"step, which has no bound: {several if config.env.joint_episode else extra}"
+        )
+    if trained >= 5 * algorithm.kl_horizon:
+        raise ConfigError(
+            f"AlgorithmConfig.kl_horizon={algorithm.kl_horizon} must be above a fifth of the {trained} trajectories of "
+            "a step, one of which could bring the KL's weight to 0 for good; raise it"
         )
 
 

@@ -110,6 +110,23 @@ def test_promise_10_bad_configuration_is_refused_with_a_remedy(text: str, messag
             "AlgorithmConfig.kl_target = 0.1\nAlgorithmConfig.kl_coefficient = 0.1\nAlgorithmConfig.kl_horizon = 1",
             "kl_horizon=1 must be above a fifth of the 128 trajectories",
         ),
+        *(
+            (
+                "AlgorithmConfig.kl_target = 0.1\nAlgorithmConfig.kl_coefficient = 0.1\n"
+                f"AlgorithmConfig.keep = 0\n{more}",
+                f"a step, which has no bound: {named}",
+            )
+            for more, named in (
+                (
+                    "EnvConfig.joint_episode = 'draft_and_revise'",
+                    "EnvConfig.joint_episode='draft_and_revise' has several",
+                ),
+                (
+                    "AlgorithmConfig.extra_samples = 'dars_equal'",
+                    "AlgorithmConfig.extra_samples='dars_equal' is played",
+                ),
+            )
+        ),
         ("SandboxConfig.slow_slots = -1", "SandboxConfig.slow_slots=-1 must not be negative"),
     ],
 )

@@ -4,7 +4,7 @@ A recipe (``configs/*.gin``) binds fields as ``Section.field = value``; ``--set 
 command line binds on top. ``load`` checks every key and every type before anything is compiled.
 """
 
-from jaxrl.checks import ConfigError
+from jaxrl.checks import ConfigError, most_trajectories
 from jaxrl.config.episodes import EngineConfig, EnvConfig, RewardConfig, SandboxConfig
 from jaxrl.config.model import ChatConfig, LoraConfig, MeshConfig, ModelConfig, TokenizerConfig
 from jaxrl.config.offline import DistillConfig, PreferConfig
@@ -51,6 +51,7 @@ __all__ = [
     "TrainConfig",
     "dump",
     "load",
+    "most_trajectories",
     "nearest",
     "parse",
     "read_recipe",

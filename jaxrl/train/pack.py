@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrl.config import Config
+from jaxrl.config import Config, most_trajectories
 from jaxrl.data import packing
 from jaxrl.data.tree_packing import sharing_of
 from jaxrl.records import Batch
@@ -84,12 +84,16 @@ def pack(
 def ranked_in_parts(config: Config) -> str:
     """What to say before a run in which ranks or means of an update's tokens may be those of its parts; "" if not."""
     train, engine = config.train, config.engine
-    trajectories = -(-train.problems // train.updates_per_step) * (config.algorithm.keep or train.samples)
-    rows = -(-trajectories // (train.row_tokens // (engine.max_prompt_tokens + engine.max_response_tokens)))
-    settings = of_micro_batch(config.algorithm)
-    if not settings or rows <= train.rows:
+    if not (settings := of_micro_batch(config.algorithm)):
         return ""
+    trajectories = most_trajectories(config, -(-train.problems // train.updates_per_step))
+    remedy = "How many rows would hold all of it depends on what is played"
+    if trajectories is not None:
+        rows = -(-trajectories // (train.row_tokens // (engine.max_prompt_tokens + engine.max_response_tokens)))
+        if rows <= train.rows:
+            return ""
+        remedy = f"With rows={rows} all of it is compared"
     return (
         f"{', '.join(settings)} compares the tokens of a micro-batch, and an update may take several of "
-        f"TrainConfig.rows={train.rows}: it then depends on how it is cut. With rows={rows} all of it is compared"
+        f"TrainConfig.rows={train.rows}: it then depends on how it is cut. {remedy}"
     )

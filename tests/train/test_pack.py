@@ -96,3 +96,7 @@ def test_a_run_is_told_where_cutting_an_update_would_matter(setting: str, named:
     common = [setting, *sizes, "TrainConfig.updates_per_step=2"]
     cut, whole = (ranked_in_parts(configuration.load("", [*common, f"TrainConfig.rows={rows}"])) for rows in (31, 32))
     assert whole == "" and (named in cut and "rows=32" in cut if named else cut == "")
+    for more in ("EnvConfig.joint_episode=draft_and_revise", "AlgorithmConfig.extra_samples=dars_hard"):
+        unbounded = [*common, "AlgorithmConfig.keep=0", more, "TrainConfig.rows=9999"]
+        warning = ranked_in_parts(configuration.load("", unbounded))
+        assert (named in warning and "depends on what is played" in warning) if named else warning == ""
