@@ -27,7 +27,7 @@ _FOR_ADVANTAGES = {
     "greedy_rewards": ("AlgorithmConfig.greedy_baseline=True", "remax"),
     "reference_ratios": ("AlgorithmConfig.reference_ratios=True", "online_dpo"),
     "square_sums": ("AlgorithmConfig.square_sums=True", "optimal_token_baseline"),
-    "hinted_logprobs": ("AlgorithmConfig.hint", "self_distillation"),
+    "hint_gains": ("AlgorithmConfig.hint", "self_distillation"),
 }
 """What is computed for the advantage alone: the setting that has it done, and an advantage that looks at it."""
 
@@ -98,7 +98,7 @@ def _tried(recorded: Recorded) -> Outcomes:
         outcomes,
         square_sums=guessed if recorded.square_sums else None,
         reference_ratios=np.zeros(2) if recorded.reference_ratios else None,
-        hinted_logprobs=guessed if recorded.hinted_logprobs else None,
+        hint_gains=guessed if recorded.hint_gains else None,
     )
 
 
@@ -123,7 +123,7 @@ def contents_asked(config: AlgorithmConfig, recorded: Recorded) -> frozenset[str
 def _check_used(config: AlgorithmConfig, recorded: Recorded) -> None:
     estimate, outcomes = advantage(config, recorded), _tried(recorded)
     by_token = [np.linspace(0.1, 0.8, len(mask)) ** 2 for mask in outcomes.masks]
-    others = dict.fromkeys(("values", "square_sums", "hinted_logprobs"), by_token)
+    others = dict.fromkeys(("values", "square_sums", "hint_gains"), by_token)
     others |= dict.fromkeys(("greedy_rewards", "reference_ratios"), np.array([0.25, 0.5]))
     for field, (setting, such_as) in _FOR_ADVANTAGES.items():
         changed = dataclasses.replace(outcomes, **{field: others[field]})

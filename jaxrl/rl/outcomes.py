@@ -17,7 +17,7 @@ _SUPPLIED_BY = {
     "values": "set CriticConfig.enabled=True, which trains a critic beside the policy",
     "square_sums": "set AlgorithmConfig.square_sums=True, which scores every token once more",
     "reference_ratios": "set AlgorithmConfig.reference_ratios=True, which scores every token under the reference",
-    "hinted_logprobs": "set AlgorithmConfig.hint to 'demonstration' or 'attempts', of which the policy is told",
+    "hint_gains": "set AlgorithmConfig.hint to 'demonstration' or 'attempts', of which the policy is told",
     "roles": _SEVERAL_AGENTS,
     "episodes": _SEVERAL_AGENTS,
 }
@@ -51,7 +51,8 @@ class Outcomes:
         logprobs: of each [T_i], by the policy that sampled.
         square_sums: of each [T_i], the sum of squared probabilities over the vocabulary, by the same policy.
         reference_ratios: [N], logarithm of the policy's probability over the reference's, summed over sampled tokens.
-        hinted_logprobs: of each [T_i], by the policy with a hint in its prompt; None of one for which there is none.
+        hint_gains: of each [T_i], what a hint in its prompt adds to the log-probability under the weights that the step
+            began with; None of one for which there is none.
         ratios: of each [T_i], importance weights of tokens of another policy. None = always 1.
         values: of each [T_i], a critic's estimate of what is still to come.
         greedy_rewards: [N], of a greedy trajectory of the same problem.
@@ -75,7 +76,7 @@ class Outcomes:
     logprobs: Sequence[np.ndarray] | None = None
     square_sums: Sequence[np.ndarray] | None = None
     reference_ratios: np.ndarray | None = None
-    hinted_logprobs: Sequence[np.ndarray | None] | None = None
+    hint_gains: Sequence[np.ndarray | None] | None = None
     ratios: Sequence[np.ndarray] | None = None
     values: Sequence[np.ndarray] | None = None
     greedy_rewards: np.ndarray | None = None
@@ -133,7 +134,7 @@ class Recorded:
         greedy_rewards: a greedy trajectory of every problem is played.
         square_sums: every token is scored once more.
         reference_ratios: every token is scored under the reference.
-        hinted_logprobs: every token is scored by the policy with a hint.
+        hint_gains: every token is scored by the policy with a hint and without.
         values: a critic estimates what is still to come.
         several_agents: the environment says who wrote a trajectory, and with whom it was played.
         contents: what was written is known of all of them, for ``CONTENTS``; of several processes each knows only what
@@ -145,7 +146,7 @@ class Recorded:
     greedy_rewards: bool = False
     square_sums: bool = False
     reference_ratios: bool = False
-    hinted_logprobs: bool = False
+    hint_gains: bool = False
     values: bool = False
     several_agents: bool = False
     contents: bool = True

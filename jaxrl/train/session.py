@@ -340,7 +340,7 @@ def what_is_recorded(config: Config) -> Recorded:
         contents=jax.process_count() == 1,
         square_sums=config.algorithm.square_sums,
         reference_ratios=config.algorithm.reference_ratios,
-        hinted_logprobs=bool(config.algorithm.hint),
+        hint_gains=bool(config.algorithm.hint),
         several_agents=bool(config.env.joint_episode),
     )
 

@@ -85,7 +85,7 @@ class Steering:
         progress: RunProgress,
     ) -> Outcomes:
         """What the advantage sees: ``outcomes`` with what it asks for of ``Contents``, with every token's Σ π² under
-        ``params``, every trajectory's ratio to the reference, and what ``params`` say with a hint, if the run scores
+        ``params``, every trajectory's ratio to the reference, and what a hint adds, if the run scores
         them, and ``charged``."""
         outcomes = self._contents.seen(outcomes, trajectories, progress.global_step)
         if self._algorithm.square_sums and trajectories:
@@ -103,12 +103,17 @@ class Steering:
     def _told(
         self, outcomes: Outcomes, trajectories: Sequence[Trajectory], params: Any, progress: RunProgress
     ) -> Outcomes:
-        """``outcomes`` with the log-probabilities of what was written under ``params``, which are given a hint."""
+        """``outcomes`` with what a hint adds to the log-probabilities of what was written under ``params``.
+
+        Other weights may have written it; what changed since then is not the hint's.
+        """
         told = self._hinted(trajectories)
+        pairs = [(one, own) for one, own in zip(told, trajectories, strict=True) if one is not None]
         score = functools.partial(self._hinted_logprobs, params)
-        found = iter(of_trajectories(score, [one for one in told if one is not None], self._train))
-        progress.coefficients["hinted"] = sum(one is not None for one in told) / len(told)
-        return dataclasses.replace(outcomes, hinted_logprobs=[None if one is None else next(found) for one in told])
+        after, before = (of_trajectories(score, [pair[i] for pair in pairs], self._train) for i in range(2))
+        gains = map(np.subtract, after, before)
+        progress.coefficients["hinted"] = len(pairs) / len(told)
+        return dataclasses.replace(outcomes, hint_gains=[None if one is None else next(gains) for one in told])
 
     def charged(
         self, outcomes: Outcomes, trajectories: Sequence[Trajectory], reference: Any | None, progress: RunProgress

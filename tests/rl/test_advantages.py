@@ -60,7 +60,7 @@ def complete(rewards: np.ndarray, groups: np.ndarray, seed: int, turns_of_each: 
         logprobs=[-rng.random(length) for length in lengths],
         square_sums=[rng.random(length) for length in lengths],
         reference_ratios=rng.normal(size=len(rewards)),
-        hinted_logprobs=[-rng.random(length) if rng.random() < 0.7 else None for length in lengths],
+        hint_gains=[rng.normal(size=length) if rng.random() < 0.7 else None for length in lengths],
         values=[rng.normal(size=length) for length in lengths],
         greedy_rewards=rng.normal(size=len(rewards)),
         roles=rng.choice(["proposer", "solver"], len(rewards)),
@@ -202,13 +202,11 @@ def test_self_distillation_has_the_gradient_of_the_kl_to_the_policy_with_a_hint(
     """In expectation over all tokens the policy may write; what a tool wrote, and what was given no hint, has none."""
     logits, told = jnp.array([0.3, -0.5, 1.0]), np.asarray(jax.nn.log_softmax(jnp.array([-1.0, 0.4, 0.2])))
     own = np.asarray(jax.nn.log_softmax(logits))
-    fields = {"logprobs": list(own[:, None]), "hinted_logprobs": list(told[:, None])}
-    values = np.concatenate(self_distillation(outcomes([1.0, 0.0, 0.0], **fields)))
+    values = np.concatenate(self_distillation(outcomes([1.0, 0.0, 0.0], hint_gains=list((told - own)[:, None]))))
     got = -(np.exp(own) * values) @ np.asarray(jax.jacobian(jax.nn.log_softmax)(logits))
     wanted = jax.grad(lambda x: jax.nn.softmax(x) @ (jax.nn.log_softmax(x) - told))(logits)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
-    masks, logprobs = [np.array([1, 0, 1]), np.ones(1)], [np.array([-1.0, 0.0, -2.0]), np.array([-1.0])]
-    given = outcomes([1, 0], masks=masks, logprobs=logprobs, hinted_logprobs=[np.array([-0.5, 9.0, -2.5]), None])
+    given = outcomes([1, 0], masks=[np.array([1, 0, 1]), np.ones(1)], hint_gains=[np.array([0.5, 9.0, -0.5]), None])
     assert [values.tolist() for values in self_distillation(given)] == [[0.5, 0.0, -0.5], [0.0]]
 
 

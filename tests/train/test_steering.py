@@ -220,18 +220,23 @@ def test_online_dpo_finds_the_log_ratio_of_whole_trajectories() -> None:
         assert ratio == pytest.approx(float(wanted), rel=1e-4)
 
 
-def test_the_policy_scores_what_it_wrote_as_if_it_had_been_given_a_hint() -> None:
-    """The first trajectory is right and nobody else is: the others are told it, it is told nothing."""
+def test_the_policy_scores_what_it_wrote_with_a_hint_and_without() -> None:
+    """The first trajectory is right and nobody else is: the others are told it, it is told nothing. That other weights
+    sampled, which had other log-probabilities, makes no difference."""
     steering, params = steered(AlgorithmConfig(advantage="self_distillation", hint="attempts"))
-    first, *rest = played(3)
+    first, *rest = (dataclasses.replace(one, prompt_ids=np.array([5], np.int32)) for one in played(3))
     trajectories = [dataclasses.replace(first, reward_status=RewardStatus.CORRECT), *rest]
     outcomes, progress = of_trajectories(trajectories, np.zeros(3, int), Recorded(), {}), RunProgress()
-    found = steering.seen(outcomes, trajectories, params, None, progress).hinted_logprobs
+    found = steering.seen(outcomes, trajectories, params, None, progress).hint_gains
     assert found[0] is None and progress.coefficients["hinted"] == pytest.approx(2 / 3)
-    for one, values in zip(trajectories[1:], found[1:], strict=True):
-        question = f"{one.problem.question}\n\n{SOLVED}\n{first.text}\n\n{AGAIN}"
-        tokens = np.concatenate([[len(question) % 8, 5], one.ids])[None]
+
+    def said(prompt: Any, ids: np.ndarray) -> np.ndarray:
+        tokens = np.concatenate([prompt, ids])[None]
         rows = tokens, np.arange(tokens.shape[1])[None], np.ones_like(tokens)
         whole = jax.nn.log_softmax(logprob.logits(params, MODEL, transformer.hidden_states(params, MODEL, *rows)))[0]
-        own = np.asarray(whole)[np.arange(1, 4), one.ids]
-        np.testing.assert_allclose(values, own * one.mask, rtol=1e-4, atol=1e-6)
+        return np.asarray(whole)[len(prompt) - 1 + np.arange(len(ids)), ids]
+
+    for one, values in zip(trajectories[1:], found[1:], strict=True):
+        question = f"{one.problem.question}\n\n{SOLVED}\n{first.text}\n\n{AGAIN}"
+        gain = said([len(question) % 8, 5], one.ids) - said(one.prompt_ids, one.ids)
+        np.testing.assert_allclose(values, gain * one.mask, rtol=1e-4, atol=1e-6)

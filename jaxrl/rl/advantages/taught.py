@@ -6,7 +6,7 @@ from jaxrl.rl.outcomes import Outcomes
 
 
 def self_distillation(outcomes: Outcomes) -> list[np.ndarray]:
-    """Log-probability of a token by the same policy when it is given a hint - that when it wrote the token.
+    """Log-probability of a token by the same policy when it is given a hint - that when it is not.
 
     On-policy distillation (``jaxrl.rl.distillation.on_policy``) from the policy itself, which knows more: the solution
     (self-distillation fine-tuning SDFT, OPSD of prime-rl: a demonstration), or how the problem was solved by another
@@ -16,7 +16,7 @@ def self_distillation(outcomes: Outcomes) -> list[np.ndarray]:
     that begins the step, of sampled tokens alone.
 
     Args:
-        outcomes: ``hinted_logprobs`` and ``logprobs``.
+        outcomes: ``hint_gains``.
 
     Returns:
         [T_i] float32 of each trajectory; 0 where the environment wrote the token, and all of it where there is no hint.
@@ -25,8 +25,6 @@ def self_distillation(outcomes: Outcomes) -> list[np.ndarray]:
         ConfigError: no hints were given.
     """
     return [
-        np.zeros(len(mask), np.float32) if told is None else np.where(mask > 0, told - own, 0.0).astype(np.float32)
-        for told, own, mask in zip(
-            outcomes.need("hinted_logprobs"), outcomes.need("logprobs"), outcomes.masks, strict=True
-        )
+        np.zeros(len(mask), np.float32) if gain is None else np.where(mask > 0, gain, 0.0).astype(np.float32)
+        for gain, mask in zip(outcomes.need("hint_gains"), outcomes.masks, strict=True)
     ]
