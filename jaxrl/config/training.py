@@ -86,8 +86,8 @@ class AlgorithmConfig:
     ``online_dpo``, ``xpo``, ``nash_md`` and ``optimal_value`` need: one more forward pass a step."""
     hint: Literal["", "demonstration", "attempts"] = ""
     """What the policy is told beside a problem when it scores what it wrote, for the advantage ``self_distillation``: a
-    demonstration of it (SftConfig.demonstrations), or another attempt of its group that solved it, or what the tools
-    of a failed one answered. Two more forward passes a step; empty = nothing."""
+    demonstration of it (SftConfig.demonstrations), or another attempt that was kept of its group and solved it, or what
+    the tools of a failed one answered. Two more forward passes a step; empty = nothing."""
     loss: str = "ppo_clip"
     """The policy loss of a token: a name in docs/algorithms.md, or "path/to/file.py:function"."""
     loss_settings: dict[str, bool | int | float | str] = field(default_factory=dict)

@@ -18,11 +18,11 @@ def hinted(session: Session, trajectories: Sequence[Trajectory]) -> list[Traject
     ``TrainConfig.row_tokens`` cannot hold it.
 
     With ``AlgorithmConfig.hint = "demonstration"`` the hint is the first demonstration of the problem. With "attempts"
-    it is the first correct trajectory of the same draw that is another one, and without one, of a wrong trajectory,
-    what its tools answered.
+    it is the first other one of the same draw that is correct, and without one, of a wrong trajectory, what its tools
+    answered.
 
     Args:
-        trajectories: all that a step trains on.
+        trajectories: all that selection kept in a step; it looks at no others.
     """
     hint = _demonstrated(session) if session.config.algorithm.hint == "demonstration" else _attempted(trajectories)
     told: list[Trajectory | None] = []

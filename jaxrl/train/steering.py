@@ -85,8 +85,8 @@ class Steering:
         progress: RunProgress,
     ) -> Outcomes:
         """What the advantage sees: ``outcomes`` with what it asks for of ``Contents``, with every token's Σ π² under
-        ``params``, every trajectory's ratio to the reference, and what a hint adds, if the run scores
-        them, and ``charged``."""
+        ``params``, every trajectory's ratio to the reference, and what a hint adds, if the run scores them, and
+        ``charged``."""
         outcomes = self._contents.seen(outcomes, trajectories, progress.global_step)
         if self._algorithm.square_sums and trajectories:
             sums = of_trajectories(functools.partial(self._squares, params), trajectories, self._train)
