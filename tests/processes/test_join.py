@@ -9,12 +9,12 @@ import socket
 import sys
 import time
 
-import jax
 import pytest
+from jax._src import distributed  # its public function refuses where jax has begun, as it has here
 
 from jaxrl.config import ConfigError
 from jaxrl.processes import door, service
-from jaxrl.processes.join import PATIENCE_SECONDS, VARIABLES, Place, place, run
+from jaxrl.processes.join import PATIENCE_SECONDS, VARIABLES, Place, place
 from tests.several import REPOSITORY, finished, reserved_port, started, together, together_at
 
 TALKING = pathlib.Path(__file__).with_name("talking.py")
@@ -51,11 +51,10 @@ def test_a_number_that_is_none_is_refused() -> None:
 @pytest.mark.parametrize("reuse_port", [False, True], ids=["by anything", "by another run, as jax listens"])
 def test_a_port_that_is_taken_is_refused(reuse_port: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "LINGER_SECONDS", 0)
-    jax.devices()  # jax, which has begun here, would refuse in words of its own
-    with socket.create_server(("", 0), reuse_port=reuse_port) as taken:
+    with socket.create_server(("", 0), reuse_port=reuse_port) as taken, service.apart():
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"process 0 cannot listen at port {port}: .*; take a free port"):
-            run(Place(f"127.0.0.1:{port}", 2, 0, 9), lambda: 0)
+            distributed.State().initialize(f"127.0.0.1:{port}", 2, 0, cluster_detection_method="deactivate")
 
 
 def test_processes_tell_each_other_what_they_have() -> None:
