@@ -40,7 +40,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Prefer.learning_rate Prefer.warmup_steps Prefer.measure_every "
         "Critic.learning_rate Critic.warmup_steps Critic.first_steps Critic.huber Distill.task_weight "
         "Stages.drop_solved Stages.drop_unsolved Lora.rank Mesh.rollout_tensor Mesh.rollout_devices "
-        "Train.max_staleness",
+        "Train.max_staleness Model.rope_high_frequency",
         lambda value: value >= 0,
         "not be negative",
     ),
@@ -152,7 +152,7 @@ def check(config: Any) -> None:
         )
     if config.model.head_width % 2:
         raise ConfigError(f"ModelConfig.head_width={config.model.head_width} must be even, for rotary positions")
-    if config.model.rope_high_frequency <= config.model.rope_low_frequency:
+    if 0 < config.model.rope_high_frequency <= config.model.rope_low_frequency:
         raise ConfigError(
             f"ModelConfig.rope_high_frequency={config.model.rope_high_frequency} must be above "
             f"rope_low_frequency={config.model.rope_low_frequency}"

@@ -42,9 +42,10 @@ class ModelConfig:
     rope_factor: float = 1.0
     """By how much they are stretched."""
     rope_low_frequency: float = 1.0
-    """llama3, yarn: pairs with fewer turns in rope_trained_positions are stretched wholly (yarn's beta_slow, 1)."""
-    rope_high_frequency: float = 4.0
-    """llama3, yarn: pairs with more turns in rope_trained_positions are not stretched (yarn's beta_fast, 32)."""
+    """llama3, yarn: pairs with fewer turns in rope_trained_positions are stretched wholly (yarn's beta_slow)."""
+    rope_high_frequency: float = 0.0
+    """llama3, yarn: pairs with more turns in rope_trained_positions are not stretched (yarn's beta_fast); 0 = as usual,
+    4 for llama3 and 32 for yarn."""
     rope_trained_positions: int = 8192
     """llama3, yarn: length of the texts of the first training."""
     rope_attention_factor: float = 0.0

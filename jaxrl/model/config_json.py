@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxrl.config import ConfigError, ModelConfig
 from jaxrl.model.families import FAMILIES, Family
-from jaxrl.model.rotary import yarn_length
+from jaxrl.model.rotary import USUAL_HIGH_FREQUENCY, high_frequency, yarn_length
 
 Document = dict[str, Any]
 """A parsed config.json."""
@@ -49,7 +49,7 @@ SCALINGS: dict[str, dict[str, str]] = {
 }
 """Kinds of scaled rotary embeddings, each with its keys and the fields of ``ModelConfig`` that hold them."""
 
-USUAL = {"beta_slow": 1.0, "beta_fast": 32.0}
+USUAL = {"beta_slow": 1.0, "beta_fast": USUAL_HIGH_FREQUENCY["yarn"]}
 """Values of keys of those that may be absent."""
 
 ATTENTION_KEYS = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
@@ -209,6 +209,8 @@ def _canonical(config: ModelConfig) -> ModelConfig:
         neutral[name] = getattr(ModelConfig, name)
     if config.rope_scaling != "yarn":
         neutral["rope_attention_factor"] = 0.0
+    if config.rope_high_frequency == USUAL_HIGH_FREQUENCY.get(config.rope_scaling):
+        neutral["rope_high_frequency"] = 0.0
     if config.local_rope_theta == config.rope_theta and config.rope_scaling == "none":
         neutral["local_rope_theta"] = 0.0
     return dataclasses.replace(config, **neutral)
@@ -413,7 +415,10 @@ def _rope_keys(config: ModelConfig, family: Family) -> Document:
     """What ``_rope`` reads."""
     scaling = None
     if config.rope_scaling != "none":
-        numbers = {key: getattr(config, field) for key, field in SCALINGS[config.rope_scaling].items()}
+        fields = vars(config)
+        if config.rope_scaling in USUAL_HIGH_FREQUENCY:
+            fields = fields | {"rope_high_frequency": high_frequency(config)}
+        numbers = {key: fields[field] for key, field in SCALINGS[config.rope_scaling].items()}
         scaling = {"rope_type": config.rope_scaling, **numbers}
         if config.rope_scaling == "yarn" and config.rope_attention_factor:
             scaling["attention_factor"] = config.rope_attention_factor

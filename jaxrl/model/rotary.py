@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.config import ModelConfig
+from jaxrl.config import ConfigError, ModelConfig
+
+USUAL_HIGH_FREQUENCY = {"llama3": 4.0, "yarn": 32.0}
+"""What ``ModelConfig.rope_high_frequency=0`` takes: of Llama 3.1's config.json, and of YaRN (Peng et al. 2023)."""
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
@@ -34,6 +37,21 @@ def lengths(config: ModelConfig) -> np.ndarray | None:
 def yarn_length(factor: float, weight: float = 1.0) -> float:
     """YaRN's length for a stretch; ``weight`` is what transformers calls ``mscale``."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def high_frequency(config: ModelConfig) -> float:
+    """Of a ``rope_scaling`` that looks at it, the turns above which pairs are not stretched.
+
+    Raises:
+        ConfigError: they would be no more than those below which pairs are stretched wholly.
+    """
+    usual = USUAL_HIGH_FREQUENCY[config.rope_scaling]
+    if not config.rope_high_frequency and config.rope_low_frequency >= usual:
+        raise ConfigError(
+            f"ModelConfig.rope_low_frequency={config.rope_low_frequency} must be below the {usual} that "
+            f"rope_high_frequency=0 takes for rope_scaling={config.rope_scaling!r}; lower it, or set the latter"
+        )
+    return config.rope_high_frequency or usual
 
 
 def rotation(
@@ -69,7 +87,7 @@ def _scaled(unscaled: np.ndarray, config: ModelConfig) -> np.ndarray:
     """Frequencies for longer texts than the model was first trained on.
 
     "linear" divides all of them (Chen et al. 2023, equation 4). "llama3" divides those that turn less than
-    ``rope_low_frequency`` times in the first training length, leaves those that turn more than ``rope_high_frequency``
+    ``rope_low_frequency`` times in the first training length, leaves those that turn more than ``high_frequency``
     times, and goes from one to the other in between (Llama 3.1, as transformers computes it). "yarn" does as well, but
     goes by the number of the pair (Peng et al. 2023, section 3.2, as transformers rounds it).
     """
@@ -81,7 +99,7 @@ def _scaled(unscaled: np.ndarray, config: ModelConfig) -> np.ndarray:
             return unscaled / factor
         case "yarn":
             return _by_pair(unscaled, config)
-    low, high = np.float32(config.rope_low_frequency), np.float32(config.rope_high_frequency)
+    low, high = np.float32(config.rope_low_frequency), np.float32(high_frequency(config))
     period = np.float32(2 * math.pi) * (1 / unscaled)  # torch multiplies by the inverse: see the rounding above
     turns = np.float32(config.rope_trained_positions) * (1 / period)
     kept = np.clip((turns - low) / (high - low), np.float32(0), np.float32(1))
@@ -94,7 +112,7 @@ def _by_pair(unscaled: np.ndarray, config: ModelConfig) -> np.ndarray:
         base = 2 * math.log(config.rope_theta)
         return config.head_width * math.log(config.rope_trained_positions / (turns * 2 * math.pi)) / base
 
-    first = max(math.floor(pair(config.rope_high_frequency)), 0)
+    first = max(math.floor(pair(high_frequency(config))), 0)
     last = min(math.ceil(pair(config.rope_low_frequency)), config.head_width - 1)
     between = np.float32(last - first if last != first else 0.001)
     kept = 1 - np.clip((np.arange(len(unscaled), dtype=np.float32) - np.float32(first)) / between, 0, 1)

@@ -19,6 +19,7 @@ PATIENCE_SECONDS = 5.0
 def gathered(port: int, count: int) -> list[socket.socket]:
     """In the first of ``count`` processes: wait until all others have come; they are to be ``admit``-ted."""
     came: dict[int, socket.socket] = {}
+    twice: set[int] = set()
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     with socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=count) as door:
@@ -28,8 +29,11 @@ def gathered(port: int, count: int) -> list[socket.socket]:
             if index is None or not 0 < index < count:
                 visitor.close()
                 continue
-            if index in came:  # it was started once more
+            if index in came:  # it was started once more, or another one takes itself for it, and they come by turns
                 came[index].close()
+                if index not in twice:
+                    sys.stderr.write(f"jaxrl: process {index} came twice; was --process {index} given twice?\n")
+                twice.add(index)
             came[index] = visitor
     return list(came.values())
 
@@ -49,7 +53,7 @@ def enter(address: str, index: int) -> None:
     """
     told = False
     while (answer := _answer(address, index)) != OPEN:
-        if answer is not None and not told:
+        if not OPEN.startswith(answer) and not told:
             sys.stderr.write(
                 f"jaxrl: process {index} waits: at {address} somebody answers who is not process 0 of this start, "
                 "perhaps of a former run that has not ended yet, which takes it up to 30 s\n"
@@ -58,21 +62,19 @@ def enter(address: str, index: int) -> None:
         time.sleep(0.2)
 
 
-def _answer(address: str, index: int) -> bytes | None:
-    """What is said at the door; nothing if somebody is there who shuts it; None if there is nobody."""
+def _answer(address: str, index: int) -> bytes:
+    """What is said at the door; nothing if there is nobody, or somebody who shuts it."""
     host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), PATIENCE_SECONDS) as door:
-            door.sendall(KNOCK + b"%d\n" % index)
-            door.settimeout(None)
-            said = b""
-            while said != OPEN and OPEN.startswith(said) and (more := door.recv(len(OPEN) - len(said))):
-                said += more
-            return said
-    except ConnectionResetError:
-        return b""
-    except OSError:
-        return None
+    said = b""
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE_SECONDS) as door,
+    ):
+        door.sendall(KNOCK + b"%d\n" % index)
+        door.settimeout(None)
+        while said != OPEN and OPEN.startswith(said) and (more := door.recv(len(OPEN) - len(said))):
+            said += more
+    return said
 
 
 def _who_knocks(visitor: socket.socket) -> int | None:

@@ -108,8 +108,6 @@ def _met(here: Place) -> bool:
     if here.count == 1 or (here.coordinator is None and in_pod):  # there jax would need the cluster's permission to ask
         return False
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if here.index == 0 and here.coordinator:  # where jax finds the place itself, the service looks
-        service.check_port(here.coordinator)
     late = threading.Timer(here.wait_seconds, _stop, [_nobody(here)])
     late.daemon = True
     late.start()

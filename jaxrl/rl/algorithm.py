@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -107,17 +108,16 @@ def _same(values: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
 
 
 def contents_asked(config: AlgorithmConfig, recorded: Recorded) -> frozenset[str]:
-    """Those of ``CONTENTS`` that the advantage looks at."""
-    estimate, outcomes = advantage(config, recorded), _tried(recorded)
-    values = estimate(outcomes).values
+    """Those of ``CONTENTS`` that the advantage reads, whatever becomes of them; a copy of all fields reads all."""
+    read: set[str] = set()
 
-    def can_do_without(field: str) -> bool:
-        try:
-            return _same(values, estimate(dataclasses.replace(outcomes, **{field: None})).values)
-        except Exception:  # whatever a function raises that takes the field for granted
-            return False
+    class Watched(Outcomes):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
 
-    return frozenset(field for field in CONTENTS if not can_do_without(field))
+    advantage(config, recorded)(Watched(**vars(_tried(recorded))))
+    return frozenset(CONTENTS) & read
 
 
 def _check_used(config: AlgorithmConfig, recorded: Recorded) -> None:

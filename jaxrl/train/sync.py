@@ -123,7 +123,7 @@ def layers_at_once(shape: tuple[int, ...], itemsize: int) -> int:
     or one layer.
     """
     each = math.prod(shape[1:]) * itemsize
-    return max(count for count in meshes.divisors(shape[0]) if count == 1 or count * each <= transfer.CHUNK_BYTES)
+    return min(shape[0], max(1, transfer.CHUNK_BYTES // each))
 
 
 def is_cut(before: NamedSharding, after: NamedSharding) -> bool:
@@ -140,7 +140,8 @@ def _resharded(array: jax.Array, sharding: NamedSharding, *, may_alias: bool) ->
     if not array.ndim or count == array.shape[0] or not is_cut(now, sharding):
         return _at_once(array, sharding)
     moved = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(array.shape, array.dtype)
-    for first in range(0, array.shape[0], count):
+    last = array.shape[0] - count
+    for first in (*range(0, last, count), last):  # the last part may overlap the one before: then one program does
         moved = _put(moved, _at_once(_layers(array, first, count=count), sharding), first)
         jax.block_until_ready(moved)  # or all parts might be there at once
     return moved

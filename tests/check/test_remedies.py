@@ -125,7 +125,7 @@ def test_a_remedy_that_hardly_fits_is_compiled_as_training_does(
     monkeypatch.setattr(mending, "TRIES", 1)
     found = run.check(recipe, target, lambda line: None)
     assert (len(found.mended), found.tried) == (int(helps), 1)
-    assert asked[1:] == [run.DECISIVE, ("more",)] if again else [run.DECISIVE]
+    assert asked[1:] == ([run.DECISIVE, ("more",)] if again else [run.DECISIVE])
     for _, outcome in found.mended:
         assert outcome.fullest.name == "more" and (outcome.compiled["more"].effort == 0) == again
         assert outcome.compiled["decode"].effort == -1

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxrl.config import ConfigError, ModelConfig
+from jaxrl.model import rotary
 from jaxrl.model.config_json import check_exportable, config_from_hf, hf_config
 from jaxrl.model.families import FAMILIES
 
@@ -149,7 +150,7 @@ def test_keys_of_one_family_only() -> None:
 def test_scaled_rotary_frequencies_in_both_styles() -> None:
     found = config_from_hf(of_family("llama", rope_theta=500.0, rope_scaling=LLAMA3_SCALING))
     assert (found.rope_scaling, found.rope_theta, found.rope_factor) == ("llama3", 500.0, 8.0)
-    assert (found.rope_low_frequency, found.rope_high_frequency, found.rope_trained_positions) == (1.0, 4.0, 64)
+    assert (found.rope_low_frequency, rotary.high_frequency(found), found.rope_trained_positions) == (1.0, 4.0, 64)
     assert config_from_hf(of_family("llama", rope_parameters={**LLAMA3_SCALING, "rope_theta": 500.0})) == found
     linear = config_from_hf(of_family("qwen2", rope_scaling={"type": "linear", "factor": 4}))
     assert (linear.rope_scaling, linear.rope_factor, linear.rope_low_frequency) == ("linear", 4.0, 1.0)
@@ -162,7 +163,7 @@ def test_yarn_in_both_styles() -> None:
     as_qwen = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
     found = config_from_hf(of_family("qwen2", rope_theta=1e6, rope_scaling=as_qwen))
     assert (found.rope_scaling, found.rope_factor, found.rope_trained_positions) == ("yarn", 4.0, 32_768)
-    assert (found.rope_low_frequency, found.rope_high_frequency, found.rope_attention_factor) == (1.0, 32.0, 0.0)
+    assert (found.rope_low_frequency, rotary.high_frequency(found), found.rope_attention_factor) == (1.0, 32.0, 0.0)
     newer = {"rope_theta": 1e6, "rope_type": "yarn", **{key: as_qwen[key] for key in list(as_qwen)[1:]}}
     assert config_from_hf(of_family("qwen2", rope_parameters={**newer, "truncate": True})) == found
     said = {**as_qwen, "beta_slow": 2, "beta_fast": 16.0, "attention_factor": 1.5}
@@ -377,8 +378,10 @@ def rope_scalings(draw: st.DrawFn) -> dict[str, Any]:
         factor["rope_attention_factor"] = draw(st.just(0.0) | st.floats(0.5, 2.0))
     if kind not in ("llama3", "yarn"):
         return {"rope_scaling": kind, **factor}
-    low = draw(st.floats(0.5, 4.0))
-    turns = {"rope_low_frequency": low, "rope_high_frequency": low + draw(st.floats(0.5, 10.0))}
+    low = draw(st.floats(0.5, 3.5))
+    high = draw(st.just(0.0) | st.floats(0.5, 10.0).map(lambda more: low + more))
+    usual = rotary.USUAL_HIGH_FREQUENCY[kind]
+    turns = {"rope_low_frequency": low, "rope_high_frequency": 0.0 if high == usual else high}
     return {"rope_scaling": kind, **factor, **turns, "rope_trained_positions": draw(st.integers(1, 100_000))}
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxrl.config import ModelConfig
+from jaxrl.config import ConfigError, ModelConfig
 from jaxrl.model.config_json import hf_config
 from jaxrl.model.rotary import frequencies, lengths, rotation
 
@@ -20,7 +20,6 @@ YARN = dataclasses.replace(
     family="llama",
     rope_scaling="yarn",
     rope_factor=4.0,
-    rope_high_frequency=32.0,
     rope_trained_positions=32_768,
 )
 
@@ -60,6 +59,17 @@ def test_llama3_keeps_fast_pairs_and_stretches_slow_ones() -> None:
     np.testing.assert_allclose(ratio[turns < 1], 8, rtol=1e-6)
     between = ratio[(turns < 4) & (turns > 1)]
     assert (np.diff(between) > 0).all() and 1 < between[0] < between[-1] < 8
+
+
+@pytest.mark.parametrize(("scaling", "high"), [("llama3", 4.0), ("yarn", 32.0)])
+def test_zero_is_the_usual_high_frequency_of_the_method(scaling: str, high: float) -> None:
+    by_hand = dataclasses.replace(CONFIG, rope_scaling=scaling, rope_factor=4.0)
+    assert ModelConfig().rope_high_frequency == 0
+    found = frequencies(by_hand)
+    np.testing.assert_array_equal(found, frequencies(dataclasses.replace(by_hand, rope_high_frequency=high)))
+    assert (found != frequencies(dataclasses.replace(by_hand, rope_high_frequency=high + 1))).any()
+    with pytest.raises(ConfigError, match=f"rope_low_frequency={high} must be below the {high} that .*='{scaling}'"):
+        frequencies(dataclasses.replace(by_hand, rope_low_frequency=high))
 
 
 def test_layers_that_slide_have_their_own_unscaled_base() -> None:

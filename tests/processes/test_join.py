@@ -9,12 +9,12 @@ import socket
 import sys
 import time
 
-import jax
 import pytest
+from jax._src import distributed  # its public function refuses where jax has begun, as it has here
 
 from jaxrl.config import ConfigError
 from jaxrl.processes import door, service
-from jaxrl.processes.join import PATIENCE_SECONDS, VARIABLES, Place, place, run
+from jaxrl.processes.join import PATIENCE_SECONDS, VARIABLES, Place, place
 from tests.several import REPOSITORY, finished, reserved_port, started, together, together_at
 
 TALKING = pathlib.Path(__file__).with_name("talking.py")
@@ -51,11 +51,10 @@ def test_a_number_that_is_none_is_refused() -> None:
 @pytest.mark.parametrize("reuse_port", [False, True], ids=["by anything", "by another run, as jax listens"])
 def test_a_port_that_is_taken_is_refused(reuse_port: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "LINGER_SECONDS", 0)
-    jax.devices()  # jax, which has begun here, would refuse in words of its own
-    with socket.create_server(("", 0), reuse_port=reuse_port) as taken:
+    with socket.create_server(("", 0), reuse_port=reuse_port) as taken, service.apart():
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"process 0 cannot listen at port {port}: .*; take a free port"):
-            run(Place(f"127.0.0.1:{port}", 2, 0, 9), lambda: 0)
+            distributed.State().initialize(f"127.0.0.1:{port}", 2, 0, cluster_detection_method="deactivate")
 
 
 def test_processes_tell_each_other_what_they_have() -> None:
@@ -124,7 +123,7 @@ def test_a_start_of_more_processes_right_after_a_kill_waits_for_the_end_of_the_r
         assert f"process {process} waits" in said and waits in said
 
 
-def test_at_the_door_others_than_processes_of_the_start_are_turned_away() -> None:
+def test_at_the_door_others_than_processes_of_the_start_are_turned_away(capsys: pytest.CaptureFixture[str]) -> None:
     def knocked(words: bytes) -> socket.socket:
         while True:
             with contextlib.suppress(ConnectionRefusedError):
@@ -137,14 +136,31 @@ def test_at_the_door_others_than_processes_of_the_start_are_turned_away() -> Non
         for wrong in (b"PRI * HTTP/2.0\r\n\r\n", door.KNOCK + b"3\n", door.KNOCK + b"one\n"):
             with knocked(wrong) as visitor, contextlib.suppress(ConnectionResetError):
                 assert visitor.recv(1) == b"", "shut"
-        with knocked(door.KNOCK + b"1\n") as visitor:  # and is started once more
-            entered = [threads.submit(door.enter, f"127.0.0.1:{port}", 1)]
+        with knocked(door.KNOCK + b"1\n") as visitor, knocked(door.KNOCK + b"1\n") as again:  # and once more
             assert visitor.recv(1) == b""
+            entered = [threads.submit(door.enter, f"127.0.0.1:{port}", 1)]
+            assert again.recv(1) == b""
         entered.append(threads.submit(door.enter, f"127.0.0.1:{port}", 2))
         visitors = gathered.result(10)
         assert not any(one.done() for one in entered), "the service is not there yet"
         door.admit(visitors)
         assert [one.result(10) for one in entered] == [None, None]
+    assert capsys.readouterr().err == "jaxrl: process 1 came twice; was --process 1 given twice?\n"
+
+
+def test_a_former_run_is_spoken_of_where_somebody_else_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not where the door is shut, as it is to one of two processes with the same number."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, concurrent.futures.ThreadPoolExecutor(1) as threads:
+        entered = threads.submit(door.enter, f"127.0.0.1:{listening.getsockname()[1]}", 1)
+        said = []
+        for words in (b"", door.OPEN[:5], b"\0\0\x12\4", b"\0\0\x12\4", door.OPEN):
+            visitor, _ = listening.accept()
+            said.append(capsys.readouterr().err)
+            with visitor:
+                visitor.sendall(words)
+        entered.result(10)
+    assert said[:3] == [""] * 3 and said[4] == ""
+    assert "process 1 waits" in said[3] and "perhaps of a former run" in said[3]
 
 
 def test_a_service_that_does_not_start_says_why(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from jaxrl.processes.exchange import is_first
 from jaxrl.records import Batch, Group, Trajectory, Turn
 from jaxrl.rl import selection
 from jaxrl.rl.outcomes import Outcomes
+from jaxrl.rl.targets import TARGETS
 from jaxrl.train import placement, shares
 from jaxrl.train.critic import new_critic
 from jaxrl.train.pack import earned, pack
@@ -142,7 +143,7 @@ def main() -> int:
     learned = critic.learn(trajectories, outcomes)
     updates = steering.prepared(pack(CONFIG, kept, {}, outcomes), params, progress)
 
-    targets = [targets_of(loss, session, kept, params, reference) for loss in ("gvpo", "flowrl")]
+    targets = [targets_of(loss, session, kept, params, reference) for loss in sorted(TARGETS)]
     loss = policy_gradient_loss(MODEL, CONFIG.algorithm, CONFIG.engine.temperature)
     optimizer = session.rl_optimizer
     updater = Updater(loss, optimizer, session.mesh, experts=session.recorded_experts, pooled=True)

@@ -64,7 +64,11 @@ def test_selection_from_outlines_is_that_from_what_was_played() -> None:
 
 def test_it_is_found_out_what_of_the_contents_an_advantage_reads(tmp_path: pathlib.Path) -> None:
     own = tmp_path / "own.py"
-    own.write_text("def takes_it_for_granted(outcomes):\n    return [float(x.sum()) for x in outcomes.logprobs]\n")
+    own.write_text(
+        "import numpy as np\n"
+        "def takes_it_for_granted(outcomes):\n    return [float(x.sum()) for x in outcomes.logprobs]\n"
+        "def weighs(outcomes):\n    return [np.exp(x.sum()) for x in outcomes.logprobs or np.zeros((2, 1))]\n"
+    )
     recorded = Recorded(contents=False, square_sums=True)
     for name, asked in {
         "grpo": set(),
@@ -72,6 +76,7 @@ def test_it_is_found_out_what_of_the_contents_an_advantage_reads(tmp_path: pathl
         "tree_depth": {"nodes"},
         "optimal_token_baseline": {"logprobs"},
         f"{own}:takes_it_for_granted": {"logprobs"},
+        f"{own}:weighs": {"logprobs"},
     }.items():
         assert algorithm.contents_asked(AlgorithmConfig(advantage=name), recorded) == asked
     seen = of_trajectories(group(0).trajectories, np.zeros(5, int), recorded, {})
