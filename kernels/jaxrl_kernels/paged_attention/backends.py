@@ -9,7 +9,7 @@ import jax
 
 from jaxrl_kernels import choice
 from jaxrl_kernels.paged_attention import reference, tpu, xla
-from jaxrl_kernels.paged_attention.blocks import LANES, Shape, tile_rows
+from jaxrl_kernels.paged_attention.blocks import LANES, VECTOR_BYTES, Shape, blocks_for, tile_rows, vector_bytes
 
 Implementation = Literal["auto", "xla", "tpu", "tpu_interpreted", "reference"]
 
@@ -40,6 +40,12 @@ def _unfit_for_tpu(shape: Shape) -> str:
         return f"a page of {shape.page} tokens in {shape.page_dtype} is no multiple of {rows}"
     if shape.head_width % LANES:
         return f"a head of width {shape.head_width} is no multiple of {LANES}"
+    held = vector_bytes(shape, blocks_for(shape))
+    if held > VECTOR_BYTES:
+        return (
+            f"{shape.kv_heads} KV heads of width {shape.head_width} in pages of {shape.page} tokens hold {held:,} "
+            f"bytes of {VECTOR_BYTES:,}; smaller pages hold fewer"
+        )
     entries = shape.rows * shape.table + tpu.longest_list(shape)
     if entries > SCALARS:
         return f"{shape.rows} rows of {shape.table} pages need {entries} entries of {SCALARS}; larger pages need fewer"
