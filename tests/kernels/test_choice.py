@@ -4,8 +4,11 @@ import contextlib
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from jaxrl_kernels import Groups, group_decode
+from jaxrl_kernels.group_decode.backends import chosen_for_parties
 from jaxrl_kernels.interval_attention import backends as interval
 from jaxrl_kernels.paged_attention import backends as paged
 from jaxrl_kernels.paged_attention.blocks import Shape
@@ -44,3 +47,20 @@ def test_refusals_name_the_limit(kind: str, change: dict[str, object], message: 
         assert interval.chosen("auto", ROW) == "xla"
         with pytest.raises(ValueError, match=f"implementation='mosaic_gpu' .*{message}"):
             interval.chosen("mosaic_gpu", dataclasses.replace(ROW, **change))
+
+
+def test_auto_takes_no_kernel_that_has_room_for_one_part_of_a_decoding_group_alone() -> None:
+    rows, heads, width, page, table = 256, 64, 128, 16, 490
+    q, page_table = jax.ShapeDtypeStruct((rows, 1, heads, width), jnp.bfloat16), _integers(rows, table)
+    pages = jax.ShapeDtypeStruct((8, 8, page, width), jnp.bfloat16)
+    groups = Groups(_integers(rows, 32), _integers(rows))
+    with on("TPU v5 lite"):
+        own = Shape(rows, 1, heads, 8, width, page, table, "bfloat16", "bfloat16")
+        assert paged.chosen("auto", own) == "tpu"
+        with pytest.warns(UserWarning, match="passed over: 256 rows of 490 pages"):
+            assert chosen_for_parties("auto", own, *groups.members.shape) == "xla"
+            jax.eval_shape(group_decode, q, pages, pages, page_table, _integers(rows, 1), groups)
+
+
+def _integers(*lengths: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(lengths, jnp.int32)
