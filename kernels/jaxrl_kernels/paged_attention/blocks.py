@@ -105,8 +105,8 @@ def page_bytes(shape: Shape, blocks: Blocks) -> int:
 
 def vector_bytes(shape: Shape, blocks: Blocks) -> int:
     """Of all that the kernel holds in vector memory, with the log-sum-exp among its results: buffers of pages, two of
-    queries, their positions and each result, the sums, and a block of scores. A column of numbers takes
-    a register's length for each of them."""
+    queries, their positions and each result, the sums, and a block of scores. A column of numbers takes a register's
+    length for each of them."""
     query, number = jnp.dtype(shape.query_dtype).itemsize, 4
     keys = -(-blocks.pages * shape.page // LANES) * LANES
     of_row = 2 * shape.head_width * (query + number) + 2 * LANES * number  # queries and results
