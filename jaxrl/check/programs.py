@@ -20,9 +20,10 @@ from jaxrl.rl.supervised import SupervisedLoss, supervised_loss
 from jaxrl.rl.targets import keeps_reference
 from jaxrl.rollout import programs as rollout
 from jaxrl.train import sync, transfer
+from jaxrl.train.attention import check_attention, check_paged_attention
 from jaxrl.train.critic import critic_optimizer, value_loss, values_for_all
 from jaxrl.train.distill import distillation_loss, teacher_model
-from jaxrl.train.session import check_attention, check_rows, packed_sections
+from jaxrl.train.session import check_rows, packed_sections
 from jaxrl.train.shares import check_processes
 from jaxrl.train.state import TrainState, abstract_params, abstract_state, rl_optimizer
 from jaxrl.train.update import Updater, policy_gradient_loss
@@ -276,12 +277,13 @@ def shapes(config: Config, devices: Sequence[jax.Device]) -> Shapes:
     mesh = meshes.make_mesh(config.mesh, training)
     check_processes(config, len({device.process_index for device in devices}))
     check_rows(packed_sections(config), mesh)
-    check_attention(config.model, mesh)
+    check_attention(config.model, mesh, packed_sections(config))
     specs = transformer.param_specs(config.model)
     spec.shardings(specs, mesh, meshes.PARAM_RULES)
     apart = playing if config.mesh.rollout_devices else None
     replicas = meshes.make_rollout_mesh(mesh, config.mesh.rollout_tensor, apart, config.model.kv_heads)
     spec.shardings(specs, replicas, meshes.ROLLOUT_RULES)
+    check_paged_attention(config.engine, config.model, replicas)
     if config.lora.rank:
         frozen = lora.base_specs(specs, config.lora)
         quantized.check_blocks(frozen, mesh, meshes.PARAM_RULES)

@@ -25,9 +25,9 @@ class EngineConfig:
     max_response_tokens: int = 256
     """Response tokens of all turns together, tool output included."""
     group_decode: Literal["auto", "on", "off"] = "auto"
-    """Slots with the same prompt read its KV pages once for all of them in every decode step. "auto" does on TPUs; on
-    others it pays for large groups with long prompts, and costs time once few of a group are left
-    (``docs/kernels.md``). It changes the last bits of log-probabilities."""
+    """Slots with the same prompt read its KV pages once for all of them in every decode step. "auto" does on TPUs
+    whose kernel takes the shapes; elsewhere it pays for large groups with long prompts, and costs time once few of a
+    group are left (``docs/kernels.md``). It changes the last bits of log-probabilities."""
     group_width: int = 16
     """The most slots that read a prompt together; a larger group does it in several parties."""
     temperature: float = 1.0

@@ -73,8 +73,8 @@ class ModelConfig:
     """Type of the matrix products, in training and in rollout alike."""
     attention: Literal["auto", "xla", "tpu", "mosaic_gpu"] = "auto"
     """Who computes attention, over packed rows in training and scoring and over KV pages in rollout: plain JAX, the
-    kernels for TPUs, those for Hopper GPUs (which rollout has not), or what is proven on the devices at hand
-    (``docs/kernels.md``)."""
+    kernels for TPUs, those for Hopper GPUs (which rollout has not), or "auto": the kernels on a TPU, where they take
+    the shapes, and plain JAX elsewhere. What is proven of each is in ``docs/kernels.md``."""
     context_attention: Literal["gather", "ring"] = "gather"
     """How queries meet the keys of a row that MeshConfig.context splits: every device gathers them all, or they travel
     around the devices, each of which then holds one part at a time (``docs/meshes.md``)."""

@@ -15,7 +15,7 @@ import numpy as np
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_axes, compute_spec, per_shard, to_compute
 from jaxrl_kernels.chunks import cut, joined
-from jaxrl_kernels.products import product, rounded
+from jaxrl_kernels.products import precision_of, product, rounded
 
 
 @flax.struct.dataclass
@@ -218,8 +218,7 @@ def _local_feed_forward(
     chosen = (jnp.arange(len(order)) < group_sizes.sum())[:, None]
 
     def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
-        # As ``product``; operands in bfloat16, of which all bits count anyhow, XLA for TPUs refuses to take so.
-        exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+        exact = precision_of(left.dtype)
         return jax.lax.ragged_dot(left, right, group_sizes, precision=exact, preferred_element_type=jnp.float32)
 
     def multiply_adapted(left: jax.Array, right: jax.Array, name: str) -> jax.Array:

@@ -174,11 +174,11 @@ class Engine:
         self._scheduler = Scheduler(config)
         self._stop_ids = frozenset(int(stop) for stop in stop_ids)
         self._mesh = mesh or meshes.make_mesh(MeshConfig(), jax.devices()[:1])
-        self._party = rounds.party_of(config, self._mesh)
         self._launches = launches or contextlib.nullcontext()
         self._shardings = spec.shardings(
             lora.specs_with_adapters(param_specs(model), params), self._mesh, meshes.ROLLOUT_RULES
         )
+        self._party = rounds.party_of(config, model, self._mesh)
         self._params: Any | None = jax.device_put(params, self._shardings)
         self._layout = _layout(self._params)
         self._version = version

@@ -73,7 +73,7 @@ def traced(
                 jax.ShapeDtypeStruct((rounds.padded_stops(stop_ids),), jnp.int32, sharding=everywhere),
                 model=model,
                 steps=config.round_steps,
-                party=rounds.party_of(config, mesh),
+                party=rounds.party_of(config, model, mesh),
             ),
         }
         if config.record_experts:

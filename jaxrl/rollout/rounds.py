@@ -9,13 +9,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
+from jaxrl import mesh as meshes
 from jaxrl.config import EngineConfig, ModelConfig
 from jaxrl.model.logprob import logits
 from jaxrl.model.transformer import KVPages, Params, paged_hidden_states
 from jaxrl.rollout import sampler
+from jaxrl.rollout.cache import pages_for
 from jaxrl_kernels import make_groups
+from jaxrl_kernels.group_decode.backends import chosen_for_parties
+from jaxrl_kernels.paged_attention.blocks import Shape
 
 TOKEN, POSITION, LEFT, PROMPT, DRAW, SAMPLE, TEMPERATURE, SHARED, TABLE = range(9)
 """Columns of a decode plan: the last token, its position, tokens it may still sample (0 = the slot is empty), prompt
@@ -36,10 +40,27 @@ def padded_stops(count: int) -> int:
     return -(-max(1, count) // STOP_IDS) * STOP_IDS
 
 
-def party_of(config: EngineConfig, mesh: Mesh) -> int:
+def attention_shapes(config: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> tuple[Shape, Shape]:
+    """What a decode round and a prefill ask of paged attention, on each device of a replica."""
+    query_heads, kv_heads = (
+        heads // meshes.pieces(axis, meshes.ROLLOUT_RULES, mesh)
+        for axis, heads in (("query_heads", model.query_heads), ("kv_heads", model.kv_heads))
+    )
+    table = pages_for(config.max_prompt_tokens + config.max_response_tokens, config.page_size)
+    pages = query_heads, kv_heads, model.head_width, config.page_size, table, *[model.compute_dtype] * 2
+    return Shape(config.slots, 1, *pages), Shape(config.prefill_rows, config.prefill_chunk, *pages)
+
+
+def party_of(config: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     """The most slots that read the pages of their prompt together on the devices of this mesh; 0 = each by itself."""
-    together = {"on": True, "off": False, "auto": mesh.devices.flat[0].platform == "tpu"}[config.group_decode]
-    return min(config.group_width, config.slots) if together else 0
+    width = min(config.group_width, config.slots)
+    if config.group_decode != "auto":
+        return width if config.group_decode == "on" else 0
+    if model.attention == "xla":
+        return 0
+    decode, _ = attention_shapes(config, model, mesh)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return width if chosen_for_parties("auto", decode, config.slots, width) == "tpu" else 0
 
 
 def empty_plans(config: EngineConfig, table_width: int, pages: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

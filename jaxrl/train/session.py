@@ -35,6 +35,7 @@ from jaxrl.rollout.scheduler import Scheduler
 from jaxrl.sandbox import pool_from_config
 from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from jaxrl.train.attention import check_attention, check_paged_attention
 from jaxrl.train.joint_episodes import joint_play
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunError, RunFolder
@@ -252,7 +253,8 @@ def open_session(config: Config, run: RunFolder) -> Session:
     session = _session(config, run, _tokenizer(config, run, [*texts, *recorded.texts_of(worked)]))
     _check_prompts(config, session.chat, (*train, *held_out))
     check_rows(packed_sections(config), session.mesh)
-    check_attention(config.model, session.mesh)
+    check_attention(session.model, session.mesh, packed_sections(config))
+    check_paged_attention(config.engine, session.model, session.rollout_mesh)
     if config.optimizer.offload:
         check_offload(session.mesh)
     return dataclasses.replace(session, train_problems=train, eval_problems=held_out, demonstrations=worked)
@@ -263,10 +265,12 @@ def reopen_session(config: Config, run: RunFolder, eval_problems: tuple[Problem,
 
     Raises:
         TokenizerError, FileNotFoundError: the run folder has no tokenizer.
-        ConfigError: ``eval_problems`` longer than the engine takes.
+        ConfigError: ``eval_problems`` longer than the engine takes, or kernels for them that cannot be had.
     """
     session = _session(config, run, load_tokenizer(run.tokenizer))
     _check_prompts(config, session.chat, eval_problems)
+    if eval_problems:
+        check_paged_attention(config.engine, session.model, session.rollout_mesh)
     return dataclasses.replace(session, eval_problems=eval_problems)
 
 
@@ -286,7 +290,7 @@ def open_offline_session(config: Config, run: RunFolder, texts: Sequence[str], *
         )
     session = dataclasses.replace(_session(config, run, _tokenizer(config, run, texts)), valued=valued)
     check_rows((config.prefer,), session.mesh)
-    check_attention(config.model, session.mesh)
+    check_attention(session.model, session.mesh, (config.prefer,))
     if config.optimizer.offload:
         check_offload(session.mesh)
     return session
@@ -407,21 +411,6 @@ def check_rows(sections: Sequence[SftConfig | PreferConfig | TrainConfig], mesh:
                     f"{type(section).__name__}.{field}={getattr(section, field)} cannot be split over {pieces} devices "
                     f"({over}); make it {getattr(section, field) + pieces - rest}, or another multiple of {pieces}"
                 )
-
-
-def check_attention(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
-    """What computes attention must run on the devices.
-
-    Raises:
-        ConfigError: kernels are asked for whose devices these are not.
-    """
-    device = mesh.devices.flat[0]
-    needed = {"tpu": ("TPUs", "tpu"), "mosaic_gpu": ("Hopper GPUs", "gpu")}.get(model.attention)
-    if needed is not None and device.platform != needed[1]:
-        raise ConfigError(
-            f"ModelConfig.attention={model.attention!r} needs {needed[0]}, and these devices are "
-            f"{device.device_kind!r}; set it to 'auto'"
-        )
 
 
 def _check_prompts(config: Config, chat: ChatFormat, questions: tuple[Problem, ...]) -> None:

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_kernels.choice import device_kind
 from jaxrl_kernels.group_decode import group_decode, make_groups
 from jaxrl_kernels.interval_attention import Plan, interval_attention
-from jaxrl_kernels.interval_attention.backends import device_kind
 from jaxrl_kernels.interval_attention.blocks import fitting
 from jaxrl_kernels.interval_attention.pairs import make_pairs
 from jaxrl_kernels.paged_attention import paged_attention

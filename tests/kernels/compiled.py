@@ -58,6 +58,9 @@ PAGED_SHAPES = (
     PagedShape("decode", rows=64, count=1, query_heads=32, kv_heads=8),
     PagedShape("prefill", rows=4, count=512, query_heads=32, kv_heads=8, table=2048, soft_cap=30.0),
     PagedShape("decode_of_one_head", rows=16, count=1, query_heads=5, kv_heads=1, page=64, table=512),
+    PagedShape("prefill_of_heads_of_their_own", rows=4, count=128, query_heads=32, kv_heads=32, soft_cap=30.0),
+    PagedShape("wide_prefill", rows=4, count=256, query_heads=16, kv_heads=16, width=256),
+    PagedShape("decode_of_heads_of_their_own", rows=16, count=1, query_heads=32, kv_heads=32, page=256, table=8),
     PagedShape("float32", rows=4, count=64, query_heads=4, kv_heads=4, page=8, width=256, dtype="float32"),
 )
 """With the log-sum-exp, and with a window that is an argument."""

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_kernels import Plan
+from jaxrl_kernels.choice import device_kind
 from jaxrl_kernels.interval_attention import interval_attention, interval_attention_with_lse, make_plan, segment_ends
-from jaxrl_kernels.interval_attention.backends import HOPPER_KINDS, device_kind
+from jaxrl_kernels.interval_attention.backends import HOPPER_KINDS
 from jaxrl_kernels.interval_attention.cases import CASES, Case
 from jaxrl_kernels.interval_attention.pairs import Blocks, make_pairs
 from jaxrl_kernels.interval_attention.tables import make_tables

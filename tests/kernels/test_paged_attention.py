@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxrl_kernels.paged_attention import paged_attention, paged_attention_with_lse
 from jaxrl_kernels.paged_attention.backends import BACKENDS as BACKEND_TABLE
-from jaxrl_kernels.paged_attention.blocks import Shape
+from jaxrl_kernels.paged_attention.blocks import Shape, blocks_for
 from jaxrl_kernels.paged_attention.cases import CASES, Case
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import soft_capped
@@ -137,6 +137,17 @@ def test_what_the_tpu_kernel_cannot_take_is_said() -> None:
     assert not BACKEND_TABLE["tpu"].unfit(fitting)
     for change, reason in (({"page": 8}, "multiple of 16"), ({"head_width": 64}, "128"), ({"rows": 128}, "larger")):
         assert reason in BACKEND_TABLE["tpu"].unfit(dataclasses.replace(fitting, **change))
+
+
+@pytest.mark.parametrize(("count", "heads", "width"), [(128, 32, 128), (256, 32, 128), (256, 16, 256), (1, 64, 256)])
+def test_blocks_of_many_kv_heads_fit_into_the_vector_memory(count: int, heads: int, width: int) -> None:
+    shape = Shape(4, count, heads, heads, width, 16, 128, "bfloat16", "bfloat16")
+    blocks = blocks_for(shape)
+    pages = 4 * blocks.pages * shape.page * heads * width * 2
+    queries = blocks.rows * heads * (width * (2 * 2 + 2 * 4 + 4) + 128 * 4 * 4)  # with results, sums and log-sum-exps
+    assert pages + queries < 14 << 20
+    assert not BACKEND_TABLE["tpu"].unfit(shape)
+    assert "smaller pages" in BACKEND_TABLE["tpu"].unfit(dataclasses.replace(shape, page=1024))
 
 
 @pytest.mark.parametrize(

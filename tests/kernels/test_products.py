@@ -11,7 +11,7 @@ from jaxrl.config import ModelConfig
 from jaxrl.model.logprob import logits, sequence_logprobs
 from jaxrl.model.spec import initialize
 from jaxrl.model.transformer import init_pages, paged_hidden_states, param_specs
-from jaxrl_kernels.products import product
+from jaxrl_kernels.products import precision_of, product
 
 CONFIG = ModelConfig(vocab_size=32, layers=1, width=16, query_heads=2, kv_heads=1, head_width=8, ffn_width=16)
 MOE = dataclasses.replace(CONFIG, family="qwen3_moe", experts=4, expert_width=8)
@@ -47,3 +47,17 @@ def test_no_product_of_training_or_decoding_is_left_to_the_accelerators_default(
     for lines in (products(jax.grad(loss), params), products(decode, params)):
         assert len(lines) >= 8
         assert all("precision = [HIGHEST, HIGHEST]" in line for line in lines)
+
+
+def test_gradients_of_a_product_in_bfloat16_keep_their_bits_too() -> None:
+    def loss(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.square(product("ab,bc->ac", left, right)).sum()
+
+    lines = products(jax.grad(loss, argnums=(0, 1)), jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.bfloat16))
+    mixed = [line for line in lines if "xf32>" in line.split("->")[0]]
+    assert len(mixed) == 2 and all("precision = [HIGHEST, HIGHEST]" in line for line in mixed)
+
+
+def test_kernels_for_tpus_are_told_of_float32_alone() -> None:
+    """Their compiler refuses a precision for bfloat16; the slow tests show it."""
+    assert [precision_of(dtype) for dtype in ("float32", "bfloat16")] == [jax.lax.Precision.HIGHEST, None]

@@ -3,10 +3,13 @@
 import asyncio
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from jaxrl.config import EngineConfig, ModelConfig
 from jaxrl.rollout.engine import Engine
+from jaxrl.rollout.rounds import party_of
 from tests.rollout.conftest import CONFIG, MODEL, make_engine, play_all
 
 NAMES = [(7, 0), (7, 1), (7, 2), (7, 3), (16, 0), (16, 1), (28, 0), (11, 0)]
@@ -54,3 +57,21 @@ def test_the_prompt_of_a_group_is_prefilled_once(params, group_decode):
     assert asyncio.run(run()) == [4] * 16
     assert engine.counters.prefill_tokens == 1023
     assert engine.counters.prefill_calls == 4
+
+
+def test_auto_is_on_where_a_kernel_for_tpus_takes_both_parts_of_what_a_device_computes():
+    """And off where plain JAX would compute them, a party after the other: it is faster with every slot by itself."""
+    model = ModelConfig(query_heads=64, kv_heads=8, head_width=128, compute_dtype="bfloat16")
+    config = EngineConfig(slots=64, group_width=32, max_prompt_tokens=1024, max_response_tokens=7168)
+
+    def party(kind: str = "TPU v5 lite", tensor: int = 1, model: ModelConfig = model, **changes: object) -> int:
+        device = jax.sharding.AbstractDevice(kind, 1, kind[:3].lower())
+        mesh = jax.sharding.AbstractMesh((tensor,), ("tensor",), abstract_device=device)
+        return party_of(dataclasses.replace(config, **changes), model, mesh)
+
+    assert party() == party(tensor=8) == party("cpu", group_decode="on") == 32
+    assert party(group_decode="off") == party("cpu") == party(model=dataclasses.replace(model, attention="xla")) == 0
+    with pytest.warns(UserWarning, match="'tpu' is passed over: a head of width 64"):
+        assert party(model=dataclasses.replace(model, head_width=64)) == 0
+    with pytest.warns(UserWarning, match="'tpu' is passed over: 256 rows of 490 pages need 133376"):
+        assert party(slots=256, max_response_tokens=490 * 16 - 1024) == 0

@@ -1,17 +1,19 @@
 """A whole run on a mesh of eight devices is the run on one device."""
 
+import dataclasses
 import pathlib
 import subprocess
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import pytest
 
-from jaxrl.config import Config, ConfigError, ModelConfig, SftConfig, TrainConfig
+from jaxrl.config import Config, ConfigError, EngineConfig, ModelConfig, SftConfig, TrainConfig
 from jaxrl.mesh import AXES
 from jaxrl.observe.traces import read_episodes
 from jaxrl.observe.writers import read_metrics
-from jaxrl.train import session
+from jaxrl.train import attention, session
 
 SHORT = (
     *("ModelConfig.kv_heads=2", "SftConfig.steps=20", "TrainConfig.steps=2", "TrainConfig.problems=2"),
@@ -49,13 +51,30 @@ def test_rows_that_a_mesh_cannot_split_are_refused_with_what_it_could(lengths: t
         session.check_rows(session.packed_sections(config), jax.sharding.AbstractMesh(lengths, AXES))
 
 
-@pytest.mark.parametrize(("attention", "devices"), [("tpu", "TPUs"), ("mosaic_gpu", "Hopper GPUs")])
-def test_kernels_are_refused_where_their_devices_are_not(attention: str, devices: str) -> None:
-    mesh = jax.sharding.Mesh(jax.devices()[:1], ("one",))
-    session.check_attention(ModelConfig(attention="auto"), mesh)
-    message = f"ModelConfig.attention='{attention}' needs {devices}, and these devices are 'cpu'; set"
-    with pytest.raises(ConfigError, match=message):
-        session.check_attention(ModelConfig(attention=attention), mesh)
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("cpu", {"attention": "tpu"}, "'tpu' needs a TPU, not 'cpu'"),
+        ("NVIDIA A100-SXM4-40GB", {}, "'mosaic_gpu' needs a NVIDIA H100 or .*, not 'NVIDIA A100-SXM4-40GB'"),
+        ("NVIDIA H100 80GB HBM3", {"compute_dtype": "float32"}, "'mosaic_gpu' cannot take this: heads 64 or 128 wide"),
+        ("NVIDIA H100 80GB HBM3", {"head_width": 96}, "'mosaic_gpu' cannot take this: heads 64 or 128 wide"),
+        ("TPU v5 lite", {"attention": "tpu", "head_width": 64}, "'tpu' cannot take this: a head of width 64"),
+    ],
+)
+def test_kernels_that_cannot_be_had_are_refused_at_start(kind: str, changes: dict[str, Any], message: str) -> None:
+    wide = ModelConfig(head_width=128, compute_dtype="bfloat16")
+    device = jax.sharding.AbstractDevice(kind, 1, {"T": "tpu", "N": "gpu"}.get(kind[0], "cpu"))
+    mesh = jax.sharding.AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
+
+    def check(model: ModelConfig) -> None:
+        attention.check_attention(model, mesh, [TrainConfig()])
+        attention.check_paged_attention(EngineConfig(), model, mesh)
+
+    check(wide)
+    if kind != "NVIDIA A100-SXM4-40GB":
+        check(dataclasses.replace(wide, attention={"T": "tpu", "N": "mosaic_gpu"}.get(kind[0], "xla")))
+    with pytest.raises(ConfigError, match=f"ModelConfig.attention={message}.*; set it to 'auto'"):
+        check(dataclasses.replace(wide, **({"attention": "mosaic_gpu"} | changes)))
 
 
 @pytest.fixture(scope="module")

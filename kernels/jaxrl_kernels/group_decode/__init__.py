@@ -10,9 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxrl_kernels.group_decode.backends import PREFIXES
+from jaxrl_kernels.group_decode.backends import PREFIXES, chosen_for_parties
 from jaxrl_kernels.paged_attention import paged_attention, paged_attention_with_lse
-from jaxrl_kernels.paged_attention.backends import Implementation, chosen
+from jaxrl_kernels.paged_attention.backends import Implementation
 from jaxrl_kernels.paged_attention.blocks import shape_of
 from jaxrl_kernels.softmax import MASKED
 
@@ -117,7 +117,7 @@ def _joined(
     """Both parts of every row, and their weighted mean."""
     page, shared = key_pages.shape[2], groups.shared[:, None]
     pages, options = (key_pages, value_pages), {"scale": scale, "soft_cap": soft_cap}
-    name = chosen(implementation, shape_of(q, key_pages, page_table))
+    name = chosen_for_parties(implementation, shape_of(q, key_pages, page_table), *groups.members.shape)
     first, first_log = PREFIXES[name](q, *pages, page_table, groups.members, groups.shared, options)
     column = jnp.arange(page_table.shape[1], dtype=jnp.int32) + shared
     own_table = jnp.take_along_axis(page_table, column, axis=1, mode="clip")

@@ -1,5 +1,6 @@
 """Who computes what a party sees of the pages it shares, by the backend of paged attention that it is joined with."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels.paged_attention import paged_attention_with_lse
-from jaxrl_kernels.paged_attention.backends import Implementation
+from jaxrl_kernels.paged_attention.backends import Implementation, chosen
+from jaxrl_kernels.paged_attention.blocks import Shape
 
 
 def at_once(
@@ -76,3 +78,18 @@ PREFIXES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "reference": functools.partial(at_once, "reference"),
 }
 """By the name that ``implementation`` gives."""
+
+
+def chosen_for_parties(implementation: str, shape: Shape, parties: int, width: int) -> str:
+    """Name of the backend that takes both calls: that of what is each row's own, and that of what is shared.
+
+    Args:
+        implementation: as ``paged_attention`` takes it.
+        shape: of the decoding rows.
+        parties: X, as in ``Groups``.
+        width: W, likewise.
+
+    Raises:
+        ValueError: as ``paged_attention``.
+    """
+    return chosen(implementation, shape, dataclasses.replace(shape, rows=parties, count=width))

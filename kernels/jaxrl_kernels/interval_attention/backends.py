@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 
+from jaxrl_kernels import choice
+from jaxrl_kernels.choice import device_kind
 from jaxrl_kernels.interval_attention import plan, reference, tpu, xla
 from jaxrl_kernels.interval_attention.blocks import HOPPER, HOPPER_WIDTHS, blocks_for
 from jaxrl_kernels.interval_attention.pairs import Pairs, longest_list, make_pairs
@@ -46,19 +47,13 @@ class Backend:
             [B, Q, N, H] in q's type and the log-sum-exp [B, Q, N] in float32; both can be differentiated. Tokens of
             padding hold zeros. ``places`` are the positions of queries [B, Q] and keys [B, T], or None.
         devices: beginnings of the kinds of device, as jax says them, that it runs on.
-        fits: whether it can take a shape.
+        unfit: why it cannot take a shape, empty if it can.
     """
 
     plan: Callable[[jax.Array, int | jax.Array, Shape], Any]
     attend: Callable[..., tuple[jax.Array, jax.Array]]
     devices: tuple[str, ...] = ("",)
-    fits: Callable[[Shape], bool] = lambda shape: True
-
-
-def device_kind() -> str:
-    """Kind of the devices that what is traced now will run on, as jax says it: those of the mesh, if one is set."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
+    unfit: Callable[[Shape], str] = lambda shape: ""
 
 
 def _key_blocks(end: jax.Array, first: int | jax.Array, shape: Shape) -> plan.KeyBlocks:
@@ -70,9 +65,15 @@ def _pairs(end: jax.Array, first: int | jax.Array, shape: Shape) -> Pairs:
     return make_pairs(end, queries=shape.queries, first=first, blocks=blocks, behind=shape.behind)
 
 
-def _has_room(shape: Shape) -> bool:
+def _unfit_for_tpu(shape: Shape) -> str:
     blocks = blocks_for(device_kind(), shape.head_width, shape.groups, shape.queries, shape.tokens)
-    return longest_list(shape.rows, shape.queries, shape.tokens, blocks, shape.behind) <= LONGEST_LIST
+    entries = longest_list(shape.rows, shape.queries, shape.tokens, blocks, shape.behind)
+    if entries > LONGEST_LIST:
+        return (
+            f"{shape.rows} rows of {shape.tokens} tokens on a device need a list of {entries} pairs of blocks, and "
+            f"there is room for {LONGEST_LIST}"
+        )
+    return ""
 
 
 def _tables(end: jax.Array, first: int | jax.Array, shape: Shape) -> Tables:
@@ -86,16 +87,19 @@ def _attend_on_hopper(*arguments: Any, interpret: bool) -> tuple[jax.Array, jax.
     return mosaic_gpu.interval_attention(*arguments, interpret=interpret)
 
 
-def _multiplies(shape: Shape) -> bool:
-    return shape.head_width in HOPPER_WIDTHS and shape.dtype in ("bfloat16", "float16")
+def _unfit_for_hopper(shape: Shape) -> str:
+    if shape.head_width not in HOPPER_WIDTHS or shape.dtype != "bfloat16":
+        widths = " or ".join(map(str, HOPPER_WIDTHS))
+        return f"heads {widths} wide in bfloat16 are needed, not {shape.head_width} in {shape.dtype}"
+    return ""
 
 
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(_key_blocks, xla.interval_attention),
-    "tpu": Backend(_pairs, tpu.interval_attention, devices=("TPU",), fits=_has_room),
+    "tpu": Backend(_pairs, tpu.interval_attention, devices=("TPU",), unfit=_unfit_for_tpu),
     "tpu_interpreted": Backend(_pairs, functools.partial(tpu.interval_attention, interpret=True)),
     "mosaic_gpu": Backend(
-        _tables, functools.partial(_attend_on_hopper, interpret=False), devices=HOPPER_KINDS, fits=_multiplies
+        _tables, functools.partial(_attend_on_hopper, interpret=False), devices=HOPPER_KINDS, unfit=_unfit_for_hopper
     ),
     "mosaic_gpu_interpreted": Backend(_tables, functools.partial(_attend_on_hopper, interpret=True)),
     "reference": Backend(lambda end, first, shape: (), reference.interval_attention),
@@ -107,28 +111,6 @@ AUTOMATIC = ("tpu", "xla")
 products no interpreter has."""
 
 
-def chosen(implementation: str, shape: Shape) -> str:
-    """Name of the backend for a shape on the devices at hand; says once when "auto" passes one over for the shape.
-
-    Raises:
-        ValueError: the name is unknown, or names a backend that does not run here or cannot take the shape.
-    """
-    kind = device_kind()
-    if implementation == "auto":
-        for name in AUTOMATIC:
-            backend = BACKENDS[name]
-            if not kind.startswith(backend.devices):
-                continue
-            if backend.fits(shape):
-                return name
-            warnings.warn(f"interval attention: {name!r} cannot take {shape}; takes another backend", stacklevel=2)
-    if implementation not in BACKENDS:
-        raise ValueError(f"implementation={implementation!r} is unknown; choose auto, {', '.join(BACKENDS)}")
-    backend = BACKENDS[implementation]
-    if not kind.startswith(backend.devices):
-        raise ValueError(
-            f"implementation={implementation!r} needs a {' or '.join(backend.devices)}, not {kind!r}; choose auto"
-        )
-    if not backend.fits(shape):
-        raise ValueError(f"implementation={implementation!r} cannot take {shape} (docs/kernels.md); choose auto")
-    return implementation
+def chosen(implementation: str, *shapes: Shape) -> str:
+    """Name of the backend for shapes on the devices at hand, as ``choice.chosen`` finds it."""
+    return choice.chosen(BACKENDS, AUTOMATIC, implementation, shapes, "interval attention")

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxrl_kernels.interval_attention.blocks import LANES
 from jaxrl_kernels.interval_attention.pairs import EMPTY, FIRST, FULL, LAST, Blocks, Code, Pairs
 from jaxrl_kernels.interval_attention.plan import blocks_of
+from jaxrl_kernels.products import precision_of
 from jaxrl_kernels.softmax import MASKED, round_up, soft_capped
 
 
@@ -459,11 +460,11 @@ def _along_sublanes(settings: Settings, row: jax.Array) -> jax.Array:
 
 
 def _product(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int) -> jax.Array:
-    """A matrix product over these axes, in float32; see ``products`` for why float32 operands keep all their bits."""
+    """A matrix product over these axes, in float32."""
     return jax.lax.dot_general(
         left,
         right,
         (((left_axis,), (right_axis,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None,
+        precision=precision_of(left.dtype),
         preferred_element_type=jnp.float32,
     )

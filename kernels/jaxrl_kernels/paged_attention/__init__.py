@@ -27,7 +27,8 @@ def paged_attention(
 
     A row's result depends, bit for bit, on that row's queries, positions and visible keys and values only: not on the
     other rows, on which slot it is in, on which pages hold its tokens, or on how far other rows reach. What lies in
-    pages beyond a query's position, NaN included, has no influence.
+    pages beyond the last position of a row's queries, NaN included, has no influence; what lies between a query's
+    position and that one, or before its window, has none as long as the values are finite.
 
     Args:
         q: [R, C, N, H] queries.

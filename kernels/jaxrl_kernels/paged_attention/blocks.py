@@ -13,10 +13,10 @@ MOST_KEYS = 512
 """Tokens of a row that are looked at together, at most."""
 MOST_ROWS = 256
 """Rows of a block of scores, at most: queries, of all heads that share a KV head."""
-BUFFER_BYTES = 1 << 20
-"""Of one of the four buffers of keys and values, all KV heads together."""
-MOST_SCORES = 1 << 19
-"""Scores of a block, all KV heads together; a few arrays of so many 4-byte numbers exist at once."""
+PAGE_BYTES = 4 << 20
+"""Of the four buffers of keys and values, at most, where one page of each is no more than that."""
+VECTOR_BYTES = 14 << 20
+"""Of what a kernel holds, as ``vector_bytes`` counts it; a compiler gives it 16 MiB on the chip that has least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +78,38 @@ def tile_rows(dtype: str) -> int:
 
 
 def blocks_for(shape: Shape) -> Blocks:
-    """Sizes for a shape."""
+    """The largest sizes for a shape whose buffers fit into the vector memory, or the smallest ones if none do."""
     groups, tile = shape.query_heads // shape.kv_heads, tile_rows(shape.query_dtype)
-    queries = max(1, min(shape.count, MOST_ROWS // groups))
-    rows = -(-queries * groups // tile) * tile
-    bytes_of_token = shape.kv_heads * shape.head_width * jnp.dtype(shape.page_dtype).itemsize
-    keys = MOST_KEYS
-    while keys > LANES and (keys * bytes_of_token > BUFFER_BYTES or shape.kv_heads * rows * keys > MOST_SCORES):
+
+    def sized(queries: int, keys: int) -> Blocks:
+        rows = -(-queries * groups // tile) * tile
+        return Blocks(queries, rows, min(max(1, keys // shape.page), shape.table))
+
+    queries, keys = max(1, min(shape.count, MOST_ROWS // groups)), MOST_KEYS
+    while keys > LANES and page_bytes(shape, sized(queries, keys)) > PAGE_BYTES:
         keys //= 2
-    return Blocks(queries, rows, min(max(1, keys // shape.page), shape.table))
+    while vector_bytes(shape, sized(queries, keys)) > VECTOR_BYTES and (queries > 1 or keys > shape.page):
+        # A register's length of keys costs no more time than fewer of them.
+        if keys > LANES or queries == 1:
+            keys //= 2
+        else:
+            queries = -(-queries // 2)
+    return sized(queries, keys)
+
+
+def page_bytes(shape: Shape, blocks: Blocks) -> int:
+    """Of the buffers of pages, two of keys and two of values."""
+    token = shape.kv_heads * shape.head_width * jnp.dtype(shape.page_dtype).itemsize
+    return 4 * blocks.pages * shape.page * token
+
+
+def vector_bytes(shape: Shape, blocks: Blocks) -> int:
+    """Of all that the kernel holds in vector memory, with the log-sum-exp among its results: buffers of pages, two of
+    queries, their positions and each result, the sums, and a block of scores. A column of numbers takes a register's
+    length for each of them."""
+    query, number = jnp.dtype(shape.query_dtype).itemsize, 4
+    keys = -(-blocks.pages * shape.page // LANES) * LANES
+    of_row = 2 * shape.head_width * (query + number) + 2 * LANES * number  # queries and results
+    of_row += shape.head_width * number + 2 * LANES * number  # sums
+    of_row += keys * number  # scores
+    return page_bytes(shape, blocks) + blocks.rows * (shape.kv_heads * of_row + 2 * LANES * number)

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxrl_kernels.interval_attention.plan import blocks_of
 from jaxrl_kernels.paged_attention.blocks import Blocks, Options, Shape, blocks_for, shape_of
 from jaxrl_kernels.paged_attention.steps import FIRST, LAST, make_steps, unpack
+from jaxrl_kernels.products import precision_of
 from jaxrl_kernels.softmax import MASKED, round_up, soft_capped
 
 COUNT, WINDOW = range(2)
@@ -236,12 +237,11 @@ def _copies(
 
 
 def _product(left: jax.Array, right: jax.Array, right_axis: int) -> jax.Array:
-    """[K, M, X] with the last axis of ``left`` and this one of ``right`` summed over, in float32; see ``products`` for
-    why float32 operands keep all their bits."""
+    """[K, M, X] with the last axis of ``left`` and this one of ``right`` summed over, in float32."""
     return jax.lax.dot_general(
         left,
         right,
         (((2,), (right_axis,)), ((0,), (0,))),
-        precision=jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None,
+        precision=precision_of(left.dtype),
         preferred_element_type=jnp.float32,
     )

@@ -1,0 +1,70 @@
+"""Which row of a kernel's table of backends runs where."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+
+
+class Backend(Protocol):
+    """What a choice needs of a row.
+
+    Attributes:
+        devices: beginnings of the kinds of device, as jax says them, that it runs on.
+        unfit: why it cannot take a shape, empty if it can.
+    """
+
+    @property
+    def devices(self) -> tuple[str, ...]: ...
+
+    @property
+    def unfit(self) -> Callable[[Any], str]: ...
+
+
+def device_kind() -> str:
+    """Kind of the devices that what is traced now will run on, as jax says it: those of the mesh, if one is set."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def chosen(
+    table: Mapping[str, Backend], automatic: Sequence[str], implementation: str, shapes: Sequence[Any], what: str
+) -> str:
+    """Name of the backend for shapes on the devices at hand; says once when "auto" passes one over for a shape.
+
+    Args:
+        table: backends by name.
+        automatic: what "auto" tries, in order: the first that runs on the device and takes every shape.
+        implementation: "auto", or a name in the table.
+        shapes: what is computed, by one backend all of it.
+        what: the table computes, for messages.
+
+    Raises:
+        ValueError: the name is unknown, or names a backend that does not run here or cannot take a shape.
+    """
+    if implementation == "auto":
+        for name in automatic:
+            if not device_kind().startswith(table[name].devices):
+                continue
+            if not (reason := _unfit(table[name], shapes)):
+                return name
+            warnings.warn(f"{what}: {name!r} is passed over: {reason}", stacklevel=2)
+    if implementation not in table:
+        raise ValueError(f"implementation={implementation!r} is unknown; choose auto, {', '.join(table)}")
+    if reason := refusal(table[implementation], shapes):
+        raise ValueError(f"implementation={implementation!r} {reason}; choose auto")
+    return implementation
+
+
+def refusal(backend: Backend, shapes: Sequence[Any]) -> str:
+    """Why a backend cannot compute these shapes on the devices at hand; empty if it can."""
+    kind = device_kind()
+    if not kind.startswith(backend.devices):
+        return f"needs a {' or '.join(backend.devices)}, not {kind!r}"
+    reason = _unfit(backend, shapes)
+    return f"cannot take this: {reason}" if reason else ""
+
+
+def _unfit(backend: Backend, shapes: Sequence[Any]) -> str:
+    return next(filter(None, map(backend.unfit, shapes)), "")

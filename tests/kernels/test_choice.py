@@ -1,0 +1,66 @@
+"""Which backend computes what: on devices that are not there, whose kind is all that is asked for."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxrl_kernels import Groups, group_decode
+from jaxrl_kernels.group_decode.backends import chosen_for_parties
+from jaxrl_kernels.interval_attention import backends as interval
+from jaxrl_kernels.paged_attention import backends as paged
+from jaxrl_kernels.paged_attention.blocks import Shape
+
+ROW = interval.Shape(rows=1, queries=4096, tokens=4096, groups=4, head_width=128, dtype="bfloat16")
+SLOTS = Shape(64, 1, 32, 8, 128, 16, 1024, "bfloat16", "bfloat16")
+
+
+def on(kind: str) -> contextlib.AbstractContextManager[object]:
+    """Programs are for a device of this kind."""
+    device = jax.sharding.AbstractDevice(kind, 1, "tpu" if kind.startswith("TPU") else "gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("one",), abstract_device=device))
+
+
+def test_auto_takes_the_kernels_of_a_tpu_where_they_fit_and_says_once_why_not() -> None:
+    long, many = dataclasses.replace(ROW, rows=64, tokens=32768, queries=32768), dataclasses.replace(SLOTS, rows=128)
+    with on("TPU v5 lite"):
+        assert interval.chosen("auto", ROW) == paged.chosen("auto", SLOTS) == "tpu"
+        with pytest.warns(UserWarning, match="interval attention: 'tpu' is passed over: 64 rows of 32768 tokens"):
+            assert interval.chosen("auto", long) == "xla"
+        with pytest.warns(UserWarning, match="paged attention: 'tpu' is passed over: .* larger pages need fewer"):
+            assert paged.chosen("auto", SLOTS, many) == "xla"
+    assert interval.chosen("auto", ROW) == paged.chosen("auto", SLOTS) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("NVIDIA A100-SXM4-40GB", {}, "needs a NVIDIA H100 or .* not 'NVIDIA A100-SXM4-40GB'; choose auto"),
+        ("NVIDIA H100 80GB HBM3", {"dtype": "float32"}, "heads 64 or 128 wide in bfloat16 .* not 128 in float32"),
+        ("NVIDIA H100 80GB HBM3", {"head_width": 96}, "heads 64 or 128 wide in bfloat16 .* not 96 in bfloat16"),
+    ],
+)
+def test_refusals_name_the_limit(kind: str, change: dict[str, object], message: str) -> None:
+    with on(kind):
+        assert interval.chosen("auto", ROW) == "xla"
+        with pytest.raises(ValueError, match=f"implementation='mosaic_gpu' .*{message}"):
+            interval.chosen("mosaic_gpu", dataclasses.replace(ROW, **change))
+
+
+def test_auto_takes_no_kernel_that_has_room_for_one_part_of_a_decoding_group_alone() -> None:
+    rows, heads, width, page, table = 256, 64, 128, 16, 490
+    q, page_table = jax.ShapeDtypeStruct((rows, 1, heads, width), jnp.bfloat16), _integers(rows, table)
+    pages = jax.ShapeDtypeStruct((8, 8, page, width), jnp.bfloat16)
+    groups = Groups(_integers(rows, 32), _integers(rows))
+    with on("TPU v5 lite"):
+        own = Shape(rows, 1, heads, 8, width, page, table, "bfloat16", "bfloat16")
+        assert paged.chosen("auto", own) == "tpu"
+        with pytest.warns(UserWarning, match="passed over: 256 rows of 490 pages"):
+            assert chosen_for_parties("auto", own, *groups.members.shape) == "xla"
+            jax.eval_shape(group_decode, q, pages, pages, page_table, _integers(rows, 1), groups)
+
+
+def _integers(*lengths: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(lengths, jnp.int32)
