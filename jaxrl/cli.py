@@ -306,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
         _check,
         "compile every program of a recipe for devices that are not there, and say whether it fits on them",
         "  jaxrl check rstar2_14b --target v5p-64\n  jaxrl check rstar2_14b --target h200x64 --json\n"
-        "  jaxrl check rstar2_14b --target '2x v5e-256' --set TrainConfig.rows=512\n"
+        "  jaxrl check rstar2_14b --target '2x v5e-256' --set MeshConfig.slice=2 --set TrainConfig.rows=512\n"
         "  jaxrl check quickstart --target this\n  jaxrl check --install tpu",
     )
     new.add_argument("config", nargs="?", help="name of a recipe or path of a .gin file")

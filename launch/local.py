@@ -20,10 +20,10 @@ from collections.abc import Mapping, Sequence
 def main() -> int:
     """Start the processes and wait for them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("processes", type=int, help="how many")
+    parser.add_argument("processes", type=at_least_one, help="how many")
     own = parser.add_mutually_exclusive_group()
-    own.add_argument("--devices", type=int, help="virtual CPU devices of each (default: every device there is)")
-    own.add_argument("--gpus", type=int, help="GPUs of each, which no other process sees")
+    own.add_argument("--devices", type=at_least_one, help="virtual CPU devices of each (default: what there is)")
+    own.add_argument("--gpus", type=at_least_one, help="GPUs of each, which no other process sees")
     parser.add_argument("--port", type=int, help="of the coordinator (default: a free one)")
     parser.add_argument("verb", nargs="+", metavar="-- VERB ...", help="arguments of jaxrl")
     options = parser.parse_args()
@@ -36,6 +36,13 @@ def main() -> int:
         environment | (own_gpus(index, options.gpus) if options.gpus else {}) for index in range(options.processes)
     ]
     return run(options.verb, options.port or free_port(), environments)
+
+
+def at_least_one(text: str) -> int:
+    """A number of processes or devices."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is no number of at least 1")
+    return int(text)
 
 
 def own_gpus(index: int, count: int) -> dict[str, str]:

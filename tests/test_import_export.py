@@ -138,7 +138,7 @@ def test_export_refuses_what_is_in_the_way(
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     code, _, shown = run(capsys, "export", tmp_path / "run", "--to", tmp_path / "notes")
-    assert code == cli.BAD_USAGE and "notes exists and is no exported model; choose another path or remove it" in shown
+    assert code == cli.BAD_USAGE and "notes exists and is no such export of jaxrl; choose another" in shown
     code, _, shown = run(capsys, "export", tmp_path / "run", "--to", tmp_path / "notes" / "mine.txt" / "model")
     assert code == cli.FAILED and "model cannot be written: " in shown
     assert [file.name for file in (tmp_path / "notes").iterdir()] == ["mine.txt"]

@@ -15,12 +15,13 @@ from jax.experimental import multihost_utils
 from jaxrl.config import ConfigError
 
 CONFIG = "config.json"
-"""The file by which an exported model is known."""
+MANIFEST = ".jaxrl-export.json"
+"""The names of the other files of a folder that was written here: what may be replaced."""
 
 
 @contextlib.contextmanager
 def replaced_folder(
-    path: str | os.PathLike[str], needed_bytes: int = 0, known_by: str = CONFIG
+    path: str | os.PathLike[str], needed_bytes: int = 0, known_by: str = MANIFEST
 ) -> Iterator[pathlib.Path]:
     """A temporary sibling folder that takes the place of ``path`` when the block ends without an exception.
 
@@ -32,9 +33,9 @@ def replaced_folder(
     exception in any of them leaves ``path`` as it was.
 
     Args:
-        path: an absent or empty folder, or an earlier export.
+        path: an absent or empty folder, or one of the same kind that was written here and holds nothing else.
         needed_bytes: disk space without which the block is not even entered.
-        known_by: the file that every earlier export of this kind has.
+        known_by: the file that every folder of this kind has.
 
     Raises:
         ConfigError: something else stands at ``path``.
@@ -86,8 +87,8 @@ def _prepare(
     _writable(target, lambda: target.parent.mkdir(parents=True, exist_ok=True))
     if previous.exists() and not target.exists():
         previous.rename(target)
-    if target.exists() and not (target.is_dir() and ((target / known_by).is_file() or not any(target.iterdir()))):
-        raise ConfigError(f"{target} exists and is no exported model; choose another path or remove it")
+    if target.exists():
+        _replaceable(target, known_by)
     for leftover in (staging, previous):
         shutil.rmtree(leftover, ignore_errors=True)
     _writable(target, staging.mkdir)
@@ -98,6 +99,23 @@ def _prepare(
         )
 
 
+def _replaceable(target: pathlib.Path, known_by: str) -> None:
+    """Refuse to replace what was not written here, such as the weights that an export began from."""
+    if not target.is_dir():
+        raise ConfigError(f"{target} exists and is no folder; choose another path or remove it")
+    if not any(target.iterdir()):
+        return
+    if not all((target / name).is_file() for name in (MANIFEST, known_by)):
+        raise ConfigError(f"{target} exists and is no such export of jaxrl; choose another path or remove it")
+    if foreign := _files(target) - {MANIFEST, *read_json(target / MANIFEST).get("files", ())}:
+        raise ConfigError(f"{target} holds {min(foreign)!r}, which no export wrote; choose another path or move it")
+
+
+def _files(folder: pathlib.Path) -> set[str]:
+    """Everything in it but folders that are not empty."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or not any(path.iterdir())}
+
+
 def _writable(target: pathlib.Path, make: Callable[[], None]) -> None:
     try:
         make()
@@ -106,6 +124,7 @@ def _writable(target: pathlib.Path, make: Callable[[], None]) -> None:
 
 
 def _take_place(target: pathlib.Path, staging: pathlib.Path, previous: pathlib.Path) -> None:
+    write_json(staging / MANIFEST, {"files": sorted(_files(staging))})
     for file in [*staging.rglob("*"), staging]:
         _flush(file)
     if target.exists():

@@ -151,7 +151,7 @@ def save_folder(
     they share; file n is written by process n modulo their number.
 
     Args:
-        path: of the new folder. An empty folder or an earlier export there is replaced, anything else refused.
+        path: of the new folder. An empty folder or an export of jaxrl there is replaced, anything else refused.
         params: tree of ``param_specs(config)``, on the host or on devices, split in any way.
         bos_token_id, eos_token_id, pad_token_id: from the tokenizer.
         generation: generation_config.json of the model that this one was made from, which is kept, with
@@ -179,7 +179,7 @@ def save_folder(
     item_bytes = jnp.dtype(dtype).itemsize
     sizes = {name: math.prod(spec.hf_shape) * item_bytes for spec in specs.values() for name in spec.hf_names.values()}
     files, total = plan_files(sizes, max_shard_bytes), sum(sizes.values())
-    with replaced_folder(path, needed_bytes=total) as staging:
+    with replaced_folder(path, needed_bytes=total, known_by=CONFIG) as staging:
         with together("write"):
             if jax.process_index() == 0:
                 write_json(staging / CONFIG, document)
@@ -208,7 +208,7 @@ def copy_folder(
     files = {header.file for header in read_headers(source).values()} | {source / CONFIG, source / INDEX}
     files = {file for file in files if file.is_file()}
     needed = sum(file.stat().st_size for file in files)
-    with replaced_folder(path, needed_bytes=needed) as staging, together("write"):
+    with replaced_folder(path, needed_bytes=needed, known_by=CONFIG) as staging, together("write"):
         if jax.process_index() == 0:
             for file in files:
                 shutil.copyfile(file, staging / file.name)

@@ -123,3 +123,10 @@ def test_signals_reach_all_local_processes() -> None:
         launcher.send_signal(signal.SIGTERM)
         launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two"])
+def test_fewer_than_one_process_is_refused(count: str) -> None:
+    command = [sys.executable, str(LAUNCH / "local.py"), "--devices", count, "2", "--", "train", "smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"{count} is no number of at least 1" in done.stderr

@@ -16,6 +16,7 @@ import safetensors.numpy
 from jaxrl.config import ConfigError, LoraConfig, ModelConfig
 from jaxrl.model import hf, logprob, lora, transformer
 from jaxrl.model.adapter_folder import CONFIG, WEIGHTS, load_adapter, save_adapter
+from jaxrl.model.folders import MANIFEST
 from jaxrl.model.stacks import SPARSE
 
 MODEL = ModelConfig(
@@ -166,7 +167,7 @@ def test_written_and_read_again_it_is_the_same_bit_for_bit(tmp_path: pathlib.Pat
     experts = random_like(specs, 3)
     save_adapter(tmp_path / "experts", EXPERTS, specs, experts)
     jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path / "experts", EXPERTS, specs), experts)
-    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [MANIFEST, CONFIG, WEIGHTS]
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["target_modules"] == [
         "down_proj",
         "o_proj",

@@ -349,7 +349,7 @@ def test_a_new_export_replaces_the_old_one_and_takes_further_files(tmp_path: pat
     write_folder(folder, VARIANTS["qwen2 untied"], max_shard_bytes=3000)
     write_folder(folder, also=lambda staging: (staging / "tokenizer.json").write_text("{}"))
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    assert set(content(folder)) == names
+    assert set(content(folder)) == {*names, folders.MANIFEST}
     assert hf.load_folder(folder)[0].family == "qwen3"
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
@@ -433,9 +433,34 @@ def test_what_a_killed_process_left_is_cleared_or_put_back(tmp_path: pathlib.Pat
 def test_what_is_no_export_is_never_replaced(tmp_path: pathlib.Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(ConfigError, match=r"exists and is no exported model; choose another path or remove it"):
+        with pytest.raises(ConfigError, match=r"exists and is no (such export of jaxrl|folder); choose"):
             hf.save_folder(path, TINY, random_params(TINY))
     assert content(tmp_path) == {"notes.txt": b"mine"}
     (tmp_path / "empty").mkdir()
     write_folder(tmp_path / "empty")
     assert (tmp_path / "empty" / tensor_files.WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize("foreign", ["README.md", "onnx/model.onnx", "checkpoints/"])
+def test_an_export_to_which_something_was_added_is_not_replaced(foreign: str, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "model"
+    write_folder(folder)
+    if foreign.endswith("/"):
+        (folder / foreign).mkdir()
+    else:
+        (folder / foreign).parent.mkdir(exist_ok=True)
+        (folder / foreign).write_text("mine")
+    before = content(folder)
+    message = rf"holds '{foreign.rstrip('/')}', which no export wrote; choose another path or move it"
+    with pytest.raises(ConfigError, match=message):
+        write_folder(folder)
+    assert content(folder) == before
+    assert (folder / foreign).exists()
+
+
+def test_a_model_of_others_is_not_replaced_though_all_its_files_are_of_an_export(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "Qwen3"
+    write_folder(folder)
+    (folder / folders.MANIFEST).unlink()
+    with pytest.raises(ConfigError, match="exists and is no such export of jaxrl"):
+        write_folder(folder)
