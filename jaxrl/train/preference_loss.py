@@ -83,7 +83,8 @@ def preference_loss(model: ModelConfig, config: PreferConfig, couples: int) -> L
         nll = -(batch.ce_weights * logprobs).sum()
         counted = {"preference_loss": of_couple, **_shown(seen)}
         metrics = {name: ((values * present).sum(), present.sum()) for name, values in counted.items()}
-        metrics["chosen_nll"] = -(logprobs * (batch.ce_weights > 0)).sum(), (batch.ce_weights > 0).sum() * 1.0
+        if config.sft_weight:
+            metrics["chosen_nll"] = -(logprobs * (batch.ce_weights > 0)).sum(), (batch.ce_weights > 0).sum() * 1.0
         return (share * of_couple).sum() + nll, metrics
 
     return loss
