@@ -1,6 +1,7 @@
 """From the names in ``AlgorithmConfig`` to functions, checked before anything is compiled."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxrl.rl.selection import chooser
 from jaxrl.rl.selection.difficulty import EXTRA_SAMPLES
 from jaxrl.rl.targets import TARGETS, keeps_reference
 from jaxrl.rl.tokens import TokenLoss, Tokens, abstract_tokens
+from jaxrl.rl.trial import described, numeric, tried
 
 PolicyLoss = Callable[[Tokens], TokenLoss]
 Advantage = Callable[[Outcomes], Remembered]
@@ -41,11 +43,12 @@ def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
     """
     loss = configured("AlgorithmConfig.loss", POLICY_LOSSES, config.loss, config.loss_settings)
     tokens = abstract_tokens()
-    result = jax.eval_shape(loss, tokens)
-    if not isinstance(result, TokenLoss) or result.loss.shape != tokens.mask.shape:
+    result = tried("AlgorithmConfig.loss", config.loss, jax.eval_shape, loss, tokens)
+    whole = isinstance(result, TokenLoss) and isinstance(result.metrics, dict)
+    if not whole or getattr(result.loss, "shape", None) != tokens.mask.shape:
         raise ConfigError(
-            f"AlgorithmConfig.loss={config.loss!r} gave {result} for tokens of shape {tokens.mask.shape}; "
-            "it must give a jaxrl.rl.tokens.TokenLoss with a loss of that shape"
+            f"AlgorithmConfig.loss={config.loss!r} gave {described(result)} for tokens of shape {tokens.mask.shape}; "
+            "it must give a jaxrl.rl.tokens.TokenLoss with a loss of that shape and a dict of metrics"
         )
     return loss
 
@@ -58,8 +61,8 @@ def advantage(config: AlgorithmConfig, recorded: Recorded) -> Advantage:
         recorded: what the trajectories of the run hold.
 
     Raises:
-        ConfigError: see ``methods.configured``; or it needs what trajectories do not hold, passes over what single
-            turns earned, or does not give back one entry a trajectory.
+        ConfigError: see ``methods.configured`` and ``trial.tried``; or it needs what trajectories do not hold, passes
+            over what single turns earned, or does not give back one entry a trajectory.
     """
     estimator = configured("AlgorithmConfig.advantage", ADVANTAGES, config.advantage, config.advantage_settings)
 
@@ -67,30 +70,39 @@ def advantage(config: AlgorithmConfig, recorded: Recorded) -> Advantage:
         values = estimator(outcomes)
         return values if isinstance(values, Remembered) else Remembered(values, {})
 
-    outcomes = _tried(recorded)
-    try:
-        values = estimate(outcomes).values
-    except ConfigError as error:
-        raise ConfigError(f"AlgorithmConfig.advantage={config.advantage!r}: {error}") from error
-    shapes = [np.shape(value) for value in values]
-    if len(shapes) != 2 or any(s not in ((), m.shape) for s, m in zip(shapes, outcomes.masks, strict=True)):
-        raise ConfigError(
-            f"AlgorithmConfig.advantage={config.advantage!r} gave entries of shapes {shapes} for trajectories of 3 and "
-            "4 tokens; it must give one entry a trajectory, a number or an array with one for each of its tokens"
-        )
+    outcomes = _example(recorded)
+    values = _on_trial(config, estimate)(outcomes).values
+    _check_entries(config.advantage, values, outcomes.masks)
     if recorded.turn_rewards:
         others = dataclasses.replace(outcomes, turn_rewards=[np.array([3.0, 0.0]), np.array([0.0, 5.0])])
-        if _same(values, estimate(others).values):
+        if _same(values, _on_trial(config, estimate)(others).values):
             raise ConfigError(
                 f"AlgorithmConfig.advantage={config.advantage!r} passes over what single turns earn, which a component "
                 "of RewardConfig.components rewards; take one that credits turns, such as gigpo, or another component"
             )
     if config.kl_coefficient and config.kl_placement == "reward":
-        _check_charged(config.advantage, estimate, outcomes)
+        _check_charged(config.advantage, _on_trial(config, estimate), outcomes)
     return estimate
 
 
-def _tried(recorded: Recorded) -> Outcomes:
+def _on_trial(config: AlgorithmConfig, estimate: Advantage) -> Advantage:
+    return functools.partial(tried, "AlgorithmConfig.advantage", config.advantage, estimate)
+
+
+def _check_entries(name: str, values: Any, masks: Sequence[np.ndarray]) -> None:
+    """Refuse what is no entry for each of two trajectories."""
+    key = f"AlgorithmConfig.advantage={name!r}"
+    form = "one entry a trajectory, a number or an array with one for each of its tokens"
+    if not np.iterable(values) or not all(map(numeric, values)):
+        raise ConfigError(f"{key} gave {described(values)}; it must give {form}")
+    shapes = [np.shape(value) for value in values]
+    if len(shapes) != 2 or any(s not in ((), m.shape) for s, m in zip(shapes, masks, strict=True)):
+        raise ConfigError(
+            f"{key} gave entries of shapes {shapes} for trajectories of 3 and 4 tokens; it must give {form}"
+        )
+
+
+def _example(recorded: Recorded) -> Outcomes:
     """Two trajectories of 3 and 4 tokens, to try an advantage on; their contents are known."""
     trajectories, recorded = [example(0), example(1)], dataclasses.replace(recorded, contents=True)
     guessed = [np.zeros(one.mask.shape) for one in trajectories]
@@ -116,12 +128,12 @@ def contents_asked(config: AlgorithmConfig, recorded: Recorded) -> frozenset[str
             read.add(name)
             return super().__getattribute__(name)
 
-    advantage(config, recorded)(Watched(**vars(_tried(recorded))))
+    advantage(config, recorded)(Watched(**vars(_example(recorded))))
     return frozenset(CONTENTS) & read
 
 
 def _check_used(config: AlgorithmConfig, recorded: Recorded) -> None:
-    estimate, outcomes = advantage(config, recorded), _tried(recorded)
+    estimate, outcomes = _on_trial(config, advantage(config, recorded)), _example(recorded)
     by_token = [np.linspace(0.1, 0.8, len(mask)) ** 2 for mask in outcomes.masks]
     others = dict.fromkeys(("values", "square_sums", "hint_gains"), by_token)
     others |= dict.fromkeys(("greedy_rewards", "reference_ratios"), np.array([0.25, 0.5]))
@@ -163,9 +175,11 @@ def extra_samples(config: AlgorithmConfig) -> Callable[[np.ndarray], int] | None
         return None
     key = "AlgorithmConfig.extra_samples"
     method = configured(key, EXTRA_SAMPLES, config.extra_samples, config.extra_samples_settings)
-    count = method(np.array([True, False, False]))
+    count = tried(key, config.extra_samples, method, np.array([True, False, False]))
     if not isinstance(count, int | np.integer) or count < 0:
-        raise ConfigError(f"{key}={config.extra_samples!r} gave {count!r}; it must give how many trajectories to add")
+        raise ConfigError(
+            f"{key}={config.extra_samples!r} gave {described(count)}; it must give how many trajectories to add"
+        )
     return method
 
 

@@ -11,6 +11,7 @@ from jaxrl.rl.methods import configured
 from jaxrl.rl.mismatch import MISMATCH, REJECTIONS, correction_metrics
 from jaxrl.rl.policy_losses import AGAINST_BEHAVIOUR, POLICY_LOSSES, WITHOUT_RATIO
 from jaxrl.rl.tokens import Tokens, abstract_tokens
+from jaxrl.rl.trial import described, tried
 
 RANKING = frozenset({"clip_cov", "kl_cov", "m2po"})
 """Losses and rejections that rank the tokens of a micro-batch."""
@@ -42,10 +43,14 @@ def correction(config: AlgorithmConfig) -> Callable[[Tokens], Corrected]:
     """
     weigh = configured("AlgorithmConfig.mismatch", MISMATCH, config.mismatch, config.mismatch_settings)
     reject = configured("AlgorithmConfig.rejection", REJECTIONS, config.rejection, config.rejection_settings)
-    for name, method in ((config.mismatch, weigh), (config.rejection, reject)):
-        result = jax.eval_shape(method, abstract_tokens())
-        if getattr(result, "shape", None) != abstract_tokens().mask.shape:
-            raise ConfigError(f"{name!r} gave {result} for tokens [2, 3]; it must give an array of one number a token")
+    tokens = abstract_tokens()
+    for field, name, method in (("mismatch", config.mismatch, weigh), ("rejection", config.rejection, reject)):
+        result = tried(f"AlgorithmConfig.{field}", name, jax.eval_shape, method, tokens)
+        if getattr(result, "shape", None) != tokens.mask.shape:
+            raise ConfigError(
+                f"AlgorithmConfig.{field}={name!r} gave {described(result)} for tokens of shape {tokens.mask.shape}; "
+                "it must give an array of that shape"
+            )
     _check_counted_once(config)
     changes_nothing = config.mismatch == config.rejection == "none"
     changes_nothing &= config.proximal == "behaviour" and config.top_entropy == 1

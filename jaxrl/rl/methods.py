@@ -10,6 +10,9 @@ from typing import Any
 
 from jaxrl.config import ConfigError, nearest, typed
 
+MODULE_PREFIX = "jaxrl_method_"
+"""Begins the name of the module that a file of the user's becomes."""
+
 
 def configured(key: str, table: Mapping[str, Callable], name: str, settings: Mapping[str, Any]) -> Callable:
     """The method called ``name``, with ``settings`` bound to its keyword arguments.
@@ -48,7 +51,7 @@ def _from_file(key: str, table: Mapping[str, Callable], name: str) -> Callable:
         )
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"{key}={name!r}: there is no file {path}; give its path from where jaxrl is started")
-    module_spec = importlib.util.spec_from_file_location(f"jaxrl_method_{pathlib.Path(path).stem}", path)
+    module_spec = importlib.util.spec_from_file_location(f"{MODULE_PREFIX}{pathlib.Path(path).stem}", path)
     if module_spec is None:
         raise ConfigError(f"{key}={name!r}: {path} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(module_spec)

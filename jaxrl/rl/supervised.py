@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxrl.config import ConfigError, MixConfig
 from jaxrl.rl.methods import configured
+from jaxrl.rl.trial import described, tried
 
 SupervisedLoss = Callable[[jax.Array], jax.Array]
 
@@ -51,9 +52,12 @@ def supervised_loss(key: str, name: str, settings: Mapping[str, Any]) -> Supervi
     """
     loss = configured(key, SUPERVISED_LOSSES, name, settings)
     logprobs = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    result = jax.eval_shape(loss, logprobs)
+    result = tried(key, name, jax.eval_shape, loss, logprobs)
     if not isinstance(result, jax.ShapeDtypeStruct) or result.shape != logprobs.shape:
-        raise ConfigError(f"{key}={name!r} gave {result} for log-probabilities [2, 3]; it must give a loss [2, 3]")
+        raise ConfigError(
+            f"{key}={name!r} gave {described(result)} for log-probabilities of shape {logprobs.shape}; "
+            "it must give a loss of that shape"
+        )
     return loss
 
 

@@ -15,6 +15,7 @@ from jaxrl.rl.methods import configured
 from jaxrl.rl.preference import KINDS, VALUED
 from jaxrl.rl.preference.records import Answers, Judged, Pairs, agreement, segment_sums, without_length
 from jaxrl.rl.preference.scores import Scores, Steps
+from jaxrl.rl.trial import described, tried
 from jaxrl.train.update import LossFunction, Metrics
 
 Loss = Callable[[Any], jax.Array]
@@ -40,10 +41,11 @@ def method(config: PreferConfig) -> Loss:
         "reward": Scores(one, one, one),
         "process": Steps(one, which, one),
     }[config.kind]
-    result = jax.eval_shape(loss, seen)
+    result = tried("PreferConfig.loss", config.loss, jax.eval_shape, loss, seen)
     if not isinstance(result, jax.ShapeDtypeStruct) or result.shape != one.shape:
         raise ConfigError(
-            f"PreferConfig.loss={config.loss!r} gave {result} for 2 of kind {config.kind!r}; it must give a loss [2]"
+            f"PreferConfig.loss={config.loss!r} gave {described(result)} for 2 of kind {config.kind!r}; it must give "
+            "a loss of shape (2,)"
         )
     return loss
 

@@ -11,6 +11,7 @@ from jaxrl import config as configuration
 from jaxrl.config import AlgorithmConfig, ConfigError
 from jaxrl.rl import algorithm
 from jaxrl.rl.outcomes import Outcomes, Recorded
+from jaxrl.rl.supervised import supervised_loss
 from jaxrl.rl.tokens import Tokens
 
 LOSS = """
@@ -30,6 +31,16 @@ def positional(tokens, scale: float = 1.0):
 
 def nothing():
     return None
+
+def branching(tokens):
+    if tokens.ratio.sum() > 1:
+        return scaled(tokens)
+
+def unmeasured(tokens):
+    return TokenLoss(tokens.ratio, None)
+
+def summed(logprobs):
+    return logprobs.sum()
 """
 ADVANTAGE = """
 def raw(outcomes, *, factor: int = 1):
@@ -37,6 +48,18 @@ def raw(outcomes, *, factor: int = 1):
 
 def too_few(outcomes):
     return [0.0]
+
+def forgetful(outcomes):
+    outcomes.rewards - 1
+
+def worded(outcomes):
+    return ["good", "bad"]
+
+def dividing(outcomes):
+    return helper(outcomes)
+
+def helper(outcomes):
+    raise ZeroDivisionError("no\\nluck")
 """
 
 
@@ -78,13 +101,26 @@ def test_a_loss_and_an_advantage_from_a_file(files: pathlib.Path) -> None:
         ("loss", "{files}/mine.py:positional", {}, "'scale' must be by keyword alone"),
         ("loss", "{files}/mine.py:nothing", {}, "must take its data as its first argument"),
         ("loss", "{files}/mine.py:per_row", {}, "it must give a jaxrl.rl.tokens.TokenLoss with a loss of that shape"),
+        ("loss", "{files}/mine.py:per_row", {}, r"gave a TokenLoss with an array of shape \(2,\) and metrics {} for"),
+        ("loss", "{files}/mine.py:unmeasured", {}, "gave a TokenLoss with an .* and metrics None for"),
+        ("loss", "{files}/mine.py:branching", {}, r"^AlgorithmConfig.loss='.*' raised TracerBool[^\n]*mine.py:20\)$"),
+        ("mismatch", "{files}/mine.py:summed", {}, r"AlgorithmConfig.mismatch='.*' raised AttributeError"),
         ("advantage", "{files}/mine.py:too_few", {}, "it must give one entry a trajectory"),
+        ("advantage", "{files}/mine.py:forgetful", {}, "gave None; it must give one entry a trajectory"),
+        ("advantage", "{files}/mine.py:worded", {}, r"gave \['good', 'bad'\]; it must"),
+        ("advantage", "{files}/mine.py:dividing", {}, r"raised ZeroDivisionError: no \(.*mine.py:45\)$"),
+        ("selection", "{files}/mine.py:dividing", {}, "selection='.*' raised ZeroDivisionError"),
     ],
 )
 def test_what_is_refused(files: pathlib.Path, field: str, name: str, settings: dict, words: str) -> None:
     config = AlgorithmConfig(**{field: name.format(files=files), f"{field}_settings": settings})
     with pytest.raises(ConfigError, match=words):
         algorithm.check(config, Recorded())
+
+
+def test_a_supervised_loss_of_another_shape_is_said_in_words(files: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=r"SftConfig.loss='.*' gave an array of shape \(\) for"):
+        supervised_loss("SftConfig.loss", f"{files}/mine.py:summed", {})
 
 
 def test_settings_survive_gin_text() -> None:

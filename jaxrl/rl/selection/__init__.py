@@ -20,6 +20,7 @@ from jaxrl.rl.selection.candidates import Candidates
 from jaxrl.rl.selection.filters import FILTERS
 from jaxrl.rl.selection.resampling import penalty, roc, roc_sampled, tool_counts
 from jaxrl.rl.selection.simple import first, max_variance
+from jaxrl.rl.trial import numeric, tried
 
 Statistics = dict[str, tuple[float, float]]  # name -> (sum, count); groups add up
 Filter = Callable[[Trajectory], bool]
@@ -125,13 +126,10 @@ def chooser(config: AlgorithmConfig) -> Chooser:
         mask_out=_filters("AlgorithmConfig.mask_out", config.mask_out),
     )
     candidates = Candidates([example(0), example(1)], config.keep, np.random.default_rng(0))
-    try:
-        kept = np.asarray(method(candidates))
-    except ValueError as error:
-        raise ConfigError(f"AlgorithmConfig.selection={config.selection!r}: {error}") from error
-    if kept.ndim != 1 or not np.isin(kept, [0, 1]).all() or not (np.diff(kept) > 0).all():
+    kept = tried("AlgorithmConfig.selection", config.selection, method, candidates)
+    if not numeric(kept) or np.ndim(kept) != 1 or not np.isin(kept, [0, 1]).all() or not (np.diff(kept) > 0).all():
         raise ConfigError(
-            f"AlgorithmConfig.selection={config.selection!r} gave {kept} for a group of 2 trajectories; "
+            f"AlgorithmConfig.selection={config.selection!r} gave {kept!r:.80} for a group of 2 trajectories; "
             "it must give ascending indices of those it keeps"
         )
     return rules
