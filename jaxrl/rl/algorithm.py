@@ -62,7 +62,7 @@ def advantage(config: AlgorithmConfig, recorded: Recorded) -> Advantage:
 
     Raises:
         ConfigError: see ``methods.configured`` and ``trial.tried``; or it needs what trajectories do not hold, passes
-            over what single turns earned, or does not give back one entry a trajectory.
+            over what single turns earned, or does not give back one entry a trajectory, of finite numbers.
     """
     estimator = configured("AlgorithmConfig.advantage", ADVANTAGES, config.advantage, config.advantage_settings)
 
@@ -90,7 +90,7 @@ def _on_trial(config: AlgorithmConfig, estimate: Advantage) -> Advantage:
 
 
 def _check_entries(name: str, values: Any, masks: Sequence[np.ndarray]) -> None:
-    """Refuse what is no entry for each of two trajectories."""
+    """Refuse what is no finite entry for each of two trajectories."""
     key = f"AlgorithmConfig.advantage={name!r}"
     form = "one entry a trajectory, a number or an array with one for each of its tokens"
     if not np.iterable(values) or not all(map(numeric, values)):
@@ -100,6 +100,9 @@ def _check_entries(name: str, values: Any, masks: Sequence[np.ndarray]) -> None:
         raise ConfigError(
             f"{key} gave entries of shapes {shapes} for trajectories of 3 and 4 tokens; it must give {form}"
         )
+    for value, mask in zip(values, masks, strict=True):
+        if not np.isfinite(np.where(mask > 0, value, 0.0)).all():
+            raise ConfigError(f"{key} gave {value} for a trajectory of {len(mask)} tokens; it must be finite")
 
 
 def _example(recorded: Recorded) -> Outcomes:

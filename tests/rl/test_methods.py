@@ -43,6 +43,8 @@ def summed(logprobs):
     return logprobs.sum()
 """
 ADVANTAGE = """
+import numpy as np
+
 def raw(outcomes, *, factor: int = 1):
     return [factor * reward for reward in outcomes.rewards]
 
@@ -51,6 +53,15 @@ def too_few(outcomes):
 
 def forgetful(outcomes):
     outcomes.rewards - 1
+
+def undefined(outcomes):
+    return np.full(2, np.nan)
+
+def unbounded(outcomes):
+    return [0.0, np.where(outcomes.masks[1] > 0, np.inf, 0.0)]
+
+def undefined_beside(outcomes):
+    return [np.where(mask > 0, 1.0, np.nan) for mask in outcomes.masks]
 
 def worded(outcomes):
     return ["good", "bad"]
@@ -108,7 +119,9 @@ def test_a_loss_and_an_advantage_from_a_file(files: pathlib.Path) -> None:
         ("advantage", "{files}/mine.py:too_few", {}, "it must give one entry a trajectory"),
         ("advantage", "{files}/mine.py:forgetful", {}, "gave None; it must give one entry a trajectory"),
         ("advantage", "{files}/mine.py:worded", {}, r"gave \['good', 'bad'\]; it must"),
-        ("advantage", "{files}/mine.py:dividing", {}, r"raised ZeroDivisionError: no \(.*mine.py:45\)$"),
+        ("advantage", "{files}/mine.py:undefined", {}, "gave nan for a trajectory of 3 tokens; it must be finite"),
+        ("advantage", "{files}/mine.py:unbounded", {}, "for a trajectory of 4 tokens; it must be finite"),
+        ("advantage", "{files}/mine.py:dividing", {}, r"raised ZeroDivisionError: no \(.*mine.py:56\)$"),
         ("selection", "{files}/mine.py:dividing", {}, "selection='.*' raised ZeroDivisionError"),
     ],
 )
@@ -116,6 +129,10 @@ def test_what_is_refused(files: pathlib.Path, field: str, name: str, settings: d
     config = AlgorithmConfig(**{field: name.format(files=files), f"{field}_settings": settings})
     with pytest.raises(ConfigError, match=words):
         algorithm.check(config, Recorded())
+
+
+def test_an_advantage_need_not_be_finite_where_nothing_was_sampled(files: pathlib.Path) -> None:
+    algorithm.check(AlgorithmConfig(advantage=f"{files}/mine.py:undefined_beside"), Recorded())
 
 
 def test_a_supervised_loss_of_another_shape_is_said_in_words(files: pathlib.Path) -> None:
