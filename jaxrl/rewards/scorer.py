@@ -8,17 +8,18 @@ import logging
 import threading
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from jaxrl.config import ConfigError, RewardConfig, nearest
-from jaxrl.records import Trajectory
+from jaxrl.records import Problem, Trajectory
 from jaxrl.rewards.components import COMPONENTS, OF_MODELS, correct
 from jaxrl.rewards.graded import Graded
 from jaxrl.rewards.learned import check_folder, loaded
 from jaxrl.rl.example import example
 from jaxrl.rl.methods import configured
+from jaxrl.rl.trial import described, numeric, tried
 
 JUDGE_FAILED = "judge_failed"
 """Logged beside the components where a judge was asked: 1 where it gave no reply."""
@@ -71,7 +72,7 @@ class Scorer:
         graded = Graded(trajectory, max_response_tokens, judgement)
         values = {name: component(graded) for name, component in self.components.items()}
         values = {name: await value if inspect.isawaitable(value) else value for name, value in values.items()}
-        given = {name: np.asarray(value, np.float64) for name, value in values.items() if value is not None}
+        given = {name: _numbers(name, value, trajectory) for name, value in values.items() if value is not None}
         given = {name: value for name, value in given.items() if not np.isnan(value).any()}
         for name, value in given.items():
             _check_shape(name, value, trajectory, of_turns=name in self.of_turns)
@@ -103,13 +104,17 @@ def component_names(config: RewardConfig) -> list[str]:
     return [name.rpartition(":")[2] for name in config.components]
 
 
-def scorer(config: RewardConfig) -> Scorer:
+def scorer(config: RewardConfig, problem: Problem | None = None) -> Scorer:
     """What ``components`` and ``judge`` name.
 
+    Args:
+        problem: one of the run's, on which a component of the user's must not raise anything; None = components are
+            tried on a problem of ours, whose form they need not know.
+
     Raises:
-        ConfigError: see ``methods.configured``; two components of one name; a setting of one that is not there;
-            ``flawed_positive`` without a judge; a folder without a reward model; a component that gives back something
-            else than a number or one for each turn.
+        ConfigError: see ``methods.configured`` and ``trial.tried``; two components of one name; a setting of one that
+            is not there; ``flawed_positive`` without a judge; a folder without a reward model; a component that gives
+            back something else than a number or one for each turn.
     """
     key = "RewardConfig.components"
     settings: dict[str, dict[str, Any]] = {name: {} for name in config.components}
@@ -138,7 +143,7 @@ def scorer(config: RewardConfig) -> Scorer:
     return Scorer(
         components=components,
         weights={name: config.components[full] for name, full in short.items()},
-        of_turns=frozenset(name for name, component in components.items() if _rewards_turns(name, component)),
+        of_turns=frozenset(name for name, full in short.items() if _rewards_turns(full, components[name], problem)),
         judge=configured("RewardConfig.judge", {}, config.judge, {}) if config.judge else None,
         judge_seconds=config.judge_seconds,
         models=models,
@@ -164,31 +169,52 @@ async def _called(judge: Judge, trajectory: Trajectory) -> Any:
     return await reply if inspect.isawaitable(reply) else reply
 
 
-def _rewards_turns(name: str, component: Component) -> bool:
-    """Whether a component gives one number for each turn, tried on an example; of an asynchronous one, which may ask a
+def _rewards_turns(full: str, component: Component, problem: Problem | None) -> bool:
+    """Whether a component gives one number for each turn, tried on examples; of an asynchronous one, which may ask a
     server, the return type says it."""
     function = getattr(component, "func", component)
     if inspect.iscoroutinefunction(function):
         return typing.get_type_hints(function).get("return") is np.ndarray
-    trajectory = example(0)
-    try:
-        value = component(Graded(trajectory, max_response_tokens=8))
-    except ConfigError:  # its settings
-        raise
-    except Exception:  # it may know problems of its own form only
-        return False
-    of_turns = np.ndim(value) > 0
-    if value is not None:
-        _check_shape(name, np.asarray(value), trajectory, of_turns=of_turns)
+    name, trajectories = full.rpartition(":")[2], [example(0), example(1)]
+    if problem is not None:
+        trajectories = [dataclasses.replace(one, problem=problem) for one in trajectories]
+    must_give = problem is not None and ":" in full
+    given = [(_on_trial(full, component, one, must_give=must_give), one) for one in trajectories]
+    numbers = [(_numbers(name, value, one), one) for value, one in given if value is not None]
+    of_turns = any(value.ndim for value, _ in numbers)
+    for value, one in numbers:
+        if not np.isnan(value).any():
+            _check_shape(name, value, one, of_turns=of_turns)
     return of_turns
+
+
+def _on_trial(full: str, component: Component, trajectory: Trajectory, *, must_give: bool) -> Any:
+    """What a component gives for a trajectory; None where it cannot say, unless it must."""
+    try:
+        value = tried("RewardConfig.components", full, component, Graded(trajectory, max_response_tokens=8))
+    except Exception as error:
+        if must_give or isinstance(error.__cause__, ConfigError):  # the latter: its settings
+            raise
+        return None  # it may know problems of its own form only
+    return None if inspect.isawaitable(value) else value
+
+
+def _numbers(name: str, value: Any, trajectory: Trajectory) -> np.ndarray:
+    if not numeric(value):
+        _refuse(name, value, trajectory)
+    return np.asarray(value, np.float64)
 
 
 def _check_shape(name: str, value: np.ndarray, trajectory: Trajectory, *, of_turns: bool) -> None:
     if value.shape != ((trajectory.policy_turns,) if of_turns else ()):
-        raise ConfigError(
-            f"RewardConfig.components: {name} gave {value} for a trajectory of {trajectory.policy_turns} policy turns; "
-            "it must give a number or None, or else always an array with one number for each policy turn"
-        )
+        _refuse(name, value, trajectory)
+
+
+def _refuse(name: str, value: Any, trajectory: Trajectory) -> NoReturn:
+    raise ConfigError(
+        f"RewardConfig.components: {name} gave {described(value)} for a trajectory of {trajectory.policy_turns} policy "
+        "turns; it must give a number or None, or else always an array with one number for each policy turn"
+    )
 
 
 def _with_rewards(trajectory: Trajectory, earned: np.ndarray) -> tuple:

@@ -8,7 +8,7 @@ from jaxrl.records import Problem, RewardStatus, StopReason, ToolCall, ToolStatu
 def example(sample: int) -> Trajectory:
     """A turn that calls, what the tool says, and a turn that answers, of 3 + ``sample`` tokens; sample 0 is right."""
     tokens = 3 + sample
-    call = ToolCall("python", {}, ToolStatus.OK)
+    call = ToolCall("python", {"code": "print(1 + 1)"}, ToolStatus.OK)
     return Trajectory(
         problem=Problem("example", "1+1?", "2"),
         draw=0,

@@ -248,6 +248,7 @@ def open_session(config: Config, run: RunFolder) -> Session:
     supervised_loss("MixConfig.loss", config.mix.loss, config.mix.loss_settings)
     Scheduler(config.engine)  # refuses pages that cannot hold one sequence
     train, held_out = problems.load_split(config.data)
+    scorer(config.reward, train[0])  # refuses components that fail on the run's own problems
     worked = demonstrations.load(config.sft, config.data, train) if config.sft.demonstrations else ()
     texts = (problem.question for problem in train)
     session = _session(config, run, _tokenizer(config, run, [*texts, *recorded.texts_of(worked)]))

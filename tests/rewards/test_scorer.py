@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl import config as configuration
 from jaxrl.config import AlgorithmConfig, ConfigError, RewardConfig
-from jaxrl.records import RewardStatus, StopReason
+from jaxrl.records import Problem, RewardStatus, StopReason
 from jaxrl.rewards.comparing import Pair, comparison
 from jaxrl.rewards.scorer import CORRECTNESS, scorer
 from jaxrl.rewards.verifier import open_verifier
@@ -19,6 +19,7 @@ from jaxrl.rl.outcomes import Recorded
 
 MINE = """
 import asyncio
+import json
 import time
 import numpy as np
 
@@ -40,6 +41,21 @@ def correct(graded):
 
 def wide(graded):
     return np.zeros(7)
+
+def worded(graded):
+    return "good"
+
+def worded_when_wrong(graded):
+    return 1.0 if graded.trajectory.correct else "bad"
+
+def ragged(graded):
+    return [[1.0], [2.0, 3.0]]
+
+async def worded_late(graded):
+    return "good"
+
+def of_objects(graded):
+    return json.loads(graded.trajectory.problem.answer)["points"]
 
 async def finds_a_flaw(trajectory):
     assert trajectory.correct
@@ -134,6 +150,9 @@ def test_a_plain_judge_keeps_nobody_waiting(mine: str) -> None:
         ({"components": {"correct": 1.0}, "component_settings": {"form.bad": 2}}, "unknown key 'form.bad'"),
         ({"components": {"flawed_positive": 1.0}}, "takes a judge"),
         ({"components": {"{mine}:wide": 1.0}}, "gave .* for a trajectory of 2 policy turns"),
+        ({"components": {"{mine}:worded": 1.0}}, "components: worded gave 'good' for .* it must give a number or None"),
+        ({"components": {"{mine}:worded_when_wrong": 1.0}}, "worded_when_wrong gave 'bad'"),
+        ({"components": {"{mine}:ragged": 1.0}}, "ragged gave "),
         ({"judge": "{mine}:nobody"}, "has no function nobody"),
         ({"components": {"correct": 1.0, "{mine}:correct": 1.0}}, "two components of one name"),
         ({"judge": "gpt"}, "must be a function"),
@@ -150,6 +169,19 @@ def test_what_is_refused(mine: str, fields: dict, words: str) -> None:
     }
     with pytest.raises(ConfigError, match=words):
         scorer(RewardConfig(**fields))
+
+
+def test_what_an_asynchronous_component_gives_is_refused_once_it_speaks(mine: str) -> None:
+    with pytest.raises(ConfigError, match="components: worded_late gave 'good'"):
+        score(RewardConfig(components={f"{mine}:worded_late": 1.0}))
+
+
+def test_a_component_must_know_the_form_of_the_runs_problems_and_not_of_ours(mine: str) -> None:
+    config = RewardConfig(components={f"{mine}:of_objects": 1.0})
+    scorer(config)
+    scorer(config, Problem("1", "?", '{"points": 3}'))
+    with pytest.raises(ConfigError, match=r"components='.*:of_objects' raised KeyError: 'points' \(.*mine.py:\d+\)$"):
+        scorer(config, Problem("1", "?", "{}"))
 
 
 def test_the_default_is_one_for_a_correct_answer() -> None:

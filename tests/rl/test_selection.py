@@ -457,6 +457,8 @@ def test_a_selection_of_ones_own_and_what_is_refused(tmp_path: Any) -> None:
         "def last(candidates, *, count: int = 1):\n    return np.arange(len(candidates.trajectories))[-count:]\n"
         "def wrong(candidates):\n    return [5]\n"
         "def short(trajectory):\n    return len(trajectory.ids) < 2\n"
+        "def unsure(trajectory):\n    trajectory.calls\n"
+        "def failing(trajectory):\n    return trajectory.tools\n"
     )
     config = AlgorithmConfig(selection=f"{file}:last", selection_settings={"count": 2}, leave_out=(f"{file}:short",))
     group = [trajectory(0), trajectory(1, RewardStatus.WRONG), trajectory(2, calls=()), trajectory(3)]
@@ -467,6 +469,9 @@ def test_a_selection_of_ones_own_and_what_is_refused(tmp_path: Any) -> None:
         (AlgorithmConfig(selection="rok"), "did you mean roc"),
         (AlgorithmConfig(keep=3), "min_positive=2 and min_negative=2 exceed keep=3"),
         (AlgorithmConfig(selection="roc_sampled", selection_settings={"epsilon": 0.0}), "epsilon > 0"),
+        (AlgorithmConfig(leave_out=(f"{file}:unsure",)), "leave_out='.*:unsure' gave None .* must give True or False"),
+        (AlgorithmConfig(mask_out=(f"{file}:unsure",)), "mask_out='.*:unsure' gave None"),
+        (AlgorithmConfig(leave_out=(f"{file}:failing",)), r"leave_out='.*' raised AttributeError: .*mine.py:11\)$"),
         (AlgorithmConfig(mask_out=("trunkated",)), "did you mean truncated"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -20,7 +20,7 @@ from jaxrl.rl.selection.candidates import Candidates
 from jaxrl.rl.selection.filters import FILTERS
 from jaxrl.rl.selection.resampling import penalty, roc, roc_sampled, tool_counts
 from jaxrl.rl.selection.simple import first, max_variance
-from jaxrl.rl.trial import numeric, tried
+from jaxrl.rl.trial import described, numeric, tried
 
 Statistics = dict[str, tuple[float, float]]  # name -> (sum, count); groups add up
 Filter = Callable[[Trajectory], bool]
@@ -115,7 +115,8 @@ def chooser(config: AlgorithmConfig) -> Chooser:
     """The rules that ``selection``, ``leave_out`` and ``mask_out`` name.
 
     Raises:
-        ConfigError: see ``methods.configured``; floors above ``keep``; a method that does not give back indices.
+        ConfigError: see ``methods.configured`` and ``trial.tried``; floors above ``keep``; a method that does not give
+            back indices; a filter that does not give back True or False.
     """
     method = configured("AlgorithmConfig.selection", SELECTIONS, config.selection, config.selection_settings)
     rules = Chooser(
@@ -149,7 +150,14 @@ def _holds(filters: Mapping[str, Filter], trajectory: Trajectory) -> bool:
 
 
 def _filters(key: str, names: Sequence[str]) -> dict[str, Filter]:
-    return {name.rpartition(":")[2]: configured(key, FILTERS, name, {}) for name in names}
+    filters: dict[str, Filter] = {}
+    for name in names:
+        rule = filters[name.rpartition(":")[2]] = configured(key, FILTERS, name, {})
+        for trajectory in (example(0), example(1)):
+            said = tried(key, name, rule, trajectory)
+            if not isinstance(said, bool | np.bool_):
+                raise ConfigError(f"{key}={name!r} gave {described(said)} for a trajectory; it must give True or False")
+    return filters
 
 
 def _statistics(trajectories: Sequence[Trajectory], kept: np.ndarray) -> Statistics:
