@@ -71,6 +71,9 @@ FIGURES = (
 )
 """Shown in this order."""
 
+_GROUPS = "select/groups_"
+"""Begins the metrics of what became of groups: the share that was kept, and those left out, by reason."""
+
 _DISPENSABLE = ("loss", "grad_norm", "capped_share")
 """Left out of a plain line, in this order, until the seconds of two phases fit."""
 
@@ -277,12 +280,23 @@ def step_line(view: View) -> str:
     dropped = list(_DISPENSABLE)
     while True:
         figures = "  ".join(figure.line.format(figure.show_short(view.metrics[figure.metric])) for figure in shown)
-        line = f"step {view.step:>{width}}/{view.steps}  {figures}"
+        line = "  ".join(
+            filter(None, (f"step {view.step:>{width}}/{view.steps}", nothing_trained(view.metrics), figures))
+        )
         times = _times(seconds, PLAIN_WIDTH - len(line) - 2)
         if times is not None or not dropped:
             return f"{line}  {times or ''}".rstrip()[:PLAIN_WIDTH]
         unwanted = dropped.pop(0)
         shown = [figure for figure in shown if figure.metric != unwanted]
+
+
+def nothing_trained(metrics: Mapping[str, float]) -> str:
+    """That a step left the weights as they were, with the commonest reason among its groups; "" for any other step."""
+    if metrics.get(f"{_GROUPS}kept") != 0 or "grad_norm" in metrics:
+        return ""
+    reasons = {name.removeprefix(_GROUPS): share for name, share in metrics.items() if name.startswith(_GROUPS)}
+    reason, share = max(reasons.items(), key=lambda item: item[1])
+    return "nothing to train on" + (f" ({reason.replace('_', ' ')}: {share:.0%})" if share else "")
 
 
 def _times(seconds: Sequence[tuple[str, float]], room: int) -> str | None:
@@ -314,6 +328,8 @@ def live_view(view: View, first_step: int = 0, width: int = PLAIN_WIDTH) -> Rend
         parts += [Text(), Columns([_figures(view), _phases(view)], padding=(0, 3))]
     elif view.metrics:
         parts += [Text(), _figures(view), Text(), _phases(view)]
+    if reason := nothing_trained(view.metrics):
+        parts += [Text(), Text(reason, "yellow")]
     if view.episodes:
         parts += [Text(), _episodes(view.episodes)]
     if view.phase:

@@ -46,6 +46,7 @@ class Report:
         tokens_per_second: response tokens over the whole reinforcement stage.
         seconds_by_phase: wall-clock seconds of the whole run.
         left_out: episodes that faults of ours kept out of training.
+        skipped_steps: steps of which selection kept nothing.
         next_command: what to try next.
     """
 
@@ -57,6 +58,7 @@ class Report:
     tokens_per_second: float
     seconds_by_phase: Mapping[str, float]
     left_out: int = 0
+    skipped_steps: int = 0
     alarms: tuple[str, ...] = ()
     export_path: str = ""
     next_command: str = ""
@@ -75,6 +77,7 @@ def summary(report: Report) -> dict[str, Any]:
         "seconds": sum(report.seconds_by_phase.values()),
         "seconds_by_phase": dict(report.seconds_by_phase),
         "left_out": report.left_out,
+        "skipped_steps": report.skipped_steps,
         "evaluations": [dataclasses.asdict(comparison) for comparison in report.comparisons],
         "alarms": list(report.alarms),
         "export_path": report.export_path,
@@ -107,6 +110,8 @@ def final_table(report: Report) -> RenderableType:
     facts.add_row("time", _time_by_phase(report.seconds_by_phase))
     if report.left_out:
         facts.add_row("episodes left out (our faults)", Text(f"{report.left_out}", "yellow"))
+    if report.skipped_steps:
+        facts.add_row("steps with nothing to train on", Text(f"{report.skipped_steps}", "yellow"))
     for alarm in report.alarms:
         facts.add_row("alarm", Text(printable(alarm), "yellow"))
     facts.add_row("run folder", printable(report.run_folder))

@@ -235,6 +235,7 @@ def _report(session: Session, progress: RunProgress) -> Report:
         tokens_per_second=progress.response_tokens / max(progress.rl_seconds, 1e-9),
         seconds_by_phase=progress.seconds,
         left_out=progress.left_out,
+        skipped_steps=progress.skipped_steps,
         alarms=tuple(alarms.ringing(progress.history).values()),
         export_path=str(session.run.export),
         next_command=f"jaxrl rollout {session.run.path}",

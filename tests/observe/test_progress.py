@@ -129,7 +129,9 @@ _finite = st.floats(0, 1e12)
 
 
 @given(
-    st.fixed_dictionaries({}, optional={figure.metric: _finite for figure in FIGURES}),
+    st.fixed_dictionaries(
+        {}, optional={figure.metric: _finite for figure in FIGURES} | {"select/groups_kept": st.just(0.0)}
+    ),
     st.dictionaries(st.text("abcdefgh ", min_size=1, max_size=12), st.floats(0, 1e6), max_size=6),
 )
 def test_a_line_never_exceeds_its_width(figures: dict[str, float], seconds: dict[str, float]) -> None:
@@ -143,6 +145,17 @@ def test_the_ordinary_line_keeps_the_seconds_and_the_cut_share() -> None:
     assert (
         line == "step   1/100  pass 52.5%  tool-err 20%  len 143  cut 1%  1234 tok/s  4.1s (rollout 3.0s update 1.0s)"
     )
+
+
+def test_a_step_that_trains_on_nothing_says_so_and_why() -> None:
+    groups = {"select/groups_kept": 0.0, "select/groups_all_correct": 0.25, "select/groups_all_wrong": 0.75}
+    view = View("x", step=1, steps=2, metrics={"pass_rate": 0.25, **groups})
+    assert step_line(view) == "step 1/2  nothing to train on (all wrong: 75%)  pass 25.0%"
+    assert "nothing to train on (all wrong: 75%)" in plain_text(live_view(view))
+    for more in ({"select/groups_kept": 0.1}, {"grad_norm": 0.5}):  # the latter: of demonstrations
+        assert "nothing" not in step_line(View("x", step=1, steps=2, metrics=view.metrics | more))
+    chosen_none = {"select/groups_kept": 0.0, "select/groups_all_wrong": 0.0}
+    assert step_line(View("x", step=1, steps=2, metrics=chosen_none)) == "step 1/2  nothing to train on"
 
 
 def test_figures_a_step_does_not_have_are_left_out() -> None:

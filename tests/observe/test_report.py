@@ -52,14 +52,17 @@ def test_the_table_names_everything_a_user_wants_next(report: Report) -> None:
     assert "time 7:00: rollout 5:00 (71%), update 2:00 (29%)" in lines
     assert "exported model runs/quickstart/export" in lines
     assert "try next jaxrl rollout quickstart" in lines
-    assert "left out" not in text and "alarm" not in text
+    assert "left out" not in text and "nothing to train on" not in text and "alarm" not in text
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
 def test_what_went_wrong_is_shown(report: Report) -> None:
-    troubled = dataclasses.replace(report, left_out=3, alarms=("pass rate fell",), tool_error_share_in_correct=None)
+    troubled = dataclasses.replace(
+        report, left_out=3, skipped_steps=2, alarms=("pass rate fell",), tool_error_share_in_correct=None
+    )
     lines = [" ".join(line.split()) for line in plain_text(final_table(troubled)).splitlines()]
     assert "episodes left out (our faults) 3" in lines
+    assert "steps with nothing to train on 2" in lines
     assert "alarm pass rate fell" in lines
     assert "failed tool calls in correct episodes no calls" in lines
 

@@ -135,8 +135,11 @@ def test_a_step_from_which_nothing_survives_is_skipped_and_counted(tiny_config: 
         sft=dataclasses.replace(tiny_config.sft, demonstrations=""),
         train=dataclasses.replace(tiny_config.train, steps=1, max_draws=2, prefetch_groups=0, problems=1, samples=4),
     )
-    with Progress("tiny", file=io.StringIO(), live=False) as view:
+    shown = io.StringIO()
+    with Progress("tiny", file=shown, live=False) as view:
         experiment.train(config, tmp_path / "run", view)
+    assert "step 1/1  nothing to train on (all wrong: 100%)" in shown.getvalue()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_steps"] == 1
     (row,) = read_metrics(tmp_path / "run", "rl")
     assert row["skipped_steps"] == 1
     assert "grad_norm" not in row
