@@ -11,7 +11,6 @@ from jaxrl import config as configuration
 from jaxrl.config import AlgorithmConfig, ConfigError
 from jaxrl.rl import algorithm
 from jaxrl.rl.outcomes import Outcomes, Recorded
-from jaxrl.rl.supervised import supervised_loss
 from jaxrl.rl.tokens import Tokens
 
 LOSS = """
@@ -133,11 +132,6 @@ def test_what_is_refused(files: pathlib.Path, field: str, name: str, settings: d
 
 def test_an_advantage_need_not_be_finite_where_nothing_was_sampled(files: pathlib.Path) -> None:
     algorithm.check(AlgorithmConfig(advantage=f"{files}/mine.py:undefined_beside"), Recorded())
-
-
-def test_a_supervised_loss_of_another_shape_is_said_in_words(files: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match=r"SftConfig.loss='.*' gave an array of shape \(\) for"):
-        supervised_loss("SftConfig.loss", f"{files}/mine.py:summed", {})
 
 
 def test_settings_survive_gin_text() -> None:
