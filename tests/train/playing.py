@@ -52,7 +52,9 @@ async def take_all() -> list[list[Group]]:
 def main() -> int:
     taken = asyncio.run(take_all())
     exchange("all have taken all", b"")
-    time.sleep(1)  # what the last one frees is gone for all
+    given_up = time.monotonic() + 10
+    while notices(shares.PLAYED) and time.monotonic() < given_up:
+        time.sleep(0.1)  # what the last one frees is not gone for all at once
     report = {
         "taken": [[group.draw for group in groups] for groups in taken],
         "whole": [g.draw for groups in taken for g in groups if any(one.ids.any() for one in g.trajectories)],
