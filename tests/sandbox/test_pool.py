@@ -243,7 +243,9 @@ def footprint() -> tuple[int, str, set[str], int]:
 
 
 @pytest.mark.parametrize("unsafe", [False, True])
-def test_close_leaves_nothing(unsafe: bool) -> None:
+def test_close_leaves_nothing(unsafe: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # other processes come and go in the common one
+
     async def use() -> list[int]:
         pool = Pool(LIMITS, workers=2, slots=4, preload=(), unsafe=unsafe)
         async with pool:

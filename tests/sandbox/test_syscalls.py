@@ -40,8 +40,10 @@ def test_whether_a_process_is_alive() -> None:
 
 def test_what_is_known_of_a_child_that_has_ended() -> None:
     own_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gate, open_gate = os.pipe()
     child = os.fork()
     if not child:
+        os.read(gate, 1)  # not before its parent has seen it alive, however slow that one is
         began = time.process_time()
         while time.process_time() < began + 0.2:
             pass
@@ -50,6 +52,9 @@ def test_what_is_known_of_a_child_that_has_ended() -> None:
         os._exit(3)
     with pytest.raises(OSError, match="has not ended"):
         syscalls.bury(child)
+    os.write(open_gate, b"x")
+    os.close(gate)
+    os.close(open_gate)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     status, user, system, peak_kib = syscalls.bury(child)
