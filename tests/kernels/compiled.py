@@ -11,9 +11,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental import topologies
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl_kernels import interval_attention_with_lse, make_plan, paged_attention_with_lse
+from jaxrl_kernels.choice import device_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +69,14 @@ PAGED_SHAPES = (
 """With the log-sum-exp, and with a window that is an argument."""
 
 
+TOO_LARGE = 1 << 15
+"""Rows of 4 KiB that no chip has the vector memory for."""
+
 IMPLEMENTATIONS = {"tpu": "auto", "cuda": "mosaic_gpu"}
 
 
-def lowered(shape: Shape, device: jax.Device, platform: str = "tpu") -> jax.stages.Lowered:
-    """Output, log-sum-exp and all gradients."""
-    mesh = jax.sharding.Mesh([device], ("one",))
+def lowered(shape: Shape, mesh: Mesh | AbstractMesh, platform: str = "tpu") -> jax.stages.Lowered:
+    """Output, log-sum-exp and all gradients, for the device of this mesh."""
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def array(*lengths: int, dtype: str = shape.dtype) -> jax.ShapeDtypeStruct:
@@ -83,7 +88,7 @@ def lowered(shape: Shape, device: jax.Device, platform: str = "tpu") -> jax.stag
         heads = {"groups": shape.query_heads // shape.kv_heads, "head_width": shape.width, "dtype": shape.dtype}
         plan = make_plan(end, **heads, implementation=IMPLEMENTATIONS[platform])
         if plan.backend == "xla":
-            raise AssertionError(f"auto took xla for {shape} on {device.device_kind}")
+            raise AssertionError(f"auto took xla for {shape} on {device_kind()}")
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
             return interval_attention_with_lse(q, k, v, end, window=window, soft_cap=shape.soft_cap, plan=plan)
@@ -94,16 +99,15 @@ def lowered(shape: Shape, device: jax.Device, platform: str = "tpu") -> jax.stag
     tokens = shape.tokens
     q, k = array(1, tokens, shape.query_heads, shape.width), array(1, tokens, shape.kv_heads, shape.width)
     integers = array(1, tokens, dtype="int32"), array(dtype="int32")
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(both).trace(
             q, k, k, *integers, (q, array(1, tokens, shape.query_heads, dtype=jnp.float32.__name__))
         )
         return traced.lower(lowering_platforms=(platform,))
 
 
-def lowered_paged(shape: PagedShape, device: jax.Device) -> jax.stages.Lowered:
-    """Output and log-sum-exp."""
-    mesh = jax.sharding.Mesh([device], ("one",))
+def lowered_paged(shape: PagedShape, mesh: Mesh | AbstractMesh) -> jax.stages.Lowered:
+    """Output and log-sum-exp, likewise."""
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def array(*lengths: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
@@ -115,23 +119,41 @@ def lowered_paged(shape: PagedShape, device: jax.Device) -> jax.stages.Lowered:
     q = array(shape.rows, shape.count, shape.query_heads, shape.width, dtype=shape.dtype)
     pages = array(shape.rows * shape.table, shape.kv_heads, shape.page, shape.width, dtype=shape.dtype)
     integers = array(shape.rows, shape.table), array(shape.rows, shape.count), array()
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(attend).trace(q, pages, pages, *integers).lower(lowering_platforms=("tpu",))
+
+
+def lowered_copy(mesh: Mesh | AbstractMesh, rows: int) -> jax.stages.Lowered:
+    """A copy in blocks of so many rows."""
+
+    def copy(source: jax.Array, target: jax.Array) -> None:
+        target[...] = source[...]
+
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    array = jax.ShapeDtypeStruct((2 * rows, 1024), jnp.float32, sharding=sharding)
+    block = pl.BlockSpec((rows, 1024), lambda i: (i, 0))
+    call = pl.pallas_call(copy, grid=(2,), in_specs=[block], out_specs=block, out_shape=array)
+    return jax.jit(call).trace(array).lower(lowering_platforms=("tpu",))
 
 
 def main(topology: str) -> None:
     device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    mesh = Mesh([device], ("one",))
     scores = {shape: 4 * shape.query_heads * shape.tokens**2 for shape in SHAPES}
     tables = {
         shape: shape.rows * shape.table * shape.kv_heads * shape.page * shape.width * jnp.dtype(shape.dtype).itemsize
         for shape in PAGED_SHAPES
     }
     for shape, too_much in (scores | tables).items():
-        program = (lowered if isinstance(shape, Shape) else lowered_paged)(shape, device)
+        program = (lowered if isinstance(shape, Shape) else lowered_paged)(shape, mesh)
         kernels = program.as_text().count("tpu_custom_call")
         memory = program.compile().memory_analysis()
         answer = {"shape": shape.name, "kind": device.device_kind, "kernels": kernels}
         print(json.dumps(answer | {"temporary": memory.temp_size_in_bytes, "too_much": too_much}), flush=True)
+    try:
+        lowered_copy(mesh, TOO_LARGE).compile()
+    except jax.errors.JaxRuntimeError as error:
+        print(json.dumps({"shape": "too_large", "refused": str(error)}), flush=True)
 
 
 if __name__ == "__main__":

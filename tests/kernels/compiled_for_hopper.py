@@ -8,6 +8,8 @@ MOSAIC_GPU_DUMP_PTX and MOSAIC_GPU_DUMP_PTXAS say so.
 
 import json
 
+import jax
+
 from jaxrl.check import devices, targets
 from tests.kernels.compiled import Shape, lowered
 
@@ -20,9 +22,9 @@ SHAPES = (
 
 
 def main() -> None:
-    device = devices.described(targets.parse("h200x1"))[0]
+    mesh = jax.sharding.Mesh(devices.described(targets.parse("h200x1"))[:1], ("one",))
     for shape in SHAPES:
-        program = lowered(shape, device, platform="cuda")
+        program = lowered(shape, mesh, platform="cuda")
         kernels = program.as_text().count("custom_call @mosaic_gpu")
         memory, scores = program.compile().memory_analysis(), 4 * shape.query_heads * shape.tokens**2
         answer = {"shape": shape.name, "kernels": kernels, "temporary": memory.temp_size_in_bytes, "too_much": scores}

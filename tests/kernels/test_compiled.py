@@ -24,7 +24,8 @@ def test_every_kernel_compiles(topology: str) -> None:
     command = [sys.executable, "-m", "tests.kernels.compiled", topology]
     done = subprocess.run(command, env=environment.variables("tpu"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    *answers, too_large = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert too_large["shape"] == "too_large" and "vmem" in too_large["refused"]
     assert [answer["shape"] for answer in answers] == [shape.name for shape in (*SHAPES, *PAGED_SHAPES)]
     assert "has no block sizes" not in done.stderr
     for shape, answer in zip((*SHAPES, *PAGED_SHAPES), answers, strict=True):
