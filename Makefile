@@ -10,10 +10,10 @@ PYTEST := .venv/bin/python -m pytest
 
 help:
 	@echo "make quickstart   install into .venv, then train: cold start and GRPO-RoC on problems made on the spot"
-	@echo "make test         every test: first the fast ones on JOBS=$(JOBS) processes, then the slow ones one by one"
+	@echo "make test         every test: the fast ones, then the slow ones, on JOBS=$(JOBS) processes"
 	@echo "make test-fast    only the fast ones; up to 25 minutes"
-	@echo "make test-slow    only the slow ones; up to forty-five minutes, mostly the sandbox: attacks with processes, chaos, Ray nodes,"
-	@echo "                  problem sets, a soak, 45,000 calls; then wheel, kill and resume, learning"
+	@echo "make test-slow    only the slow ones; up to forty-five minutes: learning, kill and resume, chips that are not there, the wheel;"
+	@echo "                  then the sandbox's, one by one: attacks with processes, chaos, Ray nodes, problem sets, a soak, 45,000 calls"
 	@echo "make test-pods    compile the largest recipe for pods; installs compilers (1.4 GB), twenty minutes"
 	@echo "make lint         ruff, and the contract which room may import which"
 	@echo "make bench        sandbox, sessions, cluster, rollout, one JSON object a line; tens of minutes"
@@ -34,8 +34,10 @@ test: test-fast test-slow
 test-fast: .venv/installed-test
 	$(PYTEST) -n $(JOBS) -m "not slow"
 
+# The sandbox's alone: they count on the machine.
 test-slow: .venv/installed-test
-	$(PYTEST) -m slow
+	$(PYTEST) -n $(JOBS) --dist worksteal -m slow --ignore=tests/sandbox
+	$(PYTEST) -m slow tests/sandbox
 
 # Compiles the largest recipe for pods that are not there; installs the compilers, twice 700 MB.
 test-pods: .venv/installed-test
