@@ -25,8 +25,18 @@ from jaxrl.model.quantized import in_compute
 from jaxrl.model.rotary import frequencies, lengths, rotate, rotation
 from jaxrl.model.spec import ParamSpec, Specs
 from jaxrl.records import Tree
-from jaxrl_kernels import Groups, group_decode, paged_attention, segment_ends
+from jaxrl_kernels import (
+    GroupPlan,
+    Groups,
+    PagedPlan,
+    group_decode,
+    make_group_plan,
+    make_paged_plan,
+    paged_attention,
+    segment_ends,
+)
 from jaxrl_kernels.paged_attention.backends import BACKENDS as PAGED_BACKENDS
+from jaxrl_kernels.paged_attention.blocks import Shape
 from jaxrl_kernels.products import product, rounded
 
 Params = dict[str, Any]
@@ -251,27 +261,30 @@ def paged_hidden_states(
         ([R, C, D] after the final norm in the compute type, the pages).
     """
     layers, pages, _, page_size = kv_pages.keys.shape[:4]
-    implementation = config.attention if config.attention in PAGED_BACKENDS else "auto"  # a kernel for packed rows only
-    options = {**score_options(config), "implementation": implementation}
     parties = () if groups is None else (groups.members, groups.shared)
     held = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // page_size, axis=1, mode="clip")
     target = jnp.where(positions >= 0, held, layers * pages)  # out of range: dropped by the update
     offset = positions % page_size
 
     def update_and_attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, *integers: jax.Array
+        q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, plan: Any, *integers: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         page_table, positions, target, offset, window, *parties = integers
         keys, values = _written(keys, k, target, offset), _written(values, v, target, offset)
         arrays, seen = (q, keys, values, page_table, positions), window if config.sliding_layers else 0
+        options = {**score_options(config), "window": seen, "plan": plan}
         if parties:
-            return group_decode(*arrays, Groups(*parties), window=seen, **options), keys, values
-        return paged_attention(*arrays, window=seen, **options), keys, values
+            return group_decode(*arrays, Groups(*parties), **options), keys, values
+        return paged_attention(*arrays, **options), keys, values
 
     heads = [(None, None, axis, None) for axis in ("query_heads", "kv_heads", "kv_heads")]
-    pools = [(None, "kv_heads", None, None)] * 2
-    integers = [*[(None, None)] * 4, (), *[(None,) * array.ndim for array in parties]]
-    attention = per_shard(update_and_attend, [*heads, *pools, *integers], [heads[0], *pools])
+    pools, of_parties = [(None, "kv_heads", None, None)] * 2, [(None,) * array.ndim for array in parties]
+    integers = [*[(None, None)] * 4, (), *of_parties]
+    attention = per_shard(update_and_attend, [*heads, *pools, (), *integers], [heads[0], *pools])
+    planned = per_shard(
+        functools.partial(_paged_plan, config), [(None, *pools[0]), (None, None), (None, None), *of_parties], ()
+    )
+    plan = planned(kv_pages.keys, page_table, positions, *parties)
 
     def layer(carry: tuple[jax.Array, KVPages], scanned: tuple[Params, Any]) -> tuple[tuple[jax.Array, KVPages], None]:
         x, pool = carry
@@ -279,7 +292,7 @@ def paged_hidden_states(
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             own = page_table + first_page, positions, target + first_page, offset, window
-            attended, new_keys, new_values = attention(q, k, v, pool.keys, pool.values, *own, *parties)
+            attended, new_keys, new_values = attention(q, k, v, pool.keys, pool.values, plan, *own, *parties)
             return attended, (new_keys, new_values)
 
         turned = rotation(positions, *turning)
@@ -297,6 +310,21 @@ def paged_hidden_states(
     (x, pool), _ = stacks.scan(layer, (x, pool), params["layers"], config, (*_layer_constants(config), first_pages))
     hidden = _rms_norm(x, params["final_norm"], config).astype(config.compute_dtype)
     return hidden, jax.tree.map(lambda array, old: array.reshape(old.shape), pool, kv_pages)
+
+
+def _paged_plan(
+    config: ModelConfig, keys: jax.Array, page_table: jax.Array, positions: jax.Array, *parties: jax.Array
+) -> PagedPlan | GroupPlan:
+    """What is the same in all layers of how a device attends; ``keys`` are its pages of all layers."""
+    _, _, kv_heads, page, width = keys.shape
+    heads = kv_heads * (config.query_heads // config.kv_heads), kv_heads
+    types = config.compute_dtype, keys.dtype.name
+    shape = Shape(*positions.shape, *heads, width, page, page_table.shape[1], *types)
+    implementation = config.attention if config.attention in PAGED_BACKENDS else "auto"  # a kernel for packed rows only
+    options = {"windows": sorted({*_windows(config)} - {0}), "implementation": implementation}
+    if parties:
+        return make_group_plan(positions, Groups(*parties), shape, **options)
+    return make_paged_plan(positions, shape, **options)
 
 
 def _written(pages: jax.Array, new: jax.Array, target: jax.Array, offset: jax.Array) -> jax.Array:
@@ -425,7 +453,11 @@ def _rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
 def _layer_constants(config: ModelConfig) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None]]:
     """What differs from layer to layer: sliding windows [L] int32 (0 = none); rotary frequencies [L, H/2] and lengths
     [L], if there are any."""
-    windows = [config.sliding_window if layer in config.sliding_layers else 0 for layer in range(config.layers)]
     longer = lengths(config)
     turning = jnp.asarray(frequencies(config)), None if longer is None else jnp.asarray(longer)
-    return jnp.asarray(windows, jnp.int32), turning
+    return jnp.asarray(_windows(config), jnp.int32), turning
+
+
+def _windows(config: ModelConfig) -> list[int]:
+    """The sliding window of each layer; 0 = none."""
+    return [config.sliding_window if layer in config.sliding_layers else 0 for layer in range(config.layers)]

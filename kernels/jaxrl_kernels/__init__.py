@@ -8,7 +8,7 @@ of cases that every backend must pass. Shapes are written with the letters
     D model width   V vocabulary
 """
 
-from jaxrl_kernels.group_decode import Groups, group_decode, make_groups
+from jaxrl_kernels.group_decode import GroupPlan, Groups, group_decode, make_group_plan, make_groups
 from jaxrl_kernels.interval_attention import (
     Plan,
     interval_attention,
@@ -17,19 +17,23 @@ from jaxrl_kernels.interval_attention import (
     segment_ends,
 )
 from jaxrl_kernels.linear_logprob import LinearLogprob, linear_logprob
-from jaxrl_kernels.paged_attention import paged_attention, paged_attention_with_lse
+from jaxrl_kernels.paged_attention import PagedPlan, make_paged_plan, paged_attention, paged_attention_with_lse
 from jaxrl_kernels.ring_attention import RingPlan, make_ring_plan, ring_attention
 
 __all__ = [
+    "GroupPlan",
     "Groups",
     "LinearLogprob",
+    "PagedPlan",
     "Plan",
     "RingPlan",
     "group_decode",
     "interval_attention",
     "interval_attention_with_lse",
     "linear_logprob",
+    "make_group_plan",
     "make_groups",
+    "make_paged_plan",
     "make_plan",
     "make_ring_plan",
     "paged_attention",

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxrl.check.flops import Data, matrix_flops
-from jaxrl_kernels import group_decode, make_groups, paged_attention
+from jaxrl_kernels import group_decode, make_group_plan, make_groups, paged_attention
 from jaxrl_kernels.group_decode.cases import CASES, Case
-from jaxrl_kernels.paged_attention import blocks, steps
+from jaxrl_kernels.paged_attention import blocks
 from jaxrl_kernels.paged_attention import tpu as paged
 
 BACKENDS = ("xla", "tpu_interpreted")
@@ -54,13 +54,15 @@ def test_case(case: Case, backend: str) -> None:
     assert not np.asarray(got, np.float32)[np.array(case.own) == 0].any()
 
 
-def test_a_window_that_is_an_argument_chooses_in_the_program() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_that_is_an_argument_chooses_in_the_program(backend: str) -> None:
     arguments = inputs(CASES[1])
+    groups, shape = make_groups(arguments[3], arguments[5], 4), blocks.shape_of(*(arguments[i] for i in (0, 1, 3)))
 
     @jax.jit
     def run(window: jax.Array) -> jax.Array:
-        groups = make_groups(arguments[3], arguments[5], 4)
-        return group_decode(*arguments[:5], groups, window=window)
+        plan = make_group_plan(arguments[4], groups, shape, windows=[5], implementation=backend)
+        return group_decode(*arguments[:5], groups, window=window, plan=plan)
 
     for window in (0, 5):
         wanted = paged_attention(*arguments[:5], window=window)
@@ -84,16 +86,11 @@ def test_every_row_that_shares_is_in_one_party_of_its_group() -> None:
 def test_shared_pages_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps of the kernel for TPUs are what it reads."""
     case = Case("group", (0,) * 6, (3,) * 6, shared=(8,), width=6)
-    read = []
-
-    def counted(*arguments: jax.Array, **sizes: int) -> steps.Steps:
-        made = steps.make_steps(*arguments, **sizes)
-        read.append(int(made.count))
-        return made
-
-    monkeypatch.setattr(paged, "make_steps", counted)
     monkeypatch.setattr(paged, "blocks_for", lambda shape: blocks.Blocks(shape.count, 16, pages=1))
-    decode(case, "tpu_interpreted", *inputs(case))
+    q, keys, _, table, positions, shared = inputs(case)
+    groups, shape = make_groups(table, shared, case.width), blocks.shape_of(q, keys, table)
+    plan = make_group_plan(positions, groups, shape, implementation="tpu_interpreted")
+    read = [int(part.lists.steps[0].count) for part in (plan.shared, plan.own)]
     assert read == [8, 6], "the pages of one prompt, and one of each row's own"
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jaxrl_kernels.paged_attention import paged_attention, paged_attention_with_lse
+from jaxrl_kernels.paged_attention import make_paged_plan, paged_attention, paged_attention_with_lse
 from jaxrl_kernels.paged_attention.backends import BACKENDS as BACKEND_TABLE
-from jaxrl_kernels.paged_attention.blocks import Shape, blocks_for
+from jaxrl_kernels.paged_attention.blocks import Shape, blocks_for, shape_of
 from jaxrl_kernels.paged_attention.cases import CASES, Case
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import soft_capped
@@ -109,6 +109,23 @@ def test_a_row_is_bit_identical_in_every_slot_and_company(backend: str, dtype: s
         np.testing.assert_array_equal(result, results[0])
 
 
+def test_one_plan_serves_every_window() -> None:
+    """The same bits as of a call by itself; pages before the window are only read where the plan does not know it."""
+    *arrays, positions = inputs(Case("long", (600, -1, 40), page=16, table=40))
+    shape = shape_of(arrays[0], arrays[1], arrays[3])
+
+    @jax.jit
+    def planned(window: jax.Array) -> jax.Array:
+        plan = make_paged_plan(positions, shape, windows=[20], implementation="tpu_interpreted")
+        return paged_attention(*arrays, positions, window=window, plan=plan)
+
+    alone = jax.jit(lambda window: paged_attention(*arrays, positions, window=window, implementation="tpu_interpreted"))
+    for window in (0, 20, 300):
+        np.testing.assert_array_equal(planned(jnp.int32(window)), alone(jnp.int32(window)))
+    lists = make_paged_plan(positions, shape, windows=[20], implementation="tpu_interpreted").lists
+    assert [int(lists.steps_of(jnp.int32(window)).count) for window in (0, 20, 300)] == [3, 2, 3]
+
+
 def test_time_follows_the_longest_row_and_not_the_table() -> None:
     """The loop's length is data: rows of one block run one round of it, whatever the table could hold."""
     case = Case("wide", (5, 3), page=16, table=64)
@@ -157,12 +174,14 @@ def test_blocks_of_many_kv_heads_fit_into_the_vector_memory(count: int, heads: i
         ({"table": (3, 2)}, "page table"),
         ({"name": "cuda"}, "unknown"),
         ({"name": "tpu"}, "needs a TPU"),
+        ({"planned_rows": 3}, "made for Shape.rows=3"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
     pages = jnp.zeros(change.get("pages", (4, 2, 2, 8)))
     table, positions = jnp.zeros(change.get("table", (2, 2)), jnp.int32), jnp.zeros((2, 1), jnp.int32)
+    q, plan = jnp.zeros((2, 1, 4, 8)), None
+    if "planned_rows" in change:
+        plan = make_paged_plan(positions, dataclasses.replace(shape_of(q, pages, table), rows=change["planned_rows"]))
     with pytest.raises(ValueError, match=message):
-        paged_attention(
-            jnp.zeros((2, 1, 4, 8)), pages, pages, table, positions, implementation=change.get("name", "auto")
-        )
+        paged_attention(q, pages, pages, table, positions, plan=plan, implementation=change.get("name", "auto"))

@@ -91,19 +91,25 @@ def rows_in_pages() -> tuple[jax.Array, ...]:
     return (*(jnp.asarray(x, jnp.float32) for x in (q, *pages)), *(jnp.asarray(x) for x in (tables, positions)))
 
 
-def attended_in_pages(monkeypatch: pytest.MonkeyPatch, mode: pltpu.InterpretParams = FAITHFUL) -> tuple[jax.Array, ...]:
-    """Output and log-sum-exp on the interpreter, in blocks of 8 keys and 4 queries."""
-    monkeypatch.setattr(paged, "blocks_for", lambda shape: blocks.Blocks(queries=4, rows=8, pages=2))
+def listed_steps() -> steps.Lists:
+    """In blocks of 8 keys and 4 queries."""
+    q, keys, _, page_table, positions = rows_in_pages()
+    shape = blocks.shape_of(q, keys, page_table)
+    return steps.make_lists(positions, (0, 11), shape, blocks.Blocks(queries=4, rows=8, pages=2))
+
+
+def attended_in_pages(lists: steps.Lists, mode: pltpu.InterpretParams = FAITHFUL) -> tuple[jax.Array, ...]:
+    """Output and log-sum-exp on the interpreter, with these lists."""
     interpreter.reset_tpu_interpret_mode_state()
     with pltpu.force_tpu_interpret_mode(mode):
         options = blocks.Options(scale=0.4, soft_cap=2.0, with_lse=True, queries=15)
-        return jax.block_until_ready(paged.paged_attention(*rows_in_pages(), jnp.int32(11), options))
+        return jax.block_until_ready(paged.paged_attention(*rows_in_pages(), jnp.int32(11), options, lists))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [FAITHFUL, EAGER], ids=["late", "eager"])
-def test_pages_no_race_and_no_unwritten_memory(mode: pltpu.InterpretParams, monkeypatch: pytest.MonkeyPatch) -> None:
-    got = attended_in_pages(monkeypatch, mode)
+def test_pages_no_race_and_no_unwritten_memory(mode: pltpu.InterpretParams) -> None:
+    got = attended_in_pages(listed_steps(), mode)
     assert not interpreter.races.races_found
     options = {"window": 11, "scale": 0.4, "soft_cap": 2.0, "implementation": "reference"}
     for ours, wanted in zip(got, paged_attention_with_lse(*rows_in_pages(), **options), strict=True):
@@ -119,29 +125,23 @@ def test_pages_that_are_not_waited_for_are_seen(monkeypatch: pytest.MonkeyPatch)
         copies(*others, lambda copy: act(copy) if act.__code__.co_names == ("start",) else None)
 
     monkeypatch.setattr(paged, "_copies", only_started)
-    assert np.isnan(np.asarray(attended_in_pages(monkeypatch)[0])).any()
-    attended_in_pages(monkeypatch, EAGER)
+    assert np.isnan(np.asarray(attended_in_pages(listed_steps())[0])).any()
+    attended_in_pages(listed_steps(), EAGER)
     assert interpreter.races.races_found
 
 
 @pytest.mark.parametrize("flag", [steps.FIRST, steps.LAST])
-def test_steps_without_a_flag_leave_memory_unwritten(flag: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoilt(*arguments: object, **sizes: int) -> steps.Steps:
-        whole = steps.make_steps(*arguments, **sizes)
-        return dataclasses.replace(whole, entries=whole.entries & ~flag)
-
-    monkeypatch.setattr(paged, "make_steps", spoilt)
-    assert np.isnan(np.asarray(attended_in_pages(monkeypatch)[0])).any()
+def test_steps_without_a_flag_leave_memory_unwritten(flag: int) -> None:
+    lists = listed_steps()
+    spoilt = tuple(dataclasses.replace(one, entries=one.entries & ~flag) for one in lists.steps)
+    assert np.isnan(np.asarray(attended_in_pages(dataclasses.replace(lists, steps=spoilt))[0])).any()
 
 
-def test_pages_beyond_a_row_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoilt(*arguments: object, **sizes: int) -> steps.Steps:
-        whole = steps.make_steps(*arguments, **sizes)
-        return dataclasses.replace(whole, reach=whole.reach + 4)
-
-    monkeypatch.setattr(paged, "make_steps", spoilt)
+def test_pages_beyond_a_row_are_seen() -> None:
+    lists = listed_steps()
+    spoilt = tuple(dataclasses.replace(one, reach=one.reach + 4) for one in lists.steps)
     with pytest.raises(Exception, match="[Oo]ut-of-bounds|out of bounds"):
-        attended_in_pages(monkeypatch)
+        attended_in_pages(dataclasses.replace(lists, steps=spoilt))
     interpreter.reset_tpu_interpret_mode_state()
 
 

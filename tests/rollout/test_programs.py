@@ -1,12 +1,16 @@
 """The programs that are traced for shapes alone are those the engine compiles."""
 
+import collections
+import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from jaxrl import mesh as meshes
 from jaxrl.check import environment
@@ -16,8 +20,12 @@ from jaxrl.rollout.engine import Engine
 from tests.rollout.conftest import CONFIG, MODEL, STOPS
 
 
+def one_device() -> jax.sharding.Mesh:
+    return meshes.replica_meshes(meshes.make_rollout_mesh(meshes.make_mesh(MeshConfig(), jax.devices()[:1])))[0]
+
+
 def test_traced_programs_are_the_engines(params) -> None:
-    mesh = meshes.replica_meshes(meshes.make_rollout_mesh(meshes.make_mesh(MeshConfig(), jax.devices()[:1])))[0]
+    mesh = one_device()
     shapes = programs.abstract_params(MODEL, mesh)
     traced = programs.traced(CONFIG, MODEL, mesh, shapes, stop_ids=len(STOPS))
     engine = Engine(CONFIG, MODEL, params, stop_ids=STOPS, seed=11, mesh=mesh)
@@ -44,6 +52,29 @@ def test_traced_programs_are_the_engines(params) -> None:
     for name, program in real.items():
         assert str(traced[name].jaxpr) == str(program.jaxpr), name
         assert traced[name].lower().as_text() == program.lower().as_text(), name
+
+
+def test_lists_of_steps_are_made_once_for_all_layers() -> None:
+    """A list takes one cumulative sum. There is one of rows with a window, and one without or one of each part."""
+    config, mesh = dataclasses.replace(CONFIG, group_decode="on"), one_device()
+    sums: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for attention, sign in (("xla", -1), ("tpu_interpreted", 1)):
+        model = dataclasses.replace(MODEL, attention=attention, sliding_window=8, sliding_layers=(1,))
+        traced = programs.traced(config, model, mesh, programs.abstract_params(model, mesh))
+        for name in ("prefill", "decode"):
+            for operation, layers in operations(traced[name].jaxpr.jaxpr):
+                sums[name][operation, layers] += sign
+    for name, lists in (("prefill", 2), ("decode", 4)):
+        assert sums[name]["pallas_call", True] > 0 == sums[name]["cumsum", True]
+        assert sums[name]["cumsum", False] == lists
+
+
+def operations(jaxpr: jax.extend.core.Jaxpr, scanned: bool = False) -> Iterator[tuple[str, bool]]:
+    """Names of all operations, and whether they are repeated by a scan, as those of a layer are."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name, scanned
+        for inner in jaxprs_in_params(equation.params):
+            yield from operations(inner, scanned or equation.primitive.name == "scan")
 
 
 @pytest.mark.slow

@@ -6,14 +6,15 @@ of their own.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_kernels.group_decode.backends import PREFIXES, chosen_for_parties
-from jaxrl_kernels.paged_attention import paged_attention, paged_attention_with_lse
+from jaxrl_kernels.group_decode.backends import PREFIXES, chosen_for_parties, positions_in_parties
+from jaxrl_kernels.paged_attention import PagedPlan, make_paged_plan, paged_attention, paged_attention_with_lse
 from jaxrl_kernels.paged_attention.backends import Implementation
-from jaxrl_kernels.paged_attention.blocks import shape_of
+from jaxrl_kernels.paged_attention.blocks import Shape, shape_of
 from jaxrl_kernels.softmax import MASKED
 
 
@@ -29,6 +30,22 @@ class Groups:
 
     members: jax.Array
     shared: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """Which pages a step of decoding needs, and who computes it: made once for its positions, for all layers.
+
+    Attributes:
+        shared: of what parties share.
+        own: of what follows.
+        windowed: of whole rows, for layers with a window; None = there are none.
+    """
+
+    shared: PagedPlan
+    own: PagedPlan
+    windowed: PagedPlan | None = None
 
 
 def make_groups(page_table: jax.Array, shared: jax.Array, width: int) -> Groups:
@@ -53,6 +70,43 @@ def make_groups(page_table: jax.Array, shared: jax.Array, width: int) -> Groups:
     return Groups(members, shared)
 
 
+def make_group_plan(
+    positions: jax.Array,
+    groups: Groups,
+    shape: Shape,
+    *,
+    windows: Sequence[int] = (),
+    implementation: Implementation = "auto",
+) -> GroupPlan:
+    """The plan of a step of decoding.
+
+    Args:
+        positions: [R, 1] int32, as ``group_decode`` takes them.
+        groups: likewise.
+        shape: of the rows, on each device.
+        windows: of the layers that have one.
+        implementation: as ``paged_attention`` takes it.
+
+    Raises:
+        ValueError: as ``paged_attention``.
+    """
+    parties, width = groups.members.shape
+    name = chosen_for_parties(implementation, shape, parties, width)
+    of_parties = dataclasses.replace(shape, rows=parties, count=width)
+    shared = positions_in_parties(groups.members, groups.shared, shape.page)
+    windowed = make_paged_plan(positions, shape, windows=windows, implementation=implementation) if windows else None
+    return GroupPlan(
+        make_paged_plan(shared, of_parties, implementation=name),
+        make_paged_plan(_own_positions(positions, groups, shape.page), shape, implementation=name),
+        windowed,
+    )
+
+
+def _own_positions(positions: jax.Array, groups: Groups, page: int) -> jax.Array:
+    """Positions behind what a row shares."""
+    return jnp.where(positions >= 0, positions - groups.shared[:, None] * page, -1)
+
+
 def group_decode(
     q: jax.Array,
     key_pages: jax.Array,
@@ -64,6 +118,7 @@ def group_decode(
     window: int | jax.Array = 0,
     scale: float | None = None,
     soft_cap: float = 0.0,
+    plan: GroupPlan | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """``paged_attention`` of one new token a row, to float32 rounding.
@@ -81,7 +136,8 @@ def group_decode(
         window: as ``paged_attention`` takes it.
         scale: likewise.
         soft_cap: likewise.
-        implementation: likewise.
+        plan: ``make_group_plan`` of ``positions`` and ``groups``, for all layers of a step; made here when None.
+        implementation: as ``paged_attention`` takes it. A plan that is given has picked already.
 
     Returns:
         [R, 1, N, H] in q's type.
@@ -93,13 +149,16 @@ def group_decode(
         raise ValueError(f"q {q.shape} [R, C, N, H] has C={q.shape[1]}; a group decodes one token a row")
     arrays = (q, key_pages, value_pages, page_table, positions)
     options = {"scale": scale, "soft_cap": soft_cap, "implementation": implementation}
+
+    def windowed() -> jax.Array:
+        return paged_attention(*arrays, window=window, plan=None if plan is None else plan.windowed, **options)
+
+    def joined() -> jax.Array:
+        return _joined(*arrays, groups, plan, **options)
+
     if isinstance(window, int):
-        return paged_attention(*arrays, window=window, **options) if window else _joined(*arrays, groups, **options)
-    return jax.lax.cond(
-        window > 0,
-        lambda: paged_attention(*arrays, window=window, **options),
-        lambda: _joined(*arrays, groups, **options),
-    )
+        return windowed() if window else joined()
+    return jax.lax.cond(window > 0, windowed, joined)
 
 
 def _joined(
@@ -109,20 +168,23 @@ def _joined(
     page_table: jax.Array,
     positions: jax.Array,
     groups: Groups,
+    plan: GroupPlan | None,
     *,
     scale: float | None,
     soft_cap: float,
     implementation: Implementation,
 ) -> jax.Array:
     """Both parts of every row, and their weighted mean."""
-    page, shared = key_pages.shape[2], groups.shared[:, None]
+    if plan is None:
+        shape = shape_of(q, key_pages, page_table)
+        plan = make_group_plan(positions, groups, shape, implementation=implementation)
     pages, options = (key_pages, value_pages), {"scale": scale, "soft_cap": soft_cap}
-    name = chosen_for_parties(implementation, shape_of(q, key_pages, page_table), *groups.members.shape)
-    first, first_log = PREFIXES[name](q, *pages, page_table, groups.members, groups.shared, options)
-    column = jnp.arange(page_table.shape[1], dtype=jnp.int32) + shared
+    prefix = PREFIXES[plan.shared.backend]
+    first, first_log = prefix(q, *pages, page_table, groups.members, groups.shared, plan.shared, options)
+    column = jnp.arange(page_table.shape[1], dtype=jnp.int32) + groups.shared[:, None]
     own_table = jnp.take_along_axis(page_table, column, axis=1, mode="clip")
-    own_position = jnp.where(positions >= 0, positions - shared * page, -1)
-    own, own_log = paged_attention_with_lse(q, *pages, own_table, own_position, **options, implementation=name)
+    own_position = _own_positions(positions, groups, key_pages.shape[2])
+    own, own_log = paged_attention_with_lse(q, *pages, own_table, own_position, plan=plan.own, **options)
     top = jnp.maximum(jnp.maximum(first_log, own_log), MASKED)  # finite also where there is nothing
     first_weight, own_weight = jnp.exp(first_log - top)[..., None], jnp.exp(own_log - top)[..., None]
     there = (positions >= 0)[..., None, None]

@@ -8,9 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_kernels.paged_attention import paged_attention_with_lse
+from jaxrl_kernels.paged_attention import PagedPlan, paged_attention_with_lse
 from jaxrl_kernels.paged_attention.backends import Implementation, chosen
 from jaxrl_kernels.paged_attention.blocks import Shape
+
+
+def positions_in_parties(members: jax.Array, shared: jax.Array, page: int) -> jax.Array:
+    """[X, W] int32: the last token that each member sees of what its party shares; negative where there is none.
+
+    Args:
+        members: [X, W] int32, as in ``Groups``.
+        shared: [R] int32, as in ``Groups``.
+        page: tokens of a page.
+    """
+    return jnp.where(members >= 0, shared.at[members].get(mode="clip") * page - 1, -1)
 
 
 def at_once(
@@ -21,6 +32,7 @@ def at_once(
     page_table: jax.Array,
     members: jax.Array,
     shared: jax.Array,
+    plan: PagedPlan | None,
     options: dict[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
     """All parties in one call, as rows with a token for every member. For kernels that skip those without members.
@@ -32,6 +44,7 @@ def at_once(
         page_table: [R, M] int32.
         members: [X, W] int32, as in ``Groups``.
         shared: [R] int32, as in ``Groups``.
+        plan: of ``positions_in_parties``.
         options: scale and soft cap.
 
     Returns:
@@ -39,11 +52,10 @@ def at_once(
         minus infinity where nothing is shared. Both float32.
     """
     table = page_table.at[members[:, 0]].get(mode="clip")
-    reach = shared.at[members].get(mode="clip") * key_pages.shape[2] - 1
-    positions = jnp.where(members >= 0, reach, -1)
+    positions = positions_in_parties(members, shared, key_pages.shape[2])
     party = q[:, 0].at[members].get(mode="clip")
     arrays = (party, key_pages, value_pages, table, positions)
-    options = {**options, "queries": len(q), "implementation": implementation}
+    options = {**options, "queries": len(q), "plan": plan, "implementation": implementation}
     seen, log_total = paged_attention_with_lse(*arrays, **options)
     target = jnp.where(members >= 0, members, len(q))
     by_row = jnp.zeros((len(q), *seen.shape[2:]), jnp.float32).at[target].set(seen, mode="drop")
@@ -58,13 +70,14 @@ def one_by_one(
     page_table: jax.Array,
     members: jax.Array,
     shared: jax.Array,
+    plan: PagedPlan | None,
     options: dict[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
-    """``at_once`` in plain JAX, a party after the other, as many as there are."""
+    """``at_once`` in plain JAX, a party after the other, as many as there are; its backend has no plan."""
 
     def add(party: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         own = jax.lax.dynamic_slice_in_dim(members, party, 1)
-        seen, logs = at_once("xla", q, key_pages, value_pages, page_table, own, shared, options)
+        seen, logs = at_once("xla", q, key_pages, value_pages, page_table, own, shared, None, options)
         return sums[0] + seen, jnp.maximum(sums[1], logs)  # a row is in one party, and gets zeros from the others
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)

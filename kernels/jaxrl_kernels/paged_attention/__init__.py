@@ -4,11 +4,49 @@ Token p of a row has its key and value at ``pages[page_table[row, p // page], :,
 after the other, so that a head's part of it lies in one piece.
 """
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels.paged_attention.backends import BACKENDS, Implementation, chosen
-from jaxrl_kernels.paged_attention.blocks import Options, shape_of
+from jaxrl_kernels.paged_attention.blocks import Options, Shape, shape_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedPlan:
+    """Which pages the queries of a call need, and who computes it: made once for their positions, for all layers.
+
+    Attributes:
+        lists: arrays as the backend wants them.
+        shape: of the calls.
+        backend: name of the backend.
+    """
+
+    lists: Any
+    shape: Shape = dataclasses.field(metadata={"static": True})
+    backend: str = dataclasses.field(metadata={"static": True})
+
+
+def make_paged_plan(
+    positions: jax.Array, shape: Shape, *, windows: Sequence[int] = (), implementation: Implementation = "auto"
+) -> PagedPlan:
+    """The plan of calls with these positions, for every window.
+
+    Args:
+        positions: [R, C] int32, as ``paged_attention`` takes them.
+        shape: of the calls, on each device.
+        windows: for which pages before a window are left out; calls with other windows read what they do not see.
+        implementation: as ``paged_attention`` takes it.
+
+    Raises:
+        ValueError: as ``paged_attention``.
+    """
+    name = chosen(implementation, shape)
+    return PagedPlan(BACKENDS[name].plan(positions, (0, *windows), shape), shape, name)
 
 
 def paged_attention(
@@ -21,6 +59,7 @@ def paged_attention(
     window: int | jax.Array = 0,
     scale: float | None = None,
     soft_cap: float = 0.0,
+    plan: PagedPlan | None = None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Attend, softmax in float32; the new tokens' own keys are already in the pages.
@@ -41,18 +80,20 @@ def paged_attention(
         window: a query also needs ``position - key position < window``; 0 = no window. An int or a traced int32.
         scale: of the scores; ``H ** -0.5`` when None.
         soft_cap: scaled scores become ``soft_cap * tanh(score / soft_cap)``; 0 = they stay.
+        plan: ``make_paged_plan`` of ``positions``, for tokens that attend more than once; made here when None.
         implementation: "xla" is plain JAX, its time proportional to the longest row; "tpu" the kernel for TPUs, its
             time proportional to the tokens that are seen; "tpu_interpreted" that one without a TPU, slowly;
-            "reference" gathers whole tables; "auto" picks by the devices (``docs/kernels.md``).
+            "reference" gathers whole tables; "auto" picks by the devices (``docs/kernels.md``). A plan that is given
+            has picked already.
 
     Returns:
         [R, C, N, H] in q's type.
 
     Raises:
-        ValueError: shapes do not fit together, or the implementation is unknown or cannot be had.
+        ValueError: shapes do not fit together or to the plan, or the implementation is unknown or cannot be had.
     """
     arrays = (q, key_pages, value_pages, page_table, positions)
-    options = {"window": window, "scale": scale, "soft_cap": soft_cap, "implementation": implementation}
+    options = {"window": window, "scale": scale, "soft_cap": soft_cap, "plan": plan, "implementation": implementation}
     return _attend(*arrays, **options, queries=None, with_lse=False)[0]
 
 
@@ -67,6 +108,7 @@ def paged_attention_with_lse(
     scale: float | None = None,
     soft_cap: float = 0.0,
     queries: int | None = None,
+    plan: PagedPlan | None = None,
     implementation: Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """``paged_attention``, and the log-sum-exp of each query's scores, by which parts of a row can be joined.
@@ -79,7 +121,7 @@ def paged_attention_with_lse(
         once, and not part by part.
     """
     arrays = (q, key_pages, value_pages, page_table, positions)
-    options = {"window": window, "scale": scale, "soft_cap": soft_cap, "implementation": implementation}
+    options = {"window": window, "scale": scale, "soft_cap": soft_cap, "plan": plan, "implementation": implementation}
     output, log_total = _attend(*arrays, **options, queries=queries, with_lse=True)
     assert log_total is not None
     return output, log_total
@@ -95,6 +137,7 @@ def _attend(
     window: int | jax.Array,
     scale: float | None,
     soft_cap: float,
+    plan: PagedPlan | None,
     implementation: Implementation,
     queries: int | None,
     with_lse: bool,
@@ -110,7 +153,13 @@ def _attend(
             f"q {q.shape} needs a page table [{rows}, M] and positions [{rows}, {count}]; "
             f"got {page_table.shape}, {positions.shape}"
         )
-    attend = BACKENDS[chosen(implementation, shape_of(q, key_pages, page_table))].attend
-    scale, queries = width**-0.5 if scale is None else scale, rows * count if queries is None else queries
-    window = jnp.asarray(window, jnp.int32)
-    return attend(q, key_pages, value_pages, page_table, positions, window, Options(scale, soft_cap, with_lse, queries))
+    shape, window = shape_of(q, key_pages, page_table), jnp.asarray(window, jnp.int32)
+    if plan is None:
+        name = chosen(implementation, shape)
+        plan = PagedPlan(BACKENDS[name].plan(positions, (window,), shape), shape, name)
+    if plan.shape != shape:
+        raise ValueError(f"the plan was made for {plan.shape}, and this is {shape}")
+    queries = rows * count if queries is None else queries
+    options = Options(width**-0.5 if scale is None else scale, soft_cap, with_lse, queries)
+    attend = BACKENDS[plan.backend].attend
+    return attend(q, key_pages, value_pages, page_table, positions, window, options, plan.lists)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 
@@ -22,14 +22,17 @@ class Backend:
     """One way to compute paged attention.
 
     Attributes:
-        attend: ``(q, key_pages, value_pages, page_table, positions, window, options)`` -> what is
+        attend: ``(q, key_pages, value_pages, page_table, positions, window, options, the plan)`` -> what is
             attended to [R, C, N, H] in q's type and None, or in float32 and the log-sum-exp [R, C, N] if that is asked
             for.
+        plan: ``(positions, windows, shape)`` -> what ``attend`` needs to know of where queries are, a tree of arrays.
+            A call may have any window if the first of them is 0, and otherwise the only one of them.
         devices: beginnings of the kinds of device, as jax says them, that it runs on.
         unfit: why it cannot take a shape, empty if it can.
     """
 
     attend: Callable[..., tuple[jax.Array, jax.Array | None]]
+    plan: Callable[[jax.Array, Sequence[int | jax.Array], Shape], Any] = lambda positions, windows, shape: ()
     devices: tuple[str, ...] = ("",)
     unfit: Callable[[Shape], str] = lambda shape: ""
 
@@ -54,8 +57,8 @@ def _unfit_for_tpu(shape: Shape) -> str:
 
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(xla.paged_attention),
-    "tpu": Backend(tpu.paged_attention, devices=("TPU",), unfit=_unfit_for_tpu),
-    "tpu_interpreted": Backend(functools.partial(tpu.paged_attention, interpret=True)),
+    "tpu": Backend(tpu.paged_attention, tpu.lists_for, devices=("TPU",), unfit=_unfit_for_tpu),
+    "tpu_interpreted": Backend(functools.partial(tpu.paged_attention, interpret=True), tpu.lists_for),
     "reference": Backend(reference.paged_attention),
 }
 """By the name that ``implementation`` gives. The interpreted one is for tests on machines without a TPU."""

@@ -16,6 +16,7 @@ def paged_attention(
     positions: jax.Array,
     window: jax.Array,
     options: Options,
+    lists: tuple[()],
 ) -> tuple[jax.Array, jax.Array | None]:
     """As the contract says, one line per step."""
     rows, width = q.shape[0], q.shape[3]

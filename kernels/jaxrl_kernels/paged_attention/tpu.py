@@ -8,7 +8,7 @@ Milakov and Gimelshein 2018.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxrl_kernels.interval_attention.plan import blocks_of
 from jaxrl_kernels.paged_attention.blocks import Blocks, Options, Shape, blocks_for, shape_of
-from jaxrl_kernels.paged_attention.steps import FIRST, LAST, make_steps, unpack
+from jaxrl_kernels.paged_attention.steps import FIRST, LAST, Lists, make_lists, unpack
 from jaxrl_kernels.products import precision_of
 from jaxrl_kernels.softmax import MASKED, round_up, soft_capped
 
@@ -61,6 +61,11 @@ def longest_list(shape: Shape) -> int:
     return shape.rows * blocks_of(shape.count, blocks.queries) * blocks_of(shape.table, blocks.pages)
 
 
+def lists_for(positions: jax.Array, windows: Sequence[int | jax.Array], shape: Shape) -> Lists:
+    """The lists of a call, in blocks that its shape gets."""
+    return make_lists(positions, windows, shape, blocks_for(shape))
+
+
 def paged_attention(
     q: jax.Array,
     key_pages: jax.Array,
@@ -69,26 +74,24 @@ def paged_attention(
     positions: jax.Array,
     window: jax.Array,
     options: Options,
+    lists: Lists,
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """As the contract says."""
     rows, count, heads, width = q.shape
     shape, kv_heads = shape_of(q, key_pages, page_table), key_pages.shape[1]
-    settings = Settings(shape, blocks_for(shape), options)
+    settings, steps = Settings(shape, lists.blocks, options), lists.steps_of(window)
     blocks, groups = settings.blocks, heads // kv_heads
     fill = settings.query_blocks * blocks.queries - count
     units, used = rows * settings.query_blocks, blocks.queries * groups
-    asked = jnp.pad(positions, ((0, 0), (0, fill)), constant_values=-1).reshape(units, blocks.queries)
-    steps = make_steps(asked, window, block=settings.keys, key_blocks=settings.key_blocks)
-    asked = jnp.pad(asked.repeat(groups, axis=1), ((0, 0), (0, blocks.rows - used)), constant_values=-1)[..., None]
     q = jnp.pad((q * options.scale).astype(q.dtype), ((0, 0), (0, fill), (0, 0), (0, 0)))
     q = jnp.einsum("uckgh->ukcgh", q.reshape(units, blocks.queries, kv_heads, groups, width))
     q = q.reshape(units, kv_heads, used, width)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks.rows - used), (0, 0)))
     scalars = jnp.stack([steps.count, window])
     results = _call(
-        settings, interpret, steps.entries, scalars, steps.reach, page_table, q, asked, key_pages, value_pages
+        settings, interpret, steps.entries, scalars, steps.reach, page_table, q, lists.asked, key_pages, value_pages
     )
 
     def by_query(x: jax.Array) -> jax.Array:

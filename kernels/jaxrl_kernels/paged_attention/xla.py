@@ -31,6 +31,7 @@ def paged_attention(
     positions: jax.Array,
     window: jax.Array,
     options: Options,
+    lists: tuple[()],
 ) -> tuple[jax.Array, jax.Array | None]:
     """As the contract says."""
     rows, count, heads, width = q.shape
