@@ -6,6 +6,7 @@ import math
 from jaxrl.check.run import Result
 from jaxrl.check.targets import CHIPS
 from jaxrl.mesh import replica_lengths
+from jaxrl.model.kv_pages import token_bytes
 from jaxrl.rollout.scheduler import pages_of
 
 
@@ -75,9 +76,8 @@ def _decoding(result: Result) -> Phase:
     slots = min(engine.slots, held // (sequence // 2))
     tokens = config.train.problems * config.train.samples * engine.max_response_tokens
     steps = tokens / (replicas * slots)
-    token_bytes = 2 * model.layers * model.kv_heads * model.head_width * 2
     split = replica_lengths(tensor, model.kv_heads)["tensor"]
-    read = steps * (result.resident.engine + slots * sequence // 2 * token_bytes / split)
+    read = steps * (result.resident.engine + slots * sequence // 2 * token_bytes(model, engine.kv_dtype) / split)
     decode = result.compiled["decode"]
     sent, beyond = (steps * sum(one[field] for one in decode.traffic) for field in ("sent", "beyond"))
     return _phase("decoding", steps * decode.flops / tensor, read, sent, beyond, result)

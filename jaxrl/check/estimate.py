@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 from jaxrl import mesh as meshes
 from jaxrl.check.programs import Resident
 from jaxrl.config import Config, ConfigError, LoraConfig, ModelConfig
-from jaxrl.model import lora, moe, spec, transformer, value
+from jaxrl.model import kv_pages, lora, moe, spec, transformer, value
 from jaxrl.rl.targets import keeps_reference
 from jaxrl.rollout.scheduler import pages_of
 from jaxrl.train import transfer
@@ -48,7 +48,7 @@ def resident(config: Config, devices: int) -> Resident:
     weights = _bytes(trained, meshes.PARAM_RULES, mesh)
     frozen = _bytes(base, meshes.PARAM_RULES, mesh) if config.lora.rank else 0
     adapters = _bytes(trained, meshes.ROLLOUT_RULES, replica, model.compute_dtype) if config.lora.rank else 0
-    token = 2 * model.layers * model.kv_heads * model.head_width * jax.numpy.dtype(model.compute_dtype).itemsize
+    token = kv_pages.token_bytes(model, config.engine.kv_dtype)
     record = moe.record(model)
     recorded = record.size * record.dtype.itemsize if config.engine.record_experts else 0
     critic = _bytes(value.value_specs(model), meshes.PARAM_RULES, mesh) if config.critic.enabled else 0

@@ -15,6 +15,10 @@ class EngineConfig:
     """Tokens in a KV page."""
     pages: int = 0
     """KV pages; 0 gives every slot its longest sequence."""
+    kv_dtype: Literal["auto", "int8", "float8_e4m3fn"] = "auto"
+    """What keys and values are kept in: "auto" is ``ModelConfig.compute_dtype``; the others take 8 bits a number and a
+    scale for each token and KV head, so that about twice as many pages go into the same memory. The log-probabilities
+    that the sampler records then differ from those of training by that rounding (``docs/kernels.md``)."""
     round_steps: int = 16
     """Decode steps in one jitted round."""
     prefill_rows: int = 4

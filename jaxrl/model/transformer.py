@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -18,8 +17,9 @@ from jaxrl.config import ModelConfig
 from jaxrl.mesh import compute_spec, per_shard, to_compute
 from jaxrl.model import stacks
 from jaxrl.model.families import FAMILIES
+from jaxrl.model.kv_pages import KVPages, written
 from jaxrl.model.lora import ADAPTERS, A, B, low_rank_product, low_rank_rows
-from jaxrl.model.moe import Choice, Load, experts_feed_forward, id_type, load_of, route
+from jaxrl.model.moe import Choice, Load, experts_feed_forward, load_of, route
 from jaxrl.model.packed_attention import packed_attention, score_options
 from jaxrl.model.quantized import in_compute
 from jaxrl.model.rotary import frequencies, lengths, rotate, rotation
@@ -37,6 +37,7 @@ from jaxrl_kernels import (
 )
 from jaxrl_kernels.paged_attention.backends import BACKENDS as PAGED_BACKENDS
 from jaxrl_kernels.paged_attention.blocks import Shape
+from jaxrl_kernels.paged_attention.quantized import Pages
 from jaxrl_kernels.products import product, rounded
 
 Params = dict[str, Any]
@@ -148,30 +149,6 @@ def _feed_forward_specs(weight: Callable[..., ParamSpec], prefix: str, config: M
     }
 
 
-@flax.struct.dataclass
-class KVPages:
-    """Keys and values of all layers in pages that rows take and give back."""
-
-    keys: jax.Array  # [L, P, K, page, H]
-    values: jax.Array  # [L, P, K, page, H]
-    experts: jax.Array | None = None  # [L, P, page, experts of a token], which computed the token; None = not recorded
-
-
-KV_AXES = ("layers", "pages", "kv_heads", None, "head")
-"""Logical axes of keys and values; recorded experts are not split."""
-
-
-def init_pages(config: ModelConfig, pages: int, page_size: int, record_experts: bool = False) -> KVPages:
-    """Empty KV pages in the compute type, ``page_size`` tokens each."""
-    shape = (config.layers, pages, config.kv_heads, page_size, config.head_width)
-    dtype = jnp.dtype(config.compute_dtype)
-    keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-    if not record_experts:
-        return KVPages(keys, values)
-    recorded = (config.layers, pages, page_size, config.experts_per_token)
-    return KVPages(keys, values, jnp.zeros(recorded, id_type(config.experts)))
-
-
 def hidden_states(
     params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
 ) -> jax.Array:
@@ -267,10 +244,10 @@ def paged_hidden_states(
     offset = positions % page_size
 
     def update_and_attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, plan: Any, *integers: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q: jax.Array, k: jax.Array, v: jax.Array, keys: Pages, values: Pages, plan: Any, *integers: jax.Array
+    ) -> tuple[jax.Array, Pages, Pages]:
         page_table, positions, target, offset, window, *parties = integers
-        keys, values = _written(keys, k, target, offset), _written(values, v, target, offset)
+        keys, values = written(keys, k, target, offset), written(values, v, target, offset)
         arrays, seen = (q, keys, values, page_table, positions), window if config.sliding_layers else 0
         options = {**score_options(config), "window": seen, "plan": plan}
         if parties:
@@ -278,7 +255,7 @@ def paged_hidden_states(
         return paged_attention(*arrays, **options), keys, values
 
     heads = [(None, None, axis, None) for axis in ("query_heads", "kv_heads", "kv_heads")]
-    pools, of_parties = [(None, "kv_heads", None, None)] * 2, [(None,) * array.ndim for array in parties]
+    pools, of_parties = [(None, "kv_heads")] * 2, [(None,) * array.ndim for array in parties]
     integers = [*[(None, None)] * 4, (), *of_parties]
     attention = per_shard(update_and_attend, [*heads, *pools, (), *integers], [heads[0], *pools])
     planned = per_shard(
@@ -290,7 +267,7 @@ def paged_hidden_states(
         x, pool = carry
         weights, (window, turning, first_page) = scanned
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[Pages, Pages]]:
             own = page_table + first_page, positions, target + first_page, offset, window
             attended, new_keys, new_values = attention(q, k, v, pool.keys, pool.values, plan, *own, *parties)
             return attended, (new_keys, new_values)
@@ -313,7 +290,7 @@ def paged_hidden_states(
 
 
 def _paged_plan(
-    config: ModelConfig, keys: jax.Array, page_table: jax.Array, positions: jax.Array, *parties: jax.Array
+    config: ModelConfig, keys: Pages, page_table: jax.Array, positions: jax.Array, *parties: jax.Array
 ) -> PagedPlan | GroupPlan:
     """What is the same in all layers of how a device attends; ``keys`` are its pages of all layers."""
     _, _, kv_heads, page, width = keys.shape
@@ -325,17 +302,6 @@ def _paged_plan(
     if parties:
         return make_group_plan(positions, Groups(*parties), shape, **options)
     return make_paged_plan(positions, shape, **options)
-
-
-def _written(pages: jax.Array, new: jax.Array, target: jax.Array, offset: jax.Array) -> jax.Array:
-    """Pages [P, K, page, H] with new tokens [R, C, K, H] at their pages and offsets [R, C].
-
-    Pages are written as the rows they consist of: told of two axes, a TPU's compiler would lay out all pages anew for
-    it and once more for the kernel that reads them.
-    """
-    _, kv_heads, page, width = pages.shape
-    row = (target[..., None] * kv_heads + jnp.arange(kv_heads)) * page + offset[..., None]
-    return pages.reshape(-1, width).at[row].set(new, mode="drop").reshape(pages.shape)
 
 
 def _layer(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxrl.config import AlgorithmConfig, ConfigError
+from jaxrl.config import AlgorithmConfig, Config, ConfigError
 from jaxrl.rl.entropy import most_uncertain
 from jaxrl.rl.methods import configured
 from jaxrl.rl.mismatch import MISMATCH, REJECTIONS, correction_metrics
@@ -90,3 +90,22 @@ def of_micro_batch(config: AlgorithmConfig) -> list[str]:
         f"top_entropy={config.top_entropy}": config.top_entropy < 1,
     }
     return [f"AlgorithmConfig.{setting}" for setting, used in found.items() if used]
+
+
+def of_narrow_pages(config: Config) -> str:
+    """What to say before a run whose sampler keeps keys and values in fewer bits than training; "" if it does not."""
+    algorithm, kept = config.algorithm, config.engine.kv_dtype
+    if kept == "auto":
+        return ""
+    fields = ("mismatch", "rejection")
+    used = [f"{field}={value!r}" for field in fields if (value := getattr(algorithm, field)) != "none"]
+    remedy = (
+        f"AlgorithmConfig.{' and '.join(used)} judges that gap"
+        if used
+        else "An importance correction takes it out: AlgorithmConfig.mismatch='tis' with proximal='recomputed', or "
+        "rejection='band'"
+    )
+    return (
+        f"EngineConfig.kv_dtype={kept!r} rounds keys and values in sampling and not in training: the recorded "
+        f"log-probabilities are not those of the policy (logprob_gap), and no ratio is exactly 1. {remedy}"
+    )

@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrl import mesh as meshes
 from jaxrl.config import EngineConfig, MeshConfig, ModelConfig
 from jaxrl.model import lora, spec
-from jaxrl.model.transformer import KV_AXES, KVPages, init_pages, param_specs
+from jaxrl.model.kv_pages import init_pages, page_shardings
+from jaxrl.model.transformer import param_specs
 from jaxrl.rollout import rounds
 from jaxrl.rollout.counters import Counters, figures
 from jaxrl.rollout.scheduler import Cycle, Scheduler, Track
@@ -186,12 +187,11 @@ class Engine:
         stops = np.full(rounds.padded_stops(len(self._stop_ids)), -1, np.int32)
         stops[: len(self._stop_ids)] = sorted(self._stop_ids)
         everywhere = NamedSharding(self._mesh, PartitionSpec())
-        by_head = NamedSharding(self._mesh, meshes.partition_spec(KV_AXES, meshes.ROLLOUT_RULES, self._mesh))
-        pages_split = KVPages(by_head, by_head, everywhere if config.record_experts else None)
         self._device_stop_ids = jax.device_put(stops, everywhere)
         self._key = jax.device_put(jax.random.key(seed), everywhere)
-        self._kv_pages = jax.jit(init_pages, static_argnums=(0, 1, 2, 3), out_shardings=pages_split)(
-            model, self._scheduler.total_pages, config.page_size, config.record_experts
+        pages_split = page_shardings(self._mesh, config.record_experts)
+        self._kv_pages = jax.jit(init_pages, static_argnums=range(5), out_shardings=pages_split)(
+            model, self._scheduler.total_pages, config.page_size, config.record_experts, config.kv_dtype
         )
         self._counters = Counters(pages=self._scheduler.total_pages)
         self._tickets = itertools.count()

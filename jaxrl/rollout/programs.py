@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrl import mesh as meshes
 from jaxrl.config import EngineConfig, ModelConfig
 from jaxrl.model import spec
-from jaxrl.model.transformer import KV_AXES, KVPages, init_pages, param_specs
+from jaxrl.model.kv_pages import init_pages, page_shardings
+from jaxrl.model.transformer import param_specs
 from jaxrl.rollout import rounds
 from jaxrl.rollout.scheduler import pages_of
 
@@ -36,13 +37,14 @@ def abstract_params(model: ModelConfig, mesh: Mesh, specs: spec.Specs | None = N
 
 def abstract_pages(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Any:
     """Shapes, types and shardings of a replica's KV pages."""
-    by_head = NamedSharding(mesh, meshes.partition_spec(KV_AXES, meshes.ROLLOUT_RULES, mesh))
-    everywhere = NamedSharding(mesh, PartitionSpec()) if config.record_experts else None
-    pages = jax.eval_shape(lambda: init_pages(model, pages_of(config)[1], config.page_size, config.record_experts))
+    sizes = pages_of(config)[1], config.page_size, config.record_experts, config.kv_dtype
+    pages = jax.eval_shape(lambda: init_pages(model, *sizes))
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        lambda sharding, part: jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
+        ),
+        page_shardings(mesh, config.record_experts),
         pages,
-        KVPages(by_head, by_head, everywhere),
     )
 
 

@@ -13,8 +13,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl import mesh as meshes
 from jaxrl.config import EngineConfig, ModelConfig
+from jaxrl.model.kv_pages import KVPages, page_dtype
 from jaxrl.model.logprob import logits
-from jaxrl.model.transformer import KVPages, Params, paged_hidden_states
+from jaxrl.model.transformer import Params, paged_hidden_states
 from jaxrl.rollout import sampler
 from jaxrl.rollout.cache import pages_for
 from jaxrl_kernels import make_groups
@@ -47,7 +48,8 @@ def attention_shapes(config: EngineConfig, model: ModelConfig, mesh: Mesh | Abst
         for axis, heads in (("query_heads", model.query_heads), ("kv_heads", model.kv_heads))
     )
     table = pages_for(config.max_prompt_tokens + config.max_response_tokens, config.page_size)
-    pages = query_heads, kv_heads, model.head_width, config.page_size, table, *[model.compute_dtype] * 2
+    types = model.compute_dtype, page_dtype(model, config.kv_dtype).name
+    pages = query_heads, kv_heads, model.head_width, config.page_size, table, *types
     return Shape(config.slots, 1, *pages), Shape(config.prefill_rows, config.prefill_chunk, *pages)
 
 

@@ -9,6 +9,7 @@ from jaxrl.data.tree_packing import figures, sharing_of
 from jaxrl.episodes import Player
 from jaxrl.evaluate.run import evaluate
 from jaxrl.records import Group, Trajectory
+from jaxrl.rl.correction import of_narrow_pages
 from jaxrl.train import stages
 from jaxrl.train.collect import collect, open_queue
 from jaxrl.train.critic import Critic
@@ -37,7 +38,7 @@ async def reinforce(
     if progress.step >= config.train.steps and progress.after is not None:
         return state
     recorder.view.stage("reinforcement", config.train.steps, first=progress.step)
-    if warning := ranked_in_parts(config):
+    for warning in filter(None, (ranked_in_parts(config), of_narrow_pages(config))):
         recorder.view.note(warning)
     mixture, methods = Mixture(session), methods_of(config)
     loss = policy_gradient_loss(session.model, config.algorithm, config.engine.temperature, mixture.loss)

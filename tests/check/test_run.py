@@ -221,6 +221,15 @@ def test_recorded_experts_are_part_of_a_micro_batch(config: Config) -> None:
     assert more == config.train.rows * config.train.row_tokens * config.model.layers * 3
 
 
+def test_narrow_pages_are_smaller_by_what_their_numbers_and_scales_are(config: Config) -> None:
+    narrow = remedies.changed(config, {"MeshConfig.tensor": 1, "EngineConfig.kv_dtype": "int8"})
+    plain = estimate.resident(remedies.changed(narrow, {"EngineConfig.kv_dtype": "auto"}), 1).pages
+    rests = programs.shapes(narrow, jax.devices()[:1]).resident().pages
+    assert rests == estimate.resident(narrow, 1).pages
+    width = config.model.head_width
+    assert rests * 2 * width == plain * (width + 4)
+
+
 def test_steps_played_ahead_find_gradients(config: Config) -> None:
     stale = dataclasses.replace(config, train=dataclasses.replace(config.train, max_staleness=1, prefetch_groups=0))
     same = dataclasses.replace(config, train=dataclasses.replace(config.train, max_staleness=0, prefetch_groups=0))

@@ -13,13 +13,15 @@ from jaxrl_kernels.paged_attention import make_paged_plan, paged_attention, page
 from jaxrl_kernels.paged_attention.backends import BACKENDS as BACKEND_TABLE
 from jaxrl_kernels.paged_attention.blocks import Shape, blocks_for, shape_of
 from jaxrl_kernels.paged_attention.cases import CASES, Case
+from jaxrl_kernels.paged_attention.quantized import Pages, Scaled, floats
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import soft_capped
+from tests.kernels.pages import exactly, pages_of
 
 BACKENDS = ("xla", "tpu_interpreted")
 
 
-def inputs(case: Case) -> tuple[jax.Array, ...]:
+def inputs(case: Case) -> tuple[Pages, ...]:
     """Queries, pages, table and positions; unused pages and table entries hold rubbish."""
     generator = np.random.default_rng(5)
     rows = len(case.lengths)
@@ -35,16 +37,16 @@ def inputs(case: Case) -> tuple[jax.Array, ...]:
     for row, length in enumerate(case.lengths):
         table[row, length // case.page + 1 :] = 10_000  # beyond the row: out of range on purpose
     return (
-        jnp.asarray(q, case.dtype), jnp.asarray(keys, case.dtype), jnp.asarray(values, case.dtype),
+        jnp.asarray(q, case.dtype), *(pages_of(x, case.pages or case.dtype) for x in (keys, values)),
         jnp.asarray(table, jnp.int32), jnp.asarray(positions, jnp.int32),
     )  # fmt: skip
 
 
-def naive(case: Case, *arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
+def naive(case: Case, *arguments: Pages) -> tuple[jax.Array, jax.Array]:
     """Attention as one writes it down, its operands and weights in the type of its inputs."""
     q, key_pages, value_pages, table, positions = arguments
     rows, groups, dtype = len(case.lengths), case.query_heads // case.kv_heads, q.dtype
-    k, v = (jnp.einsum("rmkph->rkmph", pages[table]) for pages in (key_pages, value_pages))
+    k, v = (jnp.einsum("rmkph->rkmph", floats(pages).astype(dtype)[table]) for pages in (key_pages, value_pages))
     k, v = (x.reshape(rows, case.kv_heads, -1, case.head_width).repeat(groups, axis=1) for x in (k, v))
     scale, distance = case.scale or case.head_width**-0.5, positions[..., None] - jnp.arange(k.shape[2])
     visible = ((distance >= 0) & (distance < (case.window or k.shape[2])))[:, None]
@@ -64,9 +66,11 @@ def largest_difference(left: jax.Array, right: jax.Array) -> float:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, backend: str) -> None:
     """At most twice as far from float32 as the naive computation in the same type (the rule of FlashAttention)."""
+    if case.pages and backend == "tpu_interpreted":
+        pytest.skip("the kernel takes no narrow pages")
     arguments = inputs(case)
     run = functools.partial(paged_attention_with_lse, window=case.window, scale=case.scale, soft_cap=case.soft_cap)
-    exact_arguments = [x.astype(jnp.float32) for x in arguments[:3]]
+    exact_arguments = [exactly(x) for x in arguments[:3]]
     wanted = jax.jit(functools.partial(run, implementation="reference"))(*exact_arguments, *arguments[3:])
     got = jax.jit(functools.partial(run, implementation=backend))(*arguments)
     for exact, rough, ours in zip(wanted, jax.jit(functools.partial(naive, case))(*arguments), got, strict=True):
@@ -76,12 +80,16 @@ def test_case(case: Case, backend: str) -> None:
     assert not np.asarray(got[0], np.float32)[nobody].any() and np.isneginf(np.asarray(got[1])[nobody]).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "narrow"), [("float32", ""), ("bfloat16", ""), ("bfloat16", "int8")])
 @pytest.mark.parametrize(
     ("backend", "slots", "count"),
     [("xla", 8, 1), ("xla", 16, 1), ("xla", 64, 1), ("xla", 4, 24), ("tpu_interpreted", 16, 1)],
 )
-def test_a_row_is_bit_identical_in_every_slot_and_company(backend: str, dtype: str, slots: int, count: int) -> None:
+def test_a_row_is_bit_identical_in_every_slot_and_company(
+    backend: str, dtype: str, narrow: str, slots: int, count: int
+) -> None:
+    if narrow and backend == "tpu_interpreted":
+        pytest.skip("the kernel takes no narrow pages")
     generator = np.random.default_rng(slots + count)
     page, table, heads, kv_heads, width, length = 16, 20, 4, 2, 24, 37
     pages = slots * table
@@ -101,7 +109,7 @@ def test_a_row_is_bit_identical_in_every_slot_and_company(backend: str, dtype: s
         q[slot] = own_q
         keys[page_table[slot, :3]], values[page_table[slot, :3]] = own_keys, own_values
         positions = np.maximum(last[:, None] - np.arange(count)[::-1], -1)
-        cast = [jnp.asarray(x, dtype) for x in (q, keys, values)]
+        cast = jnp.asarray(q, dtype), *(pages_of(x, narrow or dtype) for x in (keys, values))
         output = run(*cast, jnp.asarray(page_table), jnp.asarray(positions))
         assert output.dtype == dtype
         results.append(np.asarray(output.astype(jnp.float32))[slot])
@@ -126,15 +134,19 @@ def test_one_plan_serves_every_window() -> None:
     assert [int(lists.steps_of(jnp.int32(window)).count) for window in (0, 20, 300)] == [3, 2, 3]
 
 
-def test_time_follows_the_longest_row_and_not_the_table() -> None:
-    """The loop's length is data: rows of one block run one round of it, whatever the table could hold."""
-    case = Case("wide", (5, 3), page=16, table=64)
+@pytest.mark.parametrize("narrow", ["", "int8"])
+def test_time_follows_the_longest_row_and_not_the_table(narrow: str) -> None:
+    """The loop's length is data: rows of one block run one round of it, whatever the table could hold. No more than a
+    block of narrow pages is made floats of."""
+    case = Case("wide", (5, 3), page=16, table=64, pages=narrow)
     arguments = inputs(case)
     text = jax.jit(paged_attention).lower(*arguments).as_text()
     assert "stablehlo.while" in text
     sizes = [int(np.prod(aval.shape)) for aval in _intermediates(paged_attention, *arguments)]
     gathered_whole = len(case.lengths) * case.table * case.page * case.kv_heads * case.head_width
-    assert max(sizes) < max(gathered_whole // 4, max(x.size for x in arguments) + 1)
+    assert max(sizes) < max(gathered_whole // 4, max(x.size for x in jax.tree.leaves(arguments)) + 1)
+    floating = [x for x in _intermediates(paged_attention, *arguments) if x.dtype in (jnp.float32, jnp.bfloat16)]
+    assert not narrow or max(int(np.prod(x.shape)) for x in floating) < gathered_whole // 4
 
 
 def _intermediates(function: object, *arguments: jax.Array) -> list[jax.core.ShapedArray]:
@@ -165,6 +177,23 @@ def test_blocks_of_many_kv_heads_fit_into_the_vector_memory(count: int, heads: i
     assert pages + queries < 14 << 20
     assert not BACKEND_TABLE["tpu"].unfit(shape)
     assert "smaller pages" in BACKEND_TABLE["tpu"].unfit(dataclasses.replace(shape, page=1024))
+
+
+def test_pages_and_scales_that_do_not_go_together_are_named() -> None:
+    shape, scales = (4, 2, 2, 8), jnp.ones((4, 2, 2))
+    plain, int8, float8 = (jnp.zeros(shape, dtype) for dtype in ("float32", "int8", "float8_e4m3fn"))
+    arguments = jnp.zeros((2, 2), jnp.int32), jnp.zeros((2, 1), jnp.int32)
+    for keys, values, message in (
+        (int8, int8, "key pages of int8 have no scales"),
+        (Scaled(int8, scales), int8, "value pages of int8 have no scales"),
+        (Scaled(plain, scales), plain, "key pages of float32 have scales; only int8 and float8_e4m3fn"),
+        (Scaled(int8, scales), plain, "key pages of int8 and value pages of float32"),
+        (Scaled(int8, scales), Scaled(float8, scales), "key pages of int8 and value pages of float8_e4m3fn"),
+        (Scaled(int8, scales[:, 0]), Scaled(int8, scales), r"need float32 scales \(4, 2, 2\); got float32 \(4, 2\)"),
+        (Scaled(int8, scales.astype("bfloat16")), Scaled(int8, scales), "got bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paged_attention(jnp.zeros((2, 1, 4, 8)), keys, values, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxrl.config import ModelConfig
+from jaxrl.model.kv_pages import init_pages
 from jaxrl.model.logprob import logits, sequence_logprobs
 from jaxrl.model.spec import initialize
-from jaxrl.model.transformer import init_pages, paged_hidden_states, param_specs
+from jaxrl.model.transformer import paged_hidden_states, param_specs
 from jaxrl_kernels.products import precision_of, product
 
 CONFIG = ModelConfig(vocab_size=32, layers=1, width=16, query_heads=2, kv_heads=1, head_width=8, ffn_width=16)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.model import hf, logprob, transformer
+from jaxrl.model import hf, kv_pages, logprob, transformer
 
 MODELS = (
     "qwen2_tied", "qwen2_sliding", "qwen3", "qwen3_tied_mha", "llama_plain", "llama3_rope", "mistral_sliding", "gemma2",
@@ -114,7 +114,7 @@ def test_paged_logits(golden: Golden) -> None:
     rows, expected = golden.case("plain")
     tokens, positions = rows["tokens"], np.where(rows["segment_ids"] > 0, rows["positions"], -1)
     table = shuffled_pages(ROWS, TOKENS)
-    pages, logits = transformer.init_pages(golden.config, table.size, PAGE), []
+    pages, logits = kv_pages.init_pages(golden.config, table.size, PAGE), []
     cuts = [*range(0, 2 * CHUNK, CHUNK), *range(2 * CHUNK, TOKENS + 1)]
     for start, stop in itertools.pairwise(cuts):
         part, pages = golden.paged_step(golden.params, tokens[:, start:stop], positions[:, start:stop], pages, table)
@@ -127,7 +127,7 @@ def test_greedy_continuation(golden: Golden) -> None:
     greedy = golden.document["greedy"]
     prompt, wanted = greedy["prompt"], greedy["continuation"]
     table = shuffled_pages(ROWS, TOKENS)
-    pages = transformer.init_pages(golden.config, table.size, PAGE)
+    pages = kv_pages.init_pages(golden.config, table.size, PAGE)
     for start in range(0, len(prompt), CHUNK):
         ids = prompt[start : start + CHUNK]
         tokens, positions = np.zeros((ROWS, CHUNK), np.int32), np.full((ROWS, CHUNK), -1, np.int32)

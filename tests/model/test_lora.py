@@ -11,9 +11,10 @@ import pytest
 from jaxrl.config import ConfigError, LoraConfig, ModelConfig
 from jaxrl.model import lora
 from jaxrl.model.families import FAMILIES
+from jaxrl.model.kv_pages import init_pages
 from jaxrl.model.logprob import logits, sequence_logprobs
 from jaxrl.model.spec import count, decay_mask, initialize
-from jaxrl.model.transformer import hidden_states, init_pages, paged_hidden_states, param_specs
+from jaxrl.model.transformer import hidden_states, paged_hidden_states, param_specs
 
 MODEL = ModelConfig(
     family="qwen2", vocab_size=40, layers=3, width=32, query_heads=4, kv_heads=2, head_width=6, ffn_width=48,

@@ -10,9 +10,10 @@ import pytest
 
 from jaxrl.config import ModelConfig
 from jaxrl.model.families import FAMILIES
+from jaxrl.model.kv_pages import KVPages, init_pages
 from jaxrl.model.logprob import logits, sequence_logprobs
 from jaxrl.model.spec import ParamSpec, initialize
-from jaxrl.model.transformer import KVPages, hidden_states, init_pages, paged_hidden_states, param_specs
+from jaxrl.model.transformer import hidden_states, paged_hidden_states, param_specs
 
 CONFIG = ModelConfig(
     vocab_size=64, layers=3, width=32, query_heads=4, kv_heads=2, head_width=8, ffn_width=48,

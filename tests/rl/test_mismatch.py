@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl import config as configuration
 from jaxrl.rl import mismatch
+from jaxrl.rl.correction import of_narrow_pages
 
 
 def test_same_numbers_have_no_gap_and_ratio_one() -> None:
@@ -43,3 +45,16 @@ def test_no_gradient_flows_and_huge_gaps_stay_finite() -> None:
     one = jnp.ones((1, 1))
     assert jax.grad(lambda x: mismatch.gap(x * one, 0 * one, one)["sampler_kl"][0])(2.0) == 0
     assert np.isfinite([float(value) for value, _ in mismatch.gap(500 * one, 0 * one, one).values()]).all()
+
+
+def test_a_run_is_told_of_narrow_pages_and_of_what_corrects_for_them() -> None:
+    settings = ["EngineConfig.kv_dtype=int8"]
+    assert of_narrow_pages(configuration.load("", [])) == ""
+    told = of_narrow_pages(configuration.load("", settings))
+    assert (
+        "EngineConfig.kv_dtype='int8'" in told and "AlgorithmConfig.mismatch='tis' with proximal='recomputed'" in told
+    )
+    corrected = [*settings, "AlgorithmConfig.rejection=band"]
+    assert of_narrow_pages(configuration.load("", corrected)).endswith(
+        "AlgorithmConfig.rejection='band' judges that gap"
+    )

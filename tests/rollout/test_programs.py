@@ -24,17 +24,18 @@ def one_device() -> jax.sharding.Mesh:
     return meshes.replica_meshes(meshes.make_rollout_mesh(meshes.make_mesh(MeshConfig(), jax.devices()[:1])))[0]
 
 
-def test_traced_programs_are_the_engines(params) -> None:
-    mesh = one_device()
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_traced_programs_are_the_engines(params, kv_dtype: str) -> None:
+    config, mesh = dataclasses.replace(CONFIG, kv_dtype=kv_dtype), one_device()
     shapes = programs.abstract_params(MODEL, mesh)
-    traced = programs.traced(CONFIG, MODEL, mesh, shapes, stop_ids=len(STOPS))
-    engine = Engine(CONFIG, MODEL, params, stop_ids=STOPS, seed=11, mesh=mesh)
-    plans = rounds.empty_plans(CONFIG, engine._scheduler.table_width, engine._scheduler.total_pages)
+    traced = programs.traced(config, MODEL, mesh, shapes, stop_ids=len(STOPS))
+    engine = Engine(config, MODEL, params, stop_ids=STOPS, seed=11, mesh=mesh)
+    plans = rounds.empty_plans(config, engine._scheduler.table_width, engine._scheduler.total_pages)
     row, copies, decode = plans
     with jax.set_mesh(engine._mesh):
         real = {
             "prefill": rounds.prefill.trace(
-                engine._params, engine._kv_pages, row, model=MODEL, chunk=CONFIG.prefill_chunk
+                engine._params, engine._kv_pages, row, model=MODEL, chunk=config.prefill_chunk
             ),
             "copy": rounds.copy_pages.trace(engine._kv_pages, copies),
             "decode": rounds.decode_round.trace(
@@ -45,7 +46,7 @@ def test_traced_programs_are_the_engines(params) -> None:
                 engine._key,
                 engine._device_stop_ids,
                 model=MODEL,
-                steps=CONFIG.round_steps,
+                steps=config.round_steps,
             ),
         }
     assert traced.keys() == real.keys()

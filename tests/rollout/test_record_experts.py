@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl.config import ModelConfig
-from jaxrl.model import moe, spec, transformer
+from jaxrl.model import kv_pages, moe, spec, transformer
 from jaxrl.model.logprob import TokenStats, sequence_logprobs
 from tests.rollout.conftest import CONFIG, MODEL, Played, make_engine, play_all
 
@@ -91,7 +91,7 @@ def test_replaying_takes_the_near_ties_out_of_the_gap() -> None:
 
 
 def test_without_the_flag_nothing_is_recorded() -> None:
-    assert transformer.init_pages(experts_model("float32"), 2, 4).experts is None
+    assert kv_pages.init_pages(experts_model("float32"), 2, 4).experts is None
 
 
 def test_recorded_experts_get_the_weights_of_the_present_router() -> None:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl.model.transformer import KVPages, init_pages
+from jaxrl.model.kv_pages import KVPages, init_pages
 from jaxrl.rollout import rounds
 from jaxrl.rollout.scheduler import Scheduler
 from tests.rollout.conftest import CONFIG, MODEL

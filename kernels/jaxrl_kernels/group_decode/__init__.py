@@ -15,6 +15,7 @@ from jaxrl_kernels.group_decode.backends import PREFIXES, chosen_for_parties, po
 from jaxrl_kernels.paged_attention import PagedPlan, make_paged_plan, paged_attention, paged_attention_with_lse
 from jaxrl_kernels.paged_attention.backends import Implementation
 from jaxrl_kernels.paged_attention.blocks import Shape, shape_of
+from jaxrl_kernels.paged_attention.quantized import Pages
 from jaxrl_kernels.softmax import MASKED
 
 
@@ -109,8 +110,8 @@ def _own_positions(positions: jax.Array, groups: Groups, page: int) -> jax.Array
 
 def group_decode(
     q: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    key_pages: Pages,
+    value_pages: Pages,
     page_table: jax.Array,
     positions: jax.Array,
     groups: Groups,
@@ -128,8 +129,8 @@ def group_decode(
 
     Args:
         q: [R, 1, N, H] queries.
-        key_pages: [P, K, page, H].
-        value_pages: [P, K, page, H].
+        key_pages: [P, K, page, H], as ``paged_attention`` takes them.
+        value_pages: likewise.
         page_table: [R, M] int32, the pages of each row in order.
         positions: [R, 1] int32, as ``paged_attention`` takes them. A row's token lies beyond the pages it shares.
         groups: of this page table, from ``make_groups``.
@@ -163,8 +164,8 @@ def group_decode(
 
 def _joined(
     q: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    key_pages: Pages,
+    value_pages: Pages,
     page_table: jax.Array,
     positions: jax.Array,
     groups: Groups,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxrl_kernels.paged_attention import PagedPlan, paged_attention_with_lse
 from jaxrl_kernels.paged_attention.backends import Implementation, chosen
 from jaxrl_kernels.paged_attention.blocks import Shape
+from jaxrl_kernels.paged_attention.quantized import Pages
 
 
 def positions_in_parties(members: jax.Array, shared: jax.Array, page: int) -> jax.Array:
@@ -27,8 +28,8 @@ def positions_in_parties(members: jax.Array, shared: jax.Array, page: int) -> ja
 def at_once(
     implementation: Implementation,
     q: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    key_pages: Pages,
+    value_pages: Pages,
     page_table: jax.Array,
     members: jax.Array,
     shared: jax.Array,
@@ -39,8 +40,8 @@ def at_once(
 
     Args:
         q: [R, 1, N, H].
-        key_pages: [P, K, page, H].
-        value_pages: [P, K, page, H].
+        key_pages: [P, K, page, H], as ``paged_attention`` takes them.
+        value_pages: likewise.
         page_table: [R, M] int32.
         members: [X, W] int32, as in ``Groups``.
         shared: [R] int32, as in ``Groups``.
@@ -65,8 +66,8 @@ def at_once(
 
 def one_by_one(
     q: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    key_pages: Pages,
+    value_pages: Pages,
     page_table: jax.Array,
     members: jax.Array,
     shared: jax.Array,

@@ -6,7 +6,8 @@ import dataclasses
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One shape. ``groups`` holds each row's group, -1 = none; ``own`` how many tokens it has of its own, 0 = the row
-    is empty; ``shared`` how many pages each group shares."""
+    is empty; ``shared`` how many pages each group shares; ``pages`` the type of those with scales, where they are
+    not of ``dtype``."""
 
     name: str
     groups: tuple[int, ...]
@@ -22,6 +23,7 @@ class Case:
     scale: float | None = None
     soft_cap: float = 0.0
     dtype: str = "float32"
+    pages: str = ""
 
 
 CASES = (
@@ -36,4 +38,6 @@ CASES = (
     Case("window", (0, 0, 1), (7, 1, 2), window=6),
     Case("soft_cap", (0, 0, 1), (7, 1, 2), scale=1.5, soft_cap=2.0),
     Case("bfloat16", (0, 0, 1, 0), (7, 90, 20, 4), shared=(20, 9), page=16, table=26, dtype="bfloat16"),
+    Case("int8", (0, 0, 1), (7, 90, 20), shared=(20, 9), page=16, table=26, pages="int8"),
+    Case("float8", (0, 0, -1, 1), (7, 1, 9, 2), dtype="bfloat16", pages="float8_e4m3fn"),
 )

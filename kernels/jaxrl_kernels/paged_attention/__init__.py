@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxrl_kernels.paged_attention.backends import BACKENDS, Implementation, chosen
 from jaxrl_kernels.paged_attention.blocks import Options, Shape, shape_of
+from jaxrl_kernels.paged_attention.quantized import Pages, check_pages
 
 
 @jax.tree_util.register_dataclass
@@ -51,8 +52,8 @@ def make_paged_plan(
 
 def paged_attention(
     q: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    key_pages: Pages,
+    value_pages: Pages,
     page_table: jax.Array,
     positions: jax.Array,
     *,
@@ -71,8 +72,8 @@ def paged_attention(
 
     Args:
         q: [R, C, N, H] queries.
-        key_pages: [P, K, page, H].
-        value_pages: [P, K, page, H].
+        key_pages: [P, K, page, H], in a type of 8 bits as ``quantized.Scaled`` with scales [P, K, page].
+        value_pages: likewise, in the same type.
         page_table: [R, M] int32, the pages of each row in order; entries beyond the row's length may hold anything.
         positions: [R, C] int32, position of each query in its row; it sees the tokens at 0 ... position. Negative means
             there is no token: the result is zeros. Rows may have different numbers of tokens: decoding and prefill
@@ -90,7 +91,8 @@ def paged_attention(
         [R, C, N, H] in q's type.
 
     Raises:
-        ValueError: shapes do not fit together or to the plan, or the implementation is unknown or cannot be had.
+        ValueError: shapes do not fit together or to the plan, pages of 8 bits have no scales or others have, or the
+            implementation is unknown or cannot be had.
     """
     arrays = (q, key_pages, value_pages, page_table, positions)
     options = {"window": window, "scale": scale, "soft_cap": soft_cap, "plan": plan, "implementation": implementation}
@@ -99,8 +101,8 @@ def paged_attention(
 
 def paged_attention_with_lse(
     q: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    key_pages: Pages,
+    value_pages: Pages,
     page_table: jax.Array,
     positions: jax.Array,
     *,
@@ -129,8 +131,8 @@ def paged_attention_with_lse(
 
 def _attend(
     q: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    key_pages: Pages,
+    value_pages: Pages,
     page_table: jax.Array,
     positions: jax.Array,
     *,
@@ -143,6 +145,7 @@ def _attend(
     with_lse: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     rows, count, heads, width = q.shape
+    check_pages(key_pages, value_pages)
     if key_pages.shape != value_pages.shape or key_pages.shape[3] != width or heads % key_pages.shape[1]:
         raise ValueError(
             f"q {q.shape} [R, C, N, H] needs key and value pages of one shape [P, K, page, H] with K dividing N; "

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels.paged_attention.quantized import Pages
+
 LANES = 128
 """Length of a vector register: scores of so many keys stand beside each other."""
 TILE_BYTES = 32
@@ -34,7 +36,7 @@ class Shape:
     page_dtype: str
 
 
-def shape_of(q: jax.Array, pages: jax.Array, page_table: jax.Array) -> Shape:
+def shape_of(q: jax.Array, pages: Pages, page_table: jax.Array) -> Shape:
     """Of these arguments."""
     types = q.dtype.name, pages.dtype.name
     return Shape(*q.shape[:3], pages.shape[1], q.shape[3], pages.shape[2], page_table.shape[1], *types)

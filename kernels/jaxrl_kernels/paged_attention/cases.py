@@ -6,7 +6,8 @@ import dataclasses
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One shape. ``lengths`` holds, for each row, the position of its last query; -1 = the row is empty. ``counts``
-    holds how many queries of a row there are, where not all of them are."""
+    holds how many queries of a row there are, where not all of them are. ``pages`` is the type of those with scales,
+    where they are not of ``dtype``."""
 
     name: str
     lengths: tuple[int, ...]
@@ -21,6 +22,7 @@ class Case:
     soft_cap: float = 0.0
     dtype: str = "float32"
     counts: tuple[int, ...] = ()
+    pages: str = ""
 
 
 CASES = (
@@ -42,4 +44,8 @@ CASES = (
     Case("decode_and_prefill", (25, 38, -1, 9), count=8, counts=(1, 8, 0, 3), window=20),
     Case("blocks_of_queries", (299, 280, 5), count=280, page=32, kv_heads=1, counts=(280, 1, 6), dtype="bfloat16"),
     Case("bfloat16", (30, 12), dtype="bfloat16"),
+    Case("int8", (30, -1, 12), window=20, pages="int8"),
+    Case("int8_prefill", (270, 130, -1), count=6, counts=(6, 1, 0), page=128, table=3, dtype="bfloat16", pages="int8"),
+    Case("float8", (270, 15), page=16, table=20, scale=1.5, soft_cap=2.0, pages="float8_e4m3fn"),
+    Case("float8_bfloat16", (30, 12), count=4, kv_heads=1, dtype="bfloat16", pages="float8_e4m3fn"),
 )

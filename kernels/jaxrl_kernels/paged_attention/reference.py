@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels.paged_attention.blocks import Options
+from jaxrl_kernels.paged_attention.quantized import Pages, floats
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import soft_capped
 
 
 def paged_attention(
     q: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    key_pages: Pages,
+    value_pages: Pages,
     page_table: jax.Array,
     positions: jax.Array,
     window: jax.Array,
@@ -23,7 +24,7 @@ def paged_attention(
     kv_heads, page = key_pages.shape[1:3]
     groups = q.shape[2] // kv_heads
     reach = page_table.shape[1] * page
-    k, v = (jnp.einsum("rmkph->rmpkh", pages[page_table]) for pages in (key_pages, value_pages))
+    k, v = (jnp.einsum("rmkph->rmpkh", floats(pages)[page_table]) for pages in (key_pages, value_pages))
     k, v = (x.reshape(rows, reach, kv_heads, width).repeat(groups, axis=2).astype(jnp.float32) for x in (k, v))
     query, key = positions[:, :, None], jnp.arange(reach)[None, None, :]
     visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, C, S]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels.paged_attention.blocks import Options
+from jaxrl_kernels.paged_attention.quantized import Pages, Scaled
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import MASKED, round_up, soft_capped
 
@@ -25,8 +26,8 @@ BLOCK = 128
 
 def paged_attention(
     q: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    key_pages: Pages,
+    value_pages: Pages,
     page_table: jax.Array,
     positions: jax.Array,
     window: jax.Array,
@@ -49,19 +50,30 @@ def paged_attention(
         ids = jax.lax.dynamic_slice_in_dim(page_table, index * pages, pages, axis=1)
         key = index * block + jnp.arange(block, dtype=jnp.int32)
         held = (key <= last[:, None])[:, None, :, None]
-        parts = jnp.clip(ids, 0, len(key_pages) - 1)[:, None] * kv_heads + jnp.arange(kv_heads)[:, None]
-        k, v = (pool.reshape(-1, page, width).at[parts].get(mode="promise_in_bounds") for pool in pools)
-        k, v = (x.reshape(rows, kv_heads, block, width) for x in (k, v))
+        parts = jnp.clip(ids, 0, key_pages.shape[0] - 1)[:, None] * kv_heads + jnp.arange(kv_heads)[:, None]
+
+        def gathered(array: jax.Array) -> jax.Array:
+            heads = array.reshape(-1, *array.shape[2:]).at[parts].get(mode="promise_in_bounds")
+            return heads.reshape(rows, kv_heads, block, *array.shape[3:])
+
+        k, v = (jax.tree.map(gathered, pool) for pool in pools)
+        k, key_scales = _apart(k, q.dtype)
+        v, value_scales = _apart(v, q.dtype)
         v = jnp.where(held, v, 0)
         query = positions[:, None, None, :, None]
         visible = (key <= query) & ((window == 0) | (query - key < window))  # [R, 1, 1, C, S]
-        scores = soft_capped(product("rkmh,rksh->rkms", q, k), options.soft_cap)
+        scores = product("rkmh,rksh->rkms", q, k)
+        if key_scales is not None:
+            scores *= key_scales[:, :, None]
+        scores = soft_capped(scores, options.soft_cap)
         scores = jnp.where(visible, scores.reshape(rows, kv_heads, groups, count, block), MASKED)
         new_top = jnp.maximum(top, round_up(scores.max(axis=-1)))
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
         correction = jnp.exp(top - new_top)
-        merged = weights.astype(v.dtype).reshape(rows, kv_heads, groups * count, block)
-        attended = product("rkms,rksh->rkmh", merged, v).reshape(output.shape)
+        merged = weights.reshape(rows, kv_heads, groups * count, block)
+        if value_scales is not None:
+            merged *= jnp.where(held[..., 0], value_scales, 0)[:, :, None]
+        attended = product("rkms,rksh->rkmh", merged.astype(v.dtype), v).reshape(output.shape)
         return new_top, total * correction + weights.sum(axis=-1), output * correction[..., None] + attended
 
     shape = (rows, kv_heads, groups, count)
@@ -74,3 +86,8 @@ def paged_attention(
         return output.astype(q.dtype), None
     log_total = jnp.where(total > 0, top + jnp.log(divisor), -jnp.inf)
     return output, jnp.einsum("rkgc->rckg", log_total).reshape(rows, count, heads)
+
+
+def _apart(pages: Pages, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+    """Numbers to multiply, and what their products are to be multiplied by. ``dtype`` holds narrow numbers exactly."""
+    return (pages.numbers.astype(dtype), pages.scales) if isinstance(pages, Scaled) else (pages, None)

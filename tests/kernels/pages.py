@@ -1,0 +1,17 @@
+"""Pages as cases of paged attention ask for them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_kernels.paged_attention.quantized import LARGEST, Pages, Scaled, quantized
+
+
+def pages_of(x: np.ndarray, dtype: str) -> Pages:
+    """Of this type, with scales if it is a narrow one."""
+    return jax.jit(quantized, static_argnums=1)(x, dtype) if dtype in LARGEST else jnp.asarray(x, dtype)
+
+
+def exactly(x: Pages) -> Pages:
+    """Floats in float32; what is scaled the reference dequantises by itself."""
+    return x if isinstance(x, Scaled) else x.astype(jnp.float32)
