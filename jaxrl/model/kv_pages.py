@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import ROLLOUT_RULES, partition_spec
 from jaxrl.model.moe import id_type
-from jaxrl_kernels.paged_attention.quantized import LARGEST, Pages, Scaled, quantized
+from jaxrl_kernels.paged_attention.quantized import Pages, Scaled, is_narrow, quantized
 
 
 @flax.struct.dataclass
@@ -32,7 +32,7 @@ def page_dtype(config: ModelConfig, kv_dtype: str) -> jnp.dtype:
 def token_bytes(config: ModelConfig, kv_dtype: str) -> int:
     """Bytes of the keys and values of a token in all layers, with their scales."""
     dtype = page_dtype(config, kv_dtype)
-    scale = jnp.dtype(jnp.float32).itemsize if dtype.name in LARGEST else 0
+    scale = jnp.dtype(jnp.float32).itemsize if is_narrow(dtype) else 0
     return 2 * config.layers * config.kv_heads * (config.head_width * dtype.itemsize + scale)
 
 
@@ -48,7 +48,7 @@ def init_pages(
 
     def empty() -> Pages:
         numbers = jnp.zeros(shape, dtype)
-        return Scaled(numbers, jnp.zeros(shape[:-1], jnp.float32)) if dtype.name in LARGEST else numbers
+        return Scaled(numbers, jnp.zeros(shape[:-1], jnp.float32)) if is_narrow(dtype) else numbers
 
     if not record_experts:
         return KVPages(empty(), empty())

@@ -66,8 +66,6 @@ def largest_difference(left: jax.Array, right: jax.Array) -> float:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, backend: str) -> None:
     """At most twice as far from float32 as the naive computation in the same type (the rule of FlashAttention)."""
-    if case.pages and backend == "tpu_interpreted":
-        pytest.skip("the kernel takes no narrow pages")
     arguments = inputs(case)
     run = functools.partial(paged_attention_with_lse, window=case.window, scale=case.scale, soft_cap=case.soft_cap)
     exact_arguments = [exactly(x) for x in arguments[:3]]
@@ -88,8 +86,6 @@ def test_case(case: Case, backend: str) -> None:
 def test_a_row_is_bit_identical_in_every_slot_and_company(
     backend: str, dtype: str, narrow: str, slots: int, count: int
 ) -> None:
-    if narrow and backend == "tpu_interpreted":
-        pytest.skip("the kernel takes no narrow pages")
     generator = np.random.default_rng(slots + count)
     page, table, heads, kv_heads, width, length = 16, 20, 4, 2, 24, 37
     pages = slots * table

@@ -10,7 +10,7 @@ import jax
 from jaxrl_kernels import choice
 from jaxrl_kernels.paged_attention import reference, tpu, xla
 from jaxrl_kernels.paged_attention.blocks import LANES, VECTOR_BYTES, Shape, blocks_for, tile_rows, vector_bytes
-from jaxrl_kernels.paged_attention.quantized import LARGEST
+from jaxrl_kernels.paged_attention.quantized import is_narrow
 
 Implementation = Literal["auto", "xla", "tpu", "tpu_interpreted", "reference"]
 
@@ -39,9 +39,7 @@ class Backend:
 
 
 def _unfit_for_tpu(shape: Shape) -> str:
-    rows = tile_rows(shape.page_dtype)
-    if shape.page_dtype in LARGEST:
-        return f"pages of {shape.page_dtype}"
+    rows = LANES if is_narrow(shape.page_dtype) else tile_rows(shape.page_dtype)  # scales lie along the lanes
     if shape.page % rows:
         return f"a page of {shape.page} tokens in {shape.page_dtype} is no multiple of {rows}"
     if shape.head_width % LANES:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxrl_kernels.paged_attention.quantized import Pages
+from jaxrl_kernels.paged_attention.quantized import Pages, is_narrow
 
 LANES = 128
 """Length of a vector register: scores of so many keys stand beside each other."""
@@ -101,8 +101,13 @@ def blocks_for(shape: Shape) -> Blocks:
 
 def page_bytes(shape: Shape, blocks: Blocks) -> int:
     """Of the buffers of pages, two of keys and two of values."""
-    token = shape.kv_heads * shape.head_width * jnp.dtype(shape.page_dtype).itemsize
-    return 4 * blocks.pages * shape.page * token
+    return 2 * blocks.pages * shape.page * token_bytes(shape)
+
+
+def token_bytes(shape: Shape) -> int:
+    """Of the key and the value of a token, with their scales if they are narrow."""
+    scale = 4 if is_narrow(shape.page_dtype) else 0
+    return 2 * shape.kv_heads * (shape.head_width * jnp.dtype(shape.page_dtype).itemsize + scale)
 
 
 def vector_bytes(shape: Shape, blocks: Blocks) -> int:

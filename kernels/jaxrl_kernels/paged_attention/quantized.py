@@ -43,6 +43,11 @@ class Scaled:
         return self.numbers.dtype
 
 
+def is_narrow(dtype: str | jnp.dtype) -> bool:
+    """Whether pages of this type have scales."""
+    return jnp.dtype(dtype).name in LARGEST
+
+
 Pages = jax.Array | Scaled
 """Keys or values [P, K, page, H]: floats, or a narrow type with scales [P, K, page]."""
 
@@ -75,7 +80,7 @@ def check_pages(keys: Pages, values: Pages) -> None:
         ValueError: they do not.
     """
     for name, pages in (("key", keys), ("value", values)):
-        narrow = pages.dtype.name in LARGEST
+        narrow = is_narrow(pages.dtype)
         if not isinstance(pages, Scaled):
             if narrow:
                 raise ValueError(f"{name} pages of {pages.dtype} have no scales; give them as Scaled(numbers, scales)")

@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrl_kernels.interval_attention.plan import blocks_of
-from jaxrl_kernels.paged_attention.blocks import Blocks, Options, Shape, blocks_for, shape_of
+from jaxrl_kernels.paged_attention.blocks import Blocks, Options, Shape, blocks_for, shape_of, token_bytes
+from jaxrl_kernels.paged_attention.quantized import Pages, is_narrow
 from jaxrl_kernels.paged_attention.steps import FIRST, LAST, Lists, make_lists, unpack
 from jaxrl_kernels.products import precision_of
 from jaxrl_kernels.softmax import MASKED, round_up, soft_capped
@@ -68,8 +69,8 @@ def lists_for(positions: jax.Array, windows: Sequence[int | jax.Array], shape: S
 
 def paged_attention(
     q: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    key_pages: Pages,
+    value_pages: Pages,
     page_table: jax.Array,
     positions: jax.Array,
     window: jax.Array,
@@ -112,13 +113,13 @@ def _call(
     page_table: jax.Array,
     q: jax.Array,
     asked: jax.Array,
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    key_pages: Pages,
+    value_pages: Pages,
 ) -> list[jax.Array]:
     """Run the kernel on queries [U, K, M, H] at positions [U, M, 1], giving [U, K, M, H] and, if it is asked for, the
     log-sum-exp [U, K, M, 1]; blocks of queries that have no step are not written."""
     units, kv_heads, rows, width = q.shape
-    held = settings.keys
+    held, pools = settings.keys, jax.tree.leaves((key_pages, value_pages))
 
     def of_unit(*lengths: int) -> pl.BlockSpec:
         def index(step: jax.Array, entries: jax.Array, *_: jax.Array) -> tuple:
@@ -133,7 +134,7 @@ def _call(
         out_specs.append(of_unit(kv_heads, rows, 1))
     # As if every query saw half of a table, and its row had no other one.
     seen = settings.options.queries * settings.key_blocks * held // 2
-    scores, read = seen * settings.shape.query_heads, 2 * seen * kv_heads * width * key_pages.dtype.itemsize
+    scores, read = seen * settings.shape.query_heads, seen * token_bytes(settings.shape)
     return pl.pallas_call(
         functools.partial(_kernel, settings),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -142,14 +143,12 @@ def _call(
             in_specs=[
                 of_unit(kv_heads, rows, width),
                 of_unit(rows, 1),
-                pl.BlockSpec(memory_space=pltpu.HBM),
-                pl.BlockSpec(memory_space=pltpu.HBM),
+                *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(pools),
             ],
             out_specs=out_specs,
             scratch_shapes=[
-                pltpu.VMEM((2, kv_heads, held, width), key_pages.dtype),
-                pltpu.VMEM((2, kv_heads, held, width), value_pages.dtype),
-                pltpu.SemaphoreType.DMA((2, 2)),
+                *(pltpu.VMEM((2, kv_heads, held, *pool.shape[3:]), pool.dtype) for pool in pools),
+                pltpu.SemaphoreType.DMA((2, len(pools))),
                 pltpu.VMEM((kv_heads, rows, width), jnp.float32),
                 pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
                 pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
@@ -160,24 +159,22 @@ def _call(
         cost_estimate=pl.CostEstimate(flops=4 * scores * width, transcendentals=scores, bytes_accessed=read),
         interpret=interpret,
         name="paged_attention",
-    )(entries, scalars, reach, page_table.reshape(-1), q, asked, key_pages, value_pages)
+    )(entries, scalars, reach, page_table.reshape(-1), q, asked, *pools)
 
 
-def _kernel(
-    settings: Settings, entries, scalars, reach, table, q, asked, key_pages, value_pages, *results_and_scratch
-) -> None:
-    """One step: refs of the lists in scalar memory, q [1, K, M, H], asked [1, M, 1], all pages, the results, two
-    buffers [2, K, S, H] and who has arrived in them, and the running sums."""
-    results = 2 if settings.options.with_lse else 1
-    attended, *log_total = results_and_scratch[:results]
-    keys, values, arrived, *sums = results_and_scratch[results:]
-    weighted, top, total = sums
+def _kernel(settings: Settings, entries, scalars, reach, table, q, asked, *pages_results_and_scratch) -> None:
+    """One step: refs of the lists in scalar memory, q [1, K, M, H], asked [1, M, 1], all pages, the results, buffers of
+    them and who has arrived there, and the running sums. There are keys and values, and behind each its scales if it is
+    narrow; their buffers are [2, K, S, H] and [2, K, S]."""
+    narrow, results = is_narrow(settings.shape.page_dtype), 2 if settings.options.with_lse else 1
+    refs, pools = list(pages_results_and_scratch), 4 if narrow else 2
+    pages, (attended, *log_total) = refs[:pools], refs[pools : pools + results]
+    *held, arrived, weighted, top, total = refs[pools + results :]
+    (keys, *key_scales), (values, *value_scales) = held[: pools // 2], held[pools // 2 :]
     step = pl.program_id(0)
     entry, buffer = entries[step], jax.lax.rem(step, 2)
     unit, block = unpack(entry, settings.key_blocks)
-    copy = functools.partial(
-        _copies, settings, entries, reach, table, (key_pages, keys), (value_pages, values), arrived
-    )
+    copy = functools.partial(_copies, settings, entries, reach, table, pages, held, arrived)
 
     @pl.when(step == 0)
     def _start_own() -> None:
@@ -198,11 +195,18 @@ def _kernel(
 
     @pl.when(first + settings.keys > last + 1)
     def _clear_tail() -> None:  # what was not copied may be anything, and 0 * NaN is no 0
-        place = first + jax.lax.broadcasted_iota(jnp.int32, values.shape[1:], 1)
-        kept = jnp.where(place <= last, values[buffer].astype(jnp.float32), 0.0)
-        values[buffer] = kept.astype(values.dtype)
+        for one in (values, *value_scales):
+            place = first + jax.lax.broadcasted_iota(jnp.int32, one.shape[1:], 1)
+            kept = jnp.where(place <= last, one[buffer].astype(jnp.float32), 0.0)
+            one[buffer] = kept.astype(one.dtype)
 
-    scores = soft_capped(_product(q[0], keys[buffer], 2), settings.options.soft_cap)
+    def numbers(pool) -> jax.Array:
+        return pool[buffer].astype(q.dtype) if narrow else pool[buffer]
+
+    scores = _product(q[0], numbers(keys), 2)
+    for scales in key_scales:
+        scores *= scales[buffer][:, None]
+    scores = soft_capped(scores, settings.options.soft_cap)
     key = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
     query, window = asked[...], scalars[WINDOW]  # [1, M, 1]
     scores = jnp.where((key <= query) & ((window == 0) | (query - key < window)), scores, MASKED)
@@ -210,7 +214,10 @@ def _kernel(
     over = jnp.where(new_top > MASKED / 2, new_top, 0.0)  # nothing seen yet: all weights become exp(MASKED) = 0
     weights, shrink = jnp.exp(scores - over), jnp.exp(top[...] - over)
     total[...] = shrink * total[...] + weights.sum(axis=2, keepdims=True)
-    weighted[...] = shrink * weighted[...] + _product(weights.astype(values.dtype), values[buffer], 1)
+    for scales in value_scales:
+        weights *= scales[buffer][:, None]
+    attending = numbers(values)
+    weighted[...] = shrink * weighted[...] + _product(weights.astype(attending.dtype), attending, 1)
     top[...] = new_top
 
     @pl.when(entry & LAST != 0)
@@ -223,9 +230,9 @@ def _kernel(
 
 
 def _copies(
-    settings: Settings, entries, reach, table, keys: tuple, values: tuple, arrived, step: jax.Array, act: Callable
+    settings: Settings, entries, reach, table, pages: list, held: list, arrived, step: jax.Array, act: Callable
 ) -> None:
-    """Run ``act`` on the copies of a step's pages into its buffer, as far as the row has tokens in them."""
+    """Run ``act`` on the copies of a step's pages into their buffers, as far as the row has tokens in them."""
     unit, block = unpack(entries[step], settings.key_blocks)
     row, first = unit // settings.query_blocks, block * settings.blocks.pages
     page, buffer = settings.shape.page, jax.lax.rem(step, 2)
@@ -233,8 +240,8 @@ def _copies(
     def one(index: jax.Array, _: None) -> None:
         source = table[row * settings.shape.table + first + index]
         place = pl.ds(pl.multiple_of(index * page, page), page)
-        for pool, (pages, held) in enumerate((keys, values)):
-            act(pltpu.make_async_copy(pages.at[source], held.at[buffer, :, place, :], arrived.at[buffer, pool]))
+        for pool, (every, here) in enumerate(zip(pages, held, strict=True)):
+            act(pltpu.make_async_copy(every.at[source], here.at[buffer, :, place], arrived.at[buffer, pool]))
 
     jax.lax.fori_loop(0, jnp.minimum(settings.blocks.pages, reach[unit] // page + 1 - first), one, None)
 
