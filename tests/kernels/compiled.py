@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl_kernels import interval_attention_with_lse, make_plan, paged_attention_with_lse
 from jaxrl_kernels.choice import device_kind
+from jaxrl_kernels.paged_attention.quantized import LARGEST, Scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,15 @@ class PagedShape:
     table: int = 128
     dtype: str = "bfloat16"
     soft_cap: float = 0.0
+    pages: str = ""
+
+    @property
+    def page_dtype(self) -> str:
+        """Type of the numbers in pages, which have scales where it is given."""
+        return self.pages or self.dtype
 
 
+INT8, FLOAT8 = LARGEST
 PAGED_SHAPES = (
     PagedShape("decode", rows=64, count=1, query_heads=32, kv_heads=8),
     PagedShape("prefill", rows=4, count=512, query_heads=32, kv_heads=8, table=2048, soft_cap=30.0),
@@ -65,6 +73,10 @@ PAGED_SHAPES = (
     PagedShape("wide_prefill", rows=4, count=256, query_heads=16, kv_heads=16, width=256),
     PagedShape("decode_of_heads_of_their_own", rows=16, count=1, query_heads=32, kv_heads=32, page=256, table=8),
     PagedShape("float32", rows=4, count=64, query_heads=4, kv_heads=4, page=8, width=256, dtype="float32"),
+    PagedShape("decode_int8", rows=64, count=1, query_heads=32, kv_heads=8, page=128, table=16, pages=INT8),
+    PagedShape("prefill_float8", rows=4, count=128, query_heads=32, kv_heads=32, page=128, table=16, pages=FLOAT8),
+    PagedShape("decode_float8_of_one_head", rows=16, count=1, query_heads=5, kv_heads=1, page=256, pages=FLOAT8),
+    PagedShape("float32_int8", rows=4, count=64, query_heads=4, kv_heads=2, page=128, dtype="float32", pages=INT8),
 )
 """With the log-sum-exp, and with a window that is an argument."""
 
@@ -117,7 +129,9 @@ def lowered_paged(shape: PagedShape, mesh: Mesh | AbstractMesh) -> jax.stages.Lo
         return paged_attention_with_lse(*arrays[:-1], window=arrays[-1], soft_cap=shape.soft_cap)
 
     q = array(shape.rows, shape.count, shape.query_heads, shape.width, dtype=shape.dtype)
-    pages = array(shape.rows * shape.table, shape.kv_heads, shape.page, shape.width, dtype=shape.dtype)
+    lengths = shape.rows * shape.table, shape.kv_heads, shape.page
+    pages = array(*lengths, shape.width, dtype=shape.page_dtype)
+    pages = Scaled(pages, array(*lengths, dtype="float32")) if shape.pages else pages
     integers = array(shape.rows, shape.table), array(shape.rows, shape.count), array()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(attend).trace(q, pages, pages, *integers).lower(lowering_platforms=("tpu",))
@@ -140,9 +154,10 @@ def main(topology: str) -> None:
     device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
     mesh = Mesh([device], ("one",))
     scores = {shape: 4 * shape.query_heads * shape.tokens**2 for shape in SHAPES}
+    tokens = {shape: shape.rows * shape.table * shape.page for shape in PAGED_SHAPES}
     tables = {
-        shape: shape.rows * shape.table * shape.kv_heads * shape.page * shape.width * jnp.dtype(shape.dtype).itemsize
-        for shape in PAGED_SHAPES
+        shape: count * shape.kv_heads * shape.width * jnp.dtype(shape.page_dtype).itemsize
+        for shape, count in tokens.items()
     }
     for shape, too_much in (scores | tables).items():
         program = (lowered if isinstance(shape, Shape) else lowered_paged)(shape, mesh)

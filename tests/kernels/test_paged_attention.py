@@ -162,6 +162,9 @@ def test_what_the_tpu_kernel_cannot_take_is_said() -> None:
     assert not BACKEND_TABLE["tpu"].unfit(fitting)
     for change, reason in (({"page": 8}, "multiple of 16"), ({"head_width": 64}, "128"), ({"rows": 128}, "larger")):
         assert reason in BACKEND_TABLE["tpu"].unfit(dataclasses.replace(fitting, **change))
+    narrow = dataclasses.replace(fitting, page_dtype="int8", page=128, table=128)
+    assert not BACKEND_TABLE["tpu"].unfit(narrow)
+    assert "64 tokens in int8 is no multiple of 128" in BACKEND_TABLE["tpu"].unfit(dataclasses.replace(narrow, page=64))
 
 
 @pytest.mark.parametrize(("count", "heads", "width"), [(128, 32, 128), (256, 32, 128), (256, 16, 256), (1, 64, 256)])

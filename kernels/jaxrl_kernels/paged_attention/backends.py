@@ -48,7 +48,7 @@ def _unfit_for_tpu(shape: Shape) -> str:
     if held > VECTOR_BYTES:
         return (
             f"{shape.kv_heads} KV heads of width {shape.head_width} in pages of {shape.page} tokens hold {held:,} "
-            f"bytes of {VECTOR_BYTES:,}; smaller pages hold fewer"
+            f"bytes of {VECTOR_BYTES:,}{'; smaller pages hold fewer' if shape.page > rows else ''}"
         )
     entries = shape.rows * shape.table + tpu.longest_list(shape)
     if entries > SCALARS:

@@ -195,7 +195,7 @@ def _kernel(settings: Settings, entries, scalars, reach, table, q, asked, *pages
 
     @pl.when(first + settings.keys > last + 1)
     def _clear_tail() -> None:  # what was not copied may be anything, and 0 * NaN is no 0
-        for one in (values, *value_scales):
+        for one in value_scales if values.dtype == jnp.int8 else (values, *value_scales):  # no int8 is NaN
             place = first + jax.lax.broadcasted_iota(jnp.int32, one.shape[1:], 1)
             kept = jnp.where(place <= last, one[buffer].astype(jnp.float32), 0.0)
             one[buffer] = kept.astype(one.dtype)
