@@ -18,6 +18,8 @@ from jaxrl_kernels.interval_attention import pairs, tpu
 from jaxrl_kernels.interval_attention.pairs import Blocks, Pairs, make_pairs
 from jaxrl_kernels.paged_attention import blocks, steps
 from jaxrl_kernels.paged_attention import tpu as paged
+from jaxrl_kernels.paged_attention.quantized import LARGEST, Pages
+from tests.kernels.pages import pages_of
 
 TOKENS = 24
 FAITHFUL = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
@@ -73,10 +75,10 @@ def test_lists_without_a_flag_leave_memory_unwritten(flag: int) -> None:
         assert np.isnan(np.asarray(array)).any()
 
 
-def rows_in_pages() -> tuple[jax.Array, ...]:
+def rows_in_pages(dtype: str = "float32") -> tuple[Pages, ...]:
     """Arguments of paged attention: rows of several blocks, of one and of none, and chunks of two blocks of queries.
 
-    Tables are out of range beyond their row, and tokens beyond it are NaN.
+    Pages are of this type. Tables are out of range beyond their row, and tokens beyond it are NaN.
     """
     generator = np.random.default_rng(4)
     reach, page, table = np.array([20, -1, 3]), 4, 6
@@ -88,7 +90,8 @@ def rows_in_pages() -> tuple[jax.Array, ...]:
         tables[row, last // page + 1 :] = 10_000
     positions = np.maximum(reach[:, None] - np.arange(5)[::-1], -1)
     positions[2, :3] = -1  # fewer tokens than the others
-    return (*(jnp.asarray(x, jnp.float32) for x in (q, *pages)), *(jnp.asarray(x) for x in (tables, positions)))
+    pools = (pages_of(x, dtype) for x in pages)
+    return jnp.asarray(q, jnp.float32), *pools, *(jnp.asarray(x) for x in (tables, positions))
 
 
 def listed_steps() -> steps.Lists:
@@ -98,21 +101,24 @@ def listed_steps() -> steps.Lists:
     return steps.make_lists(positions, (0, 11), shape, blocks.Blocks(queries=4, rows=8, pages=2))
 
 
-def attended_in_pages(lists: steps.Lists, mode: pltpu.InterpretParams = FAITHFUL) -> tuple[jax.Array, ...]:
-    """Output and log-sum-exp on the interpreter, with these lists."""
+def attended_in_pages(
+    lists: steps.Lists, mode: pltpu.InterpretParams = FAITHFUL, dtype: str = "float32"
+) -> tuple[jax.Array, ...]:
+    """Output and log-sum-exp on the interpreter, with these lists and pages of this type."""
     interpreter.reset_tpu_interpret_mode_state()
     with pltpu.force_tpu_interpret_mode(mode):
         options = blocks.Options(scale=0.4, soft_cap=2.0, with_lse=True, queries=15)
-        return jax.block_until_ready(paged.paged_attention(*rows_in_pages(), jnp.int32(11), options, lists))
+        return jax.block_until_ready(paged.paged_attention(*rows_in_pages(dtype), jnp.int32(11), options, lists))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", *LARGEST])
 @pytest.mark.parametrize("mode", [FAITHFUL, EAGER], ids=["late", "eager"])
-def test_pages_no_race_and_no_unwritten_memory(mode: pltpu.InterpretParams) -> None:
-    got = attended_in_pages(listed_steps(), mode)
+def test_pages_no_race_and_no_unwritten_memory(mode: pltpu.InterpretParams, dtype: str) -> None:
+    got = attended_in_pages(listed_steps(), mode, dtype)
     assert not interpreter.races.races_found
     options = {"window": 11, "scale": 0.4, "soft_cap": 2.0, "implementation": "reference"}
-    for ours, wanted in zip(got, paged_attention_with_lse(*rows_in_pages(), **options), strict=True):
+    for ours, wanted in zip(got, paged_attention_with_lse(*rows_in_pages(dtype), **options), strict=True):
         np.testing.assert_allclose(ours, wanted, atol=1e-5)
 
 
