@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxrl_kernels import interval_attention_with_lse, make_plan, paged_attention_with_lse
 from jaxrl_kernels.choice import device_kind
 from jaxrl_kernels.paged_attention.quantized import LARGEST, Scaled
+from tests.kernels import compositions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,8 @@ def lowered_copy(mesh: Mesh | AbstractMesh, rows: int) -> jax.stages.Lowered:
 
 
 def main(topology: str) -> None:
-    device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices[:2]
+    device = devices[0]
     mesh = Mesh([device], ("one",))
     scores = {shape: 4 * shape.query_heads * shape.tokens**2 for shape in SHAPES}
     tokens = {shape: shape.rows * shape.table * shape.page for shape in PAGED_SHAPES}
@@ -165,6 +167,8 @@ def main(topology: str) -> None:
         memory = program.compile().memory_analysis()
         answer = {"shape": shape.name, "kind": device.device_kind, "kernels": kernels}
         print(json.dumps(answer | {"temporary": memory.temp_size_in_bytes, "too_much": too_much}), flush=True)
+    for answer in compositions.compiled(devices, "tpu"):
+        print(json.dumps(answer), flush=True)
     try:
         lowered_copy(mesh, TOO_LARGE).compile()
     except jax.errors.JaxRuntimeError as error:

@@ -11,6 +11,7 @@ import json
 import jax
 
 from jaxrl.check import devices, targets
+from tests.kernels import compositions
 from tests.kernels.compiled import Shape, lowered
 
 SHAPES = (
@@ -22,12 +23,15 @@ SHAPES = (
 
 
 def main() -> None:
-    mesh = jax.sharding.Mesh(devices.described(targets.parse("h200x1"))[:1], ("one",))
+    two = devices.described(targets.parse("h200x2"))
+    mesh = jax.sharding.Mesh(two[:1], ("one",))
     for shape in SHAPES:
         program = lowered(shape, mesh, platform="cuda")
         kernels = program.as_text().count("custom_call @mosaic_gpu")
         memory, scores = program.compile().memory_analysis(), 4 * shape.query_heads * shape.tokens**2
         answer = {"shape": shape.name, "kernels": kernels, "temporary": memory.temp_size_in_bytes, "too_much": scores}
+        print(json.dumps(answer), flush=True)
+    for answer in compositions.compiled(two, "cuda"):
         print(json.dumps(answer), flush=True)
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from jaxrl.check import environment
 from jaxrl_kernels.interval_attention.blocks import TABLE
 from tests.kernels import compiled_for_hopper
 from tests.kernels.compiled import PAGED_SHAPES, SHAPES
+from tests.kernels.compositions import COMPOSITIONS
 
 KINDS = {"v5e:2x2": "TPU v5 lite", "v5p:2x2x1": "TPU v5", "v6e:2x2": "TPU v6 lite", "tpu7x:2x2x1": "TPU7x"}
 
@@ -25,6 +27,8 @@ def test_every_kernel_compiles(topology: str) -> None:
     done = subprocess.run(command, env=environment.variables("tpu"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     *answers, too_large = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    composed = [answers.pop() for _ in COMPOSITIONS][::-1]
+    check_compositions(composed)
     assert too_large["shape"] == "too_large" and "vmem" in too_large["refused"]
     assert [answer["shape"] for answer in answers] == [shape.name for shape in (*SHAPES, *PAGED_SHAPES)]
     assert "has no block sizes" not in done.stderr
@@ -47,6 +51,7 @@ def test_kernels_for_hopper_use_its_matrix_units_and_spill_no_register() -> None
     assert done.returncode == 0, done.stdout[-3000:]
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"shape"')]
     assert [answer["shape"] for answer in answers] == [shape.name for shape in compiled_for_hopper.SHAPES]
+    check_compositions([json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"composition"')])
     for answer in answers:
         assert answer["kernels"] == 3  # forward, gradient of queries, gradients of keys and values
         assert answer["temporary"] < answer["too_much"]
@@ -57,6 +62,13 @@ def test_kernels_for_hopper_use_its_matrix_units_and_spill_no_register() -> None
         assert "tanh.approx" not in kernel  # which has 11 bits
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stdout)
     assert spilled == [("0", "0")] * len(assembly)
+
+
+def check_compositions(answers: list[dict[str, Any]]) -> None:
+    """Each was compiled, and none holds a copy of the pages, or all scores or logits of a device."""
+    assert [answer["composition"] for answer in answers] == list(COMPOSITIONS)
+    for answer, composition in zip(answers, COMPOSITIONS.values(), strict=True):
+        assert answer["temporary"] < composition.too_much
 
 
 def test_the_table_knows_every_generation() -> None:

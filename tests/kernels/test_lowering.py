@@ -8,14 +8,14 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from tests.kernels import compiled_for_hopper
+from tests.kernels import compiled_for_hopper, compositions
 from tests.kernels.compiled import PAGED_SHAPES, SHAPES, PagedShape, Shape, lowered, lowered_copy, lowered_paged
 
 
-def mesh_of(kind: str) -> AbstractMesh:
-    """One device of this kind."""
+def mesh_of(kind: str, devices: int = 1) -> AbstractMesh:
+    """So many devices of this kind."""
     device = jax.sharding.AbstractDevice(kind, 1, "tpu" if kind.startswith("TPU") else "gpu")
-    return AbstractMesh((1,), ("one",), abstract_device=device)
+    return AbstractMesh((devices,), (compositions.SPLIT,), abstract_device=device)
 
 
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU7x"])
@@ -30,6 +30,14 @@ def test_for_tpus(kind: str, shape: Shape | PagedShape) -> None:
 def test_for_hopper(shape: Shape) -> None:
     program = lowered(shape, mesh_of("NVIDIA H200"), platform="cuda")
     assert program.as_text().count("custom_call @mosaic_gpu") == 3
+
+
+@pytest.mark.parametrize(("kind", "platform"), [("TPU v5 lite", "tpu"), ("TPU7x", "tpu"), ("NVIDIA H200", "cuda")])
+@pytest.mark.parametrize("name", compositions.COMPOSITIONS)
+def test_what_is_composed_of_them(name: str, kind: str, platform: str) -> None:
+    program = compositions.lowered(name, mesh_of(kind, devices=2), platform)
+    kernels = compositions.COMPOSITIONS[name].kernels if platform == "tpu" else 0
+    assert program.as_text().count("tpu_custom_call") >= kernels
 
 
 def test_blocks_that_are_no_whole_tiles_are_refused() -> None:
