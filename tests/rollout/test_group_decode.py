@@ -70,8 +70,11 @@ def test_auto_is_on_where_a_kernel_for_tpus_takes_both_parts_of_what_a_device_co
         return party_of(dataclasses.replace(config, **changes), model, mesh)
 
     assert party() == party(tensor=8) == party("cpu", group_decode="on") == 32
+    assert party(kv_dtype="int8", page_size=128) == 32
     assert party(group_decode="off") == party("cpu") == party(model=dataclasses.replace(model, attention="xla")) == 0
     with pytest.warns(UserWarning, match="'tpu' is passed over: a head of width 64"):
         assert party(model=dataclasses.replace(model, head_width=64)) == 0
+    with pytest.warns(UserWarning, match="'tpu' is passed over: a page of 16 tokens in int8 is no multiple of 128"):
+        assert party(kv_dtype="int8") == 0
     with pytest.warns(UserWarning, match="'tpu' is passed over: 256 rows of 490 pages need 133376"):
         assert party(slots=256, max_response_tokens=490 * 16 - 1024) == 0

@@ -4,7 +4,8 @@ A row of numbers, which is one head of one token, is divided by a scale that mak
 number of the narrow type, and rounded to the nearest one. No row knows of another, so what is kept of a token depends
 on that token alone.
 
-Zeros stay zeros. A row that holds a NaN or an infinity is NaN throughout, as the scale is.
+Zeros stay zeros. A row that holds a NaN or an infinity stands for NaN throughout: its numbers are 0, and its scale is
+not finite.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ def quantized(x: jax.Array, dtype: str | jnp.dtype) -> Scaled:
     dtype, x = jnp.dtype(dtype), x.astype(jnp.float32)
     largest = LARGEST[dtype.name]
     reach = jnp.abs(x).max(axis=-1)
-    scales = jnp.where(jnp.isfinite(reach), jnp.maximum(reach / largest, SMALLEST_SCALE), jnp.nan)
+    scales = jnp.maximum(reach / largest, SMALLEST_SCALE)
     numbers = jnp.clip(jnp.where(jnp.isfinite(reach)[..., None], x / scales[..., None], 0.0), -largest, largest)
     return Scaled((jnp.round(numbers) if dtype == jnp.int8 else numbers).astype(dtype), scales)
 
