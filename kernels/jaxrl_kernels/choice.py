@@ -13,6 +13,7 @@ class Backend(Protocol):
     Attributes:
         devices: beginnings of the kinds of device, as jax says them, that it runs on.
         unfit: why it cannot take a shape, empty if it can.
+        blocks: in which blocks it computes a shape, empty where nothing but the backend decides that.
     """
 
     @property
@@ -20,6 +21,9 @@ class Backend(Protocol):
 
     @property
     def unfit(self) -> Callable[[Any], str]: ...
+
+    @property
+    def blocks(self) -> Callable[[Any], str]: ...
 
 
 def device_kind() -> str:

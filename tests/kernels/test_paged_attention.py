@@ -170,7 +170,7 @@ def test_what_the_tpu_kernel_cannot_take_is_said() -> None:
 @pytest.mark.parametrize(("count", "heads", "width"), [(128, 32, 128), (256, 32, 128), (256, 16, 256), (1, 64, 256)])
 def test_blocks_of_many_kv_heads_fit_into_the_vector_memory(count: int, heads: int, width: int) -> None:
     shape = Shape(4, count, heads, heads, width, 16, 128, "bfloat16", "bfloat16")
-    blocks = blocks_for(shape)
+    blocks = blocks_for("TPU v5", shape)
     pages = 4 * blocks.pages * shape.page * heads * width * 2
     queries = blocks.rows * heads * (width * (2 * 2 + 2 * 4 + 4) + 128 * 4 * 4)  # with results, sums and log-sum-exps
     assert pages + queries < 14 << 20

@@ -48,12 +48,14 @@ class Backend:
             padding hold zeros. ``places`` are the positions of queries [B, Q] and keys [B, T], or None.
         devices: beginnings of the kinds of device, as jax says them, that it runs on.
         unfit: why it cannot take a shape, empty if it can.
+        blocks: in which blocks it computes a shape, empty where nothing but the backend decides that.
     """
 
     plan: Callable[[jax.Array, int | jax.Array, Shape], Any]
     attend: Callable[..., tuple[jax.Array, jax.Array]]
     devices: tuple[str, ...] = ("",)
     unfit: Callable[[Shape], str] = lambda shape: ""
+    blocks: Callable[[Shape], str] = lambda shape: ""
 
 
 def _key_blocks(end: jax.Array, first: int | jax.Array, shape: Shape) -> plan.KeyBlocks:
@@ -76,6 +78,11 @@ def _unfit_for_tpu(shape: Shape) -> str:
     return ""
 
 
+def _blocks_on_tpu(shape: Shape) -> str:
+    blocks = blocks_for(device_kind(), shape.head_width, shape.groups, shape.queries, shape.tokens)
+    return f"{blocks.queries} queries by {blocks.keys} keys"
+
+
 def _tables(end: jax.Array, first: int | jax.Array, shape: Shape) -> Tables:
     return make_tables(end, queries=shape.queries, first=first, blocks=HOPPER)
 
@@ -96,7 +103,7 @@ def _unfit_for_hopper(shape: Shape) -> str:
 
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(_key_blocks, xla.interval_attention),
-    "tpu": Backend(_pairs, tpu.interval_attention, devices=("TPU",), unfit=_unfit_for_tpu),
+    "tpu": Backend(_pairs, tpu.interval_attention, devices=("TPU",), unfit=_unfit_for_tpu, blocks=_blocks_on_tpu),
     "tpu_interpreted": Backend(_pairs, functools.partial(tpu.interval_attention, interpret=True)),
     "mosaic_gpu": Backend(
         _tables, functools.partial(_attend_on_hopper, interpret=False), devices=HOPPER_KINDS, unfit=_unfit_for_hopper

@@ -30,12 +30,14 @@ class Backend:
             A call may have any window if the first of them is 0, and otherwise the only one of them.
         devices: beginnings of the kinds of device, as jax says them, that it runs on.
         unfit: why it cannot take a shape, empty if it can.
+        blocks: in which blocks it computes a shape, empty where nothing but the backend decides that.
     """
 
     attend: Callable[..., tuple[jax.Array, jax.Array | None]]
     plan: Callable[[jax.Array, Sequence[int | jax.Array], Shape], Any] = lambda positions, windows, shape: ()
     devices: tuple[str, ...] = ("",)
     unfit: Callable[[Shape], str] = lambda shape: ""
+    blocks: Callable[[Shape], str] = lambda shape: ""
 
 
 def _unfit_for_tpu(shape: Shape) -> str:
@@ -44,7 +46,7 @@ def _unfit_for_tpu(shape: Shape) -> str:
         return f"a page of {shape.page} tokens in {shape.page_dtype} is no multiple of {rows}"
     if shape.head_width % LANES:
         return f"a head of width {shape.head_width} is no multiple of {LANES}"
-    held = vector_bytes(shape, blocks_for(shape))
+    held = vector_bytes(shape, blocks_for(choice.device_kind(), shape))
     if held > VECTOR_BYTES:
         return (
             f"{shape.kv_heads} KV heads of width {shape.head_width} in pages of {shape.page} tokens hold {held:,} "
@@ -56,9 +58,14 @@ def _unfit_for_tpu(shape: Shape) -> str:
     return ""
 
 
+def _blocks_on_tpu(shape: Shape) -> str:
+    blocks = blocks_for(choice.device_kind(), shape)
+    return f"{blocks.rows} rows of scores by {blocks.pages} pages"
+
+
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(xla.paged_attention),
-    "tpu": Backend(tpu.paged_attention, tpu.lists_for, devices=("TPU",), unfit=_unfit_for_tpu),
+    "tpu": Backend(tpu.paged_attention, tpu.lists_for, devices=("TPU",), unfit=_unfit_for_tpu, blocks=_blocks_on_tpu),
     "tpu_interpreted": Backend(functools.partial(tpu.paged_attention, interpret=True), tpu.lists_for),
     "reference": Backend(reference.paged_attention),
 }
