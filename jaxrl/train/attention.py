@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl import mesh as meshes
-from jaxrl.config import ConfigError, EngineConfig, ModelConfig, PreferConfig, SftConfig, TrainConfig
+from jaxrl.config import ConfigError, EngineConfig, ModelConfig, PreferConfig, SftConfig, TrainConfig, nearest
 from jaxrl.rollout.rounds import attention_shapes, party_of
 from jaxrl_kernels import choice
 from jaxrl_kernels.group_decode.backends import chosen_for_parties
@@ -91,12 +91,27 @@ def check_paged_attention(engine: EngineConfig, model: ModelConfig, mesh: Mesh |
     _check_backend(model, mesh, paged.BACKENDS, attention_shapes(engine, model, mesh))
 
 
+def check_name(model: ModelConfig) -> None:
+    """``ModelConfig.attention`` must name a backend.
+
+    Raises:
+        ConfigError: it does not; the message has the name most like it.
+    """
+    names = dict.fromkeys(("auto", *interval.BACKENDS, *paged.BACKENDS))
+    if model.attention not in names:
+        raise ConfigError(
+            f"ModelConfig.attention={model.attention!r} names no kernels{nearest(model.attention, names)}; "
+            f"there are {', '.join(names)}"
+        )
+
+
 def _check_backend(
     model: ModelConfig,
     mesh: Mesh | AbstractMesh,
     table: Mapping[str, choice.Backend],
     shapes: Sequence[Any],
 ) -> None:
+    check_name(model)
     if model.attention not in table:  # "auto", or a kernel for packed rows only
         return
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -12,9 +12,11 @@ from jaxrl_kernels import group_decode, make_group_plan, make_groups, paged_atte
 from jaxrl_kernels.group_decode.cases import CASES, Case
 from jaxrl_kernels.paged_attention import blocks
 from jaxrl_kernels.paged_attention import tpu as paged
+from jaxrl_kernels.paged_attention.backends import BACKENDS as BACKEND_TABLE
+from tests.kernels.backends import anywhere
 from tests.kernels.pages import exactly, pages_of
 
-BACKENDS = ("xla", "tpu_interpreted")
+BACKENDS = anywhere(BACKEND_TABLE)
 
 
 def inputs(case: Case) -> tuple[jax.Array, ...]:

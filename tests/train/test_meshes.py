@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import pytest
 
+from jaxrl.check import run as check_run
 from jaxrl.config import Config, ConfigError, EngineConfig, ModelConfig, SftConfig, TrainConfig
 from jaxrl.mesh import AXES
 from jaxrl.observe.traces import read_episodes
@@ -95,6 +96,18 @@ def test_kernels_that_cannot_be_had_are_refused_at_start(kind: str, changes: dic
         check(dataclasses.replace(wide, attention={"T": "tpu", "N": "mosaic_gpu"}.get(kind[0], "xla")))
     with pytest.raises(ConfigError, match=f"ModelConfig.attention={message}.*; set it to 'auto'"):
         check(dataclasses.replace(wide, **({"attention": "mosaic_gpu"} | changes)))
+
+
+def test_an_unknown_name_is_refused_with_the_one_most_like_it() -> None:
+    model, mesh = ModelConfig(attention="mosiac_gpu"), jax.sharding.AbstractMesh((1,) * len(AXES), AXES)
+    message = "attention='mosiac_gpu' names no kernels; did you mean mosaic_gpu.; there are auto, tpu, .*xla"
+    for check in (
+        lambda: attention.check_attention(model, mesh, [TrainConfig()]),
+        lambda: attention.check_paged_attention(EngineConfig(), model, mesh),
+        lambda: check_run.configuration("smoke", ["ModelConfig.attention=mosiac_gpu"]),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check()
 
 
 @pytest.fixture(scope="module")
