@@ -12,5 +12,5 @@ setup(
         "jaxrl_configs",
     ],
     package_dir={"jaxrl_kernels": "kernels/jaxrl_kernels", "jaxrl_configs": "configs"},
-    package_data={"jaxrl_configs": ["*.gin"]},
+    package_data={"jaxrl_configs": ["*.gin"], "jaxrl_kernels": ["*.json"]},
 )

@@ -146,7 +146,9 @@ def _check(commands, options: argparse.Namespace) -> int:
 
 
 def _bench_kernels(commands, options: argparse.Namespace) -> int:
-    holds = commands.bench_kernels(options.tokens, options.rounds, tune=options.tune, as_json=options.json)
+    holds = commands.bench_kernels(
+        options.tokens, options.rounds, tune=options.tune, table=options.table, as_json=options.json
+    )
     return DONE if holds else FAILED
 
 
@@ -378,14 +380,17 @@ def _add_bench(verbs) -> None:
         "kernels",
         help="what the attention kernels cost beside plain attention, and which sizes of blocks cost least",
         description="Compares interval attention with attention under a dense mask. Exit code 1: a demand does not "
-        "hold. --tune tries sizes of blocks instead and prints the lines of jaxrl_kernels/interval_attention/blocks.py "
-        "for this device.",
+        "hold. --tune tries sizes of blocks instead and writes those that cost least on this device into the table "
+        "that the kernels read. Other sizes give other last bits, and all processes of a run need the same table.",
         epilog="examples:\n  jaxrl bench kernels\n  jaxrl bench kernels --tokens 8192\n  jaxrl bench kernels --tune",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kernels.add_argument("--tokens", type=int, default=4096, help="of a row (default: 4096)")
     kernels.add_argument("--rounds", type=int, default=5, help="in which the alternatives take turns (default: 5)")
-    kernels.add_argument("--tune", action="store_true", help="try sizes of blocks (on a TPU)")
+    kernels.add_argument("--tune", action="store_true", help="try sizes of blocks (on a TPU), and write a table")
+    kernels.add_argument(
+        "--table", type=pathlib.Path, metavar="FILE", help="written by --tune (default: that of the kernels package)"
+    )
     kernels.add_argument("--json", action="store_true", help="print one JSON object a line")
     kernels.set_defaults(run_verb=_bench_kernels)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from jaxrl.train.checkpoint import CheckpointError, Checkpoints
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunError, RunFolder, open_run
 from jaxrl.train.session import Session, open_player, open_session, reopen_session
-from jaxrl_kernels import bench
+from jaxrl_kernels import bench, block_sizes, tuning
 
 EXPECTED_ERRORS = (
     RunError,
@@ -210,16 +211,23 @@ def check(recipe: str, overrides: Sequence[str], target: str, *, as_json: bool, 
     return report.result.fits
 
 
-def bench_kernels(tokens: int, rounds: int, *, tune: bool, as_json: bool) -> bool:
+def bench_kernels(tokens: int, rounds: int, *, tune: bool, table: pathlib.Path | None, as_json: bool) -> bool:
     """Print what the attention kernels cost here, or with which sizes of blocks; whether all demands hold.
 
+    Args:
+        tokens: of a row.
+        rounds: in which alternatives take turns.
+        tune: sizes are tried, and the fastest written.
+        table: into which file; that of the kernels when None.
+        as_json: print one JSON object a line.
+
     Raises:
-        ConfigError: sizes are asked for on a device whose kernels have no choice of them.
+        ConfigError: sizes are asked for on a device whose kernels have no choice of them, or cannot be written.
     """
     if tokens < 1 or rounds < 1:
         raise ConfigError(f"--tokens {tokens} and --rounds {rounds} must be at least 1")
     if tune:
-        _tune_kernels(tokens, rounds, as_json)
+        _tune_kernels(tokens, rounds, table or block_sizes.FILE, as_json)
         return True
     figures = bench.figures(tokens, rounds) + bench.decode_figures(rounds)
     for figure in figures:
@@ -229,22 +237,24 @@ def bench_kernels(tokens: int, rounds: int, *, tune: bool, as_json: bool) -> boo
     return all(figure["holds"] in (True, None) for figure in figures)
 
 
-def _tune_kernels(tokens: int, rounds: int, as_json: bool) -> None:
+def _tune_kernels(tokens: int, rounds: int, table: pathlib.Path, as_json: bool) -> None:
     kind = bench.device_kind()
     if not kind.startswith("TPU"):
         raise ConfigError(
             f"--tune measures sizes of blocks on a TPU, and this is {kind!r}, whose kernels have one size"
         )
-    results = []
-    for result in bench.tried(tokens, rounds):
-        results.append(result)
-        said = result.refused or f"{1000 * result.seconds:.2f} ms"
-        text = f"head width {result.width}, {result.rows} rows by {result.keys} keys: {said}"
+    try:
+        block_sizes.write({}, table)  # before what takes long
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the table of block sizes cannot be written: {error}; name another with --table") from error
+    extent = tuning.Extent(tokens, rounds)
+    tried = itertools.chain(tuning.packed_rows(extent), tuning.pages(extent))
+    for result in tuning.written(tried, table, f"{tokens} tokens"):
+        said = result.refused or " + ".join(f"{1000 * seconds:.2f} ms" for seconds in result.seconds)
+        pages = f", pages of {result.key.page}" if result.key.page else ""
+        where = f"{result.key.kernel}, heads {result.key.head_width} wide{pages}"
+        text = f"{where}: {result.rows} rows by {result.keys} keys: {said}"
         print(json.dumps(dataclasses.asdict(result)) if as_json else text, flush=True)
-    if not as_json:
-        print("\nfor TABLE in jaxrl_kernels/interval_attention/blocks.py:")
-        for width in bench.WIDTHS:
-            print(f"    {bench.line_of_table(width, results)}")
 
 
 def install_compiler(platform: str) -> None:

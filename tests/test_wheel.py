@@ -78,7 +78,7 @@ def test_the_wheel_holds_every_package_and_recipe_and_nothing_else(wheel: pathli
             ("configs", "jaxrl_configs/"),
         ]
         for path in (REPOSITORY / folder).rglob("*")
-        if path.suffix in (".py", ".gin")
+        if path.suffix in (".py", ".gin", ".json")
     }
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -12,6 +12,7 @@ from jaxrl.check.environment import CompilerError
 from jaxrl.check.worker import Compiled
 from jaxrl.config import Config, ConfigError, dump, load, read_recipe
 from jaxrl.model import hf
+from jaxrl.train.attention import check_name
 
 Say = Callable[[str], None]
 
@@ -75,11 +76,12 @@ def configuration(recipe: str, overrides: Sequence[str]) -> Config:
     """A recipe in which what must be set may be left open: the architecture is then that of its own fields.
 
     Raises:
-        ConfigError: as ``config.load``.
+        ConfigError: as ``config.load``, or ``ModelConfig.attention`` names nothing.
     """
     open_keys = re.findall(r"^(\w+\.\w+)\s*=\s*['\"]REQUIRED['\"]", read_recipe(recipe), re.MULTILINE)
     placeholders = [f"{key}={'' if key == 'ModelConfig.path' else 'stories'!r}" for key in open_keys]
     config = load(recipe, [*placeholders, *overrides])
+    check_name(config.model)
     model = config.model
     if model.path:
         model = dataclasses.replace(hf.read_config(model.path, base=model), path="")

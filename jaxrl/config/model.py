@@ -71,7 +71,7 @@ class ModelConfig:
     """Type the trainer keeps the weights in."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products, in training and in rollout alike."""
-    attention: Literal["auto", "xla", "tpu", "mosaic_gpu"] = "auto"
+    attention: str = "auto"
     """Who computes attention, over packed rows in training and scoring and over KV pages in rollout: plain JAX, the
     kernels for TPUs, those for Hopper GPUs (which rollout has not), or "auto": the kernels on a TPU, where they take
     the shapes, and plain JAX elsewhere. What is proven of each is in ``docs/kernels.md``."""

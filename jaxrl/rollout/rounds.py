@@ -20,6 +20,7 @@ from jaxrl.rollout import sampler
 from jaxrl.rollout.cache import pages_for
 from jaxrl_kernels import make_groups
 from jaxrl_kernels.group_decode.backends import chosen_for_parties
+from jaxrl_kernels.paged_attention.backends import BACKENDS
 from jaxrl_kernels.paged_attention.blocks import Shape
 
 TOKEN, POSITION, LEFT, PROMPT, DRAW, SAMPLE, TEMPERATURE, SHARED, TABLE = range(9)
@@ -58,11 +59,11 @@ def party_of(config: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh
     width = min(config.group_width, config.slots)
     if config.group_decode != "auto":
         return width if config.group_decode == "on" else 0
-    if model.attention == "xla":
-        return 0
+    implementation = model.attention if model.attention in BACKENDS else "auto"
     decode, _ = attention_shapes(config, model, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return width if chosen_for_parties("auto", decode, config.slots, width) == "tpu" else 0
+        backend = chosen_for_parties(implementation, decode, config.slots, width)
+    return width if BACKENDS[backend].skips_empty else 0
 
 
 def empty_plans(config: EngineConfig, table_width: int, pages: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

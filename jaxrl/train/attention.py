@@ -7,9 +7,10 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl import mesh as meshes
-from jaxrl.config import ConfigError, EngineConfig, ModelConfig, PreferConfig, SftConfig, TrainConfig
-from jaxrl.rollout.rounds import attention_shapes
+from jaxrl.config import ConfigError, EngineConfig, ModelConfig, PreferConfig, SftConfig, TrainConfig, nearest
+from jaxrl.rollout.rounds import attention_shapes, party_of
 from jaxrl_kernels import choice
+from jaxrl_kernels.group_decode.backends import chosen_for_parties
 from jaxrl_kernels.interval_attention import backends as interval
 from jaxrl_kernels.paged_attention import backends as paged
 
@@ -27,15 +28,53 @@ def check_attention(
     Raises:
         ConfigError: kernels are asked for whose devices these are not, or that cannot take the model or the rows.
     """
+    _check_backend(model, mesh, interval.BACKENDS, _packed_shapes(model, mesh, sections))
+
+
+def packed_kernels(
+    model: ModelConfig, mesh: Mesh | AbstractMesh, sections: Sequence[SftConfig | PreferConfig | TrainConfig]
+) -> list[str]:
+    """What computes attention over packed rows and in which blocks, a line for each shape: the last bits of a run
+    depend on it. Arguments as ``check_attention``."""
+    lines = []
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        for shape in dict.fromkeys(_packed_shapes(model, mesh, sections)):
+            backend = interval.chosen(model.attention, shape)
+            blocks = interval.BACKENDS[backend].blocks(shape)
+            lines.append(_line(f"{shape.rows} rows, {shape.queries} queries to {shape.tokens} keys", backend, blocks))
+    return lines
+
+
+def paged_kernels(engine: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> list[str]:
+    """The same of attention over KV pages. Arguments as ``check_paged_attention``."""
+    lines, implementation = [], model.attention if model.attention in paged.BACKENDS else "auto"
+    width = party_of(engine, model, mesh)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        for shape in attention_shapes(engine, model, mesh):
+            what = f"{shape.rows} rows in pages, {shape.count} queries each"
+            backend = paged.chosen(implementation, shape)
+            if width and shape.count == 1:
+                backend = chosen_for_parties(implementation, shape, engine.slots, width)
+                what += f", prompts read for up to {width} rows together"
+            lines.append(_line(what, backend, paged.BACKENDS[backend].blocks(shape)))
+    return lines
+
+
+def _line(what: str, backend: str, blocks: str) -> str:
+    return f"attention, {what}: {backend}" + (f", in blocks of {blocks}" if blocks else "")
+
+
+def _packed_shapes(
+    model: ModelConfig, mesh: Mesh | AbstractMesh, sections: Sequence[SftConfig | PreferConfig | TrainConfig]
+) -> list[interval.Shape]:
     batch, parts = (meshes.pieces(axis, meshes.COMPUTE_RULES, mesh) for axis in ("batch", "tokens"))
     ring = model.context_attention == "ring" and parts > 1
     heads = model.query_heads // model.kv_heads, model.head_width, model.compute_dtype
-    shapes = [
+    return [
         interval.Shape(section.rows // batch, part, part if ring else section.row_tokens, *heads, behind=ring)
         for section in sections
         for part in [section.row_tokens // parts]
     ]
-    _check_backend(model, mesh, interval.BACKENDS, shapes)
 
 
 def check_paged_attention(engine: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
@@ -52,12 +91,27 @@ def check_paged_attention(engine: EngineConfig, model: ModelConfig, mesh: Mesh |
     _check_backend(model, mesh, paged.BACKENDS, attention_shapes(engine, model, mesh))
 
 
+def check_name(model: ModelConfig) -> None:
+    """``ModelConfig.attention`` must name a backend.
+
+    Raises:
+        ConfigError: it does not; the message has the name most like it.
+    """
+    names = dict.fromkeys(("auto", *interval.BACKENDS, *paged.BACKENDS))
+    if model.attention not in names:
+        raise ConfigError(
+            f"ModelConfig.attention={model.attention!r} names no kernels{nearest(model.attention, names)}; "
+            f"there are {', '.join(names)}"
+        )
+
+
 def _check_backend(
     model: ModelConfig,
     mesh: Mesh | AbstractMesh,
     table: Mapping[str, choice.Backend],
     shapes: Sequence[Any],
 ) -> None:
+    check_name(model)
     if model.attention not in table:  # "auto", or a kernel for packed rows only
         return
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -76,7 +76,7 @@ def train(
                 view.note(f"adapters: {trained:,} trained parameters on {frozen:,} frozen ones")
             with together("prepare"):
                 if is_first():
-                    for line in run.write_config(config):
+                    for line in (*run.write_config(config), *run.write_kernels(session.kernels())):
                         view.note(f"changed since the last start: {line}")
                     run.go_back(step, progress.global_step)
             if step is not None and (removed := checkpoints.rewind(step)):

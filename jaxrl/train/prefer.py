@@ -19,6 +19,7 @@ from jaxrl.observe.report import SUMMARY_FILE
 from jaxrl.records import Batch, Conversation, Trajectory
 from jaxrl.rl.preference import VALUED
 from jaxrl.train import experiment
+from jaxrl.train.attention import packed_kernels
 from jaxrl.train.checkpoint import Checkpoints
 from jaxrl.train.preference_loss import method, preference_loss, score_loss
 from jaxrl.train.progress import RunProgress
@@ -121,7 +122,8 @@ def prefer(config: Config, folder: pathlib.Path, view: Progress, *, which: str =
             session.keep_tokenizer()
             if step is None:
                 session.keep_base()
-            for line in run.write_config(config):
+            kernels = packed_kernels(session.model, session.mesh, (config.prefer,))
+            for line in (*run.write_config(config), *run.write_kernels(kernels)):
                 view.note(f"changed since the last start: {line}")
             run.go_back(step, progress.global_step)
             if step is not None:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jaxrl import config as configuration
 from jaxrl.config import Config
@@ -79,12 +79,20 @@ class RunFolder:
 
     def write_config(self, config: Config) -> list[str]:
         """Put the resolved configuration beside the results; returns what changed since the last start, a line each."""
-        text = configuration.dump(config)
-        before = self.config.read_text(encoding="utf-8").splitlines() if self.config.is_file() else []
-        unfinished = self.config.with_suffix(".gin.tmp")
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, self.config)
-        return [line for line in text.splitlines() if line and line not in before] if before else []
+        return _put(self.config, configuration.dump(config))
+
+    def write_kernels(self, lines: Sequence[str]) -> list[str]:
+        """The same with what computes attention, and in which blocks: a change of it changes a run's last bits."""
+        return _put(self.path / "kernels.txt", "".join(f"{line}\n" for line in lines))
+
+
+def _put(path: pathlib.Path, text: str) -> list[str]:
+    """Replace a file; returns the lines that its last version did not have, if there was one."""
+    before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+    return [line for line in text.splitlines() if line and line not in before] if before else []
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from jaxrl.rollout.scheduler import Scheduler
 from jaxrl.sandbox import pool_from_config
 from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from jaxrl.train.attention import check_attention, check_paged_attention
+from jaxrl.train.attention import check_attention, check_paged_attention, packed_kernels, paged_kernels
 from jaxrl.train.joint_episodes import joint_play
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunError, RunFolder
@@ -97,6 +97,11 @@ class Session:
     @functools.cached_property
     def rl_optimizer(self) -> optax.GradientTransformation:
         return rl_optimizer(self.config.optimizer, self.trained_specs)
+
+    def kernels(self) -> list[str]:
+        """What computes attention while episodes are played and trained on, for the run folder."""
+        packed = packed_kernels(self.model, self.mesh, packed_sections(self.config))
+        return packed + paged_kernels(self.config.engine, self.model, self.rollout_mesh)
 
     def keep_tokenizer(self) -> None:
         """Write the tokenizer and its chat template into the run folder, and what came with the model it begins from;

@@ -1,13 +1,11 @@
-"""What the kernels cost on the devices at hand, beside plain alternatives, and which sizes of blocks cost least.
+"""What the kernels cost on the devices at hand, beside plain alternatives.
 
 Times are medians of one run in turns: of the CPU where the devices are one, otherwise of the clock.
 """
 
-import dataclasses
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,34 +13,11 @@ import numpy as np
 
 from jaxrl_kernels.choice import device_kind
 from jaxrl_kernels.group_decode import group_decode, make_groups
-from jaxrl_kernels.interval_attention import Plan, interval_attention
-from jaxrl_kernels.interval_attention.blocks import fitting
-from jaxrl_kernels.interval_attention.pairs import make_pairs
+from jaxrl_kernels.interval_attention import interval_attention
 from jaxrl_kernels.paged_attention import paged_attention
 
 QUERY_HEADS, KV_HEADS, WIDTH = 4, 2, 64
 SLOTS, PARTY, PAGE = 64, 16, 16
-
-CANDIDATES = tuple(itertools.product((512, 1024, 2048), (256, 512, 1024)))
-"""Rows of a block of scores, and keys, that are tried."""
-WIDTHS = (64, 128, 256)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tried:
-    """Sizes of blocks for a head width, and what forward and backward cost with them.
-
-    Attributes:
-        rows, keys: as in the table of ``interval_attention/blocks.py``.
-        seconds: infinite where the compiler refused.
-        refused: why.
-    """
-
-    width: int
-    rows: int
-    keys: int
-    seconds: float
-    refused: str = ""
 
 
 def figures(tokens: int, rounds: int) -> list[dict]:
@@ -78,54 +53,12 @@ def figures(tokens: int, rounds: int) -> list[dict]:
     return [_figure("K1", what, value, demand, f"{tokens} tokens") for what, (value, demand) in ratios.items()]
 
 
-def tried(
-    tokens: int,
-    rounds: int,
-    *,
-    backend: str = "tpu",
-    widths: Sequence[int] = WIDTHS,
-    candidates: Sequence[tuple[int, int]] = CANDIDATES,
-) -> Iterator[Tried]:
-    """Forward and backward over a causal row with every candidate's sizes.
-
-    Args:
-        tokens: of the row.
-        rounds: runs of each, after one that is not counted.
-        backend: one that walks along pairs of blocks.
-        widths: of the heads.
-        candidates: rows of a block of scores, and keys.
-    """
-    for width, (rows, keys) in itertools.product(widths, candidates):
-        q, k, v, end = (x.astype(jnp.bfloat16) if x.ndim == 4 else x for x in row_of_segments(tokens, 1, width))
-        blocks = fitting(rows, keys, QUERY_HEADS // KV_HEADS, tokens, tokens)
-        plan = Plan(make_pairs(end, queries=tokens, first=0, blocks=blocks), backend)
-        run = forward_and_backward(lambda q, k, v, end, plan=plan: interval_attention(q, k, v, end, plan=plan))
-        try:
-            cost = seconds({"run": lambda run=run, row=(q, k, v, end): run(*row)}, rounds)["run"]
-        except jax.errors.JaxRuntimeError as error:  # they do not fit into the memory of the chip
-            yield Tried(width, rows, keys, float("inf"), str(error).splitlines()[0])
-        else:
-            yield Tried(width, rows, keys, cost)
-
-
-def line_of_table(width: int, results: Sequence[Tried]) -> str:
-    """The line of ``interval_attention/blocks.py`` for these devices, with what cost least.
-
-    Raises:
-        ValueError: the compiler refused all of this width.
-    """
-    best = min((result for result in results if result.width == width), key=lambda result: result.seconds)
-    if best.refused:
-        raise ValueError(f"no sizes of blocks fit for head width {width}; the last word: {best.refused}")
-    return f'("{device_kind()}", {width}): ({best.rows}, {best.keys}),'
-
-
-def row_of_segments(tokens: int, segments: int, width: int = WIDTH) -> tuple[jax.Array, ...]:
+def row_of_segments(tokens: int, segments: int) -> tuple[jax.Array, ...]:
     """q, k, v and end of one row of equal segments."""
     generator = np.random.default_rng(0)
     edges = np.linspace(0, tokens, segments + 1).astype(int)
     end = np.repeat(edges[1:], np.diff(edges))[None].astype(np.int32)
-    shapes = [(1, tokens, heads, width) for heads in (QUERY_HEADS, KV_HEADS, KV_HEADS)]
+    shapes = [(1, tokens, heads, WIDTH) for heads in (QUERY_HEADS, KV_HEADS, KV_HEADS)]
     return (*(jnp.asarray(generator.normal(size=shape), jnp.float32) for shape in shapes), jnp.asarray(end))
 
 

@@ -13,6 +13,8 @@ class Backend(Protocol):
     Attributes:
         devices: beginnings of the kinds of device, as jax says them, that it runs on.
         unfit: why it cannot take a shape, empty if it can.
+        blocks: in which blocks it computes a shape, empty where nothing but the backend decides that.
+        automatic: "auto" may take it.
     """
 
     @property
@@ -21,6 +23,12 @@ class Backend(Protocol):
     @property
     def unfit(self) -> Callable[[Any], str]: ...
 
+    @property
+    def blocks(self) -> Callable[[Any], str]: ...
+
+    @property
+    def automatic(self) -> bool: ...
+
 
 def device_kind() -> str:
     """Kind of the devices that what is traced now will run on, as jax says it: those of the mesh, if one is set."""
@@ -28,14 +36,12 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
-def chosen(
-    table: Mapping[str, Backend], automatic: Sequence[str], implementation: str, shapes: Sequence[Any], what: str
-) -> str:
+def chosen(table: Mapping[str, Backend], implementation: str, shapes: Sequence[Any], what: str) -> str:
     """Name of the backend for shapes on the devices at hand; says once when "auto" passes one over for a shape.
 
     Args:
-        table: backends by name.
-        automatic: what "auto" tries, in order: the first that runs on the device and takes every shape.
+        table: backends by name. "auto" takes the first one that it may take, that runs on the device and that takes
+            every shape.
         implementation: "auto", or a name in the table.
         shapes: what is computed, by one backend all of it.
         what: the table computes, for messages.
@@ -44,10 +50,10 @@ def chosen(
         ValueError: the name is unknown, or names a backend that does not run here or cannot take a shape.
     """
     if implementation == "auto":
-        for name in automatic:
-            if not device_kind().startswith(table[name].devices):
+        for name, backend in table.items():
+            if not backend.automatic or not device_kind().startswith(backend.devices):
                 continue
-            if not (reason := _unfit(table[name], shapes)):
+            if not (reason := _unfit(backend, shapes)):
                 return name
             warnings.warn(f"{what}: {name!r} is passed over: {reason}", stacklevel=2)
     if implementation not in table:

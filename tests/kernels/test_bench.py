@@ -1,31 +1,68 @@
-"""The measurements of kernels: sizes of blocks are tried, and the fastest become a line of the table."""
+"""The table of block sizes: sizes are tried, the fastest are written, and the kernels read them."""
 
-import math
+import pathlib
 
+import numpy as np
 import pytest
 
 from jaxrl.cli import BAD_USAGE, main
-from jaxrl_kernels import bench
-from jaxrl_kernels.interval_attention.blocks import TABLE
+from jaxrl_kernels import block_sizes, tuning
+from jaxrl_kernels.block_sizes import Key, Sizes
+from jaxrl_kernels.paged_attention.blocks import Shape, blocks_for
+
+EXTENT = tuning.Extent(tokens=256, rounds=1, query_heads=4, kv_heads=2, slots=2, chunks=1, chunk=64)
 
 
-def test_every_candidate_is_run_or_refused_and_the_fastest_becomes_a_line() -> None:
-    candidates = ((256, 128), (512, 128))
-    results = list(bench.tried(128, 1, backend="tpu_interpreted", widths=(8,), candidates=candidates))
-    assert [(result.rows, result.keys) for result in results] == list(candidates)
-    assert all(0 < result.seconds < math.inf for result in results)
-    fastest = min(results, key=lambda result: result.seconds)
-    table = eval("{" + bench.line_of_table(8, results) + "}")
-    assert table == {("cpu", 8): (fastest.rows, fastest.keys)}
-    assert {(type(kind), type(width)) for kind, width in TABLE} == {(type(kind), type(width)) for kind, width in table}
+def test_every_candidate_is_run_and_the_fastest_is_written(tmp_path: pathlib.Path) -> None:
+    options = {"backend": "tpu_interpreted", "widths": (8,)}
+    sizes = [(256, 128), (512, 256), (1024, 512)]
+    for tried, key, runs in (
+        (tuning.packed_rows(EXTENT, candidates=sizes, **options), Key("interval_attention", "cpu", 8), 1),
+        (tuning.pages(EXTENT, page_sizes=(16,), candidates=sizes, **options), Key("paged_attention", "cpu", 8, 16), 2),
+    ):
+        results = list(tuning.written(tried, tmp_path / "table.json", "256 tokens"))
+        assert [(result.key, result.rows, result.keys) for result in results] == [(key, *pair) for pair in sizes[:2]], (
+            "the third candidate is cut to what the second was"
+        )
+        assert all(len(result.seconds) == runs and min(result.seconds) > 0 for result in results)
+        least = [min(times) for times in zip(*(result.seconds for result in results), strict=True)]
+        fastest = min(results, key=lambda result: sum(np.divide(result.seconds, least)))
+        got = block_sizes.read(tmp_path / "table.json")[key]
+        assert (got.rows, got.keys) == (fastest.rows, fastest.keys) and got.measured.endswith("256 tokens")
+    assert block_sizes.read(tmp_path / "table.json").items() > block_sizes.read().items()
 
 
-def test_what_the_compiler_refused_is_never_chosen() -> None:
-    refused = bench.Tried(64, 2048, 1024, math.inf, "RESOURCE_EXHAUSTED: scoped vmem")
-    slow = bench.Tried(64, 512, 256, 2.0)
-    assert bench.line_of_table(64, [refused, slow]).endswith("64): (512, 256),")
-    with pytest.raises(ValueError, match="no sizes of blocks fit for head width 64; the last word: RESOURCE_EXHAUSTED"):
-        bench.line_of_table(64, [refused])
+def test_every_run_counts_the_same_and_what_the_compiler_refused_is_never_chosen() -> None:
+    key, other = Key("paged_attention", "TPU v5", 128, 16), Key("paged_attention", "TPU v5", 256, 16)
+    results = [
+        tuning.Tried(key, 512, 1024, refused="RESOURCE_EXHAUSTED: scoped vmem"),
+        tuning.Tried(key, 256, 512, (0.001, 0.9)),
+        tuning.Tried(key, 128, 256, (0.002, 0.8)),
+        tuning.Tried(other, 256, 512, refused="RESOURCE_EXHAUSTED: scoped vmem"),
+    ]
+    found = tuning.fastest(results, "here")
+    assert {key: (sizes.rows, sizes.keys) for key, sizes in found.items()} == {key: (256, 512)}
+
+
+def test_the_kernels_take_what_the_table_says(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    table, key = tmp_path / "table.json", Key("paged_attention", "TPU v9", 128, 16)
+    shape = Shape(4, 256, 8, 2, 128, 16, 256, "bfloat16", "bfloat16")
+    with pytest.warns(UserWarning, match="no block sizes for head width 128 and pages of 16 tokens on 'TPU v9'"):
+        before = blocks_for("TPU v9", shape)
+    block_sizes.write({key: Sizes(128, 256, "today")}, table)
+    monkeypatch.setattr(block_sizes, "table", lambda: block_sizes.read(table))
+    blocks = blocks_for("TPU v9", shape)
+    assert (before.rows, before.pages) == (256, 32) and (blocks.rows, blocks.pages) == (128, 16)
+    block_sizes.write({key: Sizes(1 << 16, 1 << 16)}, table)
+    assert blocks_for("TPU v9", shape).pages <= 64, "memory is the bound, whatever the table says"
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path: pathlib.Path) -> None:
+    for text in ("{}", "[1]", '[{"rows": 3}]', "no"):
+        (tmp_path / "table.json").write_text(text)
+        if text != "{}":
+            with pytest.raises(ValueError, match="table.json is no table of block sizes"):
+                block_sizes.write({}, tmp_path / "table.json")
 
 
 def test_sizes_are_only_measured_where_there_is_a_choice(capsys: pytest.CaptureFixture[str]) -> None:

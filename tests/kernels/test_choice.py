@@ -49,6 +49,16 @@ def test_refusals_name_the_limit(kind: str, change: dict[str, object], message: 
             interval.chosen("mosaic_gpu", dataclasses.replace(ROW, **change))
 
 
+def test_auto_takes_the_first_row_that_it_may_take_and_that_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend is a row of the table: nothing else lists it."""
+    table = {"new": dataclasses.replace(paged.BACKENDS["xla"], devices=("NVIDIA",)), **paged.BACKENDS}
+    monkeypatch.setattr(paged, "BACKENDS", table)
+    with on("NVIDIA A100-SXM4-40GB"):
+        assert paged.chosen("auto", SLOTS) == "new"
+        table["new"] = dataclasses.replace(table["new"], automatic=False)
+        assert paged.chosen("auto", SLOTS) == "xla" and paged.chosen("new", SLOTS) == "new"
+
+
 def test_auto_takes_no_kernel_that_has_room_for_one_part_of_a_decoding_group_alone() -> None:
     rows, heads, width, page, table = 256, 64, 128, 16, 490
     q, page_table = jax.ShapeDtypeStruct((rows, 1, heads, width), jnp.bfloat16), _integers(rows, table)

@@ -12,9 +12,11 @@ from jaxrl_kernels import group_decode, make_group_plan, make_groups, paged_atte
 from jaxrl_kernels.group_decode.cases import CASES, Case
 from jaxrl_kernels.paged_attention import blocks
 from jaxrl_kernels.paged_attention import tpu as paged
+from jaxrl_kernels.paged_attention.backends import BACKENDS as BACKEND_TABLE
+from tests.kernels.backends import anywhere
 from tests.kernels.pages import exactly, pages_of
 
-BACKENDS = ("xla", "tpu_interpreted")
+BACKENDS = anywhere(BACKEND_TABLE)
 
 
 def inputs(case: Case) -> tuple[jax.Array, ...]:
@@ -87,7 +89,7 @@ def test_every_row_that_shares_is_in_one_party_of_its_group() -> None:
 def test_shared_pages_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps of the kernel for TPUs are what it reads."""
     case = Case("group", (0,) * 6, (3,) * 6, shared=(8,), width=6)
-    monkeypatch.setattr(paged, "blocks_for", lambda shape: blocks.Blocks(shape.count, 16, pages=1))
+    monkeypatch.setattr(paged, "blocks_for", lambda kind, shape: blocks.Blocks(shape.count, 16, pages=1))
     q, keys, _, table, positions, shared = inputs(case)
     groups, shape = make_groups(table, shared, case.width), blocks.shape_of(q, keys, table)
     plan = make_group_plan(positions, groups, shape, implementation="tpu_interpreted")

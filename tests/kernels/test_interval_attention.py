@@ -12,16 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_kernels import Plan
-from jaxrl_kernels.choice import device_kind
-from jaxrl_kernels.interval_attention import interval_attention, interval_attention_with_lse, make_plan, segment_ends
-from jaxrl_kernels.interval_attention.backends import HOPPER_KINDS
+from jaxrl_kernels.interval_attention import (
+    backends,
+    interval_attention,
+    interval_attention_with_lse,
+    make_plan,
+    segment_ends,
+)
 from jaxrl_kernels.interval_attention.cases import CASES, Case
 from jaxrl_kernels.interval_attention.pairs import Blocks, make_pairs
 from jaxrl_kernels.interval_attention.tables import make_tables
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import soft_capped
+from tests.kernels.backends import anywhere, of_these_devices
 
-BACKENDS = ("xla", "tpu_interpreted")
+BACKENDS = [name for name in anywhere(backends.BACKENDS) if name != "mosaic_gpu_interpreted"]
 
 # The interpreter of a GPU takes ten seconds a case: the table's kinds of masks and scores, each once.
 ON_GPU = ("few_heads", "nothing", "prefix", "bfloat16", "soft_cap", "split_tree_window", "window")
@@ -48,11 +53,11 @@ EVERY_CASE = [
 ]
 
 HERE = [
-    dataclasses.replace(case, head_width=64, dtype="bfloat16")
+    pytest.param(dataclasses.replace(case, head_width=64, dtype="bfloat16"), backend, id=f"{case.name}-{backend}")
     for case in CASES
-    if device_kind().startswith(HOPPER_KINDS)
+    for backend in of_these_devices(backends.BACKENDS)
 ]
-"""Of a Hopper GPU: every case, as its kernels take them."""
+"""Where kernels of these devices are tested: every case, as all of them take it."""
 
 EVERY_LENGTH = [(backend, tokens) for backend in BACKENDS for tokens in (24, 300)] + [
     pytest.param("mosaic_gpu_interpreted", 24, marks=pytest.mark.slow)
@@ -164,9 +169,9 @@ def test_case(case: Case, backend: str) -> None:
         assert error <= allowed, f"{name} is off by {error}, allowed {allowed}"
 
 
-@pytest.mark.parametrize("case", HERE, ids=lambda case: case.name)
-def test_case_on_hopper(case: Case) -> None:
-    test_case(case, "mosaic_gpu")
+@pytest.mark.parametrize(("case", "backend"), HERE)
+def test_case_on_these_devices(case: Case, backend: str) -> None:
+    test_case(case, backend)
 
 
 @pytest.mark.parametrize(("backend", "tokens"), EVERY_LENGTH)
@@ -265,7 +270,7 @@ def test_memory_is_linear_in_tokens() -> None:
         ({"k": (1, 3, 2, 8)}, "Q at most T"),
         ({"end": (1, 5)}, "end has shape .* one integer per token"),
         ({"positions": (1, 3)}, "positions has shape .* one integer per token"),
-        ({"name": "cuda"}, "unknown; choose auto, xla, tpu"),
+        ({"name": "cuda"}, "unknown; choose auto, tpu, .*xla"),
         ({"name": "tpu"}, "needs a TPU, not 'cpu'; choose auto"),
     ],
 )

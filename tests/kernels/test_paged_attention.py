@@ -16,9 +16,21 @@ from jaxrl_kernels.paged_attention.cases import CASES, Case
 from jaxrl_kernels.paged_attention.quantized import Pages, Scaled, floats
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import soft_capped
+from tests.kernels.backends import anywhere, of_these_devices
 from tests.kernels.pages import exactly, pages_of
 
-BACKENDS = ("xla", "tpu_interpreted")
+BACKENDS = anywhere(BACKEND_TABLE)
+
+HERE = [
+    pytest.param(
+        dataclasses.replace(case, head_width=128, page=128 if case.pages else max(case.page, 16)),
+        backend,
+        id=f"{case.name}-{backend}",
+    )
+    for case in CASES
+    for backend in of_these_devices(BACKEND_TABLE)
+]
+"""Where kernels of these devices are tested: every case, as all of them take it."""
 
 
 def inputs(case: Case) -> tuple[Pages, ...]:
@@ -76,6 +88,11 @@ def test_case(case: Case, backend: str) -> None:
     assert got[0].dtype == got[1].dtype == jnp.float32
     nobody = np.asarray(arguments[4]) < 0
     assert not np.asarray(got[0], np.float32)[nobody].any() and np.isneginf(np.asarray(got[1])[nobody]).all()
+
+
+@pytest.mark.parametrize(("case", "backend"), HERE)
+def test_case_on_these_devices(case: Case, backend: str) -> None:
+    test_case(case, backend)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -178,7 +195,7 @@ def test_what_the_tpu_kernel_cannot_take_is_said() -> None:
 @pytest.mark.parametrize(("count", "heads", "width"), [(128, 32, 128), (256, 32, 128), (256, 16, 256), (1, 64, 256)])
 def test_blocks_of_many_kv_heads_fit_into_the_vector_memory(count: int, heads: int, width: int) -> None:
     shape = Shape(4, count, heads, heads, width, 16, 128, "bfloat16", "bfloat16")
-    blocks = blocks_for(shape)
+    blocks = blocks_for("TPU v5", shape)
     pages = 4 * blocks.pages * shape.page * heads * width * 2
     queries = blocks.rows * heads * (width * (2 * 2 + 2 * 4 + 4) + 128 * 4 * 4)  # with results, sums and log-sum-exps
     assert pages + queries < 14 << 20

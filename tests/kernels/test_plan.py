@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxrl_kernels import block_sizes
+from jaxrl_kernels.block_sizes import Key, Sizes
 from jaxrl_kernels.interval_attention import Plan, interval_attention, pairs, plan, tables
-from jaxrl_kernels.interval_attention.blocks import FALLBACK, LANES, TABLE, blocks_for
+from jaxrl_kernels.interval_attention.blocks import FALLBACK, LANES, blocks_for
 
 
 def tree_ends(draw: st.DrawFn, left: int, right: int, end: np.ndarray) -> None:
@@ -182,24 +184,26 @@ def test_pairs_outside_of_the_lists_are_never_touched() -> None:
 
 
 @given(
-    known=st.sampled_from(sorted(TABLE)),
+    known=st.sampled_from(sorted(key for key in block_sizes.table() if key.kernel == "interval_attention")),
     groups=st.sampled_from([1, 2, 3, 5, 8, 12, 16, 64]),
     queries=st.integers(1, 1 << 17),
     more=st.integers(0, 1 << 17),
 )
 @settings(max_examples=100, deadline=None)
 def test_block_sizes_suit_registers_and_are_no_larger_than_the_table_says(
-    known: tuple[str, int], groups: int, queries: int, more: int
+    known: Key, groups: int, queries: int, more: int
 ) -> None:
-    blocks = blocks_for(*known, groups, queries, queries + more)
-    rows, keys = TABLE[known]
+    blocks, most = (
+        blocks_for(known.device, known.head_width, groups, queries, queries + more),
+        block_sizes.table()[known],
+    )
     for size in (blocks.queries, blocks.keys):
         assert size % LANES == 0 and size & (size - 1) == 0
     smallest = LANES * LANES * groups  # of one register's length each way
-    assert groups * blocks.queries * blocks.keys <= max(rows * keys, smallest)
+    assert groups * blocks.queries * blocks.keys <= max(most.rows * most.keys, smallest)
 
 
 def test_a_shape_outside_of_the_table_falls_back_and_says_so() -> None:
     with pytest.warns(UserWarning, match="no block sizes for head width 80 on 'TPU v5'"):
         blocks = blocks_for("TPU v5", 80, 1, 4096, 4096)
-    assert (blocks.queries, blocks.keys) == FALLBACK
+    assert Sizes(blocks.queries, blocks.keys) == FALLBACK

@@ -87,7 +87,12 @@ def test_a_run_that_goes_back_forgets_how_it_ended(copy: pathlib.Path) -> None:
 
 def test_a_run_that_is_done_says_so(tiny_config: Config, copy: pathlib.Path) -> None:
     fewer = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, steps=2))
-    assert "4 steps are done, TrainConfig.steps=2: nothing to train" in train(fewer, copy)
+    kernels = (copy / "kernels.txt").read_text().splitlines()
+    assert len(kernels) > 2 and all(line.endswith(": xla") for line in kernels)
+    (copy / "kernels.txt").write_text("\n".join(kernels[1:]))
+    shown = train(fewer, copy)
+    assert "4 steps are done, TrainConfig.steps=2: nothing to train" in shown
+    assert f"changed since the last start: {kernels[0]}" in " ".join(shown.split())
     with pytest.raises(CheckpointError, match="no checkpoint '1' in"):
         train(tiny_config, copy, which="1")
 

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import pytest
 
+from jaxrl.check import run as check_run
 from jaxrl.config import Config, ConfigError, EngineConfig, ModelConfig, SftConfig, TrainConfig
 from jaxrl.mesh import AXES
 from jaxrl.observe.traces import read_episodes
 from jaxrl.observe.writers import read_metrics
 from jaxrl.train import attention, session
+from jaxrl.train.run import RunFolder
 
 SHORT = (
     *("ModelConfig.kv_heads=2", "SftConfig.steps=20", "TrainConfig.steps=2", "TrainConfig.problems=2"),
@@ -51,6 +53,25 @@ def test_rows_that_a_mesh_cannot_split_are_refused_with_what_it_could(lengths: t
         session.check_rows(session.packed_sections(config), jax.sharding.AbstractMesh(lengths, AXES))
 
 
+def test_the_run_folder_says_what_computes_attention_and_in_which_blocks(tmp_path: pathlib.Path) -> None:
+    model, engine = ModelConfig(head_width=128, compute_dtype="bfloat16"), EngineConfig(group_decode="on")
+    device, run = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu"), RunFolder(tmp_path)
+    mesh = jax.sharding.AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
+
+    def kernels() -> list[str]:
+        packed = attention.packed_kernels(model, mesh, [SftConfig(rows=2, row_tokens=4096)] * 2)
+        return packed + attention.paged_kernels(engine, model, mesh)
+
+    rows, decode, prefill = kernels()
+    assert rows == "attention, 2 rows, 4096 queries to 4096 keys: tpu, in blocks of 512 queries by 512 keys"
+    assert all(": tpu, in blocks of" in line and " rows of scores by " in line for line in (decode, prefill))
+    assert "prompts read for up to 16 rows together" in decode
+    assert not run.write_kernels(kernels()) and not run.write_kernels(kernels())
+    model = dataclasses.replace(model, attention="xla")
+    assert run.write_kernels(kernels())[0] == "attention, 2 rows, 4096 queries to 4096 keys: xla"
+    assert (tmp_path / "kernels.txt").read_text().splitlines() == kernels()
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
@@ -75,6 +96,18 @@ def test_kernels_that_cannot_be_had_are_refused_at_start(kind: str, changes: dic
         check(dataclasses.replace(wide, attention={"T": "tpu", "N": "mosaic_gpu"}.get(kind[0], "xla")))
     with pytest.raises(ConfigError, match=f"ModelConfig.attention={message}.*; set it to 'auto'"):
         check(dataclasses.replace(wide, **({"attention": "mosaic_gpu"} | changes)))
+
+
+def test_an_unknown_name_is_refused_with_the_one_most_like_it() -> None:
+    model, mesh = ModelConfig(attention="mosiac_gpu"), jax.sharding.AbstractMesh((1,) * len(AXES), AXES)
+    message = "attention='mosiac_gpu' names no kernels; did you mean mosaic_gpu.; there are auto, tpu, .*xla"
+    for check in (
+        lambda: attention.check_attention(model, mesh, [TrainConfig()]),
+        lambda: attention.check_paged_attention(EngineConfig(), model, mesh),
+        lambda: check_run.configuration("smoke", ["ModelConfig.attention=mosiac_gpu"]),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check()
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxrl_kernels.group_decode.backends import PREFIXES, chosen_for_parties, positions_in_parties
+from jaxrl_kernels.group_decode.backends import at_once, chosen_for_parties, one_by_one, positions_in_parties
 from jaxrl_kernels.paged_attention import PagedPlan, make_paged_plan, paged_attention, paged_attention_with_lse
-from jaxrl_kernels.paged_attention.backends import Implementation
+from jaxrl_kernels.paged_attention.backends import BACKENDS
 from jaxrl_kernels.paged_attention.blocks import Shape, shape_of
 from jaxrl_kernels.paged_attention.quantized import Pages
 from jaxrl_kernels.softmax import MASKED
@@ -77,7 +77,7 @@ def make_group_plan(
     shape: Shape,
     *,
     windows: Sequence[int] = (),
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
 ) -> GroupPlan:
     """The plan of a step of decoding.
 
@@ -120,7 +120,7 @@ def group_decode(
     scale: float | None = None,
     soft_cap: float = 0.0,
     plan: GroupPlan | None = None,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
 ) -> jax.Array:
     """``paged_attention`` of one new token a row, to float32 rounding.
 
@@ -173,15 +173,18 @@ def _joined(
     *,
     scale: float | None,
     soft_cap: float,
-    implementation: Implementation,
+    implementation: str,
 ) -> jax.Array:
     """Both parts of every row, and their weighted mean."""
     if plan is None:
         shape = shape_of(q, key_pages, page_table)
         plan = make_group_plan(positions, groups, shape, implementation=implementation)
     pages, options = (key_pages, value_pages), {"scale": scale, "soft_cap": soft_cap}
-    prefix = PREFIXES[plan.shared.backend]
-    first, first_log = prefix(q, *pages, page_table, groups.members, groups.shared, plan.shared, options)
+    name, arrays = plan.shared.backend, (q, *pages, page_table, groups.members, groups.shared)
+    if BACKENDS[name].skips_empty:
+        first, first_log = at_once(name, *arrays, plan.shared, options)
+    else:
+        first, first_log = one_by_one(name, *arrays, options)
     column = jnp.arange(page_table.shape[1], dtype=jnp.int32) + groups.shared[:, None]
     own_table = jnp.take_along_axis(page_table, column, axis=1, mode="clip")
     own_position = _own_positions(positions, groups, key_pages.shape[2])

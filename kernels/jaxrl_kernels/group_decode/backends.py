@@ -1,15 +1,13 @@
 """Who computes what a party sees of the pages it shares, by the backend of paged attention that it is joined with."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels.paged_attention import PagedPlan, paged_attention_with_lse
-from jaxrl_kernels.paged_attention.backends import Implementation, chosen
+from jaxrl_kernels.paged_attention.backends import chosen
 from jaxrl_kernels.paged_attention.blocks import Shape
 from jaxrl_kernels.paged_attention.quantized import Pages
 
@@ -26,7 +24,7 @@ def positions_in_parties(members: jax.Array, shared: jax.Array, page: int) -> ja
 
 
 def at_once(
-    implementation: Implementation,
+    implementation: str,
     q: jax.Array,
     key_pages: Pages,
     value_pages: Pages,
@@ -65,33 +63,24 @@ def at_once(
 
 
 def one_by_one(
+    implementation: str,
     q: jax.Array,
     key_pages: Pages,
     value_pages: Pages,
     page_table: jax.Array,
     members: jax.Array,
     shared: jax.Array,
-    plan: PagedPlan | None,
     options: dict[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
-    """``at_once`` in plain JAX, a party after the other, as many as there are; its backend has no plan."""
+    """``at_once``, a party after the other, as many as there are."""
 
     def add(party: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         own = jax.lax.dynamic_slice_in_dim(members, party, 1)
-        seen, logs = at_once("xla", q, key_pages, value_pages, page_table, own, shared, None, options)
+        seen, logs = at_once(implementation, q, key_pages, value_pages, page_table, own, shared, None, options)
         return sums[0] + seen, jnp.maximum(sums[1], logs)  # a row is in one party, and gets zeros from the others
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
     return jax.lax.fori_loop(0, (members[:, 0] >= 0).sum(), add, start)
-
-
-PREFIXES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "xla": one_by_one,
-    "tpu": functools.partial(at_once, "tpu"),
-    "tpu_interpreted": functools.partial(at_once, "tpu_interpreted"),
-    "reference": functools.partial(at_once, "reference"),
-}
-"""By the name that ``implementation`` gives."""
 
 
 def chosen_for_parties(implementation: str, shape: Shape, parties: int, width: int) -> str:

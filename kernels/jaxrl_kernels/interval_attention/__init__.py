@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_kernels.interval_attention.backends import BACKENDS, Implementation, Shape, chosen
+from jaxrl_kernels.interval_attention.backends import BACKENDS, Shape, chosen
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +41,7 @@ def make_plan(
     queries: int | None = None,
     first: int | jax.Array = 0,
     behind: bool = False,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
 ) -> Plan:
     """The plan of an interval mask, for every window.
 
@@ -79,7 +79,7 @@ def interval_attention(
     positions: jax.Array | None = None,
     query_positions: jax.Array | None = None,
     plan: Plan | None = None,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
 ) -> jax.Array:
     """Attend, softmax in float32. A query that sees no key gives zeros and has zero gradient.
 
@@ -142,7 +142,7 @@ def interval_attention_with_lse(
     positions: jax.Array | None = None,
     query_positions: jax.Array | None = None,
     plan: Plan | None = None,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """``interval_attention``, and the log-sum-exp of each query's scores, by which parts of a row can be joined.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -13,8 +13,6 @@ from jaxrl_kernels.interval_attention import plan, reference, tpu, xla
 from jaxrl_kernels.interval_attention.blocks import HOPPER, HOPPER_WIDTHS, blocks_for
 from jaxrl_kernels.interval_attention.pairs import Pairs, longest_list, make_pairs
 from jaxrl_kernels.interval_attention.tables import Tables, make_tables
-
-Implementation = Literal["auto", "xla", "tpu", "tpu_interpreted", "mosaic_gpu", "mosaic_gpu_interpreted", "reference"]
 
 HOPPER_KINDS = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H20", "NVIDIA H800", "NVIDIA GH200")
 
@@ -48,12 +46,16 @@ class Backend:
             padding hold zeros. ``places`` are the positions of queries [B, Q] and keys [B, T], or None.
         devices: beginnings of the kinds of device, as jax says them, that it runs on.
         unfit: why it cannot take a shape, empty if it can.
+        blocks: in which blocks it computes a shape, empty where nothing but the backend decides that.
+        automatic: "auto" may take it.
     """
 
     plan: Callable[[jax.Array, int | jax.Array, Shape], Any]
     attend: Callable[..., tuple[jax.Array, jax.Array]]
     devices: tuple[str, ...] = ("",)
     unfit: Callable[[Shape], str] = lambda shape: ""
+    blocks: Callable[[Shape], str] = lambda shape: ""
+    automatic: bool = False
 
 
 def _key_blocks(end: jax.Array, first: int | jax.Array, shape: Shape) -> plan.KeyBlocks:
@@ -76,6 +78,11 @@ def _unfit_for_tpu(shape: Shape) -> str:
     return ""
 
 
+def _blocks_on_tpu(shape: Shape) -> str:
+    blocks = blocks_for(device_kind(), shape.head_width, shape.groups, shape.queries, shape.tokens)
+    return f"{blocks.queries} queries by {blocks.keys} keys"
+
+
 def _tables(end: jax.Array, first: int | jax.Array, shape: Shape) -> Tables:
     return make_tables(end, queries=shape.queries, first=first, blocks=HOPPER)
 
@@ -95,8 +102,10 @@ def _unfit_for_hopper(shape: Shape) -> str:
 
 
 BACKENDS: dict[str, Backend] = {
-    "xla": Backend(_key_blocks, xla.interval_attention),
-    "tpu": Backend(_pairs, tpu.interval_attention, devices=("TPU",), unfit=_unfit_for_tpu),
+    "tpu": Backend(
+        _pairs, tpu.interval_attention, ("TPU",), unfit=_unfit_for_tpu, blocks=_blocks_on_tpu, automatic=True
+    ),
+    "xla": Backend(_key_blocks, xla.interval_attention, automatic=True),
     "tpu_interpreted": Backend(_pairs, functools.partial(tpu.interval_attention, interpret=True)),
     "mosaic_gpu": Backend(
         _tables, functools.partial(_attend_on_hopper, interpret=False), devices=HOPPER_KINDS, unfit=_unfit_for_hopper
@@ -104,13 +113,10 @@ BACKENDS: dict[str, Backend] = {
     "mosaic_gpu_interpreted": Backend(_tables, functools.partial(_attend_on_hopper, interpret=True)),
     "reference": Backend(lambda end, first, shape: (), reference.interval_attention),
 }
-"""By the name that ``implementation`` gives. Interpreted ones are for tests on machines without a TPU or GPU."""
-
-AUTOMATIC = ("tpu", "xla")
-"""What "auto" tries, in order: the first that runs on the device and takes the shape. Not yet "mosaic_gpu", whose
-products no interpreter has."""
+"""By the name that ``implementation`` gives, in the order in which "auto" tries those that it may take: not yet
+"mosaic_gpu", whose products no interpreter has. Interpreted ones are for tests on machines without a TPU or GPU."""
 
 
 def chosen(implementation: str, *shapes: Shape) -> str:
     """Name of the backend for shapes on the devices at hand, as ``choice.chosen`` finds it."""
-    return choice.chosen(BACKENDS, AUTOMATIC, implementation, shapes, "interval attention")
+    return choice.chosen(BACKENDS, implementation, shapes, "interval attention")

@@ -1,31 +1,13 @@
 """Block sizes of the kernels, by device and head width."""
 
-import warnings
-
+from jaxrl_kernels.block_sizes import Key, Sizes, sizes_for
 from jaxrl_kernels.interval_attention.pairs import Blocks
 
 LANES = 128
 """Blocks are multiples of a vector register's length."""
 
-TABLE: dict[tuple[str, int], tuple[int, int]] = {
-    ("TPU v5 lite", 64): (1024, 512),
-    ("TPU v5 lite", 128): (1024, 512),
-    ("TPU v5 lite", 256): (512, 512),
-    ("TPU v5", 64): (1024, 512),
-    ("TPU v5", 128): (1024, 512),
-    ("TPU v5", 256): (512, 512),
-    ("TPU v6 lite", 64): (1024, 512),
-    ("TPU v6 lite", 128): (1024, 512),
-    ("TPU v6 lite", 256): (512, 512),
-    ("TPU7x", 64): (1024, 512),
-    ("TPU7x", 128): (1024, 512),
-    ("TPU7x", 256): (512, 512),
-}
-"""(device kind as jax says it, head width) -> (rows of a block of scores, keys). The rows are the queries of all heads
-that share a KV head."""
-
-FALLBACK = (512, 256)
-"""For every other device and head width up to 256."""
+FALLBACK = Sizes(512, 256)
+"""For every device and head width up to 256 that the table does not have."""
 
 HOPPER = Blocks(128, 128)
 """Of the kernels for Hopper GPUs. A warpgroup computes half of one: 64 rows, which is what its products take and what
@@ -35,7 +17,7 @@ HOPPER_WIDTHS = (64, 128)
 
 
 def blocks_for(kind: str, head_width: int, groups: int, queries: int, tokens: int) -> Blocks:
-    """Sizes for a device and a shape; says once where the table has none.
+    """Sizes for a device and a shape, from the table where it has some.
 
     Args:
         kind: of the device, as jax says it.
@@ -44,27 +26,22 @@ def blocks_for(kind: str, head_width: int, groups: int, queries: int, tokens: in
         queries: of a row.
         tokens: of a row, which are its keys.
     """
-    if (kind, head_width) not in TABLE:
-        warnings.warn(
-            f"interval attention has no block sizes for head width {head_width} on {kind!r}; takes {FALLBACK} "
-            "(rows of scores, keys); `jaxrl bench kernels --tune` measures some for interval_attention/blocks.py",
-            stacklevel=2,
-        )
-    return fitting(*TABLE.get((kind, head_width), FALLBACK), groups, queries, tokens)
+    sizes = sizes_for(Key("interval_attention", kind, head_width), FALLBACK)
+    return fitting(sizes, groups, queries, tokens)
 
 
-def fitting(rows: int, keys: int, groups: int, queries: int, tokens: int) -> Blocks:
+def fitting(most: Sizes, groups: int, queries: int, tokens: int) -> Blocks:
     """The largest sizes for a shape of at most so many rows of scores and keys.
 
     Args:
-        rows, keys: as in the table.
+        most: as in the table.
         groups: query heads that share a KV head.
         queries: of a row.
         tokens: of a row, which are its keys.
     """
     # A power of two, so that the query of a row of scores is found with a mask of bits.
-    share = _power_within(max(LANES, rows // groups))
-    keys = max(LANES, min(keys, _power_within(max(1, rows * keys // (share * groups)))))
+    share = _power_within(max(LANES, most.rows // groups))
+    keys = max(LANES, min(most.keys, _power_within(max(1, most.rows * most.keys // (share * groups)))))
     return Blocks(min(share, _covering(queries)), min(keys, _covering(tokens)))
 
 

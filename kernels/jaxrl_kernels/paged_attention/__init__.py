@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_kernels.paged_attention.backends import BACKENDS, Implementation, chosen
+from jaxrl_kernels.paged_attention.backends import BACKENDS, chosen
 from jaxrl_kernels.paged_attention.blocks import Options, Shape, shape_of
 from jaxrl_kernels.paged_attention.quantized import Pages, check_pages
 
@@ -33,7 +33,7 @@ class PagedPlan:
 
 
 def make_paged_plan(
-    positions: jax.Array, shape: Shape, *, windows: Sequence[int] = (), implementation: Implementation = "auto"
+    positions: jax.Array, shape: Shape, *, windows: Sequence[int] = (), implementation: str = "auto"
 ) -> PagedPlan:
     """The plan of calls with these positions, for every window.
 
@@ -61,7 +61,7 @@ def paged_attention(
     scale: float | None = None,
     soft_cap: float = 0.0,
     plan: PagedPlan | None = None,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
 ) -> jax.Array:
     """Attend, softmax in float32; the new tokens' own keys are already in the pages.
 
@@ -111,7 +111,7 @@ def paged_attention_with_lse(
     soft_cap: float = 0.0,
     queries: int | None = None,
     plan: PagedPlan | None = None,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """``paged_attention``, and the log-sum-exp of each query's scores, by which parts of a row can be joined.
 
@@ -140,7 +140,7 @@ def _attend(
     scale: float | None,
     soft_cap: float,
     plan: PagedPlan | None,
-    implementation: Implementation,
+    implementation: str,
     queries: int | None,
     with_lse: bool,
 ) -> tuple[jax.Array, jax.Array | None]:

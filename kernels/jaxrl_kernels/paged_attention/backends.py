@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -11,8 +11,6 @@ from jaxrl_kernels import choice
 from jaxrl_kernels.paged_attention import reference, tpu, xla
 from jaxrl_kernels.paged_attention.blocks import LANES, VECTOR_BYTES, Shape, blocks_for, tile_rows, vector_bytes
 from jaxrl_kernels.paged_attention.quantized import is_narrow
-
-Implementation = Literal["auto", "xla", "tpu", "tpu_interpreted", "reference"]
 
 SCALARS = 1 << 17
 """Entries of the page table and of the list of steps together: half of the scalar memory of a TPU, which has 1 MiB."""
@@ -30,12 +28,19 @@ class Backend:
             A call may have any window if the first of them is 0, and otherwise the only one of them.
         devices: beginnings of the kinds of device, as jax says them, that it runs on.
         unfit: why it cannot take a shape, empty if it can.
+        blocks: in which blocks it computes a shape, empty where nothing but the backend decides that.
+        automatic: "auto" may take it.
+        skips_empty: rows and places of a row without a token cost no time, so that all parties of decoding groups go in
+            one call, and "auto" lets groups decode together.
     """
 
     attend: Callable[..., tuple[jax.Array, jax.Array | None]]
     plan: Callable[[jax.Array, Sequence[int | jax.Array], Shape], Any] = lambda positions, windows, shape: ()
     devices: tuple[str, ...] = ("",)
     unfit: Callable[[Shape], str] = lambda shape: ""
+    blocks: Callable[[Shape], str] = lambda shape: ""
+    automatic: bool = False
+    skips_empty: bool = False
 
 
 def _unfit_for_tpu(shape: Shape) -> str:
@@ -44,7 +49,7 @@ def _unfit_for_tpu(shape: Shape) -> str:
         return f"a page of {shape.page} tokens in {shape.page_dtype} is no multiple of {rows}"
     if shape.head_width % LANES:
         return f"a head of width {shape.head_width} is no multiple of {LANES}"
-    held = vector_bytes(shape, blocks_for(shape))
+    held = vector_bytes(shape, blocks_for(choice.device_kind(), shape))
     if held > VECTOR_BYTES:
         return (
             f"{shape.kv_heads} KV heads of width {shape.head_width} in pages of {shape.page} tokens hold {held:,} "
@@ -56,18 +61,29 @@ def _unfit_for_tpu(shape: Shape) -> str:
     return ""
 
 
+def _blocks_on_tpu(shape: Shape) -> str:
+    blocks = blocks_for(choice.device_kind(), shape)
+    return f"{blocks.rows} rows of scores by {blocks.pages} pages"
+
+
 BACKENDS: dict[str, Backend] = {
-    "xla": Backend(xla.paged_attention),
-    "tpu": Backend(tpu.paged_attention, tpu.lists_for, devices=("TPU",), unfit=_unfit_for_tpu),
-    "tpu_interpreted": Backend(functools.partial(tpu.paged_attention, interpret=True), tpu.lists_for),
+    "tpu": Backend(
+        tpu.paged_attention,
+        tpu.lists_for,
+        ("TPU",),
+        unfit=_unfit_for_tpu,
+        blocks=_blocks_on_tpu,
+        automatic=True,
+        skips_empty=True,
+    ),
+    "xla": Backend(xla.paged_attention, automatic=True),
+    "tpu_interpreted": Backend(functools.partial(tpu.paged_attention, interpret=True), tpu.lists_for, skips_empty=True),
     "reference": Backend(reference.paged_attention),
 }
-"""By the name that ``implementation`` gives. The interpreted one is for tests on machines without a TPU."""
-
-AUTOMATIC = ("tpu", "xla")
-"""What "auto" tries, in order: the first that runs on the device and takes the shape."""
+"""By the name that ``implementation`` gives, in the order in which "auto" tries those that it may take. The interpreted
+one is for tests on machines without a TPU."""
 
 
 def chosen(implementation: str, *shapes: Shape) -> str:
     """Name of the backend for shapes on the devices at hand, as ``choice.chosen`` finds it."""
-    return choice.chosen(BACKENDS, AUTOMATIC, implementation, shapes, "paged attention")
+    return choice.chosen(BACKENDS, implementation, shapes, "paged attention")

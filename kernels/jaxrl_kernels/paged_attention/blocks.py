@@ -5,16 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels.block_sizes import Key, Sizes, sizes_for
 from jaxrl_kernels.paged_attention.quantized import Pages, is_narrow
 
 LANES = 128
 """Length of a vector register: scores of so many keys stand beside each other."""
 TILE_BYTES = 32
 """A column of a tile, so that one of narrower numbers has more rows."""
-MOST_KEYS = 512
-"""Tokens of a row that are looked at together, at most."""
-MOST_ROWS = 256
-"""Rows of a block of scores, at most: queries, of all heads that share a KV head."""
+FALLBACK = Sizes(256, 512)
+"""For devices, head widths and pages that the table does not have."""
 PAGE_BYTES = 4 << 20
 """Of the four buffers of keys and values, at most, where one page of each is no more than that."""
 VECTOR_BYTES = 14 << 20
@@ -79,15 +78,21 @@ def tile_rows(dtype: str) -> int:
     return TILE_BYTES // jnp.dtype(dtype).itemsize
 
 
-def blocks_for(shape: Shape) -> Blocks:
-    """The largest sizes for a shape whose buffers fit into the vector memory, or the smallest ones if none do."""
+def blocks_for(kind: str, shape: Shape) -> Blocks:
+    """Sizes for a device of this kind and a shape, from the table where it has some, as far as they fit."""
+    return fitting(shape, sizes_for(Key("paged_attention", kind, shape.head_width, shape.page), FALLBACK))
+
+
+def fitting(shape: Shape, most: Sizes) -> Blocks:
+    """The largest sizes for a shape of at most so many rows of scores and keys whose buffers fit into the vector
+    memory, or the smallest ones if none do."""
     groups, tile = shape.query_heads // shape.kv_heads, tile_rows(shape.query_dtype)
 
     def sized(queries: int, keys: int) -> Blocks:
         rows = -(-queries * groups // tile) * tile
         return Blocks(queries, rows, min(max(1, keys // shape.page), shape.table))
 
-    queries, keys = max(1, min(shape.count, MOST_ROWS // groups)), MOST_KEYS
+    queries, keys = max(1, min(shape.count, most.rows // groups)), most.keys
     while keys > LANES and page_bytes(shape, sized(queries, keys)) > PAGE_BYTES:
         keys //= 2
     while vector_bytes(shape, sized(queries, keys)) > VECTOR_BYTES and (queries > 1 or keys > shape.page):

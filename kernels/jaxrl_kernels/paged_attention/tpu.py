@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxrl_kernels.choice import device_kind
 from jaxrl_kernels.interval_attention.plan import blocks_of
 from jaxrl_kernels.paged_attention.blocks import Blocks, Options, Shape, blocks_for, shape_of, token_bytes
 from jaxrl_kernels.paged_attention.quantized import Pages, is_narrow
@@ -58,13 +59,13 @@ class Settings:
 
 def longest_list(shape: Shape) -> int:
     """Entries of the list of steps for which the kernel for this shape has to have room."""
-    blocks = blocks_for(shape)
+    blocks = blocks_for(device_kind(), shape)
     return shape.rows * blocks_of(shape.count, blocks.queries) * blocks_of(shape.table, blocks.pages)
 
 
 def lists_for(positions: jax.Array, windows: Sequence[int | jax.Array], shape: Shape) -> Lists:
     """The lists of a call, in blocks that its shape gets."""
-    return make_lists(positions, windows, shape, blocks_for(shape))
+    return make_lists(positions, windows, shape, blocks_for(device_kind(), shape))
 
 
 def paged_attention(

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels.interval_attention import Plan, interval_attention_with_lse, make_plan
-from jaxrl_kernels.interval_attention.backends import Implementation
 
 RingPlan = tuple[Plan, ...]
 """The plans of a device's queries with its own chunk of keys, with the chunk before it, with the one before that ..."""
@@ -39,7 +38,7 @@ def make_ring_plan(
     groups: int,
     head_width: int,
     dtype: str | jnp.dtype,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
 ) -> RingPlan:
     """The plans of this device, for every layer and window. Call it under ``jax.shard_map``.
 
@@ -81,7 +80,7 @@ def ring_attention(
     soft_cap: float = 0.0,
     positions: jax.Array | None = None,
     plan: RingPlan | None = None,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
 ) -> jax.Array:
     """``interval_attention`` of whole rows, of which this device has one chunk. Call it under ``jax.shard_map``.
 

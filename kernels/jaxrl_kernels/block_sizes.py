@@ -1,0 +1,99 @@
+"""The table of block sizes, a file of this package, which ``jaxrl bench kernels --tune`` measures and writes.
+
+Sizes decide in which order sums are taken, so other sizes give other last bits, and processes that compile one program
+together need the same ones. They are therefore a part of the code, as a version of it has them, and are read from
+nowhere else: no folder of a user, no variable of the environment.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Mapping
+
+FILE = pathlib.Path(__file__).with_name("block_sizes.json")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Key:
+    """What sizes are for.
+
+    Attributes:
+        kernel: folder of the kernel.
+        device: kind, as jax says it.
+        head_width: H.
+        page: tokens of a page; 0 where there are none.
+    """
+
+    kernel: str
+    device: str
+    head_width: int
+    page: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The most that a block may have; a kernel takes less where a shape has less, or memory is short.
+
+    Attributes:
+        rows: of scores: the queries of all heads that share a KV head.
+        keys: looked at together.
+        measured: when and with what; empty where sizes are only known to fit.
+    """
+
+    rows: int
+    keys: int
+    measured: str = ""
+
+
+def read(path: pathlib.Path = FILE) -> dict[Key, Sizes]:
+    """A table.
+
+    Raises:
+        ValueError: the file is no table.
+    """
+    table = {}
+    try:
+        for line in json.loads(path.read_text(encoding="utf-8")):
+            sizes = Sizes(line.pop("rows"), line.pop("keys"), line.pop("measured"))
+            table[Key(**line)] = sizes
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is no table of block sizes: {error!r}; `jaxrl bench kernels --tune` writes"
+        ) from error
+    return table
+
+
+def write(found: Mapping[Key, Sizes], path: pathlib.Path = FILE) -> None:
+    """Put rows into a table, in place of those with the same key; a table that is not there begins as the package's.
+
+    Raises:
+        ValueError: the file is there and is no table.
+        OSError: it cannot be written.
+    """
+    table = read(path if path.exists() else FILE) | dict(found)
+    lines = [json.dumps(dataclasses.asdict(key) | dataclasses.asdict(table[key])) for key in sorted(table)]
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+@functools.cache
+def table() -> Mapping[Key, Sizes]:
+    """The package's, as it was when it was first asked for."""
+    return read()
+
+
+def sizes_for(key: Key, otherwise: Sizes) -> Sizes:
+    """Sizes from the package's table, or others, which is said once on a TPU."""
+    if key in table() or not key.device.startswith("TPU"):
+        return table().get(key, otherwise)
+    pages = f" and pages of {key.page} tokens" if key.page else ""
+    warnings.warn(
+        f"{key.kernel.replace('_', ' ')} has no block sizes for head width {key.head_width}{pages} on {key.device!r}; "
+        f"takes {otherwise.rows} rows of scores by {otherwise.keys} keys; `jaxrl bench kernels --tune` measures some",
+        stacklevel=2,
+    )
+    return otherwise
