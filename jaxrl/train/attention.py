@@ -1,4 +1,5 @@
-"""Whether the kernels that ModelConfig.attention names can be had: asked at start, before anything is traced."""
+"""Whether the kernels that ModelConfig.attention names can be had, and compute what they should on these devices: asked
+at start, before anything of the run is traced."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxrl import mesh as meshes
 from jaxrl.config import ConfigError, EngineConfig, ModelConfig, PreferConfig, SftConfig, TrainConfig, nearest
 from jaxrl.rollout.rounds import attention_shapes, party_of
-from jaxrl_kernels import choice
+from jaxrl_kernels import choice, trial
 from jaxrl_kernels.group_decode.backends import chosen_for_parties
 from jaxrl_kernels.interval_attention import backends as interval
 from jaxrl_kernels.paged_attention import backends as paged
@@ -47,7 +48,7 @@ def packed_kernels(
 
 def paged_kernels(engine: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> list[str]:
     """The same of attention over KV pages. Arguments as ``check_paged_attention``."""
-    lines, implementation = [], model.attention if model.attention in paged.BACKENDS else "auto"
+    lines, implementation = [], _for_pages(model)
     width = party_of(engine, model, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         for shape in attention_shapes(engine, model, mesh):
@@ -58,6 +59,10 @@ def paged_kernels(engine: EngineConfig, model: ModelConfig, mesh: Mesh | Abstrac
                 what += f", prompts read for up to {width} rows together"
             lines.append(_line(what, backend, paged.BACKENDS[backend].blocks(shape)))
     return lines
+
+
+def _for_pages(model: ModelConfig) -> str:
+    return model.attention if model.attention in paged.BACKENDS else "auto"  # a kernel for packed rows only
 
 
 def _line(what: str, backend: str, blocks: str) -> str:
@@ -89,6 +94,46 @@ def check_paged_attention(engine: EngineConfig, model: ModelConfig, mesh: Mesh |
         ConfigError: as ``check_attention``.
     """
     _check_backend(model, mesh, paged.BACKENDS, attention_shapes(engine, model, mesh))
+
+
+def try_attention(model: ModelConfig, mesh: Mesh, sections: Sequence[SftConfig | PreferConfig | TrainConfig]) -> None:
+    """Kernels for packed rows are compared with plain JAX on a device of this process.
+
+    Arguments as ``check_attention``.
+
+    Raises:
+        ConfigError: they compute something else.
+    """
+    heads = {}
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        for shape in _packed_shapes(model, mesh, sections):
+            heads.setdefault(interval.chosen(model.attention, shape), shape)
+    for backend in heads.keys() - trial.PLAIN:
+        complaint = trial.try_interval_attention(backend, heads[backend], **_scores(model))
+        _believe(backend, "packed rows", complaint)
+
+
+def try_paged_attention(engine: EngineConfig, model: ModelConfig, mesh: Mesh) -> None:
+    """The same of kernels for KV pages. Arguments as ``check_paged_attention``."""
+    implementation = _for_pages(model)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        shapes = [(shape, paged.chosen(implementation, shape)) for shape in attention_shapes(engine, model, mesh)]
+    for shape, backend in shapes:
+        if backend not in trial.PLAIN:
+            _believe(backend, "KV pages", trial.try_paged_attention(backend, shape, **_scores(model)))
+
+
+def _scores(model: ModelConfig) -> dict[str, Any]:
+    windows = {model.sliding_window if layer in model.sliding_layers else 0 for layer in range(model.layers)}
+    return {"soft_cap": model.attention_soft_cap, "windows": sorted(windows)}
+
+
+def _believe(backend: str, what: str, complaint: str) -> None:
+    if complaint:
+        raise ConfigError(
+            f"attention over {what} by {backend!r} is not that of plain JAX on this {choice.device_kind()}: "
+            f"{complaint}; set ModelConfig.attention='xla', and report it"
+        )
 
 
 def check_name(model: ModelConfig) -> None:

@@ -35,7 +35,14 @@ from jaxrl.rollout.scheduler import Scheduler
 from jaxrl.sandbox import pool_from_config
 from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from jaxrl.train.attention import check_attention, check_paged_attention, packed_kernels, paged_kernels
+from jaxrl.train.attention import (
+    check_attention,
+    check_paged_attention,
+    packed_kernels,
+    paged_kernels,
+    try_attention,
+    try_paged_attention,
+)
 from jaxrl.train.joint_episodes import joint_play
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunError, RunFolder
@@ -261,6 +268,8 @@ def open_session(config: Config, run: RunFolder) -> Session:
     check_rows(packed_sections(config), session.mesh)
     check_attention(session.model, session.mesh, packed_sections(config))
     check_paged_attention(config.engine, session.model, session.rollout_mesh)
+    try_attention(session.model, session.mesh, packed_sections(config))
+    try_paged_attention(config.engine, session.model, session.rollout_mesh)
     if config.optimizer.offload:
         check_offload(session.mesh)
     return dataclasses.replace(session, train_problems=train, eval_problems=held_out, demonstrations=worked)
@@ -277,6 +286,7 @@ def reopen_session(config: Config, run: RunFolder, eval_problems: tuple[Problem,
     _check_prompts(config, session.chat, eval_problems)
     if eval_problems:
         check_paged_attention(config.engine, session.model, session.rollout_mesh)
+        try_paged_attention(config.engine, session.model, session.rollout_mesh)
     return dataclasses.replace(session, eval_problems=eval_problems)
 
 
@@ -297,6 +307,7 @@ def open_offline_session(config: Config, run: RunFolder, texts: Sequence[str], *
     session = dataclasses.replace(_session(config, run, _tokenizer(config, run, texts)), valued=valued)
     check_rows((config.prefer,), session.mesh)
     check_attention(session.model, session.mesh, (config.prefer,))
+    try_attention(session.model, session.mesh, (config.prefer,))
     if config.optimizer.offload:
         check_offload(session.mesh)
     return session
