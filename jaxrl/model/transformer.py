@@ -238,38 +238,42 @@ def paged_hidden_states(
         ([R, C, D] after the final norm in the compute type, the pages).
     """
     layers, pages, _, page_size = kv_pages.keys.shape[:4]
-    parties = () if groups is None else (groups.members, groups.shared)
     held = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // page_size, axis=1, mode="clip")
     target = jnp.where(positions >= 0, held, layers * pages)  # out of range: dropped by the update
     offset = positions % page_size
 
     def update_and_attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, keys: Pages, values: Pages, plan: Any, *integers: jax.Array
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        keys: Pages,
+        values: Pages,
+        groups: Groups | None,
+        plan: Any,
+        *integers: jax.Array,
     ) -> tuple[jax.Array, Pages, Pages]:
-        page_table, positions, target, offset, window, *parties = integers
+        page_table, positions, target, offset, window, first_page = integers
+        target = target + first_page
         keys, values = written(keys, k, target, offset), written(values, v, target, offset)
-        arrays, seen = (q, keys, values, page_table, positions), window if config.sliding_layers else 0
-        options = {**score_options(config), "window": seen, "plan": plan}
-        if parties:
-            return group_decode(*arrays, Groups(*parties), **options), keys, values
-        return paged_attention(*arrays, **options), keys, values
+        options = {**score_options(config), "window": window if config.sliding_layers else 0, "plan": plan}
+        if groups is not None:
+            arrays = (q, keys, values, page_table, positions, groups)
+            return group_decode(*arrays, first_page=first_page, **options), keys, values
+        return paged_attention(q, keys, values, page_table + first_page, positions, **options), keys, values
 
     heads = [(None, None, axis, None) for axis in ("query_heads", "kv_heads", "kv_heads")]
-    pools, of_parties = [(None, "kv_heads")] * 2, [(None,) * array.ndim for array in parties]
-    integers = [*[(None, None)] * 4, (), *of_parties]
-    attention = per_shard(update_and_attend, [*heads, *pools, (), *integers], [heads[0], *pools])
-    planned = per_shard(
-        functools.partial(_paged_plan, config), [(None, *pools[0]), (None, None), (None, None), *of_parties], ()
-    )
-    plan = planned(kv_pages.keys, page_table, positions, *parties)
+    pools, integers = [(None, "kv_heads")] * 2, [*[(None, None)] * 4, (), ()]
+    attention = per_shard(update_and_attend, [*heads, *pools, (), (), *integers], [heads[0], *pools])
+    planned = per_shard(functools.partial(_paged_plan, config), [(None, *pools[0]), *[(None, None)] * 2, ()], ())
+    plan = planned(kv_pages.keys, page_table, positions, groups)
 
     def layer(carry: tuple[jax.Array, KVPages], scanned: tuple[Params, Any]) -> tuple[tuple[jax.Array, KVPages], None]:
         x, pool = carry
         weights, (window, turning, first_page) = scanned
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[Pages, Pages]]:
-            own = page_table + first_page, positions, target + first_page, offset, window
-            attended, new_keys, new_values = attention(q, k, v, pool.keys, pool.values, plan, *own, *parties)
+            own = page_table, positions, target, offset, window, first_page
+            attended, new_keys, new_values = attention(q, k, v, pool.keys, pool.values, groups, plan, *own)
             return attended, (new_keys, new_values)
 
         turned = rotation(positions, *turning)
@@ -290,7 +294,7 @@ def paged_hidden_states(
 
 
 def _paged_plan(
-    config: ModelConfig, keys: Pages, page_table: jax.Array, positions: jax.Array, *parties: jax.Array
+    config: ModelConfig, keys: Pages, page_table: jax.Array, positions: jax.Array, groups: Groups | None
 ) -> PagedPlan | GroupPlan:
     """What is the same in all layers of how a device attends; ``keys`` are its pages of all layers."""
     _, _, kv_heads, page, width = keys.shape
@@ -299,8 +303,8 @@ def _paged_plan(
     shape = Shape(*positions.shape, *heads, width, page, page_table.shape[1], *types)
     implementation = config.attention if config.attention in PAGED_BACKENDS else "auto"  # a kernel for packed rows only
     options = {"windows": sorted({*_windows(config)} - {0}), "implementation": implementation}
-    if parties:
-        return make_group_plan(positions, Groups(*parties), shape, **options)
+    if groups is not None:
+        return make_group_plan(positions, groups, shape, **options)
     return make_paged_plan(positions, shape, **options)
 
 

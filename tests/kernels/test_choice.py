@@ -63,7 +63,7 @@ def test_auto_takes_no_kernel_that_has_room_for_one_part_of_a_decoding_group_alo
     rows, heads, width, page, table = 256, 64, 128, 16, 490
     q, page_table = jax.ShapeDtypeStruct((rows, 1, heads, width), jnp.bfloat16), _integers(rows, table)
     pages = jax.ShapeDtypeStruct((8, 8, page, width), jnp.bfloat16)
-    groups = Groups(_integers(rows, 32), _integers(rows))
+    groups = Groups(_integers(rows, 32), _integers(rows), page_table, page_table)
     with on("TPU v5 lite"):
         own = Shape(rows, 1, heads, 8, width, page, table, "bfloat16", "bfloat16")
         assert paged.chosen("auto", own) == "tpu"

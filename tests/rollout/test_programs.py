@@ -17,6 +17,7 @@ from jaxrl.check import environment
 from jaxrl.config import MeshConfig
 from jaxrl.rollout import programs, rounds
 from jaxrl.rollout.engine import Engine
+from jaxrl.rollout.scheduler import pages_of
 from tests.rollout.conftest import CONFIG, MODEL, STOPS
 
 
@@ -55,7 +56,7 @@ def test_traced_programs_are_the_engines(params, kv_dtype: str) -> None:
         assert traced[name].lower().as_text() == program.lower().as_text(), name
 
 
-def test_lists_of_steps_are_made_once_for_all_layers() -> None:
+def test_lists_of_steps_and_page_tables_are_made_once_for_all_layers() -> None:
     """A list takes one cumulative sum. There is one of rows with a window, and one without or one of each part."""
     config, mesh = dataclasses.replace(CONFIG, group_decode="on"), one_device()
     sums: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
@@ -63,17 +64,22 @@ def test_lists_of_steps_are_made_once_for_all_layers() -> None:
         model = dataclasses.replace(MODEL, attention=attention, sliding_window=8, sliding_layers=(1,))
         traced = programs.traced(config, model, mesh, programs.abstract_params(model, mesh))
         for name in ("prefill", "decode"):
-            for operation, layers in operations(traced[name].jaxpr.jaxpr):
-                sums[name][operation, layers] += sign
+            for equation, layers in operations(traced[name].jaxpr.jaxpr):
+                sums[name][equation.primitive.name, layers] += sign
+                assert not (layers and equation.primitive.name == "gather" and is_table(equation.outvars[0].aval))
     for name, lists in (("prefill", 2), ("decode", 4)):
         assert sums[name]["pallas_call", True] > 0 == sums[name]["cumsum", True]
         assert sums[name]["cumsum", False] == lists
 
 
-def operations(jaxpr: jax.extend.core.Jaxpr, scanned: bool = False) -> Iterator[tuple[str, bool]]:
-    """Names of all operations, and whether they are repeated by a scan, as those of a layer are."""
+def is_table(array: jax.core.ShapedArray) -> bool:
+    return array.dtype == np.int32 and array.shape[1:] == (pages_of(CONFIG)[0],)
+
+
+def operations(jaxpr: jax.extend.core.Jaxpr, scanned: bool = False) -> Iterator[tuple[jax.extend.core.JaxprEqn, bool]]:
+    """All of them, and whether they are repeated by a scan, as those of a layer are."""
     for equation in jaxpr.eqns:
-        yield equation.primitive.name, scanned
+        yield equation, scanned
         for inner in jaxprs_in_params(equation.params):
             yield from operations(inner, scanned or equation.primitive.name == "scan")
 

@@ -27,10 +27,14 @@ class Groups:
     Attributes:
         members: [X, W] int32, the rows of each party; -1 = none. Parties that have no row come last.
         shared: [R] int32, how many of a row's first pages its party shares; 0 = the row is in no party.
+        party_tables: [X, M] int32, the page table of each party.
+        own_tables: [R, M] int32, that of what a row has behind the pages it shares.
     """
 
     members: jax.Array
     shared: jax.Array
+    party_tables: jax.Array
+    own_tables: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +72,9 @@ def make_groups(page_table: jax.Array, shared: jax.Array, width: int) -> Groups:
     leader = jnp.where(same & leads & (row <= row[:, None]), row, -1).max(axis=1)  # the last one before the row
     party = jnp.where(shared > 0, (jnp.cumsum(leads) - 1)[leader], rows)
     members = jnp.full((rows, width), -1, jnp.int32).at[party, rank % width].set(row, mode="drop")
-    return Groups(members, shared)
+    column = jnp.arange(page_table.shape[1], dtype=jnp.int32) + shared[:, None]
+    own_tables = jnp.take_along_axis(page_table, column, axis=1, mode="clip")
+    return Groups(members, shared, page_table.at[members[:, 0]].get(mode="clip"), own_tables)
 
 
 def make_group_plan(
@@ -119,6 +125,7 @@ def group_decode(
     window: int | jax.Array = 0,
     scale: float | None = None,
     soft_cap: float = 0.0,
+    first_page: int | jax.Array = 0,
     plan: GroupPlan | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
@@ -137,6 +144,8 @@ def group_decode(
         window: as ``paged_attention`` takes it.
         scale: likewise.
         soft_cap: likewise.
+        first_page: of the pages that the tables number from 0 on, where they are a layer's in a pool of several. An int
+            or a traced int32.
         plan: ``make_group_plan`` of ``positions`` and ``groups``, for all layers of a step; made here when None.
         implementation: as ``paged_attention`` takes it. A plan that is given has picked already.
 
@@ -148,14 +157,14 @@ def group_decode(
     """
     if q.shape[1] != 1:
         raise ValueError(f"q {q.shape} [R, C, N, H] has C={q.shape[1]}; a group decodes one token a row")
-    arrays = (q, key_pages, value_pages, page_table, positions)
+    arrays = (q, key_pages, value_pages, page_table + first_page, positions)
     options = {"scale": scale, "soft_cap": soft_cap, "implementation": implementation}
 
     def windowed() -> jax.Array:
         return paged_attention(*arrays, window=window, plan=None if plan is None else plan.windowed, **options)
 
     def joined() -> jax.Array:
-        return _joined(*arrays, groups, plan, **options)
+        return _joined(*arrays, groups, first_page, plan, **options)
 
     if isinstance(window, int):
         return windowed() if window else joined()
@@ -169,6 +178,7 @@ def _joined(
     page_table: jax.Array,
     positions: jax.Array,
     groups: Groups,
+    first_page: int | jax.Array,
     plan: GroupPlan | None,
     *,
     scale: float | None,
@@ -180,15 +190,14 @@ def _joined(
         shape = shape_of(q, key_pages, page_table)
         plan = make_group_plan(positions, groups, shape, implementation=implementation)
     pages, options = (key_pages, value_pages), {"scale": scale, "soft_cap": soft_cap}
-    name, arrays = plan.shared.backend, (q, *pages, page_table, groups.members, groups.shared)
+    tables = groups.party_tables + first_page
+    name, arrays = plan.shared.backend, (q, *pages, tables, groups.members, groups.shared)
     if BACKENDS[name].skips_empty:
         first, first_log = at_once(name, *arrays, plan.shared, options)
     else:
         first, first_log = one_by_one(name, *arrays, options)
-    column = jnp.arange(page_table.shape[1], dtype=jnp.int32) + groups.shared[:, None]
-    own_table = jnp.take_along_axis(page_table, column, axis=1, mode="clip")
-    own_position = _own_positions(positions, groups, key_pages.shape[2])
-    own, own_log = paged_attention_with_lse(q, *pages, own_table, own_position, plan=plan.own, **options)
+    own_arrays = (q, *pages, groups.own_tables + first_page, _own_positions(positions, groups, key_pages.shape[2]))
+    own, own_log = paged_attention_with_lse(*own_arrays, plan=plan.own, **options)
     top = jnp.maximum(jnp.maximum(first_log, own_log), MASKED)  # finite also where there is nothing
     first_weight, own_weight = jnp.exp(first_log - top)[..., None], jnp.exp(own_log - top)[..., None]
     there = (positions >= 0)[..., None, None]

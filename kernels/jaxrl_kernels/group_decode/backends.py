@@ -28,7 +28,7 @@ def at_once(
     q: jax.Array,
     key_pages: Pages,
     value_pages: Pages,
-    page_table: jax.Array,
+    tables: jax.Array,
     members: jax.Array,
     shared: jax.Array,
     plan: PagedPlan | None,
@@ -40,7 +40,7 @@ def at_once(
         q: [R, 1, N, H].
         key_pages: [P, K, page, H], as ``paged_attention`` takes them.
         value_pages: likewise.
-        page_table: [R, M] int32.
+        tables: [X, M] int32, the page table of each party.
         members: [X, W] int32, as in ``Groups``.
         shared: [R] int32, as in ``Groups``.
         plan: of ``positions_in_parties``.
@@ -50,10 +50,9 @@ def at_once(
         What each row sees of its shared pages [R, 1, N, H], and the log-sum-exp of its scores [R, 1, N]; zeros and
         minus infinity where nothing is shared. Both float32.
     """
-    table = page_table.at[members[:, 0]].get(mode="clip")
     positions = positions_in_parties(members, shared, key_pages.shape[2])
     party = q[:, 0].at[members].get(mode="clip")
-    arrays = (party, key_pages, value_pages, table, positions)
+    arrays = (party, key_pages, value_pages, tables, positions)
     options = {**options, "queries": len(q), "plan": plan, "implementation": implementation}
     seen, log_total = paged_attention_with_lse(*arrays, **options)
     target = jnp.where(members >= 0, members, len(q))
@@ -67,7 +66,7 @@ def one_by_one(
     q: jax.Array,
     key_pages: Pages,
     value_pages: Pages,
-    page_table: jax.Array,
+    tables: jax.Array,
     members: jax.Array,
     shared: jax.Array,
     options: dict[str, Any],
@@ -75,8 +74,8 @@ def one_by_one(
     """``at_once``, a party after the other, as many as there are."""
 
     def add(party: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        own = jax.lax.dynamic_slice_in_dim(members, party, 1)
-        seen, logs = at_once(implementation, q, key_pages, value_pages, page_table, own, shared, None, options)
+        table, own = (jax.lax.dynamic_slice_in_dim(array, party, 1) for array in (tables, members))
+        seen, logs = at_once(implementation, q, key_pages, value_pages, table, own, shared, None, options)
         return sums[0] + seen, jnp.maximum(sums[1], logs)  # a row is in one party, and gets zeros from the others
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
