@@ -51,7 +51,7 @@ def by_cudnn(shape: Shape, mesh: jax.sharding.Mesh) -> dict[str, int]:
 def main() -> None:
     two = devices.described(targets.parse("h200x2"))
     mesh = jax.sharding.Mesh(two[:1], ("one",))
-    print(json.dumps({"cudnn": by_cudnn(SHAPES[0], mesh)}), flush=True)
+    print(json.dumps({"cudnn": by_cudnn(SHAPES[0], mesh), "description": devices.target_config(two)}), flush=True)
     for shape in SHAPES:
         program = lowered(shape, mesh, platform="cuda")
         kernels = program.as_text().count("custom_call @mosaic_gpu")

@@ -54,6 +54,7 @@ def test_kernels_for_hopper_use_its_matrix_units_and_spill_no_register_and_auto_
     check_compositions([json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"composition"')])
     (said,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"cudnn"')]
     assert said["cudnn"] == {"fmhaSoftmax": 1, "fmhaSoftmaxBackward": 1}
+    assert "core_count: 132" in said["description"]  # as of a GPU that is there: ``jaxrl bench kernels --dump-target``
     for answer in answers:
         assert answer["kernels"] == 3  # forward, gradient of queries, gradients of keys and values
         assert answer["temporary"] < answer["too_much"]
