@@ -17,6 +17,7 @@ from jaxrl_kernels.bars.decoding import decoding
 from jaxrl_kernels.bars.rows import Sizes
 from jaxrl_kernels.bars.scoring import scoring
 from jaxrl_kernels.choice import device_kind
+from jaxrl_kernels.interval_attention.backends import BACKENDS
 
 __all__ = ["Sizes", "table"]
 
@@ -32,17 +33,16 @@ DATA_SHEET = {
 CLOCKS = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
 """What nvidia-smi is asked for."""
 
-OURS = ("xla", "cudnn", "tpu", "mosaic_gpu")
-"""Backends that are measured; last the one that has never run on a chip, whose failure may end all that follows."""
-
 
 def table(sizes: Sizes) -> Iterator[dict]:
-    """All rows, as they are measured."""
+    """All rows, as they are measured; last those of kernels that "auto" does not take, which may end the process."""
+    kernels = [name for name, backend in BACKENDS.items() if backend.devices != ("",)]
+    kernels.sort(key=lambda name: not BACKENDS[name].automatic)
     yield from _clocks("before")
     rate, bandwidth = yield from _of_the_run(sizes)
     yield from decoding(sizes, bandwidth)
     yield from scoring(sizes)
-    for backend in OURS:
+    for backend in ("xla", *kernels):
         yield from _guarded(backend, attention(sizes, backend, rate))
     yield from _clocks("after")
 
