@@ -146,6 +146,8 @@ def _check(commands, options: argparse.Namespace) -> int:
 
 
 def _bench_kernels(commands, options: argparse.Namespace) -> int:
+    if options.dump_target is not None:
+        commands.dump_target(options.dump_target)
     holds = commands.bench_kernels(
         options.tokens, options.rounds, tune=options.tune, table=options.table, as_json=options.json
     )
@@ -379,10 +381,12 @@ def _add_bench(verbs) -> None:
     kernels = bench.add_subparsers(required=True, metavar="WHAT").add_parser(
         "kernels",
         help="what the attention kernels cost beside plain attention, and which sizes of blocks cost least",
-        description="Compares interval attention with attention under a dense mask. Exit code 1: a demand does not "
+        description="Compares interval attention with attention under a dense mask; on a GPU or TPU prints all that "
+        "kernels must reach there, against cuDNN or splash, one JSON object a line. Exit code 1: a demand does not "
         "hold. --tune tries sizes of blocks instead and writes those that cost least on this device into the table "
         "that the kernels read. Other sizes give other last bits, and all processes of a run need the same table.",
-        epilog="examples:\n  jaxrl bench kernels\n  jaxrl bench kernels --tokens 8192\n  jaxrl bench kernels --tune",
+        epilog="examples:\n  jaxrl bench kernels\n  jaxrl bench kernels --tokens 8192\n  jaxrl bench kernels --tune"
+        "\n  jaxrl bench kernels --dump-target gpu.txt > bars.jsonl",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kernels.add_argument("--tokens", type=int, default=4096, help="of a row (default: 4096)")
@@ -392,6 +396,9 @@ def _add_bench(verbs) -> None:
         "--table", type=pathlib.Path, metavar="FILE", help="written by --tune (default: that of the kernels package)"
     )
     kernels.add_argument("--json", action="store_true", help="print one JSON object a line")
+    kernels.add_argument(
+        "--dump-target", type=pathlib.Path, metavar="FILE", help="write what XLA knows of this GPU (jaxrl check)"
+    )
     kernels.set_defaults(run_verb=_bench_kernels)
 
 

@@ -9,13 +9,15 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import jax
 from rich.console import Console
 
 from jaxrl.check import environment, targets
 from jaxrl.check import report as check_report
 from jaxrl.check import run as check_run
+from jaxrl.check.devices import target_config
 from jaxrl.config import Config, ConfigError
 from jaxrl.data.problems import DataError, load_held_out
 from jaxrl.episodes import play_groups
@@ -35,7 +37,10 @@ from jaxrl.train.checkpoint import CheckpointError, Checkpoints
 from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunError, RunFolder, open_run
 from jaxrl.train.session import Session, open_player, open_session, reopen_session
-from jaxrl_kernels import bench, block_sizes, tuning
+from jaxrl_kernels import bars, bench, block_sizes, tuning
+
+BAR_ROUNDS = 20
+"""The fewest of which a median is taken for what kernels must reach."""
 
 EXPECTED_ERRORS = (
     RunError,
@@ -212,7 +217,9 @@ def check(recipe: str, overrides: Sequence[str], target: str, *, as_json: bool, 
 
 
 def bench_kernels(tokens: int, rounds: int, *, tune: bool, table: pathlib.Path | None, as_json: bool) -> bool:
-    """Print what the attention kernels cost here, or with which sizes of blocks; whether all demands hold.
+    """Print what the kernels cost here, or with which sizes of blocks; whether all demands hold.
+
+    On a GPU or TPU it is the table of what they must reach, against what else computes the same there.
 
     Args:
         tokens: of a row.
@@ -229,12 +236,32 @@ def bench_kernels(tokens: int, rounds: int, *, tune: bool, table: pathlib.Path |
     if tune:
         _tune_kernels(tokens, rounds, table or block_sizes.FILE, as_json)
         return True
+    if jax.default_backend() != "cpu":
+        return print_bars(bars.table(bars.Sizes(rounds=max(rounds, BAR_ROUNDS))))
     figures = bench.figures(tokens, rounds) + bench.decode_figures(rounds)
     for figure in figures:
         demand = f" (demanded: {figure['demand']})" if figure["demand"] else ""
         text = f"{figure['figure']} {figure['what']}: {figure['value']}{demand}"
         print(json.dumps(figure) if as_json else text, flush=True)
     return all(figure["holds"] in (True, None) for figure in figures)
+
+
+def dump_target(file: pathlib.Path) -> None:
+    """Write what XLA knows of the GPU at hand, by which ``jaxrl check`` can describe it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    file.write_text(target_config(jax.devices()), encoding="utf-8")
+
+
+def print_bars(figures: Iterable[dict]) -> bool:
+    """One JSON object a line, each as soon as it is measured; whether all demands hold."""
+    holds = True
+    for figure in figures:
+        print(json.dumps(figure), flush=True)
+        holds &= figure["holds"] in (True, None)
+    return holds
 
 
 def _tune_kernels(tokens: int, rounds: int, table: pathlib.Path, as_json: bool) -> None:

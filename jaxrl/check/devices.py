@@ -9,8 +9,10 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from jaxlib import xla_client
 
 from jaxrl.check.targets import CHIPS, GPU_SHARE, GPUS_PER_HOST, Target
+from jaxrl.config import ConfigError
 
 GPU_DESCRIPTION = """
 gpu_device_info {{
@@ -58,6 +60,17 @@ def described(target: Target) -> list[jax.Device]:
                 ).devices
             )
     return list(jax.devices())
+
+
+def target_config(devices: Sequence[jax.Device]) -> str:
+    """What XLA knows of GPUs that are there, in the form of ``GPU_DESCRIPTION``.
+
+    Raises:
+        ConfigError: these are no GPUs.
+    """
+    if devices[0].platform != "gpu":
+        raise ConfigError(f"only GPUs have a description to compile for them elsewhere, and this is {devices[0]}")
+    return xla_client.get_topology_for_devices(list(devices)).target_config
 
 
 def of_one_process(target: Target, mesh: Mesh) -> Mesh:

@@ -10,6 +10,7 @@ import pytest
 from jaxrl_kernels import Groups, group_decode
 from jaxrl_kernels.group_decode.backends import chosen_for_parties
 from jaxrl_kernels.interval_attention import backends as interval
+from jaxrl_kernels.interval_attention import cudnn
 from jaxrl_kernels.paged_attention import backends as paged
 from jaxrl_kernels.paged_attention.blocks import Shape
 
@@ -44,7 +45,6 @@ def test_auto_takes_the_kernels_of_a_tpu_where_they_fit_and_says_once_why_not() 
 )
 def test_refusals_name_the_limit(kind: str, change: dict[str, object], message: str) -> None:
     with on(kind):
-        assert interval.chosen("auto", ROW) == "xla"
         with pytest.raises(ValueError, match=f"implementation='mosaic_gpu' .*{message}"):
             interval.chosen("mosaic_gpu", dataclasses.replace(ROW, **change))
 
@@ -57,6 +57,24 @@ def test_auto_takes_the_first_row_that_it_may_take_and_that_runs_here(monkeypatc
         assert paged.chosen("auto", SLOTS) == "new"
         table["new"] = dataclasses.replace(table["new"], automatic=False)
         assert paged.chosen("auto", SLOTS) == "xla" and paged.chosen("new", SLOTS) == "new"
+
+
+def test_auto_takes_cudnn_on_gpus_whose_cudnn_knows_packed_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    with on("NVIDIA A100-SXM4-40GB"):
+        assert interval.chosen("auto", ROW) == "xla"
+    with on("NVIDIA H200"):
+        assert (
+            interval.chosen("auto", ROW) == interval.chosen("auto", dataclasses.replace(ROW, head_width=256)) == "cudnn"
+        )
+        with pytest.warns(UserWarning, match="'cudnn' is passed over: heads of a multiple of 8, .* not 128 in float32"):
+            assert interval.chosen("auto", dataclasses.replace(ROW, dtype="float32")) == "xla"
+    with on("NVIDIA B200"):
+        assert interval.chosen("auto", ROW) == "cudnn"
+        with pytest.warns(UserWarning, match="at most 128, in bfloat16 or float16 are needed, not 256"):
+            assert interval.chosen("auto", dataclasses.replace(ROW, head_width=256)) == "xla"
+        monkeypatch.setattr(cudnn, "JAX_VERSIONS", ((0, 9), (0, 8)))
+        with pytest.warns(UserWarning, match=r"its entry is private to jax and known of 0\.9 and 0\.8, not of 0\."):
+            assert interval.chosen("auto", ROW) == "xla"
 
 
 def test_auto_takes_no_kernel_that_has_room_for_one_part_of_a_decoding_group_alone() -> None:

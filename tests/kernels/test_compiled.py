@@ -42,7 +42,7 @@ def test_every_kernel_compiles(topology: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_kernels_for_hopper_use_its_matrix_units_and_spill_no_register() -> None:
+def test_kernels_for_hopper_use_its_matrix_units_and_spill_no_register_and_auto_calls_cudnn() -> None:
     if not environment.installed("gpu"):
         pytest.skip("the compiler for gpu is not installed: jaxrl check --install gpu")
     variables = environment.variables("gpu") | {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
@@ -52,6 +52,9 @@ def test_kernels_for_hopper_use_its_matrix_units_and_spill_no_register() -> None
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"shape"')]
     assert [answer["shape"] for answer in answers] == [shape.name for shape in compiled_for_hopper.SHAPES]
     check_compositions([json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"composition"')])
+    (said,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"cudnn"')]
+    assert said["cudnn"] == {"fmhaSoftmax": 1, "fmhaSoftmaxBackward": 1}
+    assert "core_count: 132" in said["description"]  # as of a GPU that is there: ``jaxrl bench kernels --dump-target``
     for answer in answers:
         assert answer["kernels"] == 3  # forward, gradient of queries, gradients of keys and values
         assert answer["temporary"] < answer["too_much"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jaxrl_kernels import Plan
 from jaxrl_kernels.interval_attention import (
     backends,
+    cudnn,
     interval_attention,
     interval_attention_with_lse,
     make_plan,
@@ -24,33 +25,42 @@ from jaxrl_kernels.interval_attention.pairs import Blocks, make_pairs
 from jaxrl_kernels.interval_attention.tables import make_tables
 from jaxrl_kernels.products import product
 from jaxrl_kernels.softmax import soft_capped
+from tests.kernels import cudnn_stand_in
 from tests.kernels.backends import anywhere, of_these_devices
 
 BACKENDS = [name for name in anywhere(backends.BACKENDS) if name != "mosaic_gpu_interpreted"]
 
+# Beside cuDNN's stand-in stands the other way, which is XLA's and runs every case by itself: kinds of masks, each once.
+BY_CUDNN = ("causal", "window", "window_one", "padded", "prefix", "tree", "nothing", "bfloat16", "split_window")
+BY_CUDNN += ("window_by_position", "chunked_padded")
+
 # The interpreter of a GPU takes ten seconds a case: the table's kinds of masks and scores, each once.
 ON_GPU = ("few_heads", "nothing", "prefix", "bfloat16", "soft_cap", "split_tree_window", "window")
 
-EVERY_CASE = [
-    pytest.param(
-        case,
-        backend,
-        id=f"{case.name}-{backend}",
-        # Long rows in an interpreter take seconds each; short ones have several blocks there too.
-        marks=[pytest.mark.slow] if backend == "tpu_interpreted" and case.tokens > 300 else [],
-    )
-    for case in CASES
-    for backend in BACKENDS
-] + [
-    pytest.param(
-        case,
-        "mosaic_gpu_interpreted",
-        id=f"{case.name}-mosaic_gpu_interpreted",
-        marks=[] if case.name == "few_heads" else [pytest.mark.slow],
-    )
-    for case in CASES
-    if case.name in ON_GPU
-]
+EVERY_CASE = (
+    [
+        pytest.param(
+            case,
+            backend,
+            id=f"{case.name}-{backend}",
+            # Long rows in an interpreter take seconds each; short ones have several blocks there too.
+            marks=[pytest.mark.slow] if backend == "tpu_interpreted" and case.tokens > 300 else [],
+        )
+        for case in CASES
+        for backend in BACKENDS
+    ]
+    + [pytest.param(case, "cudnn", id=f"{case.name}-cudnn") for case in CASES if case.name in BY_CUDNN]
+    + [
+        pytest.param(
+            case,
+            "mosaic_gpu_interpreted",
+            id=f"{case.name}-mosaic_gpu_interpreted",
+            marks=[] if case.name == "few_heads" else [pytest.mark.slow],
+        )
+        for case in CASES
+        if case.name in ON_GPU
+    ]
+)
 
 HERE = [
     pytest.param(dataclasses.replace(case, head_width=64, dtype="bfloat16"), backend, id=f"{case.name}-{backend}")
@@ -60,9 +70,12 @@ HERE = [
 """Where kernels of these devices are tested: every case, as all of them take it."""
 
 EVERY_LENGTH = [(backend, tokens) for backend in BACKENDS for tokens in (24, 300)] + [
-    pytest.param("mosaic_gpu_interpreted", 24, marks=pytest.mark.slow)
+    ("cudnn", 24),
+    pytest.param("mosaic_gpu_interpreted", 24, marks=pytest.mark.slow),
 ]
 """Backends, and tokens of a row."""
+
+cudnn_stand_in.install()
 
 Arrays = tuple[jax.Array, ...]
 NAMES = ("output", "log-sum-exp", "q", "k", "v")
@@ -88,6 +101,9 @@ def plan_of(backend: str, end: jax.Array, queries: int, first: jax.Array, heads:
         blocks = Blocks(8, 8) if end.shape[1] < 100 else Blocks(64, 64)
         return Plan(make_tables(end, queries=queries, first=first, blocks=blocks), backend)
     groups = query_heads // kv_heads
+    if backend == "cudnn":  # not by make_plan, because these devices are none of its
+        behind = queries < end.shape[1]
+        return Plan(cudnn.make_plan(end, queries=queries, first=first, behind=behind), backend)
     return make_plan(
         end, groups=groups, head_width=width, dtype="bfloat16", queries=queries, first=first, implementation=backend
     )
@@ -133,7 +149,10 @@ def compiled(backend: str, scale: float | None, soft_cap: float, by_position: bo
             options = {"window": window, "first": first, "scale": scale, "soft_cap": soft_cap}
             if by_position:
                 options["positions"] = positions
-            return interval_attention_with_lse(q, k, v, end, **options, plan=plan)
+            output, log_total = interval_attention_with_lse(q, k, v, end, **options, plan=plan)
+            if backend == "cudnn":  # which is not asked for what has to give the log-sum-exp as well
+                output = interval_attention(q, k, v, end, **options, plan=plan)
+            return output, log_total
 
         results, pull = jax.vjp(run, q, k, v)
         return (*results, *pull(cotangents))

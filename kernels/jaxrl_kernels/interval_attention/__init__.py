@@ -102,10 +102,10 @@ def interval_attention(
         query_positions: [B, Q] int32, those of the queries; None takes them from ``positions``, where all of their
             tokens must then be.
         plan: ``make_plan`` of ``end``, for batches that attend more than once; made here when None.
-        implementation: "xla" is plain JAX, linear in T in memory; "tpu" the kernels for TPUs; "mosaic_gpu" those for
-            Hopper GPUs; "tpu_interpreted" and "mosaic_gpu_interpreted" run them without such a device, slowly;
-            "reference" builds the whole mask; "auto" picks by the devices (``docs/kernels.md``).
-            A plan that is given has picked already.
+        implementation: "xla" is plain JAX, linear in T in memory; "cudnn" is cuDNN on GPUs where the mask is one of
+            packed segments, and plain JAX elsewhere; "tpu" the kernels for TPUs; "mosaic_gpu" those for Hopper GPUs;
+            "tpu_interpreted" and "mosaic_gpu_interpreted" run them without such a device, slowly; "reference" builds
+            the whole mask; "auto" picks by the devices (``docs/kernels.md``). A plan that is given has picked already.
 
     Returns:
         [B, Q, N, H] in q's type.
@@ -113,11 +113,12 @@ def interval_attention(
     Raises:
         ValueError: shapes do not fit together, or the implementation is unknown or cannot be had.
     """
-    return interval_attention_with_lse(
+    return _attended(
         q,
         k,
         v,
         end,
+        with_lse=False,
         window=window,
         scale=scale,
         soft_cap=soft_cap,
@@ -150,6 +151,40 @@ def interval_attention_with_lse(
         ([B, Q, N, H] in q's type, [B, Q, N] float32, minus infinity for a query that sees nothing). Both can be
         differentiated.
     """
+    return _attended(
+        q,
+        k,
+        v,
+        end,
+        with_lse=True,
+        window=window,
+        scale=scale,
+        soft_cap=soft_cap,
+        first=first,
+        positions=positions,
+        query_positions=query_positions,
+        plan=plan,
+        implementation=implementation,
+    )
+
+
+def _attended(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    end: jax.Array,
+    *,
+    with_lse: bool,
+    window: int | jax.Array,
+    scale: float | None,
+    soft_cap: float,
+    first: int | jax.Array,
+    positions: jax.Array | None,
+    query_positions: jax.Array | None,
+    plan: Plan | None,
+    implementation: str,
+) -> tuple[jax.Array, jax.Array | None]:
+    """What both functions return, and None for a log-sum-exp that is not asked for."""
     batch, queries, heads, width = q.shape
     tokens = k.shape[1]
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != width or heads % k.shape[2] or queries > tokens:
@@ -171,13 +206,15 @@ def interval_attention_with_lse(
     seen = (end > index)[..., None, None]
     q, k, v = jnp.where(seeing[..., None], q, 0), jnp.where(seen, k, 0), jnp.where(seen, v, 0)
     window, scale = jnp.asarray(window, jnp.int32), width**-0.5 if scale is None else scale
-    attend = BACKENDS[plan.backend].attend
     places = None
     if positions is not None:
         if query_positions is None:
             query_positions = jax.lax.dynamic_slice_in_dim(positions, first, queries, axis=1)
         places = query_positions, positions
-    attended, log_total = attend(q, k, v, end, window, first, scale, soft_cap, places, plan.lists)
+    backend, arguments = BACKENDS[plan.backend], (q, k, v, end, window, first, scale, soft_cap, places, plan.lists)
+    if not with_lse and backend.attend_alone is not None:
+        return jnp.where(seeing[..., None], backend.attend_alone(*arguments), 0), None
+    attended, log_total = backend.attend(*arguments)
     return jnp.where(seeing[..., None], attended, 0), jnp.where(seeing, log_total, -jnp.inf)
 
 

@@ -9,12 +9,13 @@ import jax
 
 from jaxrl_kernels import choice
 from jaxrl_kernels.choice import device_kind
-from jaxrl_kernels.interval_attention import plan, reference, tpu, xla
+from jaxrl_kernels.interval_attention import cudnn, plan, reference, tpu, xla
 from jaxrl_kernels.interval_attention.blocks import HOPPER, HOPPER_WIDTHS, blocks_for
 from jaxrl_kernels.interval_attention.pairs import Pairs, longest_list, make_pairs
 from jaxrl_kernels.interval_attention.tables import Tables, make_tables
 
 HOPPER_KINDS = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H20", "NVIDIA H800", "NVIDIA GH200")
+BLACKWELL_KINDS = ("NVIDIA B100", "NVIDIA B200", "NVIDIA B300", "NVIDIA GB200", "NVIDIA GB300")
 
 LONGEST_LIST = 1 << 17
 """Entries of a list of pairs: half of the scalar memory of a TPU, which has 1 MiB."""
@@ -48,6 +49,7 @@ class Backend:
         unfit: why it cannot take a shape, empty if it can.
         blocks: in which blocks it computes a shape, empty where nothing but the backend decides that.
         automatic: "auto" may take it.
+        attend_alone: the same without the log-sum-exp, if there is a better way then; None takes it from ``attend``.
     """
 
     plan: Callable[[jax.Array, int | jax.Array, Shape], Any]
@@ -56,6 +58,7 @@ class Backend:
     unfit: Callable[[Shape], str] = lambda shape: ""
     blocks: Callable[[Shape], str] = lambda shape: ""
     automatic: bool = False
+    attend_alone: Callable[..., jax.Array] | None = None
 
 
 def _key_blocks(end: jax.Array, first: int | jax.Array, shape: Shape) -> plan.KeyBlocks:
@@ -101,9 +104,27 @@ def _unfit_for_hopper(shape: Shape) -> str:
     return ""
 
 
+def _segments(end: jax.Array, first: int | jax.Array, shape: Shape) -> cudnn.Plan:
+    return cudnn.make_plan(end, queries=shape.queries, first=first, behind=shape.behind)
+
+
+def _unfit_for_cudnn(shape: Shape) -> str:
+    # What cuDNN computes of Blackwell's backward pass ends at heads of 128.
+    widest = 256 if device_kind().startswith(HOPPER_KINDS) else 128
+    return cudnn.unfit(shape.head_width, shape.dtype, widest)
+
+
 BACKENDS: dict[str, Backend] = {
     "tpu": Backend(
         _pairs, tpu.interval_attention, ("TPU",), unfit=_unfit_for_tpu, blocks=_blocks_on_tpu, automatic=True
+    ),
+    "cudnn": Backend(
+        _segments,
+        cudnn.interval_attention_with_lse,
+        devices=(*HOPPER_KINDS, *BLACKWELL_KINDS),
+        unfit=_unfit_for_cudnn,
+        attend_alone=cudnn.interval_attention,
+        automatic=True,
     ),
     "xla": Backend(_key_blocks, xla.interval_attention, automatic=True),
     "tpu_interpreted": Backend(_pairs, functools.partial(tpu.interval_attention, interpret=True)),

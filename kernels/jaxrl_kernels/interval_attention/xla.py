@@ -32,24 +32,81 @@ def interval_attention(
     plan: KeyBlocks,
 ) -> tuple[jax.Array, jax.Array]:
     """As the contract says: what is attended to, and the log-sum-exp of the scores."""
-    batch, queries, heads, width = q.shape
-    kv_heads, block = k.shape[2], block_of(k.shape[1])
-    query_blocks, key_blocks = blocks_of(queries, block), blocks_of(k.shape[1], block)
-    fill = ((0, 0), (0, query_blocks * block - queries))
-    q = jnp.pad((q * scale).astype(q.dtype), (*fill, (0, 0), (0, 0)))
-    q = jnp.einsum("bnckgh->nbkgch", q.reshape(batch, query_blocks, block, kv_heads, heads // kv_heads, width))
-    fill = ((0, 0), (0, key_blocks * block - k.shape[1]))
-    k, v = (jnp.pad(x, (*fill, (0, 0), (0, 0))).reshape(batch, key_blocks, block, kv_heads, width) for x in (k, v))
-    k, v = (jnp.einsum("bnskh->nbksh", x) for x in (k, v))
-    ends = jnp.einsum("bns->nbs", jnp.pad(end, fill).reshape(batch, key_blocks, block))
+    mask = _blocks_of_mask(k.shape[1], q.shape[1], end, window, first, places, plan)
+    attended, log_total = _attend(soft_cap, *_blocks(q, k, v, scale), *mask)
+    return _of_queries(attended, q.shape[1]), _of_queries(log_total, q.shape[1])[..., 0]
+
+
+def gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    end: jax.Array,
+    window: jax.Array,
+    first: int | jax.Array,
+    scale: float,
+    soft_cap: float,
+    places: tuple[jax.Array, jax.Array] | None,
+    plan: KeyBlocks,
+    results: tuple[jax.Array, jax.Array],
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of q, k and v, from what ``interval_attention`` gave for them and the gradient of what is attended to."""
+    blocks, pull = jax.vjp(functools.partial(_blocks, scale=scale), q, k, v)
+    mask = _blocks_of_mask(k.shape[1], q.shape[1], end, window, first, places, plan)
+    attended, log_total, gradient = (
+        _query_blocks(x, k.shape[2], block_of(k.shape[1])) for x in (results[0], results[1][..., None], gradient)
+    )
+    saved = (*blocks, *mask, attended, log_total)
+    return pull(_backward(soft_cap, saved, (gradient, jnp.zeros_like(log_total)))[:3])
+
+
+def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[jax.Array, ...]:
+    """Queries, scaled, [n, B, K, G, C, H] and keys and values [m, B, K, S, H]."""
+    block = block_of(k.shape[1])
+    return _query_blocks((q * scale).astype(q.dtype), k.shape[2], block), *(_key_blocks(x, block) for x in (k, v))
+
+
+def _query_blocks(x: jax.Array, kv_heads: int, block: int) -> jax.Array:
+    """[B, Q, N, x] as [n, B, K, G, C, x]; zeros behind the last query."""
+    batch, queries, heads, width = x.shape
+    count = blocks_of(queries, block)
+    x = jnp.pad(x, ((0, 0), (0, count * block - queries), (0, 0), (0, 0)))
+    return jnp.einsum("bnckgh->nbkgch", x.reshape(batch, count, block, kv_heads, heads // kv_heads, width))
+
+
+def _key_blocks(x: jax.Array, block: int) -> jax.Array:
+    """[B, T, K, H] as [m, B, K, S, H]; zeros behind the last key."""
+    batch, tokens, kv_heads, width = x.shape
+    count = blocks_of(tokens, block)
+    x = jnp.pad(x, ((0, 0), (0, count * block - tokens), (0, 0), (0, 0)))
+    return jnp.einsum("bnskh->nbksh", x.reshape(batch, count, block, kv_heads, width))
+
+
+def _of_queries(blocks: jax.Array, queries: int) -> jax.Array:
+    """[n, B, K, G, C, x] as [B, Q, N, x]."""
+    count, batch, kv_heads, groups, block, width = blocks.shape
+    rows = jnp.einsum("nbkgch->bnckgh", blocks).reshape(batch, count * block, kv_heads * groups, width)
+    return rows[:, :queries]
+
+
+def _blocks_of_mask(
+    tokens: int,
+    queries: int,
+    end: jax.Array,
+    window: jax.Array,
+    first: int | jax.Array,
+    places: tuple[jax.Array, jax.Array] | None,
+    plan: KeyBlocks,
+) -> tuple:
+    """What ``_attend`` takes of the mask."""
+    block = block_of(tokens)
+    query_blocks, key_blocks = blocks_of(queries, block), blocks_of(tokens, block)
+    ends = jnp.pad(end, ((0, 0), (0, key_blocks * block - tokens))).reshape(-1, key_blocks, block)
     if places is not None:
         asked, held = places
         places = _blocks_of_places(asked, query_blocks, block), _blocks_of_places(held, key_blocks, block)
-    results = _attend(soft_cap, q, k, v, ends, window, jnp.asarray(first, jnp.int32), places, plan)
-    attended, log_total = (
-        jnp.einsum("nbkgch->bnckgh", x).reshape(batch, query_blocks * block, heads, -1)[:, :queries] for x in results
-    )
-    return attended, log_total[..., 0]
+    return jnp.einsum("bns->nbs", ends), window, jnp.asarray(first, jnp.int32), places, plan
 
 
 def _blocks_of_places(positions: jax.Array, count: int, block: int) -> jax.Array:
