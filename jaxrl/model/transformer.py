@@ -293,6 +293,11 @@ def paged_hidden_states(
     return hidden, jax.tree.map(lambda array, old: array.reshape(old.shape), pool, kv_pages)
 
 
+def paged_implementation(config: ModelConfig) -> str:
+    """What ``paged_attention`` is asked for: "auto" where the configured kernel is one for packed rows only."""
+    return config.attention if config.attention in PAGED_BACKENDS else "auto"
+
+
 def _paged_plan(
     config: ModelConfig, keys: Pages, page_table: jax.Array, positions: jax.Array, groups: Groups | None
 ) -> PagedPlan | GroupPlan:
@@ -301,8 +306,7 @@ def _paged_plan(
     heads = kv_heads * (config.query_heads // config.kv_heads), kv_heads
     types = config.compute_dtype, keys.dtype.name
     shape = Shape(*positions.shape, *heads, width, page, page_table.shape[1], *types)
-    implementation = config.attention if config.attention in PAGED_BACKENDS else "auto"  # a kernel for packed rows only
-    options = {"windows": sorted({*_windows(config)} - {0}), "implementation": implementation}
+    options = {"windows": sorted({*_windows(config)} - {0}), "implementation": paged_implementation(config)}
     if groups is not None:
         return make_group_plan(positions, groups, shape, **options)
     return make_paged_plan(positions, shape, **options)

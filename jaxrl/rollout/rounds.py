@@ -15,7 +15,7 @@ from jaxrl import mesh as meshes
 from jaxrl.config import EngineConfig, ModelConfig
 from jaxrl.model.kv_pages import KVPages, page_dtype
 from jaxrl.model.logprob import logits
-from jaxrl.model.transformer import Params, paged_hidden_states
+from jaxrl.model.transformer import Params, paged_hidden_states, paged_implementation
 from jaxrl.rollout import sampler
 from jaxrl.rollout.cache import pages_for
 from jaxrl_kernels import make_groups
@@ -59,10 +59,9 @@ def party_of(config: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh
     width = min(config.group_width, config.slots)
     if config.group_decode != "auto":
         return width if config.group_decode == "on" else 0
-    implementation = model.attention if model.attention in BACKENDS else "auto"
     decode, _ = attention_shapes(config, model, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        backend = chosen_for_parties(implementation, decode, config.slots, width)
+        backend = chosen_for_parties(paged_implementation(model), decode, config.slots, width)
     return width if BACKENDS[backend].skips_empty else 0
 
 

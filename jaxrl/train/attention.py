@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl import mesh as meshes
 from jaxrl.config import ConfigError, EngineConfig, ModelConfig, PreferConfig, SftConfig, TrainConfig, nearest
+from jaxrl.model.transformer import paged_implementation
 from jaxrl.rollout.rounds import attention_shapes, party_of
 from jaxrl_kernels import choice, trial
 from jaxrl_kernels.group_decode.backends import chosen_for_parties
@@ -48,7 +49,7 @@ def packed_kernels(
 
 def paged_kernels(engine: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> list[str]:
     """The same of attention over KV pages. Arguments as ``check_paged_attention``."""
-    lines, implementation = [], _for_pages(model)
+    lines, implementation = [], paged_implementation(model)
     width = party_of(engine, model, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         for shape in attention_shapes(engine, model, mesh):
@@ -59,10 +60,6 @@ def paged_kernels(engine: EngineConfig, model: ModelConfig, mesh: Mesh | Abstrac
                 what += f", prompts read for up to {width} rows together"
             lines.append(_line(what, backend, paged.BACKENDS[backend].blocks(shape)))
     return lines
-
-
-def _for_pages(model: ModelConfig) -> str:
-    return model.attention if model.attention in paged.BACKENDS else "auto"  # a kernel for packed rows only
 
 
 def _line(what: str, backend: str, blocks: str) -> str:
@@ -115,7 +112,7 @@ def try_attention(model: ModelConfig, mesh: Mesh, sections: Sequence[SftConfig |
 
 def try_paged_attention(engine: EngineConfig, model: ModelConfig, mesh: Mesh) -> None:
     """The same of kernels for KV pages. Arguments as ``check_paged_attention``."""
-    implementation = _for_pages(model)
+    implementation = paged_implementation(model)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shapes = [(shape, paged.chosen(implementation, shape)) for shape in attention_shapes(engine, model, mesh)]
     for shape, backend in shapes:
