@@ -150,3 +150,15 @@ def test_rows_whose_queries_are_split_have_no_segments() -> None:
     assert cudnn.make_plan(end, queries=12, first=0, behind=False).segments is not None
     assert cudnn.make_plan(end, queries=6, first=jnp.int32(6), behind=False).segments is None
     assert cudnn.make_plan(end, queries=12, first=jnp.int32(12), behind=True).segments is None
+
+
+def test_the_gradient_calls_cudnn_once_in_each_pass() -> None:
+    def loss(q: jax.Array, k: jax.Array, end: jax.Array, window: jax.Array) -> jax.Array:
+        plan = Plan(cudnn.make_plan(end, queries=end.shape[1], first=0, behind=False), "cudnn")
+        return interval_attention(q, k, k, end, window=window, plan=plan).astype(jnp.float32).sum()
+
+    q, k = (jax.ShapeDtypeStruct((2, 1024, heads, 128), jnp.bfloat16) for heads in (8, 2))
+    integers = jax.ShapeDtypeStruct((2, 1024), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(q, k, *integers)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert [program.count(f"@__cudnn$fmhaSoftmax{suffix}(") for suffix in ("", "Backward")] == [1, 1]
