@@ -56,10 +56,19 @@ def init_pages(
     return KVPages(empty(), empty(), jnp.zeros(recorded, id_type(config.experts)))
 
 
-def page_shardings(mesh: Mesh, record_experts: bool = False) -> KVPages:
-    """Where the pages of a replica lie: a tree whose leaves stand for all arrays below them."""
-    by_head = NamedSharding(mesh, partition_spec(KV_AXES, ROLLOUT_RULES, mesh))
-    return KVPages(by_head, by_head, NamedSharding(mesh, PartitionSpec()) if record_experts else None)
+def page_shardings(mesh: Mesh, pages: KVPages) -> KVPages:
+    """Where each array of a replica's pages lies; a program that takes them gives them back with the same shardings.
+
+    Args:
+        pages: shapes are enough.
+    """
+
+    def by_head(array: jax.ShapeDtypeStruct) -> NamedSharding:
+        axes = (*KV_AXES, *[None] * (array.ndim - len(KV_AXES)))
+        return NamedSharding(mesh, partition_spec(axes, ROLLOUT_RULES, mesh))
+
+    keys, values = jax.tree.map(by_head, (pages.keys, pages.values))
+    return KVPages(keys, values, None if pages.experts is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def written(pages: Pages, new: jax.Array, target: jax.Array, offset: jax.Array) -> Pages:

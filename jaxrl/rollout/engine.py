@@ -189,10 +189,9 @@ class Engine:
         everywhere = NamedSharding(self._mesh, PartitionSpec())
         self._device_stop_ids = jax.device_put(stops, everywhere)
         self._key = jax.device_put(jax.random.key(seed), everywhere)
-        pages_split = page_shardings(self._mesh, config.record_experts)
-        self._kv_pages = jax.jit(init_pages, static_argnums=range(5), out_shardings=pages_split)(
-            model, self._scheduler.total_pages, config.page_size, config.record_experts, config.kv_dtype
-        )
+        sizes = model, self._scheduler.total_pages, config.page_size, config.record_experts, config.kv_dtype
+        pages_split = page_shardings(self._mesh, jax.eval_shape(lambda: init_pages(*sizes)))
+        self._kv_pages = jax.jit(init_pages, static_argnums=range(5), out_shardings=pages_split)(*sizes)
         self._counters = Counters(pages=self._scheduler.total_pages)
         self._tickets = itertools.count()
         self._opening: dict[Track, asyncio.Future[None]] = {}

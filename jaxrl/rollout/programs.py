@@ -40,11 +40,9 @@ def abstract_pages(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> Any:
     sizes = pages_of(config)[1], config.page_size, config.record_experts, config.kv_dtype
     pages = jax.eval_shape(lambda: init_pages(model, *sizes))
     return jax.tree.map(
-        lambda sharding, part: jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
-        ),
-        page_shardings(mesh, config.record_experts),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         pages,
+        page_shardings(mesh, pages),
     )
 
 

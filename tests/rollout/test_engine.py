@@ -138,8 +138,9 @@ def test_a_generation_ends_at_a_stop_id_or_at_its_limit(params, plain):
         assert len(sample.ids) == len(sample.logprobs) == len(sample.versions)
 
 
-def test_promise_11_serving_compiles_nothing(params):
-    engine = make_engine(params, slots=5)  # a shape of its own
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_promise_11_serving_compiles_nothing(params, kv_dtype):
+    engine = make_engine(params, slots=5, kv_dtype=kv_dtype)  # a shape of its own
     engine.compile()
     compiled = []
     listener = lambda name, seconds, **_: compiled.append(name) if "compile" in name else None  # noqa: E731
