@@ -7,6 +7,7 @@ the process that asks must not see, and so that the memory the compiler takes is
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -19,7 +20,7 @@ import jax
 from jaxrl.check import collectives, devices, flops, programs, targets
 from jaxrl.config import ConfigError, parse
 
-READING = 2
+READING = 3
 """Raised when what is read of a compiled program, and how, changes: what was kept before is then not used."""
 
 
@@ -102,10 +103,23 @@ def compiled(lowered: jax.stages.Lowered, inner: int, effort: float) -> Compiled
     return Compiled(
         arguments=memory.argument_size_in_bytes,
         results=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
-        temporary=memory.temp_size_in_bytes,
+        temporary=memory.temp_size_in_bytes + reserved_by_cudnn(lowered.as_text()),
         traffic=tuple(map(dataclasses.asdict, sent)),
         effort=effort,
     )
+
+
+def reserved_by_cudnn(program: str) -> int:
+    """Bytes that cuDNN's backward pass of attention may reserve when it runs, which is not known before: at most the
+    gradients of queries in float32, as if each segment that there is room for were as long as a row.
+
+    Args:
+        program: StableHLO. The calls of a program follow each other, so that the largest counts.
+    """
+    calls = re.findall(
+        r"@__cudnn\$fmha\w*Backward\(.* : \(tensor<\d+x\d+x\d+x(\d+)x\w+>.*?tensor<(\d+)x(\d+)x(\d+)xf32>", program
+    )
+    return max((4 * math.prod(map(int, call)) for call in calls), default=0)
 
 
 def asked_for(message: str) -> int | None:

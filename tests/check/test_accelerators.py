@@ -5,12 +5,17 @@ import os
 import pathlib
 import re
 import resource
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import pytest
 
 from jaxrl.check import environment, mending, programs, report, run, targets
-from jaxrl.check.worker import asked_for
+from jaxrl.check.worker import asked_for, reserved_by_cudnn
+from jaxrl_kernels import interval_attention
 from tests.check.conftest import SMALL, needs_compiler
+from tests.kernels.test_lowering import mesh_of
 
 POD_BYTES = 4 * targets.GIB
 
@@ -71,6 +76,22 @@ def test_a_tpu_has_the_memory_that_its_compiler_grants() -> None:
 )
 def test_what_a_compiler_asked_for(message: str, gib: float | None) -> None:
     assert asked_for(message) == (None if gib is None else int(gib * targets.GIB))
+
+
+def test_what_cudnn_may_reserve_is_counted() -> None:
+    """Two rows of 1,024 tokens have room for 64 segments; of eight heads, 128 wide, in float32."""
+    q, k, end = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in [((2, 1024, 8, 128), "bfloat16"), ((2, 1024, 2, 128), "bfloat16"), ((2, 1024), "int32")]
+    )
+
+    def lowered(run: Callable[..., Any]) -> str:
+        with jax.sharding.use_abstract_mesh(mesh_of("NVIDIA H200")):
+            return jax.jit(run).trace(q, k, k, end).lower(lowering_platforms=("cuda",)).as_text()
+
+    gradient = jax.grad(lambda *row: interval_attention(*row).astype("float32").sum())
+    assert reserved_by_cudnn(lowered(gradient)) == 64 * 1024 * 8 * 128 * 4
+    assert reserved_by_cudnn(lowered(interval_attention)) == 0
 
 
 @pytest.fixture(scope="module")
