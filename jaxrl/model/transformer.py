@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.config import ModelConfig
-from jaxrl.mesh import compute_spec, per_shard, to_compute
+from jaxrl.mesh import COMPUTE_RULES, compute_spec, per_shard, pieces, to_compute
 from jaxrl.model import stacks
 from jaxrl.model.families import FAMILIES
 from jaxrl.model.kv_pages import KVPages, written
@@ -303,7 +303,8 @@ def _paged_plan(
 ) -> PagedPlan | GroupPlan:
     """What is the same in all layers of how a device attends; ``keys`` are its pages of all layers."""
     _, _, kv_heads, page, width = keys.shape
-    heads = kv_heads * (config.query_heads // config.kv_heads), kv_heads
+    # Where devices hold the same KV heads, each has a part of the query heads of these.
+    heads = config.query_heads // pieces("query_heads", COMPUTE_RULES, jax.sharding.get_abstract_mesh()), kv_heads
     types = config.compute_dtype, keys.dtype.name
     shape = Shape(*positions.shape, *heads, width, page, page_table.shape[1], *types)
     options = {"windows": sorted({*_windows(config)} - {0}), "implementation": paged_implementation(config)}
