@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxrl_kernels import Groups, group_decode, linear_logprob, ring_attention
+from jaxrl_kernels import group_decode, linear_logprob, make_groups, ring_attention
 
 SPLIT = "split"
 """The only axis of the mesh."""
@@ -34,8 +34,8 @@ class Composition:
     too_much: int
 
 
-def _decode(q, keys, values, table, positions, members, shared) -> jax.Array:
-    return group_decode(q, keys, values, table, positions, Groups(members, shared))
+def _decode(q, keys, values, table, positions, shared) -> jax.Array:
+    return group_decode(q, keys, values, table, positions, make_groups(table, shared, 16))
 
 
 def _ring(q, k, v, end, cotangent) -> tuple[jax.Array, ...]:
@@ -62,7 +62,7 @@ COMPOSITIONS = {
         (
             *_arrays("bfloat16", HEADS, (64, 1, 32, 128)),
             *_arrays("bfloat16", PAGES, *[(4096, 8, 16, 128)] * 2),
-            *_arrays("int32", WHOLE, (64, 64), (64, 1), (64, 16), (64,)),
+            *_arrays("int32", WHOLE, (64, 64), (64, 1), (64,)),
         ),
         HEADS,
         kernels=2,
