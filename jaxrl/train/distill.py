@@ -13,7 +13,8 @@ from jaxrl.model import hf, logprob
 from jaxrl.records import Batch
 from jaxrl.rl.distillation import DECOMPOSED_LOSSES, WHOLE_LOSSES, Predictions, Taught, distillation, generalised_jsd
 from jaxrl.rl.tokens import sampled
-from jaxrl.train.session import Session
+from jaxrl.train.attention import check_attention, try_attention
+from jaxrl.train.session import Session, packed_sections
 from jaxrl.train.update import Guides, LossFunction, Metrics
 
 Stage = Literal["cold_start", "reinforcement"]
@@ -23,26 +24,30 @@ def distilled(session: Session, own: LossFunction, stage: Stage) -> tuple[LossFu
     """The loss of a stage with what the teacher adds to it, and the teacher's weights; ``own`` and None without one.
 
     Raises:
-        ConfigError: a teacher with another vocabulary, or a folder that holds none.
+        ConfigError: a teacher with another vocabulary, a folder that holds none, or kernels that cannot compute it.
     """
     config = session.config.distill
     model = teacher_model(config, session.model, stage)
     if model is None:
         return own, None
+    rows = packed_sections(session.config)
+    check_attention(model, session.mesh, rows)
+    try_attention(model, session.mesh, rows)
     _, teacher = hf.load_folder(config.teacher, model.param_dtype, mesh=session.mesh)
     temperature = session.config.engine.temperature if stage == "reinforcement" else 1.0
     return distillation_loss(own, (session.model, model), config, stage, temperature), teacher
 
 
 def teacher_model(config: DistillConfig, student: ModelConfig, stage: Stage) -> ModelConfig | None:
-    """The architecture of a stage's teacher, with the type its weights are kept in; None without one.
+    """The architecture of a stage's teacher, and how it is computed, which is as the student is; None without one.
 
     Raises:
         ConfigError: another vocabulary than the student's, or a folder that holds no model.
     """
     if not config.teacher or config.stages not in (stage, "both"):
         return None
-    model = dataclasses.replace(hf.read_config(config.teacher), param_dtype=student.compute_dtype)
+    model = hf.read_config(config.teacher, base=student)  # computed as the student is
+    model = dataclasses.replace(model, param_dtype=student.compute_dtype, path="")
     if model.vocab_size != student.vocab_size:
         raise ConfigError(
             f"DistillConfig.teacher={config.teacher!r} has a vocabulary of {model.vocab_size}, the policy one of "

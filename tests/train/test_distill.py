@@ -1,6 +1,7 @@
 """A student and its teacher on packed rows, in both stages, and a run that ends near its teacher."""
 
 import dataclasses
+import json
 import pathlib
 import subprocess
 from collections.abc import Callable
@@ -17,10 +18,11 @@ from jaxrl import mesh as meshes
 from jaxrl.config import ConfigError, DistillConfig, MeshConfig, ModelConfig
 from jaxrl.data import packing
 from jaxrl.model import logprob, spec, transformer
+from jaxrl.model.config_json import hf_config
 from jaxrl.observe.writers import read_metrics
 from jaxrl.records import Batch
 from jaxrl.rl.distillation import Predictions, generalised_jsd
-from jaxrl.train.distill import distillation_loss
+from jaxrl.train.distill import distillation_loss, teacher_model
 from jaxrl.train.state import new_state
 from jaxrl.train.update import Guides, Updater, cross_entropy_loss
 
@@ -82,6 +84,14 @@ def test_the_exact_term_of_the_single_step_is_the_divergence_of_whole_logits(bat
     loss = distillation_loss(cross_entropy_loss(STUDENT), models, config, "reinforcement", 2.0)
     value = loss(student, batch, Guides(None, teacher))[0]
     assert float(value) == pytest.approx(by_hand(batch, student, teacher, beta=1.0, temperature=2.0), rel=1e-5)
+
+
+def test_a_teacher_is_computed_as_its_student_is(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TEACHER)), encoding="utf-8")
+    how = {"attention": "xla", "context_attention": "ring", "compute_dtype": "bfloat16", "logprob_chunk": 32}
+    student = dataclasses.replace(STUDENT, path="policy", experts=4, dense_layers=(0,), sliding_window=8, **how)
+    model = teacher_model(DistillConfig(teacher=str(tmp_path)), student, "reinforcement")
+    assert model == dataclasses.replace(TEACHER, param_dtype="bfloat16", init_scale=model.init_scale, **how)
 
 
 @pytest.mark.parametrize("name", ["generalised_jsd", "k2"])
