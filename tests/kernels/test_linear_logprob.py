@@ -20,21 +20,21 @@ Arrays = tuple[jax.Array, ...]
 
 
 def inputs(case: Case, dtype: str | None = None) -> tuple[jax.Array, Arrays, jax.Array, LinearLogprob]:
-    """hidden, head, targets, and cotangents of both results."""
+    """hidden, head, targets, and cotangents of the results."""
     draw = np.random.default_rng(0)
     shapes = [(case.tokens, case.width), (case.vocabulary, case.width)]
     if case.rank:
         shapes += [(case.width, case.rank), (case.rank, case.vocabulary)]
     hidden, *head = (jnp.asarray(draw.normal(size=shape), case.dtype).astype(dtype or case.dtype) for shape in shapes)
     targets = jnp.asarray(draw.integers(0, case.vocabulary, case.tokens), jnp.int32)
-    cotangents = LinearLogprob(*(jnp.asarray(draw.normal(size=case.tokens), jnp.float32) for _ in range(2)))
+    cotangents = LinearLogprob(*(jnp.asarray(draw.normal(size=case.tokens), jnp.float32) for _ in range(3)))
     return hidden, tuple(head), targets, cotangents
 
 
 def differentiated(
     case: Case, score: Callable[..., LinearLogprob], given: tuple[jax.Array, Arrays, jax.Array, LinearLogprob]
 ) -> list[jax.Array]:
-    """Both results, and the gradients of hidden states and head."""
+    """The results, and the gradients of hidden states and head."""
     hidden, head, targets, cotangents = given
 
     def both(hidden: jax.Array, head: Arrays) -> tuple[LinearLogprob, tuple[jax.Array, Arrays]]:
@@ -51,7 +51,8 @@ def naive(hidden: jax.Array, head: Arrays, targets: jax.Array, *, temperature: f
     scores = soft_cap * jnp.tanh(scores / soft_cap) if soft_cap else scores
     logprobs = jax.nn.log_softmax((scores / temperature).astype(jnp.float32))
     entropy = -(jnp.exp(logprobs) * logprobs).sum(axis=-1)
-    return LinearLogprob(logprobs[jnp.arange(len(targets)), targets], entropy)
+    total = jax.nn.logsumexp((scores / temperature).astype(jnp.float32), axis=-1)
+    return LinearLogprob(logprobs[jnp.arange(len(targets)), targets], entropy, total)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -64,7 +65,7 @@ def test_case(case: Case) -> None:
     for mine, plain, true in zip(got, rough, wanted, strict=True):
         error, allowed = (float(jnp.abs(x.astype(jnp.float32) - true).max()) for x in (mine, plain))
         assert error <= 2 * allowed + 1e-5 * (1 + float(jnp.abs(true).max())), (error, allowed)
-    assert [x.dtype for x in got] == [jnp.float32] * 2 + [jnp.dtype(case.dtype)] * (2 + 2 * bool(case.rank))
+    assert [x.dtype for x in got] == [jnp.float32] * 3 + [jnp.dtype(case.dtype)] * (2 + 2 * bool(case.rank))
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
@@ -75,12 +76,13 @@ def test_gradients_are_those_of_finite_differences() -> None:
         """The formula, in float64."""
         hidden, matrix, left, right = arrays
         scores = 1.5 * np.tanh((hidden @ matrix.T + hidden @ left @ right) / 1.5) / 0.7
-        logprobs = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-        results = logprobs[np.arange(3), targets], -(np.exp(logprobs) * logprobs).sum(axis=1)
+        total = np.log(np.exp(scores).sum(axis=1))
+        logprobs = scores - total[:, None]
+        results = logprobs[np.arange(3), targets], -(np.exp(logprobs) * logprobs).sum(axis=1), total
         return sum(float(np.asarray(weight, np.float64) @ x) for weight, x in zip(cotangents, results, strict=True))
 
     arrays = [np.asarray(x, np.float64) for x in (hidden, *head)]
-    gradients = differentiated(case, functools.partial(linear_logprob, chunk=2), inputs(case))[2:]
+    gradients = differentiated(case, functools.partial(linear_logprob, chunk=2), inputs(case))[3:]
     for array, gradient in zip(arrays, gradients, strict=True):
         for place in np.ndindex(array.shape):
             kept, step, values = array[place], 1e-6, []
@@ -129,7 +131,7 @@ def test_a_split_vocabulary_gives_the_same() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)
-    assert len(errors) == 6
+    assert len(errors) == 7
     assert max(errors) < 1e-5, errors
 
 

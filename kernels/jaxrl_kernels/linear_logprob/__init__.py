@@ -11,10 +11,14 @@ Implementation = Literal["auto", "xla", "reference"]
 
 
 class LinearLogprob(NamedTuple):
-    """What distributions over the vocabulary say of given tokens, [T] float32 each, in nats."""
+    """What distributions over the vocabulary say of given tokens, [T] float32 each, in nats.
+
+    ``lse`` is the log-sum-exp of the scaled logits, so that a token's own one is ``logprob + lse``.
+    """
 
     logprob: jax.Array
     entropy: jax.Array
+    lse: jax.Array
 
 
 def linear_logprob(
@@ -30,7 +34,7 @@ def linear_logprob(
 ) -> LinearLogprob:
     """Score ``targets`` under ``softmax(hidden @ matrix.T / temperature)``; softmax and sums in float32.
 
-    Both results can be differentiated for ``hidden`` and ``head``; the backward pass forms each chunk's logits again.
+    All results can be differentiated for ``hidden`` and ``head``; the backward pass forms each chunk's logits again.
     Beside them it holds the gradient of ``head`` in float32, in which the chunks' parts are added up.
 
     Args:

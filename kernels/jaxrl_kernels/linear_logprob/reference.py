@@ -9,9 +9,9 @@ from jaxrl_kernels.softmax import soft_capped
 
 def linear_logprob(
     hidden: jax.Array, head: tuple[jax.Array, ...], targets: jax.Array, temperature: jax.Array, soft_cap: float
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As the contract says, one line per step."""
     scaled = soft_capped(linear_scores(hidden, head), soft_cap) / jax.lax.stop_gradient(temperature)
     logprobs = jax.nn.log_softmax(scaled)
     entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-    return jnp.take_along_axis(logprobs, targets[:, None], axis=1)[:, 0], entropy
+    return jnp.take_along_axis(logprobs, targets[:, None], axis=1)[:, 0], entropy, jax.nn.logsumexp(scaled, axis=-1)

@@ -4,6 +4,7 @@ With p the probabilities, L the log-sum-exp and H the entropy of scaled logits s
 
     of the log-probability of y   onehot(y) - p
     of H                          -p (s - L + H)
+    of L                          p
 
 and a chunk's logits, formed again in the backward pass, need no more than L and H of the forward one.
 """
@@ -18,8 +19,8 @@ from jaxrl_kernels.chunks import cut, joined
 from jaxrl_kernels.linear_logprob.scores import linear_scores
 from jaxrl_kernels.softmax import soft_capped
 
-Results = tuple[jax.Array, jax.Array]
-"""Log-probability and entropy, [T] each."""
+Results = tuple[jax.Array, jax.Array, jax.Array]
+"""Log-probability, entropy and log-sum-exp, [T] each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _forward(
 
     _, pieces = jax.lax.scan(score, None, (cut(hidden[None], settings.chunk), cut(targets[None], settings.chunk)))
     logprob, log_total, entropy = (joined(piece, 1, len(targets))[0] for piece in pieces)
-    return (logprob, entropy), (hidden, head, targets, temperature, log_total, entropy)
+    return (logprob, entropy, log_total), (hidden, head, targets, temperature, log_total, entropy)
 
 
 def _backward(settings: Settings, saved: tuple, gradients: Results) -> tuple:
@@ -83,10 +84,11 @@ def _backward(settings: Settings, saved: tuple, gradients: Results) -> tuple:
     gradients = settings.total(jnp.stack(gradients))
 
     def differentiate(sums: tuple[jax.Array, ...], piece: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
-        hidden, targets, log_total, entropy, (of_logprob, of_entropy) = (*piece[:4], piece[4].T[..., None])
+        hidden, targets, log_total, entropy, of_results = piece
+        of_logprob, of_entropy, of_total = of_results.T[..., None]
         scaled, pull = jax.vjp(lambda hidden, head: scaled_scores(settings, hidden, head, temperature), hidden, head)
         logprobs = scaled - log_total[:, None]
-        factor = of_logprob + of_entropy * (logprobs + entropy[:, None])
+        factor = of_logprob + of_entropy * (logprobs + entropy[:, None]) - of_total
         hit = jnp.where(settings.hits(targets, scaled.shape[1]), of_logprob, 0.0)
         hidden_gradient, head_gradient = pull(hit - jnp.exp(logprobs) * factor)
         return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, head_gradient), hidden_gradient
