@@ -30,7 +30,7 @@ def packed_attention(config: ModelConfig, end: jax.Array, positions: jax.Array |
 
     Args:
         end: [B, T] int32, as ``interval_attention`` takes it.
-        positions: [B, T] int32 that windows count by; None = by index.
+        positions: [B, T] int32 that windows count by, of trees; None = by index, of packed segments.
     """
     end = to_compute(end, WHOLE)
     places = () if positions is None else (to_compute(positions, WHOLE),)
@@ -57,7 +57,8 @@ def _with_whole_keys(config: ModelConfig, end: jax.Array, places: tuple[jax.Arra
     )
 
     def plan_locally(end: jax.Array, index: jax.Array) -> Plan:
-        return make_plan(end, queries=len(index), first=index[0], **_heads(config))
+        known = {"soft_cap": config.attention_soft_cap, "segments": not places}
+        return make_plan(end, queries=len(index), first=index[0], **known, **_heads(config))
 
     def attend_locally(
         q: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array, *mask: jax.Array | Plan

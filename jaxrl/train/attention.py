@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl import mesh as meshes
 from jaxrl.config import ConfigError, EngineConfig, ModelConfig, PreferConfig, SftConfig, TrainConfig, nearest
+from jaxrl.data.tree_packing import sharing_of
 from jaxrl.model.transformer import paged_implementation
 from jaxrl.rollout.rounds import attention_shapes, party_of
 from jaxrl_kernels import choice, trial
@@ -43,7 +44,8 @@ def packed_kernels(
         for shape in dict.fromkeys(_packed_shapes(model, mesh, sections)):
             backend = interval.chosen(model.attention, shape)
             blocks = interval.BACKENDS[backend].blocks(shape)
-            lines.append(_line(f"{shape.rows} rows, {shape.queries} queries to {shape.tokens} keys", backend, blocks))
+            what = f"{shape.rows} rows{'' if shape.segments else ' that share'}"
+            lines.append(_line(f"{what}, {shape.queries} queries to {shape.tokens} keys", backend, blocks))
     return lines
 
 
@@ -73,7 +75,15 @@ def _packed_shapes(
     ring = model.context_attention == "ring" and parts > 1
     heads = model.query_heads // model.kv_heads, model.head_width, model.compute_dtype
     return [
-        interval.Shape(section.rows // batch, part, part if ring else section.row_tokens, *heads, behind=ring)
+        interval.Shape(
+            section.rows // batch,
+            part,
+            part if ring else section.row_tokens,
+            *heads,
+            behind=ring,
+            soft_cap=model.attention_soft_cap,
+            segments=not isinstance(section, TrainConfig) or sharing_of(section) is None,
+        )
         for section in sections
         for part in [section.row_tokens // parts]
     ]
@@ -106,7 +116,7 @@ def try_attention(model: ModelConfig, mesh: Mesh, sections: Sequence[SftConfig |
         for shape in _packed_shapes(model, mesh, sections):
             heads.setdefault(interval.chosen(model.attention, shape), shape)
     for backend in heads.keys() - trial.PLAIN:
-        complaint = trial.try_interval_attention(backend, heads[backend], **_scores(model))
+        complaint = trial.try_interval_attention(backend, heads[backend], windows=_windows(model))
         _believe(backend, "packed rows", complaint)
 
 
@@ -117,12 +127,12 @@ def try_paged_attention(engine: EngineConfig, model: ModelConfig, mesh: Mesh) ->
         shapes = [(shape, paged.chosen(implementation, shape)) for shape in attention_shapes(engine, model, mesh)]
     for shape, backend in shapes:
         if backend not in trial.PLAIN:
-            _believe(backend, "KV pages", trial.try_paged_attention(backend, shape, **_scores(model)))
+            options = {"soft_cap": model.attention_soft_cap, "windows": _windows(model)}
+            _believe(backend, "KV pages", trial.try_paged_attention(backend, shape, **options))
 
 
-def _scores(model: ModelConfig) -> dict[str, Any]:
-    windows = {model.sliding_window if layer in model.sliding_layers else 0 for layer in range(model.layers)}
-    return {"soft_cap": model.attention_soft_cap, "windows": sorted(windows)}
+def _windows(model: ModelConfig) -> list[int]:
+    return sorted({model.sliding_window if layer in model.sliding_layers else 0 for layer in range(model.layers)})
 
 
 def _believe(backend: str, what: str, complaint: str) -> None:

@@ -26,14 +26,13 @@ QUERIES = 24
 
 
 def try_interval_attention(
-    backend: str, shape: RowShape, *, soft_cap: float = 0.0, windows: Sequence[int] = (0,), tokens: int = TOKENS
+    backend: str, shape: RowShape, *, windows: Sequence[int] = (0,), tokens: int = TOKENS
 ) -> str:
     """What is wrong with both passes over packed segments, and over a prompt that three responses share.
 
     Args:
         backend: name of it.
-        shape: whose heads and type are tried.
-        soft_cap: on the scores.
+        shape: whose heads, type and soft cap are tried.
         windows: of the layers.
         tokens: of a row.
 
@@ -48,7 +47,7 @@ def try_interval_attention(
     def results(backend: str) -> Callable[..., tuple[jax.Array, ...]]:
         def both(q, k, v, cotangent, end, window) -> tuple[jax.Array, ...]:
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                options = {"window": window, "soft_cap": soft_cap, "implementation": backend}
+                options = {"window": window, "soft_cap": shape.soft_cap, "implementation": backend}
                 return interval_attention(q, k, v, end, **options)
 
             output, pull = jax.vjp(attend, q, k, v)
@@ -64,7 +63,7 @@ def try_interval_attention(
 def try_paged_attention(
     backend: str, shape: PagedShape, *, soft_cap: float = 0.0, windows: Sequence[int] = (0,)
 ) -> str:
-    """The same of rows of pages of unequal lengths, one of them empty, in the types of a shape."""
+    """The same of rows of pages of unequal lengths, one of them empty, in the types of a shape, with a soft cap."""
     rows, count, table = 4, min(shape.count, QUERIES), min(shape.table, -(-TOKENS // shape.page))
     draw = np.random.default_rng(0)
     last = np.minimum([QUERIES, table * shape.page // 3, table * shape.page - 1, -1], table * shape.page - 1)

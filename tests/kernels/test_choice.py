@@ -15,6 +15,12 @@ from jaxrl_kernels.paged_attention import backends as paged
 from jaxrl_kernels.paged_attention.blocks import Shape
 
 ROW = interval.Shape(rows=1, queries=4096, tokens=4096, groups=4, head_width=128, dtype="bfloat16")
+NOT_BY_CUDNN = (
+    ({"queries": 1024}, "whole rows are needed, and the queries are a part of a row"),
+    ({"behind": True}, "whole rows are needed, and the queries are a part of a row"),
+    ({"soft_cap": 50.0}, "it has no soft cap on the scores, which is 50.0"),
+    ({"segments": False}, "packed segments are needed, and rows hold shared prompts, trees or parts of rows"),
+)
 SLOTS = Shape(64, 1, 32, 8, 128, 16, 1024, "bfloat16", "bfloat16")
 
 
@@ -68,6 +74,9 @@ def test_auto_takes_cudnn_on_gpus_whose_cudnn_knows_packed_segments(monkeypatch:
         )
         with pytest.warns(UserWarning, match="'cudnn' is passed over: heads of a multiple of 8, .* not 128 in float32"):
             assert interval.chosen("auto", dataclasses.replace(ROW, dtype="float32")) == "xla"
+        for change, reason in NOT_BY_CUDNN:
+            with pytest.warns(UserWarning, match=f"'cudnn' is passed over: {reason}"):
+                assert interval.chosen("auto", dataclasses.replace(ROW, **change)) == "xla"
     with on("NVIDIA B200"):
         assert interval.chosen("auto", ROW) == "cudnn"
         with pytest.warns(UserWarning, match="at most 128, in bfloat16 or float16 are needed, not 256"):

@@ -15,6 +15,7 @@ from jaxrl_kernels.paged_attention import backends as paged
 from jaxrl_kernels.paged_attention.blocks import Shape
 
 ROWS = interval.Shape(rows=4, queries=4096, tokens=4096, groups=2, head_width=16, dtype="bfloat16")
+CAPPED = dataclasses.replace(ROWS, soft_cap=20.0)
 PAGES = Shape(64, 256, 4, 2, 16, 16, 512, "bfloat16", "bfloat16")
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
 TOKENS = 256
@@ -27,7 +28,7 @@ def with_row(monkeypatch: pytest.MonkeyPatch, table: dict[str, Any], attend: Att
 
 
 def test_right_kernels_pass() -> None:
-    found = trial.try_interval_attention("tpu_interpreted", ROWS, soft_cap=20.0, windows=(0, 40), tokens=TOKENS)
+    found = trial.try_interval_attention("tpu_interpreted", CAPPED, windows=(0, 40), tokens=TOKENS)
     assert found == ""
     assert trial.try_paged_attention("tpu_interpreted", PAGES, windows=(0, 40)) == ""
 

@@ -73,6 +73,35 @@ def test_the_run_folder_says_what_computes_attention_and_in_which_blocks(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("changes", "train", "context", "reason"),
+    [
+        ({"context_attention": "ring"}, {}, 2, "whole rows are needed"),
+        ({"context_attention": "gather"}, {}, 2, "whole rows are needed"),
+        ({"attention_soft_cap": 50.0}, {}, 1, "it has no soft cap"),
+        ({}, {"packing": "tree"}, 1, "packed segments are needed"),
+        ({}, {"packing": "shared_prompt"}, 1, "packed segments are needed"),
+    ],
+)
+def test_cudnn_is_neither_had_nor_recorded_where_it_would_compute_nothing(
+    changes: dict[str, Any], train: dict[str, str], context: int, reason: str
+) -> None:
+    lengths = tuple(context if axis == "context" else 1 for axis in AXES)
+    mesh = jax.sharding.AbstractMesh(
+        lengths, AXES, abstract_device=jax.sharding.AbstractDevice("NVIDIA H200", 1, "gpu")
+    )
+    model = ModelConfig(head_width=128, compute_dtype="bfloat16", **changes)
+    sections = [TrainConfig(**train)]
+    with pytest.raises(ConfigError, match=f"ModelConfig.attention='cudnn' cannot take this: {reason}"):
+        attention.check_attention(dataclasses.replace(model, attention="cudnn"), mesh, sections)
+    with pytest.warns(UserWarning, match=f"'cudnn' is passed over: {reason}"):
+        (line,) = attention.packed_kernels(model, mesh, sections)
+    assert line.endswith(" keys: xla")
+    plain = dataclasses.replace(model, attention="cudnn", context_attention="gather", attention_soft_cap=0.0)
+    one = jax.sharding.AbstractMesh((1,) * len(AXES), AXES, abstract_device=mesh.abstract_device)
+    attention.check_attention(plain, one, [TrainConfig()])
+
+
+@pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
         ("cpu", {"attention": "tpu"}, "'tpu' needs a TPU, not 'cpu'"),

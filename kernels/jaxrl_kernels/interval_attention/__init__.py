@@ -41,6 +41,8 @@ def make_plan(
     queries: int | None = None,
     first: int | jax.Array = 0,
     behind: bool = False,
+    soft_cap: float = 0.0,
+    segments: bool = True,
     implementation: str = "auto",
 ) -> Plan:
     """The plan of an interval mask, for every window.
@@ -54,6 +56,9 @@ def make_plan(
         first: index of the first query.
         behind: the queries may lie behind keys that are not theirs (``first`` > 0 though there are T of them), so
             that more blocks may be needed than of a causal mask.
+        soft_cap: on the scores, by which "auto" chooses.
+        segments: the mask is one of packed segments and padding, for "auto" to choose by. Not known to be one, it may
+            still be computed by what is exact for both.
         implementation: as ``interval_attention`` takes it.
 
     Raises:
@@ -61,7 +66,8 @@ def make_plan(
     """
     rows, tokens = end.shape
     dtype = jnp.dtype(dtype).name
-    shape = Shape(rows, tokens if queries is None else queries, tokens, groups, head_width, dtype, behind)
+    queries = tokens if queries is None else queries
+    shape = Shape(rows, queries, tokens, groups, head_width, dtype, behind, soft_cap, segments)
     name = chosen(implementation, shape)
     return Plan(BACKENDS[name].plan(end, first, shape), name)
 
@@ -198,7 +204,7 @@ def _attended(
     if plan is None:
         groups = heads // k.shape[2]
         options = {"groups": groups, "head_width": width, "dtype": q.dtype, "queries": queries, "first": first}
-        options["behind"] = not (isinstance(first, int) and first == 0)
+        options |= {"behind": not (isinstance(first, int) and first == 0), "soft_cap": soft_cap}
         plan = make_plan(end, **options, implementation=implementation)
     index, query = jnp.arange(tokens, dtype=jnp.int32), first + jnp.arange(queries, dtype=jnp.int32)
     furthest = jnp.take(jax.lax.cummax(end, axis=1), jnp.clip(query, 0, tokens - 1), axis=1)

@@ -23,8 +23,17 @@ LONGEST_LIST = 1 << 17
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a plan is made for: queries and tokens of a row, query heads that share a KV head, their width and type, and
-    whether the queries may lie behind keys that are not theirs."""
+    """What a plan is made for.
+
+    Attributes:
+        rows: of a device.
+        queries, tokens: of a row; its keys are all of its tokens.
+        groups: query heads that share a KV head.
+        head_width, dtype: of them.
+        behind: the queries may lie behind keys that are not theirs.
+        soft_cap: on the scores; 0 for none.
+        segments: the mask is known to be one of packed segments and padding.
+    """
 
     rows: int
     queries: int
@@ -33,6 +42,8 @@ class Shape:
     head_width: int
     dtype: str
     behind: bool = False
+    soft_cap: float = 0.0
+    segments: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +116,16 @@ def _unfit_for_hopper(shape: Shape) -> str:
 
 
 def _segments(end: jax.Array, first: int | jax.Array, shape: Shape) -> cudnn.Plan:
-    return cudnn.make_plan(end, queries=shape.queries, first=first, behind=shape.behind)
+    return cudnn.make_plan(end)
 
 
 def _unfit_for_cudnn(shape: Shape) -> str:
+    if shape.behind or shape.queries < shape.tokens:
+        return "whole rows are needed, and the queries are a part of a row"
+    if shape.soft_cap:
+        return f"it has no soft cap on the scores, which is {shape.soft_cap}"
+    if not shape.segments:
+        return "packed segments are needed, and rows hold shared prompts, trees or parts of rows"
     # What cuDNN computes of Blackwell's backward pass ends at heads of 128.
     widest = 256 if device_kind().startswith(HOPPER_KINDS) else 128
     return cudnn.unfit(shape.head_width, shape.dtype, widest)

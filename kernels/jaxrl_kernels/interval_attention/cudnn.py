@@ -13,6 +13,8 @@ jax/_src/cudnn/fused_attention_stablehlo.py and in XLA's stream_executor/cuda/cu
 
 import functools
 import types
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -55,11 +57,11 @@ class Segments(NamedTuple):
 class Plan(NamedTuple):
     """Attributes:
     blocks: for masks that cuDNN does not know.
-    segments: None where the queries are not those of the keys, one for one.
+    segments: for those that it does.
     """
 
     blocks: KeyBlocks
-    segments: Segments | None
+    segments: Segments
 
 
 def unfit(head_width: int, dtype: str, widest: int) -> str:
@@ -73,10 +75,9 @@ def unfit(head_width: int, dtype: str, widest: int) -> str:
     return ""
 
 
-def make_plan(end: jax.Array, *, queries: int, first: int | jax.Array, behind: bool) -> Plan:
-    """As ``interval_attention.make_plan`` takes it."""
-    blocks = key_blocks(end, queries=queries, first=first)
-    return Plan(blocks, None if behind or queries < end.shape[1] else segments_of(end))
+def make_plan(end: jax.Array) -> Plan:
+    """Of a mask [B, T] whose queries are those of the keys, one for one."""
+    return Plan(key_blocks(end), segments_of(end))
 
 
 def segments_of(end: jax.Array) -> Segments:
@@ -119,7 +120,11 @@ def interval_attention(
     plan: Plan,
 ) -> jax.Array:
     """As the contract says, without the log-sum-exp."""
-    if plan.segments is None or soft_cap or q.size >= OFFSETS:
+    if soft_cap or q.size >= OFFSETS:
+        reason = (
+            f"a soft cap of {soft_cap}" if soft_cap else f"{q.size} numbers in queries, of which it counts {OFFSETS}"
+        )
+        warnings.warn(f"interval attention: 'xla' computes what was planned for 'cudnn': {reason}", stacklevel=2)
         return xla.interval_attention(q, k, v, end, window, first, scale, soft_cap, places, plan.blocks)[0]
     whole = window == 0
     if places is None:  # a window that is longer than all segments hides nothing
@@ -185,10 +190,10 @@ def forward(
 ) -> tuple[jax.Array, ...]:
     """What is attended to, and for ``training`` the log-sum-exps of each segment [S, N, T]. Neither is defined outside
     of the segments."""
-    entry, arrays = _jax_entry(), _arrays(q, k, segments)
-    return tuple(
-        entry._dot_product_attention_fwd_p.bind(q, k, v, *arrays, **_options(entry, scale), is_training=training)
-    )
+    entry = _jax_entry()
+    call, options = entry._dot_product_attention_fwd_p.bind, _options(entry, scale)
+    bound = functools.partial(call, **options, is_training=training)
+    return _called(bound, q, k, v, *_arrays(q, k, segments))
 
 
 def backward(
@@ -203,8 +208,13 @@ def backward(
     """The gradients of q, k and v, from the results of ``forward``. Outside of the segments they are not defined. Their
     last bits are the same in every run only with the flag --xla_gpu_deterministic_ops=true in XLA_FLAGS."""
     entry, (attended, totals) = _jax_entry(), results
-    arrays = *_arrays(q, k, segments), totals, attended, gradient
-    return tuple(entry._dot_product_attention_bwd_p.bind(q, k, v, *arrays, **_options(entry, scale)))
+    bound = functools.partial(entry._dot_product_attention_bwd_p.bind, **_options(entry, scale))
+    return _called(bound, q, k, v, *_arrays(q, k, segments), totals, attended, gradient)
+
+
+def _called(bound: Callable[..., list[jax.Array]], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """A call of cuDNN, one after the other under ``jax.vmap``: jax has no rule to batch it."""
+    return jax.custom_batching.sequential_vmap(lambda *arrays: tuple(bound(*arrays)))(*arrays)
 
 
 def _jax_entry() -> types.ModuleType:

@@ -60,7 +60,7 @@ def make_ring_plan(
 
     def plan(step: int) -> Plan:
         options = {"groups": groups, "head_width": head_width, "dtype": dtype}
-        options |= {"queries": length, "implementation": implementation}
+        options |= {"queries": length, "implementation": implementation, "segments": False}
         source = (own - step) % devices
         first = (own - source) * length if step else 0
         return make_plan(_chunk_of_ends(end, source, length), first=first, behind=step > 0, **options)
