@@ -1,16 +1,18 @@
 """Whether the kernels that ModelConfig.attention names can be had, and compute what they should on these devices: asked
 at start, before anything of the run is traced."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl import mesh as meshes
 from jaxrl.config import ConfigError, EngineConfig, ModelConfig, PreferConfig, SftConfig, TrainConfig, nearest
 from jaxrl.data.tree_packing import sharing_of
 from jaxrl.model.transformer import paged_implementation
+from jaxrl.records import Batch
 from jaxrl.rollout.rounds import attention_shapes, party_of
 from jaxrl_kernels import choice, trial
 from jaxrl_kernels.group_decode.backends import chosen_for_parties
@@ -43,10 +45,44 @@ def packed_kernels(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         for shape in dict.fromkeys(_packed_shapes(model, mesh, sections)):
             backend = interval.chosen(model.attention, shape)
-            blocks = interval.BACKENDS[backend].blocks(shape)
+            row = interval.BACKENDS[backend]
             what = f"{shape.rows} rows{'' if shape.segments else ' that share'}"
-            lines.append(_line(f"{what}, {shape.queries} queries to {shape.tokens} keys", backend, blocks))
+            line = _line(f"{what}, {shape.queries} queries to {shape.tokens} keys", backend, row.blocks(shape))
+            lines.append(line + (f"; gradients repeat to the bit with {row.repeats} alone" if row.repeats else ""))
     return lines
+
+
+class Crowding:
+    """Says once that packed rows have more segments than what computes attention over them has room for.
+
+    Args:
+        model, mesh: as ``check_attention`` takes them.
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
+        self._model, self._mesh, self._said = model, mesh, False
+
+    def note(self, section: SftConfig | PreferConfig | TrainConfig, batches: Iterable[Batch]) -> str:
+        """What to say of micro-batches on the host, of the shape of a section; empty if nothing, or if it was said."""
+        (shape,) = _packed_shapes(self._model, self._mesh, [section])
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+            backend = interval.chosen(self._model.attention, shape)
+            room = interval.BACKENDS[backend].room(shape)
+        most = max((_most_segments(batch.segment_ids, shape.rows) for batch in batches), default=0)
+        if self._said or most <= room:
+            return ""
+        self._said, name = True, type(section).__name__
+        return (
+            f"a micro-batch has {most} segments in {shape.rows} rows of a device, and {backend!r} has room for {room}: "
+            f"attention over such batches is computed by 'xla'. Rows of fewer than {name}.row_tokens="
+            f"{section.row_tokens} tokens hold fewer, and fewer than {name}.rows={section.rows} have more room each"
+        )
+
+
+def _most_segments(segment_ids: np.ndarray, rows: int) -> int:
+    """Of a device, which has so many rows."""
+    begins = (np.diff(segment_ids, axis=1, prepend=0) != 0) & (segment_ids > 0)
+    return int(begins.reshape(-1, rows * segment_ids.shape[1]).sum(axis=1).max())
 
 
 def paged_kernels(engine: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> list[str]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 from typing import Any
 
 from jaxrl.data.tree_packing import figures, sharing_of
@@ -87,6 +88,8 @@ async def reinforce(
                     learned = await asyncio.to_thread(critic.learn, collected.trained, outcomes)
                     packed = packed if progress.step >= config.critic.first_steps else []
                 packed = mixture.mixed(packed, collected.kept, progress.step)
+                if crowded := session.crowding.note(config.train, itertools.chain(*packed)):
+                    recorder.view.note(crowded)
                 for prepared in await asyncio.to_thread(steering.prepared, packed, state.params, progress):
                     batches = await asyncio.to_thread(steering.completed, prepared, state.params, reference)
                     state, metrics = await asyncio.to_thread(updater.step, state, batches, reference)

@@ -158,6 +158,8 @@ def _learn(
     with timer.phase("pack"):
         note = recorder.view.note
         batches, measured = packed(session, rows, note), packed(session, held_out, note) if held_out else []
+        if crowded := session.crowding.note(section, (*batches, *measured)):
+            note(crowded)
         couples = max(int(batch.segment_ids.max()) // 2 for batch in (*batches, *measured))
     loss = (score_loss if section.kind in VALUED else preference_loss)(session.model, section, couples)
     updater = offline_updater(session, loss, section)

@@ -36,6 +36,7 @@ from jaxrl.sandbox import pool_from_config
 from jaxrl.text.chat import ChatFormat
 from jaxrl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from jaxrl.train.attention import (
+    Crowding,
     check_attention,
     check_paged_attention,
     packed_kernels,
@@ -80,6 +81,11 @@ class Session:
         order."""
         shared = self.mesh.size > 1 and not self.config.mesh.rollout_devices
         return threading.Lock() if shared else contextlib.nullcontext()
+
+    @functools.cached_property
+    def crowding(self) -> Crowding:
+        """What is said of packed rows with too many segments."""
+        return Crowding(self.model, self.mesh)
 
     @functools.cached_property
     def shares(self) -> Shares:

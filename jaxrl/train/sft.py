@@ -35,6 +35,8 @@ def cold_start(session: Session, recorder: Recorder, progress: RunProgress, stat
             row_tokens=config.sft.row_tokens,
             update="batch",
         )
+    if crowded := session.crowding.note(config.sft, batches):
+        recorder.view.note(crowded)
     supervised = supervised_loss("SftConfig.loss", config.sft.loss, config.sft.loss_settings)
     loss, teacher = distilled(session, cross_entropy_loss(session.model, supervised), "cold_start")
     updater = offline_updater(session, loss, config.sft, teacher)

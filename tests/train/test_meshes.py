@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jaxrl.check import run as check_run
@@ -14,6 +15,7 @@ from jaxrl.config import Config, ConfigError, EngineConfig, ModelConfig, SftConf
 from jaxrl.mesh import AXES
 from jaxrl.observe.traces import read_episodes
 from jaxrl.observe.writers import read_metrics
+from jaxrl.records import Batch
 from jaxrl.train import attention, session
 from jaxrl.train.run import RunFolder
 
@@ -99,6 +101,30 @@ def test_cudnn_is_neither_had_nor_recorded_where_it_would_compute_nothing(
     plain = dataclasses.replace(model, attention="cudnn", context_attention="gather", attention_soft_cap=0.0)
     one = jax.sharding.AbstractMesh((1,) * len(AXES), AXES, abstract_device=mesh.abstract_device)
     attention.check_attention(plain, one, [TrainConfig()])
+
+
+def test_rows_with_more_segments_than_there_is_room_for_are_said_once() -> None:
+    lengths = tuple(2 if axis == "data" else 1 for axis in AXES)
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 1, "gpu")
+    mesh = jax.sharding.AbstractMesh(lengths, AXES, abstract_device=device)
+    model, section = ModelConfig(head_width=128, compute_dtype="bfloat16"), TrainConfig(rows=4, row_tokens=256)
+    room = 2 * 32
+    full, crowded = Batch.zeros(4, 256), Batch.zeros(4, 256)
+    for row in range(4):  # of which a device has two
+        full.segment_ids[row, :64] = np.arange(64) // 2 + 1
+        crowded.segment_ids[row, : room // 2] = np.arange(room // 2) + 1
+    crowded.segment_ids[3, 100:200] = 1
+    crowding = attention.Crowding(model, mesh)
+    assert crowding.note(section, [full]) == "" == crowding.note(section, [])
+    said = crowding.note(section, [full, crowded])
+    assert "65 segments in 2 rows of a device, and 'cudnn' has room for 64: " in said
+    assert "TrainConfig.row_tokens=256" in said and "TrainConfig.rows=4" in said
+    assert crowding.note(section, [crowded]) == ""
+    plain = dataclasses.replace(model, attention="xla")
+    assert attention.Crowding(plain, mesh).note(section, [crowded]) == ""
+    (line,) = attention.packed_kernels(model, mesh, [section])
+    flag = "gradients repeat to the bit with XLA_FLAGS=--xla_gpu_deterministic_ops=true alone"
+    assert line == f"attention, 2 rows, 256 queries to 256 keys: cudnn; {flag}"
 
 
 @pytest.mark.parametrize(

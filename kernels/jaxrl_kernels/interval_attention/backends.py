@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,8 @@ class Backend:
         blocks: in which blocks it computes a shape, empty where nothing but the backend decides that.
         automatic: "auto" may take it.
         attend_alone: the same without the log-sum-exp, if there is a better way then; None takes it from ``attend``.
+        room: for segments in the rows of a device; batches with more are computed as by "xla".
+        repeats: what it takes for equal bits in every run; empty where they always are.
     """
 
     plan: Callable[[jax.Array, int | jax.Array, Shape], Any]
@@ -70,6 +73,8 @@ class Backend:
     blocks: Callable[[Shape], str] = lambda shape: ""
     automatic: bool = False
     attend_alone: Callable[..., jax.Array] | None = None
+    room: Callable[[Shape], float] = lambda shape: math.inf
+    repeats: str = ""
 
 
 def _key_blocks(end: jax.Array, first: int | jax.Array, shape: Shape) -> plan.KeyBlocks:
@@ -142,6 +147,8 @@ BACKENDS: dict[str, Backend] = {
         unfit=_unfit_for_cudnn,
         attend_alone=cudnn.interval_attention,
         automatic=True,
+        room=lambda shape: cudnn.room(shape.rows, shape.tokens),
+        repeats="XLA_FLAGS=--xla_gpu_deterministic_ops=true",
     ),
     "xla": Backend(_key_blocks, xla.interval_attention, automatic=True),
     "tpu_interpreted": Backend(_pairs, functools.partial(tpu.interval_attention, interpret=True)),

@@ -75,6 +75,11 @@ def unfit(head_width: int, dtype: str, widest: int) -> str:
     return ""
 
 
+def room(rows: int, tokens: int) -> int:
+    """Segments that there is room for in so many rows of a device, of so many tokens."""
+    return rows * min(MOST, max(FEWEST, TOKENS // (rows * tokens)))
+
+
 def make_plan(end: jax.Array) -> Plan:
     """Of a mask [B, T] whose queries are those of the keys, one for one."""
     return Plan(key_blocks(end), segments_of(end))
@@ -93,10 +98,10 @@ def segments_of(end: jax.Array) -> Segments:
     inside = before > index
     begins = ~inside & (end > index)
     count = begins.sum(dtype=jnp.int32)
-    room = rows * min(MOST, max(FEWEST, TOKENS // (rows * tokens)))
-    (starts,) = jnp.nonzero(begins.reshape(-1), size=room, fill_value=rows * tokens)
+    places = room(rows, tokens)
+    (starts,) = jnp.nonzero(begins.reshape(-1), size=places, fill_value=rows * tokens)
     lengths = jnp.append((end - index).reshape(-1), 0)[starts]
-    alone = ((end == before) | ~inside).all() & (count > 0) & (count <= room)
+    alone = ((end == before) | ~inside).all() & (count > 0) & (count <= places)
     starts, lengths = starts.astype(jnp.int32)[None], lengths.astype(jnp.int32)[None]
     return Segments(starts, lengths, lengths.max(keepdims=True), alone[None, None])
 
