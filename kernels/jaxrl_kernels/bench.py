@@ -3,21 +3,21 @@
 Times are medians of one run in turns: of the CPU where the devices are one, otherwise of the clock.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxrl_kernels.choice import device_kind
+from jaxrl_kernels.bars.attention import ends_of, row_of
+from jaxrl_kernels.bars.decoding import slots
+from jaxrl_kernels.bars.rows import Sizes, row, seconds
 from jaxrl_kernels.group_decode import group_decode, make_groups
 from jaxrl_kernels.interval_attention import interval_attention
 from jaxrl_kernels.paged_attention import paged_attention
 
-QUERY_HEADS, KV_HEADS, WIDTH = 4, 2, 64
-SLOTS, PARTY, PAGE = 64, 16, 16
+SIZES = Sizes(query_heads=4, kv_heads=2, width=64, slots=64, page=16, dtype="float32")
+"""Of these the heads, the slots, the pages and the type; rows and rounds are arguments."""
+PARTY = 16
 
 
 def figures(tokens: int, rounds: int) -> list[dict]:
@@ -31,7 +31,7 @@ def figures(tokens: int, rounds: int) -> list[dict]:
         rounds: in which the alternatives take turns.
     """
     ours, plain = forward_and_backward(interval_attention), forward_and_backward(dense)
-    packed, whole = row_of_segments(tokens, 8), row_of_segments(tokens, 1)
+    packed, whole = _row(8, tokens), _row(1, tokens)
     cost = seconds(
         {
             "dense": lambda: plain(*packed),
@@ -42,7 +42,7 @@ def figures(tokens: int, rounds: int) -> list[dict]:
     )
 
     def reserved(length: int) -> int:
-        return ours.lower(*row_of_segments(length, 8)).compile().memory_analysis().temp_size_in_bytes
+        return ours.lower(*_row(8, length)).compile().memory_analysis().temp_size_in_bytes
 
     ratios = {
         "row of 8 segments: dense mask over ours": (cost["dense"] / cost["packed"], ">= 3"),
@@ -50,16 +50,12 @@ def figures(tokens: int, rounds: int) -> list[dict]:
         "rows: one segment over 8": (cost["whole"] / cost["packed"], ""),
         "memory: twice the tokens over once": (reserved(2 * tokens) / reserved(tokens), "<= 2.5"),
     }
-    return [_figure("K1", what, value, demand, f"{tokens} tokens") for what, (value, demand) in ratios.items()]
+    note = f"{tokens} tokens"
+    return [row("K1", what, value, "ratio", demand, note=note) for what, (value, demand) in ratios.items()]
 
 
-def row_of_segments(tokens: int, segments: int) -> tuple[jax.Array, ...]:
-    """q, k, v and end of one row of equal segments."""
-    generator = np.random.default_rng(0)
-    edges = np.linspace(0, tokens, segments + 1).astype(int)
-    end = np.repeat(edges[1:], np.diff(edges))[None].astype(np.int32)
-    shapes = [(1, tokens, heads, WIDTH) for heads in (QUERY_HEADS, KV_HEADS, KV_HEADS)]
-    return (*(jnp.asarray(generator.normal(size=shape), jnp.float32) for shape in shapes), jnp.asarray(end))
+def _row(segments: int, tokens: int) -> tuple[jax.Array, ...]:
+    return row_of(SIZES, ends_of(segments, tokens))
 
 
 def dense(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array) -> jax.Array:
@@ -78,35 +74,6 @@ def forward_and_backward(attention: Callable[..., jax.Array]) -> Callable[..., t
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
 
 
-def seconds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taken in turns; each runs once before."""
-    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        jax.block_until_ready(run())
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = clock()
-            jax.block_until_ready(run())
-            taken[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def slots_with_prompts(group: int, prompt: int, own: int) -> tuple[jax.Array, ...]:
-    """Arguments of ``group_decode`` but the groups: slots in groups of this size, each with as many tokens of its own,
-    and how many pages they share."""
-    generator = np.random.default_rng(0)
-    shared, table = prompt // PAGE, (prompt + own) // PAGE
-    page_table = np.arange(SLOTS * table).reshape(SLOTS, table)
-    leader = np.arange(SLOTS) // group * group
-    page_table[:, :shared] = page_table[leader, :shared]
-    q = generator.normal(size=(SLOTS, 1, QUERY_HEADS, WIDTH))
-    pages = generator.normal(size=(2, SLOTS * table, KV_HEADS, PAGE, WIDTH))
-    positions, counts = np.full((SLOTS, 1), prompt + own - 1), np.full(SLOTS, shared)
-    integers = (jnp.asarray(x, jnp.int32) for x in (page_table, positions, counts))
-    return (*(jnp.asarray(x, jnp.float32) for x in (q, *pages)), *integers)
-
-
 def decode_figures(rounds: int) -> list[dict]:
     """Decoding of groups that share their prompt's pages (K2), against K3, which reads them for every row."""
 
@@ -120,18 +87,10 @@ def decode_figures(rounds: int) -> list[dict]:
 
     found = []
     for group, prompt in ((16, 1024), (16, 4096), (4, 1024), (1, 1024), (1, 0)):
-        arguments = slots_with_prompts(group, prompt, own=64)
+        arguments = slots(SIZES, group, prompt, own=64)
         runs = {"plain": lambda given=arguments: plain(*given), "grouped": lambda given=arguments: grouped(*given)}
         cost = seconds(runs, rounds)
         what = f"groups of {group} with {prompt} shared and 64 own tokens: K3 over K2"
-        found.append(_figure("K2", what, cost["plain"] / cost["grouped"], "", f"{SLOTS} slots, parties of {PARTY}"))
+        note = f"{SIZES.slots} slots, parties of {PARTY}"
+        found.append(row("K2", what, cost["plain"] / cost["grouped"], "ratio", note=note))
     return found
-
-
-def _figure(name: str, what: str, value: float, demand: str, note: str) -> dict:
-    holds = None
-    if demand:
-        sign, limit = demand.split()
-        holds = value >= float(limit) if sign == ">=" else value <= float(limit)
-    shown = {"figure": name, "what": what, "value": round(value, 2), "unit": "ratio", "demand": demand, "holds": holds}
-    return shown | {"note": note, "device": device_kind(), "jax": jax.__version__}

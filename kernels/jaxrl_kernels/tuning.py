@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_kernels import bench
+from jaxrl_kernels.bars.rows import seconds
 from jaxrl_kernels.block_sizes import Key, Sizes, write
 from jaxrl_kernels.choice import device_kind
 from jaxrl_kernels.interval_attention import Plan, interval_attention
@@ -177,7 +178,7 @@ def _run(key: Key, rows: int, keys: int, runs: Sequence[tuple[Any, tuple[jax.Arr
     """What compiled functions cost on their arguments."""
     named = {str(index): functools.partial(*run) for index, run in enumerate((call, *row) for call, row in runs)}
     try:
-        cost = bench.seconds(named, rounds)
+        cost = seconds(named, rounds)
     except jax.errors.JaxRuntimeError as error:  # they do not fit into the memory of the chip
         return Tried(key, rows, keys, refused=str(error).splitlines()[0])
     return Tried(key, rows, keys, tuple(cost.values()))

@@ -15,7 +15,7 @@ from jaxrl.observe.traces import read_episodes
 from jaxrl.observe.writers import read_metrics
 from jaxrl.records import ToolStatus
 from jaxrl.text.tokenizer import load_tokenizer
-from jaxrl.train import experiment, recorder
+from jaxrl.train import attention, experiment, recorder
 
 
 def test_promise_1_the_first_update_is_on_policy(tiny_run: pathlib.Path) -> None:
@@ -103,6 +103,8 @@ def test_promise_9_transformers_loads_the_export_and_answers(tiny_run: pathlib.P
 def test_promise_11_nothing_is_compiled_once_the_steps_run(
     tiny_config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Beside it: of every kind of packed rows it is asked whether they are too many for the kernels."""
+    monkeypatch.setattr(attention.Crowding, "note", lambda self, section, _: f"{type(section).__name__} is asked of")
     compiled: list[str] = []
     before_step: list[int] = []
     after_steps: list[int] = []
@@ -122,11 +124,13 @@ def test_promise_11_nothing_is_compiled_once_the_steps_run(
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     train = dataclasses.replace(tiny_config.train, steps=5, eval_every=0)
-    with Progress("tiny", file=io.StringIO(), live=False) as view:
+    shown = io.StringIO()
+    with Progress("tiny", file=shown, live=False) as view:
         experiment.train(dataclasses.replace(tiny_config, train=train), tmp_path / "run", view)
     jax.monitoring.clear_event_listeners()
     assert before_step[0] > 0  # the listener heard the compilations of the start
     assert len(before_step) == 5 and compiled[before_step[0] : after_steps[0]] == []
+    assert all(f"{name} is asked of" in shown.getvalue() for name in ("SftConfig", "TrainConfig"))
 
 
 def test_a_step_from_which_nothing_survives_is_skipped_and_counted(tiny_config: Config, tmp_path: pathlib.Path) -> None:

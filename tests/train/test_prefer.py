@@ -23,7 +23,7 @@ from jaxrl.observe.progress import Progress
 from jaxrl.observe.writers import read_metrics
 from jaxrl.records import Demonstration, Problem, StopReason, Trajectory
 from jaxrl.rl.example import example
-from jaxrl.train import prefer, preference_loss
+from jaxrl.train import attention, prefer, preference_loss
 from jaxrl.train.run import open_run
 from jaxrl.train.session import open_offline_session
 
@@ -79,8 +79,11 @@ def run(config: Config, folder: pathlib.Path, which: str = "latest") -> dict[str
 
 @pytest.fixture(scope="module")
 def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("prefer") / "run"
-    run(config, folder)
+    folder, asked = tmp_path_factory.mktemp("prefer") / "run", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention.Crowding, "note", lambda self, section, batches: asked.append(section) or "")
+        run(config, folder)
+    assert asked == [config.prefer]  # whether its rows are too many for the kernels
     return folder
 
 

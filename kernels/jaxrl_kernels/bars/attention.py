@@ -19,15 +19,16 @@ def _heads(sizes: Sizes) -> dict[str, Any]:
     return {"groups": groups, "head_width": sizes.width, "dtype": sizes.dtype}
 
 
-def _row_of(sizes: Sizes, end: jax.Array) -> tuple[jax.Array, ...]:
+def row_of(sizes: Sizes, end: jax.Array) -> tuple[jax.Array, ...]:
+    """q, k, v and ``end`` of one row."""
     counts, tokens = (sizes.query_heads, sizes.kv_heads, sizes.kv_heads), end.shape[1]
     arrays = (rows.random(number, sizes.dtype, 1, tokens, count, sizes.width) for number, count in enumerate(counts))
     return *arrays, end
 
 
-def _segments(sizes: Sizes, tokens: int) -> jax.Array:
+def ends_of(segments: int, tokens: int) -> jax.Array:
     """``end`` of a row of equal segments."""
-    length = -(-tokens // sizes.segments)
+    length = -(-tokens // segments)
     return jnp.minimum((jnp.arange(tokens, dtype=jnp.int32) // length + 1) * length, tokens)[None]
 
 
@@ -59,10 +60,10 @@ def _passes(attend: rivals.Attention, arguments: tuple[jax.Array, ...], sizes: S
 
     output, pull = saved(*arguments)
     back = jax.jit(lambda pull, gradient: pull(gradient))
-    return rows.time(jax.jit(attend), arguments, sizes), rows.time(back, (pull, output), sizes)
+    return rows.seconds_of(jax.jit(attend), arguments, sizes), rows.seconds_of(back, (pull, output), sizes)
 
 
-def attention(sizes: Sizes, backend: str, rate: float) -> Iterator[dict]:
+def measured(sizes: Sizes, backend: str, rate: float) -> Iterator[dict]:
     """K1 of one backend."""
     longest = sizes.lengths[-1]
     shape = backends.Shape(1, longest, longest, **_heads(sizes))
@@ -83,17 +84,18 @@ def _agreement(sizes: Sizes, backend: str) -> Iterator[dict]:
     """Before a time is believed: outputs and gradients are those of "xla"."""
     if backend == "xla":
         return
-    given = _row_of(sizes, _segments(sizes, sizes.lengths[0]))
+    given = row_of(sizes, ends_of(sizes.segments, sizes.lengths[0]))
     pairs = zip(*(_results(_by(name, sizes))(*given) for name in (backend, "xla")), strict=True)
     wide = [[x.astype(jnp.float32) for x in pair] for pair in pairs]
-    off = max(float(jnp.abs(ours - theirs).max() / jnp.abs(theirs).max()) for ours, theirs in wide)
+    shares = [jnp.abs(ours - theirs).max() / jnp.abs(theirs).max() for ours, theirs in wide]
+    off = float(jnp.stack(shares).max())  # which NaN passes through, as it does not through Python's
     what = f"{backend}, {sizes.lengths[0]} tokens in {sizes.segments} segments: furthest from xla, of its largest"
     yield rows.row("K1", what, off, "share", "<= 0.05", "", "output and gradients")
 
 
 def _against_plain(sizes: Sizes, backend: str, tokens: int, rate: float) -> Iterator[dict]:
     """Forward and backward over a row of one segment; returns the seconds of both."""
-    given = _row_of(sizes, jnp.full((1, tokens), tokens, jnp.int32))
+    given = row_of(sizes, jnp.full((1, tokens), tokens, jnp.int32))
     name, rival = rivals.causal()
     own = _passes(_by(backend, sizes), given, sizes)
     others = (None, None) if rival is None else _passes(rival, given, sizes)
@@ -112,13 +114,13 @@ def _against_plain(sizes: Sizes, backend: str, tokens: int, rate: float) -> Iter
 def _packed(sizes: Sizes, backend: str, whole: float) -> Iterator[dict]:
     """A row of segments against itself as one segment, and against the rival."""
     tokens = sizes.lengths[-1]
-    given = _row_of(sizes, _segments(sizes, tokens))
+    given = row_of(sizes, ends_of(sizes.segments, tokens))
     time = sum(_passes(_by(backend, sizes), given, sizes))
     what, note = f"{backend} fwd+bwd, {tokens} tokens in {sizes.segments} segments", f"{1000 * time:.3g} ms"
     yield rows.row("K1", f"{what}: as one segment over this", whole / time, "ratio", ">= 3", ">= 6", note)
     if backend == "cudnn":  # the rival itself
         return
-    name, rival = rivals.packed()
+    name, rival = rivals.packed(backends.Shape(1, tokens, tokens, **_heads(sizes)))
     ratio = None if rival is None else sum(_passes(rival, given, sizes)) / time
     demand, good = ("", "") if backend == "xla" else (">= 0.6", ">= 0.9")
     yield rows.row("K1", f"{what}: {name} over ours", ratio, "ratio", demand, good, "" if ratio else f"no {name} here")
@@ -131,7 +133,7 @@ def _group(sizes: Sizes, backend: str) -> Iterator[dict]:
     own_end = sizes.prompt + ((index - sizes.prompt) // sizes.response + 1) * sizes.response
     ends = jnp.where(index < sizes.prompt, tokens, own_end)[None], jnp.full((1, tokens), tokens, jnp.int32)
     plans = [make_plan(end, **_heads(sizes), implementation=backend).lists for end in ends]
-    group, whole = (sum(_passes(_by(backend, sizes), _row_of(sizes, end), sizes)) for end in ends)
+    group, whole = (sum(_passes(_by(backend, sizes), row_of(sizes, end), sizes)) for end in ends)
     predicted = whole * _visited(plans[0]) / _visited(plans[1])
     what = f"{backend} fwd+bwd, {sizes.group} responses of {sizes.response} to {sizes.prompt} tokens"
     note = f"{1000 * group:.3g} ms"

@@ -6,8 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxrl_kernels import choice
 from jaxrl_kernels.choice import device_kind
 from jaxrl_kernels.interval_attention import interval_attention
+from jaxrl_kernels.interval_attention.backends import BACKENDS, Shape
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """(q [B, T, N, H], k and v [B, T, K, H], end [B, T]) -> [B, T, N, H]."""
@@ -27,11 +29,13 @@ def causal() -> tuple[str, Attention | None]:
     return "cuDNN or splash", None
 
 
-def packed() -> tuple[str, Attention | None]:
-    """The same for rows of segments, told apart as the rival tells them."""
+def packed(shape: Shape) -> tuple[str, Attention | None]:
+    """The same for rows of segments of a shape, told apart as the rival tells them."""
     kind = device_kind()
     if kind.startswith("NVIDIA"):
-        return "cuDNN's packed offsets", functools.partial(interval_attention, implementation="cudnn")
+        can = not choice.refusal(BACKENDS["cudnn"], [shape])
+        by_cudnn = functools.partial(interval_attention, implementation="cudnn")
+        return "cuDNN's packed offsets", by_cudnn if can else None
     if kind.startswith("TPU"):
         return "splash with segment ids", splash
     return "cuDNN or splash", None

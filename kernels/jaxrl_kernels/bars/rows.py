@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import math
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from jaxrl_kernels.bench import seconds
 from jaxrl_kernels.choice import device_kind
 
 
@@ -57,12 +59,27 @@ def row(
     if demand and value is not None:
         sign, limit = demand.split()
         holds = value >= float(limit) if sign == ">=" else value <= float(limit)
-    value = float(f"{value:.4g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        value = float(f"{value:.4g}") if math.isfinite(value) else str(value)  # which JSON has no number for
     shown = {"figure": figure, "what": what, "value": value, "unit": unit, "demand": demand, "good": good}
     return shown | {"holds": holds, "note": note, "device": device_kind(), "jax": jax.__version__}
 
 
-def time(run: Callable[..., Any], arguments: tuple, sizes: Sizes) -> float:
+def seconds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, taken in turns; each runs once before."""
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        jax.block_until_ready(run())
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = clock()
+            jax.block_until_ready(run())
+            taken[name].append(clock() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def seconds_of(run: Callable[..., Any], arguments: tuple, sizes: Sizes) -> float:
     return seconds({"run": functools.partial(run, *arguments)}, sizes.rounds)["run"]
 
 
