@@ -389,15 +389,22 @@ def _add_bench(verbs) -> None:
         "\n  jaxrl bench kernels --dump-target gpu.txt > bars.jsonl",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kernels.add_argument("--tokens", type=int, default=4096, help="of a row (default: 4096)")
+    kernels.add_argument(
+        "--tokens", type=int, default=4096, help="of a row (default: 4096); on a GPU or TPU for --tune alone"
+    )
     kernels.add_argument("--rounds", type=int, default=5, help="in which the alternatives take turns (default: 5)")
     kernels.add_argument("--tune", action="store_true", help="try sizes of blocks (on a TPU), and write a table")
     kernels.add_argument(
         "--table", type=pathlib.Path, metavar="FILE", help="written by --tune (default: that of the kernels package)"
     )
-    kernels.add_argument("--json", action="store_true", help="print one JSON object a line")
     kernels.add_argument(
-        "--dump-target", type=pathlib.Path, metavar="FILE", help="write what XLA knows of this GPU (jaxrl check)"
+        "--json", action="store_true", help="print one JSON object a line, as the table of a GPU or TPU always is"
+    )
+    kernels.add_argument(
+        "--dump-target",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="write what XLA knows of this GPU, to be put in the place of GPU_DESCRIPTION in jaxrl/check/devices.py",
     )
     kernels.set_defaults(run_verb=_bench_kernels)
 

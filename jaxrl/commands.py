@@ -220,10 +220,11 @@ def check(recipe: str, overrides: Sequence[str], target: str, *, as_json: bool, 
 def bench_kernels(tokens: int, rounds: int, *, tune: bool, table: pathlib.Path | None, as_json: bool) -> bool:
     """Print what the kernels cost here, or with which sizes of blocks; whether all demands hold.
 
-    On a GPU or TPU it is the table of what they must reach, against what else computes the same there.
+    On a GPU or TPU it is the table of what they must reach, against what else computes the same there, of sizes of its
+    own and one JSON object a line.
 
     Args:
-        tokens: of a row.
+        tokens: of a row, on a CPU or of what is tuned.
         rounds: in which alternatives take turns.
         tune: sizes are tried, and the fastest written.
         table: into which file; that of the kernels when None.
@@ -248,7 +249,7 @@ def bench_kernels(tokens: int, rounds: int, *, tune: bool, table: pathlib.Path |
 
 
 def dump_target(file: pathlib.Path) -> None:
-    """Write what XLA knows of the GPU at hand, by which ``jaxrl check`` can describe it.
+    """Write what XLA knows of the GPU at hand: text to stand in the place of ``jaxrl.check.devices.GPU_DESCRIPTION``.
 
     Raises:
         ConfigError: it is none.

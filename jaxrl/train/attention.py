@@ -46,7 +46,7 @@ def packed_kernels(
         for shape in dict.fromkeys(_packed_shapes(model, mesh, sections)):
             backend = interval.chosen(model.attention, shape)
             row = interval.BACKENDS[backend]
-            what = f"{shape.rows} rows{'' if shape.segments else ' that share'}"
+            what = f"{shape.rows} rows{'' if shape.segments or shape.behind else ' that share'}"
             line = _line(f"{what}, {shape.queries} queries to {shape.tokens} keys", backend, row.blocks(shape))
             lines.append(line + (f"; gradients repeat to the bit with {row.repeats} alone" if row.repeats else ""))
     return lines
@@ -118,7 +118,7 @@ def _packed_shapes(
             *heads,
             behind=ring,
             soft_cap=model.attention_soft_cap,
-            segments=not isinstance(section, TrainConfig) or sharing_of(section) is None,
+            segments=not (ring or (isinstance(section, TrainConfig) and sharing_of(section))),
         )
         for section in sections
         for part in [section.row_tokens // parts]

@@ -4,10 +4,14 @@ What a chip has no instruction for, and blocks that are no whole tiles, are refu
 for the compilers (``test_compiled.py``).
 """
 
+import re
+
 import jax
 import pytest
 from jax.sharding import AbstractMesh
 
+from jaxrl_kernels.bars import rivals
+from jaxrl_kernels.interval_attention import backends as interval
 from tests.kernels import compiled_for_hopper, compositions
 from tests.kernels.compiled import PAGED_SHAPES, SHAPES, PagedShape, Shape, lowered, lowered_copy, lowered_paged
 
@@ -35,9 +39,31 @@ def test_for_hopper(shape: Shape) -> None:
 @pytest.mark.parametrize(("kind", "platform"), [("TPU v5 lite", "tpu"), ("TPU7x", "tpu"), ("NVIDIA H200", "cuda")])
 @pytest.mark.parametrize("name", compositions.COMPOSITIONS)
 def test_what_is_composed_of_them(name: str, kind: str, platform: str) -> None:
-    program = compositions.lowered(name, mesh_of(kind, devices=2), platform)
+    program = compositions.lowered(name, mesh_of(kind, devices=2), platform).as_text()
     kernels = compositions.COMPOSITIONS[name].kernels if platform == "tpu" else 0
-    assert program.as_text().count("tpu_custom_call") >= kernels
+    called = [len(re.findall(call, program)) for call in ("tpu_custom_call", "@mosaic_gpu|@__cudnn")]
+    assert called == [0, 0] if not kernels else called[0] >= kernels and not called[1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_kernels_for_tpus_are_measured_against(packed: bool) -> None:
+    mesh, tokens, whole = mesh_of("TPU v5 lite"), 1024, jax.sharding.PartitionSpec()
+
+    def array(*lengths: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(lengths, dtype, sharding=jax.sharding.NamedSharding(mesh, whole))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        shape = interval.Shape(1, tokens, tokens, 4, 128, "bfloat16")
+        name, rival = rivals.packed(shape) if packed else rivals.causal()
+
+        def both(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array) -> tuple[jax.Array, ...]:
+            output, pull = jax.vjp(lambda q, k, v: rival(q, k, v, end), q, k, v)
+            return output, *pull(output)
+
+        q, k = (array(1, tokens, count, 128) for count in (8, 2))
+        traced = jax.jit(both).trace(q, k, k, array(1, tokens, dtype="int32"))
+        program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert name.startswith("splash") and program.count("tpu_custom_call") == 3
 
 
 def test_blocks_that_are_no_whole_tiles_are_refused() -> None:

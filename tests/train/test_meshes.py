@@ -77,7 +77,7 @@ def test_the_run_folder_says_what_computes_attention_and_in_which_blocks(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "train", "context", "reason"),
     [
-        ({"context_attention": "ring"}, {}, 2, "whole rows are needed"),
+        ({"context_attention": "ring"}, {}, 2, "packed segments are needed"),
         ({"context_attention": "gather"}, {}, 2, "whole rows are needed"),
         ({"attention_soft_cap": 50.0}, {}, 1, "it has no soft cap"),
         ({}, {"packing": "tree"}, 1, "packed segments are needed"),

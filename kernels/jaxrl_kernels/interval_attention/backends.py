@@ -125,12 +125,12 @@ def _segments(end: jax.Array, first: int | jax.Array, shape: Shape) -> cudnn.Pla
 
 
 def _unfit_for_cudnn(shape: Shape) -> str:
+    if not shape.segments:
+        return "packed segments are needed, and rows hold shared prompts, trees or parts of rows"
     if shape.behind or shape.queries < shape.tokens:
         return "whole rows are needed, and the queries are a part of a row"
     if shape.soft_cap:
         return f"it has no soft cap on the scores, which is {shape.soft_cap}"
-    if not shape.segments:
-        return "packed segments are needed, and rows hold shared prompts, trees or parts of rows"
     # What cuDNN computes of Blackwell's backward pass ends at heads of 128.
     widest = 256 if device_kind().startswith(HOPPER_KINDS) else 128
     return cudnn.unfit(shape.head_width, shape.dtype, widest)
