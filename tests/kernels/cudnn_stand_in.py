@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax._src.cudnn import fused_attention_stablehlo as entry
 from jax._src.interpreters import mlir
 
 Arrays = tuple[jax.Array, ...]
+
+ON_A_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what stands in for cuDNN is for CPUs")
 
 
 def install() -> None:

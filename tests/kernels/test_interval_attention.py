@@ -30,8 +30,6 @@ from tests.kernels.backends import anywhere, of_these_devices, taken
 
 BACKENDS = [name for name in anywhere(backends.BACKENDS) if name != "mosaic_gpu_interpreted"]
 
-STAND_IN = pytest.mark.skipif(jax.default_backend() != "cpu", reason="cuDNN's stand-in is one for CPUs")
-
 # The interpreter of a GPU takes ten seconds a case: the table's kinds of masks and scores, each once.
 ON_GPU = ("few_heads", "nothing", "prefix", "bfloat16", "soft_cap", "split_tree_window", "window")
 
@@ -52,7 +50,7 @@ EVERY_CASE = (
             case,
             "cudnn",
             id=f"{case.name}-cudnn",
-            marks=[STAND_IN, pytest.mark.slow] if case.tokens > 100 or case.by_position else [STAND_IN],
+            marks=[cudnn_stand_in.ON_A_CPU, *([pytest.mark.slow] if case.tokens > 100 or case.by_position else [])],
         )
         for case in taken("cudnn", CASES)
     ]
@@ -80,7 +78,7 @@ REPEATED = [(backend, tokens) for backend in BACKENDS for tokens in (24, 300)] +
 ]
 """Backends, and tokens of a row; without a stand-in, whose bits say nothing of what it stands for."""
 
-EVERY_LENGTH = [*REPEATED, pytest.param("cudnn", 24, marks=STAND_IN)]
+EVERY_LENGTH = [*REPEATED, pytest.param("cudnn", 24, marks=cudnn_stand_in.ON_A_CPU)]
 
 cudnn_stand_in.install()
 
@@ -230,7 +228,7 @@ def test_two_runs_are_bitwise_equal(backend: str, tokens: int) -> None:
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("cudnn", marks=STAND_IN)])
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("cudnn", marks=cudnn_stand_in.ON_A_CPU)])
 def test_a_batch_of_calls_is_a_loop_over_them(backend: str) -> None:
     q, k, v, cotangent, _ = (jnp.stack([x, x[::-1]]) for x in inputs(Case("segments", "segments")))
     ends = jnp.stack([jnp.asarray(Case(mask, mask).ends()) for mask in ("segments", "tree")])
