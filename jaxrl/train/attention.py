@@ -1,6 +1,7 @@
 """Whether the kernels that ModelConfig.attention names can be had, and compute what they should on these devices: asked
 at start, before anything of the run is traced."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -68,8 +69,10 @@ class Crowding:
         with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
             backend = interval.chosen(self._model.attention, shape)
             room = interval.BACKENDS[backend].room(shape)
+        if self._said or room == math.inf:
+            return ""
         most = max((_most_segments(batch.segment_ids, shape.rows) for batch in batches), default=0)
-        if self._said or most <= room:
+        if most <= room:
             return ""
         self._said, name = True, type(section).__name__
         return (
