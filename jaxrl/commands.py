@@ -235,6 +235,8 @@ def bench_kernels(tokens: int, rounds: int, *, tune: bool, table: pathlib.Path |
     """
     if tokens < 1 or rounds < 1:
         raise ConfigError(f"--tokens {tokens} and --rounds {rounds} must be at least 1")
+    if table is not None and not tune:
+        raise ConfigError(f"--table {table} is written by --tune alone; give both")
     if tune:
         _tune_kernels(tokens, rounds, table or block_sizes.FILE, as_json)
         return True

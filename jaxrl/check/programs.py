@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxrl.rl.supervised import SupervisedLoss, supervised_loss
 from jaxrl.rl.targets import keeps_reference
 from jaxrl.rollout import programs as rollout
 from jaxrl.train import sync, transfer
-from jaxrl.train.attention import check_attention, check_paged_attention
+from jaxrl.train.attention import check_attention, check_paged_attention, packed_kernels, paged_kernels
 from jaxrl.train.critic import critic_optimizer, value_loss, values_for_all
 from jaxrl.train.distill import distillation_loss, teacher_model
 from jaxrl.train.session import check_rows, packed_sections
@@ -164,6 +165,14 @@ class Shapes:
             gradients=per_device(self.state.params),
             hand_over=max(map(per_device, jax.tree.leaves(cast))) + transfer.CHUNK_BYTES // self.mesh.size,
         )
+
+    def kernels(self) -> list[str]:
+        """What computes attention, and why what might be quicker does not."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            lines = packed_kernels(self.model, self.mesh, packed_sections(self.config))
+            lines += paged_kernels(self.config.engine, self.model, self.rollout)
+        return [*lines, *dict.fromkeys(str(warning.message) for warning in said)]
 
     def mesh_of(self, name: str) -> Mesh:
         """The mesh that a program runs on."""

@@ -41,6 +41,8 @@ def show(report: Report, console: Console) -> None:
                 soft_wrap=True,
                 highlight=False,
             )
+    for line in result.kernels:
+        console.print(line, soft_wrap=True, highlight=False)
     console.print(verdict(result))
     if result.fits:
         return
@@ -90,6 +92,7 @@ def _as_values(result: Result) -> dict[str, Any]:
         "memory": result.memory,
         "fits": result.fits,
         "verdict": verdict(result),
+        "kernels": list(result.kernels),
         "left": result.memory - result.fullest.total,
         "moments": [
             {"name": moment.name, "total": moment.total, "refused": moment.refused, **moment.parts}

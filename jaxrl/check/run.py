@@ -36,7 +36,10 @@ ASSURED = 0.03
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was found for one configuration on one target; bytes are those of one device."""
+    """What was found for one configuration on one target; bytes are those of one device.
+
+    ``kernels`` says what computes attention, a line for each shape.
+    """
 
     config: Config
     target: targets.Target
@@ -45,6 +48,7 @@ class Result:
     batch: int
     resident: programs.Resident
     compiled: Mapping[str, Compiled]
+    kernels: tuple[str, ...] = ()
 
     @functools.cached_property
     def moments(self) -> list[ledger.Moment]:
@@ -172,7 +176,8 @@ def compile_for(
     }
     (general,) = environment.ask(target.platform, request | {"programs": []})
     resident = programs.Resident(**general["resident"])
-    result = Result(config, target, general["devices"], general["memory"], general["batch"], resident, {})
+    amounts = general["devices"], general["memory"], general["batch"]
+    result = Result(config, target, *amounts, resident, {}, tuple(general["kernels"]))
     at_rest = dataclasses.replace(result, compiled={"more": Compiled()})
     if not at_rest.fits:
         say(f"{target.name}: what rests on a device is more than it has; nothing is compiled")

@@ -64,7 +64,8 @@ def main() -> int:
         run = dataclasses.replace(run, replica=devices.of_one_process(target, run.replica))
         limit, inner = devices.memory(target, found), devices.inner(target, found)
         resident = dataclasses.asdict(run.resident())
-        answer(resident=resident, memory=limit, devices=len(found), batch=programs.batch_bytes(config, run.mesh))
+        batch, kernels = programs.batch_bytes(config, run.mesh), run.kernels()
+        answer(resident=resident, memory=limit, devices=len(found), batch=batch, kernels=kernels)
         for name, traced in run.traced(request["programs"]).items():
             with jax.set_mesh(run.mesh_of(name)):
                 lowered = traced.lower(lowering_platforms=devices.platforms(target))

@@ -31,6 +31,8 @@ ENOUGH_LENGTHS = 16
 """Before this many are known the reserve is the longest possible response."""
 EARLY_EXIT = 8
 """While sequences wait for a slot, a round ends once one slot in this many is free."""
+USUAL_PAGE = 128
+"""Tokens of a page that kernels may ask for, also where no sequence is as long."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -89,9 +91,15 @@ def pages_of(config: EngineConfig) -> tuple[int, int]:
     """The most pages of a sequence, and the pages of an engine.
 
     Raises:
-        ConfigError: they cannot hold one longest sequence.
+        ConfigError: they cannot hold one longest sequence, or one page would hold far more.
     """
-    width = pages_for(config.max_prompt_tokens + config.max_response_tokens, config.page_size)
+    longest = config.max_prompt_tokens + config.max_response_tokens
+    if config.page_size > max(longest, USUAL_PAGE):
+        raise ConfigError(
+            f"EngineConfig.page_size={config.page_size} is more than the {longest} tokens of the longest sequence "
+            f"(max_prompt_tokens + max_response_tokens); make it at most {max(longest, USUAL_PAGE)}"
+        )
+    width = pages_for(longest, config.page_size)
     # One page more than the longest sequence: the prompt's tail exists twice, shared and copied.
     pages = config.pages or config.slots * (width + 1)
     if pages < width + 1:

@@ -81,6 +81,10 @@ def test_table_and_json_say_the_same(result: run.Result) -> None:
     shown = console.export_text()
     assert "fits: 8 devices of this" in shown and "KV pages" in shown
     values = json.loads(report.as_json(run.Report(result)))
+    assert all(line in shown for line in result.kernels) and values["kernels"] == list(result.kernels)
+    assert any(
+        line.startswith("attention, ") and line.endswith("in pages, 1 queries each: xla") for line in result.kernels
+    )
     assert values["fits"] is True and values["devices"] == 8
     assert [moment["name"] for moment in values["moments"]] == list(result.compiled)
     for moment in values["moments"]:
@@ -95,7 +99,7 @@ def test_a_result_that_does_not_fit_names_the_part(result: run.Result) -> None:
 
 def test_nothing_is_compiled_where_what_rests_is_too_much(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", DEVICES["XLA_FLAGS"])
-    huge = dataclasses.replace(config, engine=dataclasses.replace(config.engine, pages=1 << 20, page_size=1 << 12))
+    huge = dataclasses.replace(config, engine=dataclasses.replace(config.engine, pages=1 << 28))
     said: list[str] = []
     found = run.check(huge, targets.parse("this"), said.append, mend=False).result
     assert not found.fits and not found.compiled["more"].temporary

@@ -68,3 +68,5 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: pathlib.Path) -> None:
 def test_sizes_are_only_measured_where_there_is_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "kernels", "--tune"]) == BAD_USAGE
     assert "--tune measures sizes of blocks on a TPU, and this is 'cpu'" in capsys.readouterr().err
+    assert main(["bench", "kernels", "--table", "sizes.json"]) == BAD_USAGE
+    assert "--table sizes.json is written by --tune alone; give both" in capsys.readouterr().err

@@ -309,14 +309,28 @@ def test_memory_is_linear_in_tokens() -> None:
     [
         ({"k": (1, 4, 3, 8)}, "K dividing N"),
         ({"k": (1, 3, 2, 8)}, "Q at most T"),
-        ({"end": (1, 5)}, "end has shape .* one integer per token"),
-        ({"positions": (1, 3)}, "positions has shape .* one integer per token"),
+        ({"k": (1, 4, 0, 8)}, "nothing empty"),
+        ({"end": (1, 5)}, r"end are int32 \(1, 5\); one integer per token needs int32 \(1, 4\)"),
+        ({"positions": (1, 3)}, r"positions are int32 \(1, 3\); one integer per token"),
+        ({"query_positions": (1, 3)}, r"query_positions are int32 \(1, 3\); one integer per token"),
         ({"name": "cuda"}, "unknown; choose auto, tpu, .*xla"),
         ({"name": "tpu"}, "needs a TPU, not 'cpu'; choose auto"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
     q, k = jnp.zeros((1, 4, 4, 8)), jnp.zeros(change.get("k", (1, 4, 2, 8)))
-    end, positions = (jnp.zeros(change.get(name, (1, 4)), jnp.int32) for name in ("end", "positions"))
+    names = ("end", "positions", "query_positions")
+    end, positions, asked = (jnp.zeros(change.get(name, (1, 4)), jnp.int32) for name in names)
+    options = {"positions": positions, "query_positions": asked, "implementation": change.get("name", "auto")}
     with pytest.raises(ValueError, match=message):
-        interval_attention(q, k, k, end, positions=positions, implementation=change.get("name", "auto"))
+        interval_attention(q, k, k, end, **options)
+
+
+def test_a_plan_for_other_rows_is_refused() -> None:
+    q, k, end = jnp.zeros((1, 8, 4, 8)), jnp.zeros((1, 8, 2, 8)), jnp.full((1, 8), 8, jnp.int32)
+    plan = make_plan(end, groups=2, head_width=8, dtype="float32", queries=4)
+    assert interval_attention(q[:, :4], k, k, end, plan=plan).shape == (1, 4, 4, 8)
+    with pytest.raises(ValueError, match=r"the plan was made for Shape\(rows=1, queries=4, .*this is .* \(1, 8, 8, 2"):
+        interval_attention(q, k, k, end, plan=plan)
+    with pytest.raises(ValueError, match="query_positions are given and positions are not"):
+        interval_attention(q, k, k, end, query_positions=end)

@@ -138,8 +138,14 @@ def test_a_split_vocabulary_gives_the_same() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"matrix": (5, 3)}, r"hidden \(2, 4\) \[T, D\] needs a matrix \[V, D\] and targets \[T\]; got \(5, 3\)"),
-        ({"targets": (3,)}, r"targets \[T\]; got \(5, 4\), \(3,\)"),
+        (
+            {"matrix": (5, 3)},
+            r"hidden \(2, 4\) \[T, D\] .* needs a matrix \[V, D\] and integer targets \[T\]; got \(5, 3\)",
+        ),
+        ({"targets": (3,)}, r"targets \[T\]; got \(5, 4\), int32 \(3,\)"),
+        ({"factors": ((4, 2), (3, 5))}, r"matrix \(5, 4\) \[V, D\] needs factors"),
+        ({"chunk": 0}, "chunk=0 must be at least 1"),
+        ({"temperature": -1.0}, "temperature=-1.0 above 0"),
         ({"factors": ((4, 2), (2, 4))}, r"matrix \(5, 4\) \[V, D\] needs factors \[D, r\] and \[r, V\]; got"),
         ({"implementation": "tpu"}, "implementation='tpu' with vocab_axis=None cannot be had; choose auto or xla"),
         ({"implementation": "reference", "vocab_axis": "tensor"}, "'reference' with vocab_axis='tensor' cannot be had"),

@@ -210,6 +210,9 @@ def test_rounds_end_early_only_while_somebody_waits_for_a_slot():
 def test_pages_that_cannot_hold_one_sequence_are_refused():
     with pytest.raises(ConfigError, match=r"EngineConfig.pages=8 .* max_prompt_tokens=12 .* give at least 9 pages"):
         Scheduler(config(pages=8))
+    Scheduler(config(page_size=128))
+    with pytest.raises(ConfigError, match=r"EngineConfig.page_size=129 .* longest sequence .* make it at most 128"):
+        Scheduler(config(page_size=129))
 
 
 @settings(max_examples=150, deadline=None)

@@ -26,10 +26,12 @@ class Plan:
         lists: arrays as the backend wants them. The first two axes of each are split on a mesh as rows and queries
             are, and every device has the plan of its own.
         backend: name of the backend.
+        shape: what it was made for, which a call must have; None where lists were made by hand.
     """
 
     lists: Any
     backend: str = dataclasses.field(metadata={"static": True})
+    shape: Shape | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def make_plan(
@@ -69,7 +71,7 @@ def make_plan(
     queries = tokens if queries is None else queries
     shape = Shape(rows, queries, tokens, groups, head_width, dtype, behind, soft_cap, segments)
     name = chosen(implementation, shape)
-    return Plan(BACKENDS[name].plan(end, first, shape), name)
+    return Plan(BACKENDS[name].plan(end, first, shape), name, shape)
 
 
 def interval_attention(
@@ -191,21 +193,16 @@ def _attended(
     implementation: str,
 ) -> tuple[jax.Array, jax.Array | None]:
     """What both functions return, and None for a log-sum-exp that is not asked for."""
-    batch, queries, heads, width = q.shape
-    tokens = k.shape[1]
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != width or heads % k.shape[2] or queries > tokens:
-        raise ValueError(
-            f"q {q.shape} [B, Q, N, H] needs k and v of one shape [B, T, K, H] with K dividing N and Q at most T; "
-            f"got {k.shape}, {v.shape}"
-        )
-    for name, integers in (("end", end), ("positions", end if positions is None else positions)):
-        if integers.shape != (batch, tokens):
-            raise ValueError(f"{name} has shape {integers.shape}; one integer per token needs {(batch, tokens)}")
+    _check_shapes(q, k, v, end, positions, query_positions)
+    (batch, queries, heads, width), tokens = q.shape, k.shape[1]
     if plan is None:
         groups = heads // k.shape[2]
         options = {"groups": groups, "head_width": width, "dtype": q.dtype, "queries": queries, "first": first}
         options |= {"behind": not (isinstance(first, int) and first == 0), "soft_cap": soft_cap}
         plan = make_plan(end, **options, implementation=implementation)
+    made, called = plan.shape, (batch, queries, tokens, heads // k.shape[2], width)
+    if made is not None and called != (made.rows, made.queries, made.tokens, made.groups, made.head_width):
+        raise ValueError(f"the plan was made for {made}, and this is (rows, queries, tokens, groups, width) = {called}")
     index, query = jnp.arange(tokens, dtype=jnp.int32), first + jnp.arange(queries, dtype=jnp.int32)
     furthest = jnp.take(jax.lax.cummax(end, axis=1), jnp.clip(query, 0, tokens - 1), axis=1)
     seeing = ((query >= 0) & (furthest > query))[..., None]
@@ -222,6 +219,34 @@ def _attended(
         return jnp.where(seeing[..., None], backend.attend_alone(*arguments), 0), None
     attended, log_total = backend.attend(*arguments)
     return jnp.where(seeing[..., None], attended, 0), jnp.where(seeing, log_total, -jnp.inf)
+
+
+def _check_shapes(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    end: jax.Array,
+    positions: jax.Array | None,
+    query_positions: jax.Array | None,
+) -> None:
+    fit = q.ndim == k.ndim == 4 and min(*q.shape, *k.shape) > 0 and k.shape == v.shape
+    fit = fit and k.shape[::3] == q.shape[::3] and not q.shape[2] % k.shape[2] and q.shape[1] <= k.shape[1]
+    if not fit:
+        raise ValueError(
+            f"q {q.shape} [B, Q, N, H] needs k and v of one shape [B, T, K, H] with K dividing N, Q at most T, and "
+            f"nothing empty; got {k.shape}, {v.shape}"
+        )
+    if query_positions is not None and positions is None:
+        raise ValueError("query_positions are given and positions are not; windows count by both, or by index")
+    for name, integers, wanted in (
+        ("end", end, k.shape[:2]),
+        ("positions", positions, k.shape[:2]),
+        ("query_positions", query_positions, q.shape[:2]),
+    ):
+        if integers is not None and (integers.shape != wanted or not jnp.issubdtype(integers.dtype, jnp.integer)):
+            raise ValueError(
+                f"{name} are {integers.dtype} {integers.shape}; one integer per token needs int32 {wanted}"
+            )
 
 
 def segment_ends(segment_ids: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ def linear_logprob(
     Args:
         hidden: [T, D].
         head: (matrix [V, D],), or with low-rank factors [D, r] and [r, V] of what is added to its transpose.
-        targets: [T] int32.
+        targets: [T] int32, each in 0 ... V - 1; what another one gives is not defined.
         temperature: logits are divided by it; > 0. It is not differentiated.
         soft_cap: logits become ``soft_cap * tanh(logit / soft_cap)`` before that; 0 = they stay.
         chunk: tokens whose logits exist at once.
@@ -52,12 +52,19 @@ def linear_logprob(
     Raises:
         ValueError: shapes do not fit together, or the implementation is unknown or cannot split the vocabulary.
     """
+    if not isinstance(head, tuple) or not head:
+        raise ValueError(f"head is a tuple (matrix,) or (matrix, factor, factor), not {type(head).__name__}")
+    if chunk < 1 or (isinstance(temperature, int | float) and temperature <= 0):
+        raise ValueError(f"chunk={chunk} must be at least 1, and temperature={temperature} above 0")
     matrix, *pair = head
-    if hidden.ndim != 2 or matrix.shape[1] != hidden.shape[1] or targets.shape != hidden.shape[:1]:
+    fit = hidden.ndim == matrix.ndim == 2 and matrix.shape[1] == hidden.shape[1] and targets.shape == hidden.shape[:1]
+    if not fit or not len(hidden) or not jnp.issubdtype(targets.dtype, jnp.integer):
         raise ValueError(
-            f"hidden {hidden.shape} [T, D] needs a matrix [V, D] and targets [T]; got {matrix.shape}, {targets.shape}"
+            f"hidden {hidden.shape} [T, D] with T > 0 needs a matrix [V, D] and integer targets [T]; "
+            f"got {matrix.shape}, {targets.dtype} {targets.shape}"
         )
-    if pair and (len(pair) != 2 or pair[0].shape[0] != matrix.shape[1] or pair[1].shape[1] != matrix.shape[0]):
+    wanted = [(matrix.shape[1], pair[0].shape[-1]), (pair[0].shape[-1], matrix.shape[0])] if pair else []
+    if [factor.shape for factor in pair] != wanted:
         raise ValueError(f"matrix {matrix.shape} [V, D] needs factors [D, r] and [r, V]; got {[x.shape for x in pair]}")
     temperature = jnp.asarray(temperature, jnp.float32)
     match implementation:

@@ -106,6 +106,8 @@ def ring_attention(
             f"{devices} chunks of q {q.shape} [B, L, N, H] need k and v of as many tokens and end "
             f"[B, {length * devices}] of whole rows; got {k.shape}, {end.shape}"
         )
+    if positions is not None and positions.shape != end.shape:
+        raise ValueError(f"positions {positions.shape} must be those of whole rows, as end is {end.shape}")
     if plan is None:
         shape = {"groups": q.shape[2] // k.shape[2], "head_width": q.shape[3], "dtype": q.dtype}
         plan = make_ring_plan(end, axis=axis, **shape, implementation=implementation)
