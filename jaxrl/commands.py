@@ -107,6 +107,7 @@ def evaluate(config: Config, folder: pathlib.Path, which: str, as_json: bool) ->
         print(json.dumps({name: None if value != value else value for name, value in row.items()}))  # NaN is no JSON
         return
     kind = "greedy" if report.greedy else f"sampled at temperature {config.eval.temperature:g}"
+    kind += _narrow(config)
     print(f"{len(session.eval_problems)} problems, {report.samples} samples each, {kind}; 95 % intervals")
     for name, estimate in figures.items():
         print(f"{name:>8}  {estimate.value:6.1%}  ({estimate.low:.1%} to {estimate.high:.1%})")
@@ -116,12 +117,17 @@ def evaluate(config: Config, folder: pathlib.Path, which: str, as_json: bool) ->
         print(f"left out through faults of ours: {report.excluded} trajectories")
 
 
+def _narrow(config: Config) -> str:
+    """What to add where keys and values are rounded, so that what is shown is not exactly the policy's."""
+    return "" if config.engine.kv_dtype == "auto" else f", with keys and values rounded to {config.engine.kv_dtype}"
+
+
 def rollout(config: Config, folder: pathlib.Path, which: str, count: int) -> None:
     """``jaxrl rollout``: plays episodes of unseen problems and prints them."""
     session, params, version = _checkpoint(config, folder, which)
     draws = [(FIRST_EVALUATION_DRAW + index, problem) for index, problem in enumerate(session.eval_problems[:count])]
     console = _console()
-    console.print(EPISODE_LEGEND)
+    console.print(EPISODE_LEGEND + _narrow(config))
 
     async def play() -> None:
         async with open_player(session, params, version) as player:
