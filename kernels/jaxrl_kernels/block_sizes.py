@@ -10,8 +10,9 @@ import functools
 import json
 import os
 import pathlib
-import warnings
 from collections.abc import Mapping
+
+from jaxrl_kernels.choice import TPUS, say_once
 
 FILE = pathlib.Path(__file__).with_name("block_sizes.json")
 
@@ -87,13 +88,14 @@ def table() -> Mapping[Key, Sizes]:
 
 
 def sizes_for(key: Key, otherwise: Sizes) -> Sizes:
-    """Sizes from the package's table, or others, which is said once on a TPU."""
-    if key in table() or not key.device.startswith("TPU"):
+    """Sizes from the package's table, or others, which is said once on a device that has some to measure: interpreted
+    kernels ask for theirs on any."""
+    if key in table() or not key.device.startswith(TPUS):
         return table().get(key, otherwise)
     pages = f" and pages of {key.page} tokens" if key.page else ""
-    warnings.warn(
-        f"{key.kernel.replace('_', ' ')} has no block sizes for head width {key.head_width}{pages} on {key.device!r}; "
-        f"takes {otherwise.rows} rows of scores by {otherwise.keys} keys; `jaxrl bench kernels --tune` measures some",
-        stacklevel=2,
+    say_once(
+        f"{key.kernel.replace('_', ' ')} has no block sizes for head width {key.head_width}{pages} on "
+        f"{key.device!r}; takes {otherwise.rows} rows of scores by {otherwise.keys} keys at most, which fit but were "
+        "not measured; `jaxrl bench kernels --tune` measures"
     )
     return otherwise
