@@ -49,21 +49,34 @@ class Sizes:
     measured: str = ""
 
 
+TYPES = {field.name: field.type for field in (*dataclasses.fields(Key), *dataclasses.fields(Sizes))}
+"""Of what an entry of the file has."""
+REMEDY = "`jaxrl bench kernels --tune --table FILE` writes one"
+
+
 def read(path: pathlib.Path = FILE) -> dict[Key, Sizes]:
     """A table.
 
     Raises:
-        ValueError: the file is no table.
+        ValueError: the file is no table; the message names it and the entry.
     """
-    table = {}
     try:
-        for line in json.loads(path.read_text(encoding="utf-8")):
-            sizes = Sizes(line.pop("rows"), line.pop("keys"), line.pop("measured"))
-            table[Key(**line)] = sizes
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is no table of block sizes: {error!r}; `jaxrl bench kernels --tune` writes"
-        ) from error
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no table of block sizes, but no JSON: {error}; {REMEDY}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} is no table of block sizes, but a {type(entries).__name__}; {REMEDY}")
+    table = {}
+    for entry in entries:
+        if not isinstance(entry, dict) or entry.keys() != TYPES.keys():
+            raise ValueError(f"{path} is no table of block sizes: {entry} has not {', '.join(TYPES)}; {REMEDY}")
+        for name, kind in TYPES.items():
+            least = 0 if name == "page" else 1
+            if type(entry[name]) is not kind or (kind is int and entry[name] < least):
+                limit = f"an integer of at least {least}" if kind is int else "a string"
+                raise ValueError(f"{path} is no table of block sizes: {name} of {entry} is not {limit}; {REMEDY}")
+        sizes = Sizes(entry["rows"], entry["keys"], entry["measured"])
+        table[Key(entry["kernel"], entry["device"], entry["head_width"], entry["page"])] = sizes
     return table
 
 
