@@ -38,7 +38,7 @@ from jaxrl.train.progress import RunProgress
 from jaxrl.train.run import RunError, RunFolder, open_run
 from jaxrl.train.session import Session, open_player, open_session, reopen_session
 from jaxrl_kernels import bars, bench, block_sizes, tuning
-from jaxrl_kernels.choice import device_kind
+from jaxrl_kernels.choice import TPUS, device_kind
 
 BAR_ROUNDS = 20
 """The fewest of which a median is taken for what kernels must reach."""
@@ -276,7 +276,7 @@ def print_bars(figures: Iterable[dict]) -> bool:
 
 def _tune_kernels(tokens: int, rounds: int, table: pathlib.Path, as_json: bool) -> None:
     kind = device_kind()
-    if not kind.startswith("TPU"):
+    if not kind.startswith(TPUS):
         raise ConfigError(
             f"--tune measures sizes of blocks on a TPU, and this is {kind!r}, whose kernels have one size"
         )

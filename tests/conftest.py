@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -15,6 +16,13 @@ REQUIRE_SHARED = os.environ.get("JAXRL_REQUIRE_SHARED") == "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said() -> None:
+    """What kernels say once a process, they say in every test. Most tests of the sandbox load none of them, nor jax."""
+    if choice := sys.modules.get("jaxrl_kernels.choice"):
+        choice.say_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

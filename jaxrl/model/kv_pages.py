@@ -9,6 +9,7 @@ from jaxrl.config import ModelConfig
 from jaxrl.mesh import ROLLOUT_RULES, partition_spec
 from jaxrl.model.moe import id_type
 from jaxrl_kernels.paged_attention.quantized import Pages, Scaled, is_narrow, quantized
+from jaxrl_kernels.paged_attention.quantized import token_bytes as of_layer
 
 
 @flax.struct.dataclass
@@ -31,9 +32,7 @@ def page_dtype(config: ModelConfig, kv_dtype: str) -> jnp.dtype:
 
 def token_bytes(config: ModelConfig, kv_dtype: str) -> int:
     """Bytes of the keys and values of a token in all layers, with their scales."""
-    dtype = page_dtype(config, kv_dtype)
-    scale = jnp.dtype(jnp.float32).itemsize if is_narrow(dtype) else 0
-    return 2 * config.layers * config.kv_heads * (config.head_width * dtype.itemsize + scale)
+    return config.layers * of_layer(config.kv_heads, config.head_width, page_dtype(config, kv_dtype))
 
 
 def init_pages(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import COMPUTE_RULES, per_shard, to_compute
+from jaxrl.model.implementations import packed_implementation
 from jaxrl_kernels import Plan, RingPlan, interval_attention, make_plan, make_ring_plan, ring_attention
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -45,7 +46,7 @@ def _heads(config: ModelConfig) -> dict[str, int | str]:
         "groups": config.query_heads // config.kv_heads,
         "head_width": config.head_width,
         "dtype": config.compute_dtype,
-        "implementation": config.attention,
+        "implementation": packed_implementation(config),
     }
 
 

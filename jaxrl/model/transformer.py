@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl.config import ModelConfig
 from jaxrl.mesh import COMPUTE_RULES, compute_spec, per_shard, pieces, to_compute
 from jaxrl.model import stacks
 from jaxrl.model.families import FAMILIES
+from jaxrl.model.implementations import paged_implementation
 from jaxrl.model.kv_pages import KVPages, written
 from jaxrl.model.lora import ADAPTERS, A, B, low_rank_product, low_rank_rows
 from jaxrl.model.moe import Choice, Load, experts_feed_forward, load_of, route
@@ -35,7 +37,6 @@ from jaxrl_kernels import (
     paged_attention,
     segment_ends,
 )
-from jaxrl_kernels.paged_attention.backends import BACKENDS as PAGED_BACKENDS
 from jaxrl_kernels.paged_attention.blocks import Shape
 from jaxrl_kernels.paged_attention.quantized import Pages
 from jaxrl_kernels.products import product, rounded
@@ -264,8 +265,8 @@ def paged_hidden_states(
     heads = [(None, None, axis, None) for axis in ("query_heads", "kv_heads", "kv_heads")]
     pools, integers = [(None, "kv_heads")] * 2, [*[(None, None)] * 4, (), ()]
     attention = per_shard(update_and_attend, [*heads, *pools, (), (), *integers], [heads[0], *pools])
-    planned = per_shard(functools.partial(_paged_plan, config), [(None, *pools[0]), *[(None, None)] * 2, ()], ())
-    plan = planned(kv_pages.keys, page_table, positions, groups)
+    own = paged_shape(config, positions.shape, page_size, page_table.shape[1], kv_pages.keys.dtype.name)
+    plan = per_shard(functools.partial(_paged_plan, config, own), [(None, None), ()], ())(positions, groups)
 
     def layer(carry: tuple[jax.Array, KVPages], scanned: tuple[Params, Any]) -> tuple[tuple[jax.Array, KVPages], None]:
         x, pool = carry
@@ -293,21 +294,41 @@ def paged_hidden_states(
     return hidden, jax.tree.map(lambda array, old: array.reshape(old.shape), pool, kv_pages)
 
 
-def paged_implementation(config: ModelConfig) -> str:
-    """What ``paged_attention`` is asked for: "auto" where the configured kernel is one for packed rows only."""
-    return config.attention if config.attention in PAGED_BACKENDS else "auto"
+def layer_windows(config: ModelConfig) -> list[int]:
+    """The sliding windows that layers have, rising; 0 = none, and always among them."""
+    return sorted({0, *_windows(config)})
+
+
+def paged_shape(
+    config: ModelConfig,
+    queries: tuple[int, int],
+    page: int,
+    table: int,
+    page_dtype: str,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Shape:
+    """What a device computes of attention over KV pages.
+
+    Args:
+        queries: rows and tokens of each, R and C.
+        page: tokens of a page.
+        table: M, pages of a row at most.
+        page_dtype: type of the numbers in pages.
+        mesh: of a replica; that in use when None.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    heads = [
+        count // pieces(axis, COMPUTE_RULES, mesh)
+        for axis, count in (("query_heads", config.query_heads), ("kv_heads", config.kv_heads))
+    ]
+    return Shape(*queries, *heads, config.head_width, page, table, config.compute_dtype, page_dtype)
 
 
 def _paged_plan(
-    config: ModelConfig, keys: Pages, page_table: jax.Array, positions: jax.Array, groups: Groups | None
+    config: ModelConfig, shape: Shape, positions: jax.Array, groups: Groups | None
 ) -> PagedPlan | GroupPlan:
-    """What is the same in all layers of how a device attends; ``keys`` are its pages of all layers."""
-    _, _, kv_heads, page, width = keys.shape
-    # Where devices hold the same KV heads, each has a part of the query heads of these.
-    heads = config.query_heads // pieces("query_heads", COMPUTE_RULES, jax.sharding.get_abstract_mesh()), kv_heads
-    types = config.compute_dtype, keys.dtype.name
-    shape = Shape(*positions.shape, *heads, width, page, page_table.shape[1], *types)
-    options = {"windows": sorted({*_windows(config)} - {0}), "implementation": paged_implementation(config)}
+    """What is the same in all layers of how a device attends."""
+    options = {"windows": layer_windows(config)[1:], "implementation": paged_implementation(config)}
     if groups is not None:
         return make_group_plan(positions, groups, shape, **options)
     return make_paged_plan(positions, shape, **options)

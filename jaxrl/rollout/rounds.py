@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxrl import mesh as meshes
 from jaxrl.config import EngineConfig, ModelConfig
+from jaxrl.model.implementations import paged_implementation
 from jaxrl.model.kv_pages import KVPages, page_dtype
 from jaxrl.model.logprob import logits
-from jaxrl.model.transformer import Params, paged_hidden_states, paged_implementation
+from jaxrl.model.transformer import Params, paged_hidden_states, paged_shape
 from jaxrl.rollout import sampler
 from jaxrl.rollout.cache import pages_for
-from jaxrl_kernels import make_groups
-from jaxrl_kernels.group_decode.backends import chosen_for_parties
+from jaxrl_kernels import choice, make_groups
+from jaxrl_kernels.group_decode.prefixes import chosen_for_parties, shape_of_parties
 from jaxrl_kernels.paged_attention.backends import BACKENDS
 from jaxrl_kernels.paged_attention.blocks import Shape
 
@@ -44,14 +44,11 @@ def padded_stops(count: int) -> int:
 
 def attention_shapes(config: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> tuple[Shape, Shape]:
     """What a decode round and a prefill ask of paged attention, on each device of a replica."""
-    query_heads, kv_heads = (
-        heads // meshes.pieces(axis, meshes.ROLLOUT_RULES, mesh)
-        for axis, heads in (("query_heads", model.query_heads), ("kv_heads", model.kv_heads))
-    )
     table = pages_for(config.max_prompt_tokens + config.max_response_tokens, config.page_size)
-    types = model.compute_dtype, page_dtype(model, config.kv_dtype).name
-    pages = query_heads, kv_heads, model.head_width, config.page_size, table, *types
-    return Shape(config.slots, 1, *pages), Shape(config.prefill_rows, config.prefill_chunk, *pages)
+    pages = config.page_size, table, page_dtype(model, config.kv_dtype).name
+    queries = (config.slots, 1), (config.prefill_rows, config.prefill_chunk)
+    decode, prefill = (paged_shape(model, each, *pages, mesh) for each in queries)
+    return decode, prefill
 
 
 def party_of(config: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
@@ -60,8 +57,11 @@ def party_of(config: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh
     if config.group_decode != "auto":
         return width if config.group_decode == "on" else 0
     decode, _ = attention_shapes(config, model, mesh)
+    named, both = paged_implementation(model), (decode, shape_of_parties(decode, config.slots, width))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        backend = chosen_for_parties(paged_implementation(model), decode, config.slots, width)
+        if named in BACKENDS and choice.refusal(BACKENDS[named], both):
+            return 0
+        backend = chosen_for_parties(named, decode, config.slots, width)
     return width if BACKENDS[backend].skips_empty else 0
 
 

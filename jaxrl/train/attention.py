@@ -12,11 +12,13 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxrl import mesh as meshes
 from jaxrl.config import ConfigError, EngineConfig, ModelConfig, PreferConfig, SftConfig, TrainConfig, nearest
 from jaxrl.data.tree_packing import sharing_of
-from jaxrl.model.transformer import paged_implementation
+from jaxrl.model.implementations import packed_implementation, paged_implementation
+from jaxrl.model.packed_attention import score_options
+from jaxrl.model.transformer import layer_windows
 from jaxrl.records import Batch
 from jaxrl.rollout.rounds import attention_shapes, party_of
 from jaxrl_kernels import choice, trial
-from jaxrl_kernels.group_decode.backends import chosen_for_parties
+from jaxrl_kernels.group_decode.prefixes import chosen_for_parties, shape_of_parties
 from jaxrl_kernels.interval_attention import backends as interval
 from jaxrl_kernels.paged_attention import backends as paged
 
@@ -45,7 +47,7 @@ def packed_kernels(
     lines = []
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         for shape in dict.fromkeys(_packed_shapes(model, mesh, sections)):
-            backend = interval.chosen(model.attention, shape)
+            backend = interval.chosen(packed_implementation(model), shape)
             row = interval.BACKENDS[backend]
             what = f"{shape.rows} rows{'' if shape.segments or shape.behind else ' that share'}"
             line = _line(f"{what}, {shape.queries} queries to {shape.tokens} keys", backend, row.blocks(shape))
@@ -67,7 +69,7 @@ class Crowding:
         """What to say of micro-batches on the host, of the shape of a section; empty if nothing, or if it was said."""
         (shape,) = _packed_shapes(self._model, self._mesh, [section])
         with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
-            backend = interval.chosen(self._model.attention, shape)
+            backend = interval.chosen(packed_implementation(self._model), shape)
             room = interval.BACKENDS[backend].room(shape)
         if self._said or room == math.inf:
             return ""
@@ -90,17 +92,23 @@ def _most_segments(segment_ids: np.ndarray, rows: int) -> int:
 
 def paged_kernels(engine: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> list[str]:
     """The same of attention over KV pages. Arguments as ``check_paged_attention``."""
-    lines, implementation = [], paged_implementation(model)
-    width = party_of(engine, model, mesh)
+    implementation, width = paged_implementation(model), party_of(engine, model, mesh)
+    decode, prefill = attention_shapes(engine, model, mesh)
+
+    def line(what: str, backend: str, shape: paged.Shape) -> str:
+        what = f"{shape.rows} {what}, {shape.count} {'query' if shape.count == 1 else 'queries'} each"
+        return _line(what, backend, paged.BACKENDS[backend].blocks(shape))
+
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        for shape in attention_shapes(engine, model, mesh):
-            what = f"{shape.rows} rows in pages, {shape.count} queries each"
-            backend = paged.chosen(implementation, shape)
-            if width and shape.count == 1:
-                backend = chosen_for_parties(implementation, shape, engine.slots, width)
-                what += f", prompts read for up to {width} rows together"
-            lines.append(_line(what, backend, paged.BACKENDS[backend].blocks(shape)))
-    return lines
+        calls = [("rows in pages", paged.chosen(implementation, shape), shape) for shape in (decode, prefill)]
+        if width:
+            together, alone = chosen_for_parties(implementation, decode, engine.slots, width), calls[0][1]
+            calls[:1] = [
+                ("prompts in pages that rows read together", together, shape_of_parties(decode, engine.slots, width)),
+                ("rows in pages behind their prompts", together, decode),
+                *[("rows in pages in layers with a window", alone, decode)] * (layer_windows(model) != [0]),
+            ]
+        return [line(*call) for call in calls]
 
 
 def _line(what: str, backend: str, blocks: str) -> str:
@@ -121,11 +129,16 @@ def _packed_shapes(
             *heads,
             behind=ring,
             soft_cap=model.attention_soft_cap,
-            segments=not (ring or (isinstance(section, TrainConfig) and sharing_of(section))),
+            segments=not (ring or _shares(section)),
         )
         for section in sections
         for part in [section.row_tokens // parts]
     ]
+
+
+def _shares(section: SftConfig | PreferConfig | TrainConfig) -> bool:
+    """Whether rows may hold prompts that trajectories share, or trees of them."""
+    return isinstance(section, TrainConfig) and sharing_of(section) is not None
 
 
 def check_paged_attention(engine: EngineConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
@@ -139,7 +152,12 @@ def check_paged_attention(engine: EngineConfig, model: ModelConfig, mesh: Mesh |
     Raises:
         ConfigError: as ``check_attention``.
     """
-    _check_backend(model, mesh, paged.BACKENDS, attention_shapes(engine, model, mesh))
+    shapes = attention_shapes(engine, model, mesh)
+    _check_backend(model, mesh, paged.BACKENDS, shapes)
+    if width := party_of(engine, model, mesh):
+        remedy = f"lower EngineConfig.group_width={engine.group_width}, or set EngineConfig.group_decode='off'"
+        together = shape_of_parties(shapes[0], engine.slots, width)
+        _check_backend(model, mesh, paged.BACKENDS, [together], " for prompts that rows read together", remedy)
 
 
 def try_attention(model: ModelConfig, mesh: Mesh, sections: Sequence[SftConfig | PreferConfig | TrainConfig]) -> None:
@@ -150,28 +168,33 @@ def try_attention(model: ModelConfig, mesh: Mesh, sections: Sequence[SftConfig |
     Raises:
         ConfigError: they compute something else.
     """
-    heads = {}
+    tried = {}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        for shape in _packed_shapes(model, mesh, sections):
-            heads.setdefault(interval.chosen(model.attention, shape), shape)
-    for backend in heads.keys() - trial.PLAIN:
-        complaint = trial.try_interval_attention(backend, heads[backend], windows=_windows(model))
-        _believe(backend, "packed rows", complaint)
+        for section, shape in zip(sections, _packed_shapes(model, mesh, sections), strict=True):
+            tried.setdefault((interval.chosen(packed_implementation(model), shape), _shares(section)), shape)
+    for (backend, by_position), shape in tried.items():
+        if not interval.BACKENDS[backend].plain:
+            complaint = trial.try_interval_attention(backend, shape, _scores(model), by_position=by_position)
+            _believe(backend, "packed rows", complaint)
 
 
 def try_paged_attention(engine: EngineConfig, model: ModelConfig, mesh: Mesh) -> None:
     """The same of kernels for KV pages. Arguments as ``check_paged_attention``."""
-    implementation = paged_implementation(model)
+    implementation, width = paged_implementation(model), party_of(engine, model, mesh)
+    decode, prefill = attention_shapes(engine, model, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        shapes = [(shape, paged.chosen(implementation, shape)) for shape in attention_shapes(engine, model, mesh)]
+        shapes = [(shape, paged.chosen(implementation, shape)) for shape in (decode, prefill)]
+        together = chosen_for_parties(implementation, decode, engine.slots, width) if width else ""
     for shape, backend in shapes:
-        if backend not in trial.PLAIN:
-            options = {"soft_cap": model.attention_soft_cap, "windows": _windows(model)}
-            _believe(backend, "KV pages", trial.try_paged_attention(backend, shape, **options))
+        if not paged.BACKENDS[backend].plain:
+            _believe(backend, "KV pages", trial.try_paged_attention(backend, shape, _scores(model)))
+    if together and not paged.BACKENDS[together].plain:
+        complaint = trial.try_group_decode(together, decode, width, _scores(model))
+        _believe(together, "KV pages that rows share", complaint)
 
 
-def _windows(model: ModelConfig) -> list[int]:
-    return sorted({model.sliding_window if layer in model.sliding_layers else 0 for layer in range(model.layers)})
+def _scores(model: ModelConfig) -> trial.Scores:
+    return trial.Scores(**score_options(model), windows=layer_windows(model))
 
 
 def _believe(backend: str, what: str, complaint: str) -> None:
@@ -201,10 +224,12 @@ def _check_backend(
     mesh: Mesh | AbstractMesh,
     table: Mapping[str, choice.Backend],
     shapes: Sequence[Any],
+    what: str = "",
+    remedy: str = "set it to 'auto'",
 ) -> None:
     check_name(model)
-    if model.attention not in table:  # "auto", or a kernel for packed rows only
+    if model.attention not in table:  # "auto", or kernels that are not for this
         return
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         if reason := choice.refusal(table[model.attention], shapes):
-            raise ConfigError(f"ModelConfig.attention={model.attention!r} {reason}; set it to 'auto'")
+            raise ConfigError(f"ModelConfig.attention={model.attention!r}{what} {reason}; {remedy}")

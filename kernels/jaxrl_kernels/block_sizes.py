@@ -10,8 +10,9 @@ import functools
 import json
 import os
 import pathlib
-import warnings
 from collections.abc import Mapping
+
+from jaxrl_kernels.choice import TPUS, say_once
 
 FILE = pathlib.Path(__file__).with_name("block_sizes.json")
 
@@ -48,21 +49,34 @@ class Sizes:
     measured: str = ""
 
 
+TYPES = {field.name: field.type for field in (*dataclasses.fields(Key), *dataclasses.fields(Sizes))}
+"""Of what an entry of the file has."""
+REMEDY = "`jaxrl bench kernels --tune --table FILE` writes one"
+
+
 def read(path: pathlib.Path = FILE) -> dict[Key, Sizes]:
     """A table.
 
     Raises:
-        ValueError: the file is no table.
+        ValueError: the file is no table; the message names it and the entry.
     """
-    table = {}
     try:
-        for line in json.loads(path.read_text(encoding="utf-8")):
-            sizes = Sizes(line.pop("rows"), line.pop("keys"), line.pop("measured"))
-            table[Key(**line)] = sizes
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is no table of block sizes: {error!r}; `jaxrl bench kernels --tune` writes"
-        ) from error
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no table of block sizes, but no JSON: {error}; {REMEDY}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} is no table of block sizes, but a {type(entries).__name__}; {REMEDY}")
+    table = {}
+    for entry in entries:
+        if not isinstance(entry, dict) or entry.keys() != TYPES.keys():
+            raise ValueError(f"{path} is no table of block sizes: {entry} has not {', '.join(TYPES)}; {REMEDY}")
+        for name, kind in TYPES.items():
+            least = 0 if name == "page" else 1
+            if type(entry[name]) is not kind or (kind is int and entry[name] < least):
+                limit = f"an integer of at least {least}" if kind is int else "a string"
+                raise ValueError(f"{path} is no table of block sizes: {name} of {entry} is not {limit}; {REMEDY}")
+        sizes = Sizes(entry["rows"], entry["keys"], entry["measured"])
+        table[Key(entry["kernel"], entry["device"], entry["head_width"], entry["page"])] = sizes
     return table
 
 
@@ -87,13 +101,14 @@ def table() -> Mapping[Key, Sizes]:
 
 
 def sizes_for(key: Key, otherwise: Sizes) -> Sizes:
-    """Sizes from the package's table, or others, which is said once on a TPU."""
-    if key in table() or not key.device.startswith("TPU"):
+    """Sizes from the package's table, or others, which is said once on a device that has some to measure: interpreted
+    kernels ask for theirs on any."""
+    if key in table() or not key.device.startswith(TPUS):
         return table().get(key, otherwise)
     pages = f" and pages of {key.page} tokens" if key.page else ""
-    warnings.warn(
-        f"{key.kernel.replace('_', ' ')} has no block sizes for head width {key.head_width}{pages} on {key.device!r}; "
-        f"takes {otherwise.rows} rows of scores by {otherwise.keys} keys; `jaxrl bench kernels --tune` measures some",
-        stacklevel=2,
+    say_once(
+        f"{key.kernel.replace('_', ' ')} has no block sizes for head width {key.head_width}{pages} on "
+        f"{key.device!r}; takes {otherwise.rows} rows of scores by {otherwise.keys} keys at most, which fit but were "
+        "not measured; `jaxrl bench kernels --tune` measures"
     )
     return otherwise

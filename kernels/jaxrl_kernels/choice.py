@@ -1,10 +1,14 @@
 """Which row of a kernel's table of backends runs where."""
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+
+TPUS = ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")
+"""Kinds, as jax says them, that kernels for TPUs are compiled for: v5e, v5p, v6e and 7x. Older ones have less room."""
 
 
 class Backend(Protocol):
@@ -15,6 +19,7 @@ class Backend(Protocol):
         unfit: why it cannot take a shape, empty if it can.
         blocks: in which blocks it computes a shape, empty where nothing but the backend decides that.
         automatic: "auto" may take it.
+        plain: it is plain JAX, by which others are judged.
     """
 
     @property
@@ -28,6 +33,9 @@ class Backend(Protocol):
 
     @property
     def automatic(self) -> bool: ...
+
+    @property
+    def plain(self) -> bool: ...
 
 
 def device_kind() -> str:
@@ -55,7 +63,7 @@ def chosen(table: Mapping[str, Backend], implementation: str, shapes: Sequence[A
                 continue
             if not (reason := _unfit(backend, shapes)):
                 return name
-            warnings.warn(f"{what}: {name!r} is passed over: {reason}", stacklevel=2)
+            say_once(f"{what}: {name!r} is passed over: {reason}")
     if implementation not in table:
         raise ValueError(f"implementation={implementation!r} is unknown; choose auto, {', '.join(table)}")
     if reason := refusal(table[implementation], shapes):
@@ -70,6 +78,13 @@ def refusal(backend: Backend, shapes: Sequence[Any]) -> str:
         return f"needs a {' or '.join(backend.devices)}, not {kind!r}"
     reason = _unfit(backend, shapes)
     return f"cannot take this: {reason}" if reason else ""
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Warn, the first time that a process asks for it. Python's own memory of what was said is cleared wherever a
+    library catches warnings."""
+    warnings.warn(message, stacklevel=2)
 
 
 def _unfit(backend: Backend, shapes: Sequence[Any]) -> str:

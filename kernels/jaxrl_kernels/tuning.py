@@ -5,7 +5,7 @@ import datetime
 import functools
 import itertools
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -50,7 +50,7 @@ class Extent:
         tokens: of a row; in pages that of every row.
         rounds: runs of each, after one that is not counted.
         query_heads: N.
-        kv_heads: K.
+        kv_heads: K; all is also run with one, which is what a device has where a mesh splits them.
         slots: rows that decode.
         chunks: rows of a prefill.
         chunk: tokens of each.
@@ -63,6 +63,11 @@ class Extent:
     slots: int = 64
     chunks: int = 4
     chunk: int = 512
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """N and K of what is run."""
+        return list(dict.fromkeys([(self.query_heads, self.kv_heads), (self.query_heads // self.kv_heads, 1)]))
 
 
 def packed_rows(
@@ -81,19 +86,15 @@ def packed_rows(
         candidates: rows of a block of scores, and keys.
     """
     tokens, groups = extent.tokens, extent.query_heads // extent.kv_heads
+    end = jnp.full((1, tokens), tokens, jnp.int32)
     for width in widths:
-        heads = (extent.query_heads, extent.kv_heads, extent.kv_heads)
-        row = (*_normal(*((1, tokens, count, width) for count in heads)), jnp.full((1, tokens), tokens, jnp.int32))
-        seen: set[Any] = set()
-        for rows, keys in candidates:
-            blocks = of_rows.fitting(Sizes(rows, keys), groups, tokens, tokens)
-            if blocks in seen:
-                continue
-            seen.add(blocks)
-            plan = Plan(make_pairs(row[3], queries=tokens, first=0, blocks=blocks), backend)
-            attention = functools.partial(interval_attention, plan=plan)
-            runs = [(bench.forward_and_backward(attention), row)]
-            yield _run(Key("interval_attention", device_kind(), width), rows, keys, runs, extent.rounds)
+        lengths = [[(1, tokens, count, width) for count in (heads, kv, kv)] for heads, kv in extent.heads]
+        rows_of_heads = [(*_normal(*each), end) for each in lengths]
+        for blocks, sizes in _distinct(candidates, lambda sizes: of_rows.fitting(sizes, groups, tokens, tokens)):
+            plan = Plan(make_pairs(end, queries=tokens, first=0, blocks=blocks), backend)
+            both = bench.forward_and_backward(functools.partial(interval_attention, plan=plan))
+            runs = [(both, row) for row in rows_of_heads]
+            yield _run(Key("interval_attention", device_kind(), width), sizes, runs, extent.rounds)
 
 
 def pages(
@@ -111,16 +112,27 @@ def pages(
     """
     for width, page in itertools.product(widths, page_sizes):
         queries = (extent.slots, 1), (extent.chunks, extent.chunk)
-        calls, seen = [_call(extent, width, page, *rows) for rows in queries], set()
-        for rows, keys in candidates:
-            runs, blocks = [], tuple(of_pages.fitting(shape, Sizes(rows, keys)) for shape, _ in calls)
-            if blocks in seen:
-                continue
-            seen.add(blocks)
-            for (shape, arrays), sizes in zip(calls, blocks, strict=True):
-                plan = PagedPlan(make_lists(arrays[-1], (0,), shape, sizes), shape, backend)
+        calls = [_call(extent.tokens, heads, width, page, *rows) for heads in extent.heads for rows in queries]
+        fitting = functools.partial(_fitting, [shape for shape, _ in calls])
+        for blocks, sizes in _distinct(candidates, fitting):
+            runs = []
+            for (shape, arrays), each in zip(calls, blocks, strict=True):
+                plan = PagedPlan(make_lists(arrays[-1], (0,), shape, each), shape, backend)
                 runs.append((jax.jit(functools.partial(paged_attention, plan=plan)), arrays))
-            yield _run(Key("paged_attention", device_kind(), width, page), rows, keys, runs, extent.rounds)
+            yield _run(Key("paged_attention", device_kind(), width, page), sizes, runs, extent.rounds)
+
+
+def _fitting(shapes: Sequence[of_pages.Shape], sizes: Sizes) -> tuple[of_pages.Blocks, ...]:
+    return tuple(of_pages.fitting(shape, sizes) for shape in shapes)
+
+
+def _distinct(candidates: Iterable[tuple[int, int]], fitting: Callable[[Sizes], Any]) -> list[tuple[Any, Sizes]]:
+    """Blocks of what is run, and of the candidates that are cut to them the largest: smaller ones would cut what has
+    more tokens, or less in memory, for no reason that was measured."""
+    found: dict[Any, Sizes] = {}
+    for sizes in sorted((Sizes(*pair) for pair in candidates), key=lambda sizes: (sizes.rows * sizes.keys, sizes.rows)):
+        found[fitting(sizes)] = sizes
+    return list(found.items())
 
 
 def written(results: Iterable[Tried], path: pathlib.Path, note: str) -> Iterator[Tried]:
@@ -163,22 +175,24 @@ def _normal(*shapes: tuple[int, ...]) -> list[jax.Array]:
     return [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def _call(extent: Extent, width: int, page: int, rows: int, count: int) -> tuple[of_pages.Shape, tuple[jax.Array, ...]]:
+def _call(
+    tokens: int, heads: tuple[int, int], width: int, page: int, rows: int, count: int
+) -> tuple[of_pages.Shape, tuple[jax.Array, ...]]:
     """Arguments of paged attention for the last ``count`` tokens of full rows, whose pages lie in no order."""
-    table = -(-extent.tokens // page)
-    pool = (rows * table, extent.kv_heads, page, width)
-    q, *pools = _normal((rows, count, extent.query_heads, width), pool, pool)
+    table = -(-tokens // page)
+    pool = (rows * table, heads[1], page, width)
+    q, *pools = _normal((rows, count, heads[0], width), pool, pool)
     page_table = np.random.default_rng(1).permutation(rows * table).reshape(rows, table)
-    positions = np.broadcast_to(extent.tokens - count + np.arange(count), (rows, count))
+    positions = np.broadcast_to(tokens - count + np.arange(count), (rows, count))
     arrays = (q, *pools, *(jnp.asarray(x, jnp.int32) for x in (page_table, positions)))
     return of_pages.shape_of(q, pools[0], arrays[3]), arrays
 
 
-def _run(key: Key, rows: int, keys: int, runs: Sequence[tuple[Any, tuple[jax.Array, ...]]], rounds: int) -> Tried:
+def _run(key: Key, sizes: Sizes, runs: Sequence[tuple[Any, tuple[jax.Array, ...]]], rounds: int) -> Tried:
     """What compiled functions cost on their arguments."""
     named = {str(index): functools.partial(*run) for index, run in enumerate((call, *row) for call, row in runs)}
     try:
         cost = seconds(named, rounds)
     except jax.errors.JaxRuntimeError as error:  # they do not fit into the memory of the chip
-        return Tried(key, rows, keys, refused=str(error).splitlines()[0])
-    return Tried(key, rows, keys, tuple(cost.values()))
+        return Tried(key, sizes.rows, sizes.keys, refused=str(error).splitlines()[0])
+    return Tried(key, sizes.rows, sizes.keys, tuple(cost.values()))

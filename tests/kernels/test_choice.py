@@ -2,17 +2,18 @@
 
 import contextlib
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrl_kernels import Groups, group_decode
-from jaxrl_kernels.group_decode.backends import chosen_for_parties
+from jaxrl_kernels import Groups, choice, group_decode
+from jaxrl_kernels.group_decode.prefixes import chosen_for_parties
 from jaxrl_kernels.interval_attention import backends as interval
 from jaxrl_kernels.interval_attention import cudnn
 from jaxrl_kernels.paged_attention import backends as paged
-from jaxrl_kernels.paged_attention.blocks import Shape
+from jaxrl_kernels.paged_attention.blocks import Shape, blocks_for
 
 ROW = interval.Shape(rows=1, queries=4096, tokens=4096, groups=4, head_width=128, dtype="bfloat16")
 NOT_BY_CUDNN = (
@@ -55,6 +56,29 @@ def test_refusals_name_the_limit(kind: str, change: dict[str, object], message: 
             interval.chosen("mosaic_gpu", dataclasses.replace(ROW, **change))
 
 
+def test_a_tpu_that_nothing_is_compiled_for_has_no_kernels() -> None:
+    for kind in ("TPU v5", "TPU v6 lite", "TPU7x"):
+        with on(kind):
+            assert interval.chosen("auto", ROW) == paged.chosen("auto", SLOTS) == "tpu"
+    with on("TPU v4"):
+        assert interval.chosen("auto", ROW) == paged.chosen("auto", SLOTS) == "xla"
+        with pytest.raises(ValueError, match="needs a TPU v5 lite or .* or TPU7x, not 'TPU v4'; choose auto"):
+            paged.chosen("tpu", SLOTS)
+
+
+def test_what_is_said_once_is_not_said_again_after_a_library_caught_warnings() -> None:
+    with on("TPU v5 lite"), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            paged.chosen("auto", dataclasses.replace(SLOTS, head_width=64))
+            blocks_for("TPU v5 lite", SLOTS)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+    messages = [str(warning.message) for warning in said]
+    assert sum("'tpu' is passed over: a head of width 64" in message for message in messages) == 1
+    assert sum("no block sizes for head width 128" in message for message in messages) == 1
+
+
 def test_auto_takes_the_first_row_that_it_may_take_and_that_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend is a row of the table: nothing else lists it."""
     table = {"new": dataclasses.replace(paged.BACKENDS["xla"], devices=("NVIDIA",)), **paged.BACKENDS}
@@ -75,6 +99,7 @@ def test_auto_takes_cudnn_on_gpus_whose_cudnn_knows_packed_segments(monkeypatch:
         with pytest.warns(UserWarning, match="'cudnn' is passed over: heads of a multiple of 8, .* not 128 in float32"):
             assert interval.chosen("auto", dataclasses.replace(ROW, dtype="float32")) == "xla"
         for change, reason in NOT_BY_CUDNN:
+            choice.say_once.cache_clear()
             with pytest.warns(UserWarning, match=f"'cudnn' is passed over: {reason}"):
                 assert interval.chosen("auto", dataclasses.replace(ROW, **change)) == "xla"
     with on("NVIDIA B200"):

@@ -13,11 +13,9 @@ from jaxrl_kernels.paged_attention import make_paged_plan, paged_attention, page
 from jaxrl_kernels.paged_attention.backends import BACKENDS as BACKEND_TABLE
 from jaxrl_kernels.paged_attention.blocks import Shape, blocks_for, shape_of
 from jaxrl_kernels.paged_attention.cases import CASES, Case
-from jaxrl_kernels.paged_attention.quantized import Pages, Scaled, floats
-from jaxrl_kernels.products import product
-from jaxrl_kernels.softmax import soft_capped
+from jaxrl_kernels.paged_attention.quantized import Pages, Scaled
 from tests.kernels.backends import anywhere, of_these_devices
-from tests.kernels.pages import exactly, pages_of
+from tests.kernels.pages import exactly, largest_difference, naive, pages_of
 
 BACKENDS = anywhere(BACKEND_TABLE)
 
@@ -54,36 +52,16 @@ def inputs(case: Case) -> tuple[Pages, ...]:
     )  # fmt: skip
 
 
-def naive(case: Case, *arguments: Pages) -> tuple[jax.Array, jax.Array]:
-    """Attention as one writes it down, its operands and weights in the type of its inputs."""
-    q, key_pages, value_pages, table, positions = arguments
-    rows, groups, dtype = len(case.lengths), case.query_heads // case.kv_heads, q.dtype
-    k, v = (jnp.einsum("rmkph->rkmph", floats(pages).astype(dtype)[table]) for pages in (key_pages, value_pages))
-    k, v = (x.reshape(rows, case.kv_heads, -1, case.head_width).repeat(groups, axis=1) for x in (k, v))
-    scale, distance = case.scale or case.head_width**-0.5, positions[..., None] - jnp.arange(k.shape[2])
-    visible = ((distance >= 0) & (distance < (case.window or k.shape[2])))[:, None]
-    scores = soft_capped(product("rcnh,rnsh->rncs", (q * scale).astype(dtype), k), case.soft_cap).astype(dtype)
-    log_total = jax.nn.logsumexp(jnp.where(visible, scores.astype(jnp.float32), -jnp.inf), axis=-1, keepdims=True)
-    weights = jnp.where(visible, jnp.exp(scores - log_total), 0).astype(dtype)
-    return product("rncs,rnsh->rcnh", weights, v).astype(dtype), log_total[..., 0].swapaxes(1, 2)
-
-
-def largest_difference(left: jax.Array, right: jax.Array) -> float:
-    left, right = (np.asarray(x, np.float32) for x in (left, right))
-    np.testing.assert_array_equal(np.isneginf(left), np.isneginf(right))
-    return float(np.abs(np.where(np.isneginf(left), 0, left) - np.where(np.isneginf(right), 0, right)).max())
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, backend: str) -> None:
     """At most twice as far from float32 as the naive computation in the same type (the rule of FlashAttention)."""
-    arguments = inputs(case)
-    run = functools.partial(paged_attention_with_lse, window=case.window, scale=case.scale, soft_cap=case.soft_cap)
+    arguments, scores = inputs(case), {"window": case.window, "scale": case.scale, "soft_cap": case.soft_cap}
+    run = functools.partial(paged_attention_with_lse, **scores)
     exact_arguments = [exactly(x) for x in arguments[:3]]
     wanted = jax.jit(functools.partial(run, implementation="reference"))(*exact_arguments, *arguments[3:])
     got = jax.jit(functools.partial(run, implementation=backend))(*arguments)
-    for exact, rough, ours in zip(wanted, jax.jit(functools.partial(naive, case))(*arguments), got, strict=True):
+    for exact, rough, ours in zip(wanted, jax.jit(functools.partial(naive, **scores))(*arguments), got, strict=True):
         assert largest_difference(ours, exact) <= 2 * largest_difference(rough, exact) + 1e-5
     assert got[0].dtype == got[1].dtype == jnp.float32
     nobody = np.asarray(arguments[4]) < 0

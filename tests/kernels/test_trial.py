@@ -14,9 +14,10 @@ from jaxrl_kernels.interval_attention import backends as interval
 from jaxrl_kernels.paged_attention import backends as paged
 from jaxrl_kernels.paged_attention.blocks import Shape
 
+SCORES = trial.Scores(scale=0.5, soft_cap=20.0, windows=(0, 40))
 ROWS = interval.Shape(rows=4, queries=4096, tokens=4096, groups=2, head_width=16, dtype="bfloat16")
-CAPPED = dataclasses.replace(ROWS, soft_cap=20.0)
 PAGES = Shape(64, 256, 4, 2, 16, 16, 512, "bfloat16", "bfloat16")
+DECODE = dataclasses.replace(PAGES, count=1)
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
 TOKENS = 256
 
@@ -28,9 +29,11 @@ def with_row(monkeypatch: pytest.MonkeyPatch, table: dict[str, Any], attend: Att
 
 
 def test_right_kernels_pass() -> None:
-    found = trial.try_interval_attention("tpu_interpreted", CAPPED, windows=(0, 40), tokens=TOKENS)
+    on_a_ring = dataclasses.replace(ROWS, behind=True)
+    found = trial.try_interval_attention("tpu_interpreted", on_a_ring, SCORES, by_position=True, tokens=TOKENS)
     assert found == ""
-    assert trial.try_paged_attention("tpu_interpreted", PAGES, windows=(0, 40)) == ""
+    assert trial.try_paged_attention("tpu_interpreted", PAGES, SCORES) == ""
+    assert trial.try_group_decode("tpu_interpreted", DECODE, 4, SCORES) == ""
 
 
 @pytest.mark.parametrize("page_dtype", ["int8", "float8_e4m3fn"])
@@ -73,9 +76,42 @@ def a_driver_that_fails(*arguments: Any) -> tuple[jax.Array, jax.Array]:
 )
 def test_what_is_wrong_is_said(attend: Attend, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with_row(monkeypatch, interval.BACKENDS, attend)
-    options = {"windows": (0, 40), "tokens": TOKENS}
-    found = trial.try_interval_attention("tpu", dataclasses.replace(ROWS, dtype="float32"), **options)
+    scores = dataclasses.replace(SCORES, windows=(0, 400))
+    found = trial.try_interval_attention("tpu", dataclasses.replace(ROWS, dtype="float32"), scores, tokens=TOKENS)
     assert re.match(said, found)
+
+
+def no_gradient_of_the_log_sum_exp(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+    output, log_total = interval.BACKENDS["xla"].attend(*arguments)
+    return output, jax.lax.stop_gradient(log_total)
+
+
+def a_larger_log_sum_exp(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+    output, log_total = interval.BACKENDS["xla"].attend(*arguments)
+    return output, log_total + 0.1
+
+
+def windows_by_index(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+    *others, _, plan = arguments
+    return interval.BACKENDS["xla"].attend(*others, None, plan)
+
+
+@pytest.mark.parametrize(
+    ("attend", "behind", "said"),
+    [
+        (no_gradient_of_the_log_sum_exp, True, "its gradient of queries is off by"),
+        (a_larger_log_sum_exp, True, "its log-sum-exp is off by"),
+        (windows_by_index, False, "its output is off by"),
+    ],
+)
+def test_what_only_rings_or_trees_need_is_tried_for_them(
+    attend: Attend, behind: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_row(monkeypatch, interval.BACKENDS, attend)
+    shape = dataclasses.replace(ROWS, dtype="float32", behind=behind)
+    assert trial.try_interval_attention("tpu", shape, SCORES, by_position=True, tokens=TOKENS).startswith(said)
+    simple = dataclasses.replace(shape, behind=False)
+    assert trial.try_interval_attention("tpu", simple, SCORES, tokens=TOKENS) == ""
 
 
 def test_pages_out_of_order_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +120,13 @@ def test_pages_out_of_order_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with_row(monkeypatch, paged.BACKENDS, attend)
     assert trial.try_paged_attention("tpu", PAGES).startswith("its output is off by")
+
+
+def test_a_log_sum_exp_is_tried_where_rows_decode_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(q: jax.Array, *others: Any) -> tuple:
+        output, log_total = paged.BACKENDS["xla"].attend(q, *others)
+        return output, log_total if log_total is None or q.shape[1] == 1 else log_total + 0.1
+
+    with_row(monkeypatch, paged.BACKENDS, attend)
+    assert trial.try_paged_attention("tpu", PAGES) == trial.try_paged_attention("tpu", DECODE) == ""
+    assert trial.try_group_decode("tpu", DECODE, 4).startswith("its output is off by")

@@ -78,3 +78,5 @@ def test_auto_is_on_where_a_kernel_for_tpus_takes_both_parts_of_what_a_device_co
         assert party(kv_dtype="int8") == 0
     with pytest.warns(UserWarning, match="'tpu' is passed over: 256 rows of 490 pages need 133376"):
         assert party(slots=256, max_response_tokens=490 * 16 - 1024) == 0
+    named = dataclasses.replace(model, attention="tpu")
+    assert party(model=named) == 32 and party(model=named, slots=256, max_response_tokens=490 * 16 - 1024) == 0

@@ -22,15 +22,34 @@ def off_by_one_per_cent(attend: Callable[..., Any]) -> Callable[..., Any]:
     return other
 
 
-@pytest.mark.parametrize(("table", "what"), [(interval.BACKENDS, "packed rows"), (paged.BACKENDS, "KV pages")])
+def off_where_parts_are_joined(attend: Callable[..., Any]) -> Callable[..., Any]:
+    def other(*arguments: Any) -> Any:
+        output, log_total = attend(*arguments)
+        return output, log_total if log_total is None else 1.01 * log_total
+
+    return other
+
+
+@pytest.mark.parametrize(
+    ("table", "wrong", "what"),
+    [
+        (interval.BACKENDS, off_by_one_per_cent, "packed rows"),
+        (paged.BACKENDS, off_by_one_per_cent, "KV pages"),
+        (paged.BACKENDS, off_where_parts_are_joined, "KV pages that rows share"),
+    ],
+)
 def test_kernels_that_compute_something_else_are_refused(
-    table: dict[str, Any], what: str, tiny_config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    table: dict[str, Any],
+    wrong: Callable[..., Any],
+    what: str,
+    tiny_config: Config,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for every in (interval.BACKENDS, paged.BACKENDS):
-        row = dataclasses.replace(every["xla"], automatic=True)
-        monkeypatch.setitem(every, "other", row)
-    wrong = dataclasses.replace(table["other"], attend=off_by_one_per_cent(table["xla"].attend))
-    monkeypatch.setitem(table, "other", wrong)
+        monkeypatch.setitem(every, "other", dataclasses.replace(every["xla"], plain=False))
+    changes = {"attend": wrong(table["xla"].attend)} | ({"skips_empty": True} if table is paged.BACKENDS else {})
+    monkeypatch.setitem(table, "other", dataclasses.replace(table["other"], **changes))
     config = dataclasses.replace(tiny_config, model=dataclasses.replace(tiny_config.model, attention="other"))
     message = f"attention over {what} by 'other' is not that of plain JAX on this cpu: its output is off by .*='xla'"
     with pytest.raises(ConfigError, match=message):

@@ -13,11 +13,13 @@ import pytest
 from jaxrl.check import run as check_run
 from jaxrl.config import Config, ConfigError, EngineConfig, ModelConfig, SftConfig, TrainConfig
 from jaxrl.mesh import AXES
+from jaxrl.model.packed_attention import packed_attention
 from jaxrl.observe.traces import read_episodes
 from jaxrl.observe.writers import read_metrics
 from jaxrl.records import Batch
 from jaxrl.train import attention, session
 from jaxrl.train.run import RunFolder
+from jaxrl_kernels.paged_attention import backends as paged
 
 SHORT = (
     *("ModelConfig.kv_heads=2", "SftConfig.steps=20", "TrainConfig.steps=2", "TrainConfig.problems=2"),
@@ -28,11 +30,19 @@ EIGHT = (
     *("OptimizerConfig.offload=True", "ModelConfig.context_attention=ring"),
 )
 APART = ("MeshConfig.fsdp=2", "MeshConfig.tensor=2", "MeshConfig.rollout_devices=4", "MeshConfig.rollout_tensor=1")
+GROUPED = ModelConfig(query_heads=64, kv_heads=8, head_width=128, compute_dtype="bfloat16")
+MANY = EngineConfig(slots=256, group_width=32, max_prompt_tokens=1024, max_response_tokens=490 * 16 - 1024)
+"""Slots that the kernel for TPUs has room for, but not for parties of them."""
 RunTiny = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def settings(overrides: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(argument for override in overrides for argument in ("--set", override))
+
+
+def on_a_tpu() -> jax.sharding.AbstractMesh:
+    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    return jax.sharding.AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
 
 
 @pytest.mark.parametrize(
@@ -57,17 +67,21 @@ def test_rows_that_a_mesh_cannot_split_are_refused_with_what_it_could(lengths: t
 
 def test_the_run_folder_says_what_computes_attention_and_in_which_blocks(tmp_path: pathlib.Path) -> None:
     model, engine = ModelConfig(head_width=128, compute_dtype="bfloat16"), EngineConfig(group_decode="on")
-    device, run = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu"), RunFolder(tmp_path)
-    mesh = jax.sharding.AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
+    mesh, run = on_a_tpu(), RunFolder(tmp_path)
 
     def kernels() -> list[str]:
         packed = attention.packed_kernels(model, mesh, [SftConfig(rows=2, row_tokens=4096)] * 2)
         return packed + attention.paged_kernels(engine, model, mesh)
 
-    rows, decode, prefill = kernels()
+    rows, *pages = kernels()
     assert rows == "attention, 2 rows, 4096 queries to 4096 keys: tpu, in blocks of 512 queries by 512 keys"
-    assert all(": tpu, in blocks of" in line and " rows of scores by " in line for line in (decode, prefill))
-    assert "prompts read for up to 16 rows together" in decode
+    whats, blocks = zip(*(line.split(": tpu, in blocks of ") for line in pages), strict=True)
+    assert whats == (
+        "attention, 64 prompts in pages that rows read together, 16 queries each",
+        "attention, 64 rows in pages behind their prompts, 1 query each",
+        "attention, 4 rows in pages, 64 queries each",
+    )
+    assert blocks == tuple(f"{rows} rows of scores by 32 pages" for rows in (32, 16, 128))
     assert not run.write_kernels(kernels()) and not run.write_kernels(kernels())
     model = dataclasses.replace(model, attention="xla")
     assert run.write_kernels(kernels())[0] == "attention, 2 rows, 4096 queries to 4096 keys: xla"
@@ -130,7 +144,7 @@ def test_rows_with_more_segments_than_there_is_room_for_are_said_once() -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("cpu", {"attention": "tpu"}, "'tpu' needs a TPU, not 'cpu'"),
+        ("cpu", {"attention": "tpu"}, "'tpu' needs a TPU v5 lite or .* TPU7x, not 'cpu'"),
         ("NVIDIA A100-SXM4-40GB", {}, "'mosaic_gpu' needs a NVIDIA H100 or .*, not 'NVIDIA A100-SXM4-40GB'"),
         ("NVIDIA H100 80GB HBM3", {"compute_dtype": "float32"}, "'mosaic_gpu' cannot take this: heads 64 or 128 wide"),
         ("NVIDIA H100 80GB HBM3", {"head_width": 96}, "'mosaic_gpu' cannot take this: heads 64 or 128 wide"),
@@ -151,6 +165,35 @@ def test_kernels_that_cannot_be_had_are_refused_at_start(kind: str, changes: dic
         check(dataclasses.replace(wide, attention={"T": "tpu", "N": "mosaic_gpu"}.get(kind[0], "xla")))
     with pytest.raises(ConfigError, match=f"ModelConfig.attention={message}.*; set it to 'auto'"):
         check(dataclasses.replace(wide, **({"attention": "mosaic_gpu"} | changes)))
+
+
+def test_parties_that_the_named_kernel_has_no_room_for_are_left_out_and_refused_by_name_where_asked_for() -> None:
+    mesh, model = on_a_tpu(), dataclasses.replace(GROUPED, attention="tpu")
+    attention.check_paged_attention(MANY, model, mesh)
+    assert len(attention.paged_kernels(MANY, model, mesh)) == 2
+    message = "'tpu' for prompts .* need 133376 entries .*; lower EngineConfig.group_width=32, or .*group_decode='off'"
+    with pytest.raises(ConfigError, match=message):
+        attention.check_paged_attention(dataclasses.replace(MANY, group_decode="on"), model, mesh)
+
+
+def test_windowed_layers_have_a_line_of_their_own_where_rows_decode_together() -> None:
+    """They read whole rows, by a kernel that need not have room for parties."""
+    model = dataclasses.replace(GROUPED, sliding_window=512, sliding_layers=(1,))
+    lines = attention.paged_kernels(dataclasses.replace(MANY, group_decode="on"), model, on_a_tpu())
+    assert [line.split(": ")[1].split(",")[0] for line in lines] == ["xla", "xla", "tpu", "tpu"]
+    assert "256 rows in pages in layers with a window, 1 query each: tpu, in blocks of" in lines[2]
+
+
+def test_a_kernel_for_pages_alone_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(paged.BACKENDS, "other", paged.BACKENDS["xla"])
+    model, mesh = ModelConfig(attention="other"), jax.sharding.AbstractMesh((1,) * len(AXES), AXES)
+    attention.check_attention(model, mesh, [TrainConfig()])
+    attention.try_attention(model, mesh, [TrainConfig()])
+    assert [line.rsplit(": ")[1] for line in attention.packed_kernels(model, mesh, [TrainConfig()])] == ["xla"]
+    assert {line.rsplit(": ")[1] for line in attention.paged_kernels(EngineConfig(), model, mesh)} == {"other"}
+    end = jax.ShapeDtypeStruct((1, 8), "int32")
+    heads = [jax.ShapeDtypeStruct((1, 8, count, model.head_width), "float32") for count in (model.query_heads, 2, 2)]
+    jax.eval_shape(lambda end, *qkv: packed_attention(model, end, None)(*qkv, 0), end, *heads)
 
 
 def test_an_unknown_name_is_refused_with_the_one_most_like_it() -> None:

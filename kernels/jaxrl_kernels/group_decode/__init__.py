@@ -11,7 +11,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxrl_kernels.group_decode.backends import at_once, chosen_for_parties, one_by_one, positions_in_parties
+from jaxrl_kernels.group_decode.prefixes import (
+    at_once,
+    chosen_for_parties,
+    one_by_one,
+    positions_in_parties,
+    shape_of_parties,
+)
 from jaxrl_kernels.paged_attention import PagedPlan, make_paged_plan, paged_attention, paged_attention_with_lse
 from jaxrl_kernels.paged_attention.backends import BACKENDS
 from jaxrl_kernels.paged_attention.blocks import Shape, shape_of
@@ -99,11 +105,10 @@ def make_group_plan(
     """
     parties, width = groups.members.shape
     name = chosen_for_parties(implementation, shape, parties, width)
-    of_parties = dataclasses.replace(shape, rows=parties, count=width)
     shared = positions_in_parties(groups.members, groups.shared, shape.page)
     windowed = make_paged_plan(positions, shape, windows=windows, implementation=implementation) if windows else None
     return GroupPlan(
-        make_paged_plan(shared, of_parties, implementation=name),
+        make_paged_plan(shared, shape_of_parties(shape, parties, width), implementation=name),
         make_paged_plan(_own_positions(positions, groups, shape.page), shape, implementation=name),
         windowed,
     )

@@ -61,6 +61,7 @@ class Backend:
         unfit: why it cannot take a shape, empty if it can.
         blocks: in which blocks it computes a shape, empty where nothing but the backend decides that.
         automatic: "auto" may take it.
+        plain: it is plain JAX, by which others are judged.
         attend_alone: the same without the log-sum-exp, if there is a better way then; None takes it from ``attend``.
         room: for segments in the rows of a device; batches with more are computed as by "xla".
         repeats: what it takes for equal bits in every run; empty where they always are.
@@ -72,6 +73,7 @@ class Backend:
     unfit: Callable[[Shape], str] = lambda shape: ""
     blocks: Callable[[Shape], str] = lambda shape: ""
     automatic: bool = False
+    plain: bool = False
     attend_alone: Callable[..., jax.Array] | None = None
     room: Callable[[Shape], float] = lambda shape: math.inf
     repeats: str = ""
@@ -138,7 +140,7 @@ def _unfit_for_cudnn(shape: Shape) -> str:
 
 BACKENDS: dict[str, Backend] = {
     "tpu": Backend(
-        _pairs, tpu.interval_attention, ("TPU",), unfit=_unfit_for_tpu, blocks=_blocks_on_tpu, automatic=True
+        _pairs, tpu.interval_attention, choice.TPUS, unfit=_unfit_for_tpu, blocks=_blocks_on_tpu, automatic=True
     ),
     "cudnn": Backend(
         _segments,
@@ -150,13 +152,13 @@ BACKENDS: dict[str, Backend] = {
         room=lambda shape: cudnn.room(shape.rows, shape.tokens),
         repeats="XLA_FLAGS=--xla_gpu_deterministic_ops=true",
     ),
-    "xla": Backend(_key_blocks, xla.interval_attention, automatic=True),
+    "xla": Backend(_key_blocks, xla.interval_attention, automatic=True, plain=True),
     "tpu_interpreted": Backend(_pairs, functools.partial(tpu.interval_attention, interpret=True)),
     "mosaic_gpu": Backend(
         _tables, functools.partial(_attend_on_hopper, interpret=False), devices=HOPPER_KINDS, unfit=_unfit_for_hopper
     ),
     "mosaic_gpu_interpreted": Backend(_tables, functools.partial(_attend_on_hopper, interpret=True)),
-    "reference": Backend(lambda end, first, shape: (), reference.interval_attention),
+    "reference": Backend(lambda end, first, shape: (), reference.interval_attention, plain=True),
 }
 """By the name that ``implementation`` gives, in the order in which "auto" tries those that it may take: not yet
 "mosaic_gpu", whose products no interpreter has. Interpreted ones are for tests on machines without a TPU or GPU."""

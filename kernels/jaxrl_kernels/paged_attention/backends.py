@@ -30,6 +30,7 @@ class Backend:
         unfit: why it cannot take a shape, empty if it can.
         blocks: in which blocks it computes a shape, empty where nothing but the backend decides that.
         automatic: "auto" may take it.
+        plain: it is plain JAX, by which others are judged.
         skips_empty: rows and places of a row without a token cost no time, so that all parties of decoding groups go in
             one call, and "auto" lets groups decode together.
     """
@@ -40,6 +41,7 @@ class Backend:
     unfit: Callable[[Shape], str] = lambda shape: ""
     blocks: Callable[[Shape], str] = lambda shape: ""
     automatic: bool = False
+    plain: bool = False
     skips_empty: bool = False
 
 
@@ -70,15 +72,15 @@ BACKENDS: dict[str, Backend] = {
     "tpu": Backend(
         tpu.paged_attention,
         tpu.lists_for,
-        ("TPU",),
+        choice.TPUS,
         unfit=_unfit_for_tpu,
         blocks=_blocks_on_tpu,
         automatic=True,
         skips_empty=True,
     ),
-    "xla": Backend(xla.paged_attention, automatic=True),
+    "xla": Backend(xla.paged_attention, automatic=True, plain=True),
     "tpu_interpreted": Backend(functools.partial(tpu.paged_attention, interpret=True), tpu.lists_for, skips_empty=True),
-    "reference": Backend(reference.paged_attention),
+    "reference": Backend(reference.paged_attention, plain=True),
 }
 """By the name that ``implementation`` gives, in the order in which "auto" tries those that it may take. The interpreted
 one is for tests on machines without a TPU."""

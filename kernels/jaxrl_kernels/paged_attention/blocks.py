@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_kernels.block_sizes import Key, Sizes, sizes_for
-from jaxrl_kernels.paged_attention.quantized import Pages, is_narrow
+from jaxrl_kernels.paged_attention.quantized import Pages, token_bytes
 
 LANES = 128
 """Length of a vector register: scores of so many keys stand beside each other."""
@@ -33,6 +33,11 @@ class Shape:
     table: int  # M
     query_dtype: str
     page_dtype: str
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the key and the value of a token."""
+        return token_bytes(self.kv_heads, self.head_width, self.page_dtype)
 
 
 def shape_of(q: jax.Array, pages: Pages, page_table: jax.Array) -> Shape:
@@ -106,13 +111,7 @@ def fitting(shape: Shape, most: Sizes) -> Blocks:
 
 def page_bytes(shape: Shape, blocks: Blocks) -> int:
     """Of the buffers of pages, two of keys and two of values."""
-    return 2 * blocks.pages * shape.page * token_bytes(shape)
-
-
-def token_bytes(shape: Shape) -> int:
-    """Of the key and the value of a token, with their scales if they are narrow."""
-    scale = 4 if is_narrow(shape.page_dtype) else 0
-    return 2 * shape.kv_heads * (shape.head_width * jnp.dtype(shape.page_dtype).itemsize + scale)
+    return 2 * blocks.pages * shape.page * shape.token_bytes
 
 
 def vector_bytes(shape: Shape, blocks: Blocks) -> int:

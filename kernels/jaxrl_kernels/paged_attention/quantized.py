@@ -49,6 +49,13 @@ def is_narrow(dtype: str | jnp.dtype) -> bool:
     return jnp.dtype(dtype).name in LARGEST
 
 
+def token_bytes(kv_heads: int, head_width: int, dtype: str | jnp.dtype) -> int:
+    """Of the key and the value of a token in one layer, with their scales if they are narrow."""
+    dtype = jnp.dtype(dtype)
+    scale = jnp.dtype(jnp.float32).itemsize if is_narrow(dtype) else 0
+    return 2 * kv_heads * (head_width * dtype.itemsize + scale)
+
+
 Pages = jax.Array | Scaled
 """Keys or values [P, K, page, H]: floats, or a narrow type with scales [P, K, page]."""
 

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxrl_kernels.choice import device_kind
 from jaxrl_kernels.interval_attention.plan import blocks_of
-from jaxrl_kernels.paged_attention.blocks import Blocks, Options, Shape, blocks_for, shape_of, token_bytes
+from jaxrl_kernels.paged_attention.blocks import Blocks, Options, Shape, blocks_for, shape_of
 from jaxrl_kernels.paged_attention.quantized import Pages, is_narrow
 from jaxrl_kernels.paged_attention.steps import FIRST, LAST, Lists, make_lists, unpack
 from jaxrl_kernels.products import precision_of
@@ -135,7 +135,7 @@ def _call(
         out_specs.append(of_unit(kv_heads, rows, 1))
     # As if every query saw half of a table, and its row had no other one.
     seen = settings.options.queries * settings.key_blocks * held // 2
-    scores, read = seen * settings.shape.query_heads, seen * token_bytes(settings.shape)
+    scores, read = seen * settings.shape.query_heads, seen * settings.shape.token_bytes
     return pl.pallas_call(
         functools.partial(_kernel, settings),
         grid_spec=pltpu.PrefetchScalarGridSpec(

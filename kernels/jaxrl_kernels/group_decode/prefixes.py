@@ -1,4 +1,4 @@
-"""Who computes what a party sees of the pages it shares, by the backend of paged attention that it is joined with."""
+"""What parties see of the pages they share, by the backend of paged attention that computes their own pages too."""
 
 import dataclasses
 from typing import Any
@@ -82,16 +82,24 @@ def one_by_one(
     return jax.lax.fori_loop(0, (members[:, 0] >= 0).sum(), add, start)
 
 
+def shape_of_parties(shape: Shape, parties: int, width: int) -> Shape:
+    """Of the call for what is shared.
+
+    Args:
+        shape: of the decoding rows, which is that of the call for what is each row's own.
+        parties: X, as in ``Groups``.
+        width: W, likewise.
+    """
+    return dataclasses.replace(shape, rows=parties, count=width)
+
+
 def chosen_for_parties(implementation: str, shape: Shape, parties: int, width: int) -> str:
-    """Name of the backend that takes both calls: that of what is each row's own, and that of what is shared.
+    """Name of the backend that takes both calls. Arguments as ``shape_of_parties``, and:
 
     Args:
         implementation: as ``paged_attention`` takes it.
-        shape: of the decoding rows.
-        parties: X, as in ``Groups``.
-        width: W, likewise.
 
     Raises:
         ValueError: as ``paged_attention``.
     """
-    return chosen(implementation, shape, dataclasses.replace(shape, rows=parties, count=width))
+    return chosen(implementation, shape, shape_of_parties(shape, parties, width))
