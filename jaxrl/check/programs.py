@@ -28,6 +28,7 @@ from jaxrl.train.session import check_rows, packed_sections
 from jaxrl.train.shares import check_processes
 from jaxrl.train.state import TrainState, abstract_params, abstract_state, rl_optimizer
 from jaxrl.train.update import Updater, policy_gradient_loss
+from jaxrl_kernels import choice
 from jaxrl_kernels.interval_attention import plan
 from jaxrl_kernels.paged_attention import xla as paged_attention
 
@@ -169,7 +170,7 @@ class Shapes:
     def kernels(self) -> list[str]:
         """What computes attention, and why what might be quicker does not."""
         with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+            choice.say_once.cache_clear()  # whatever of it was said before
             lines = packed_kernels(self.model, self.mesh, packed_sections(self.config))
             lines += paged_kernels(self.config.engine, self.model, self.rollout)
         return [*lines, *dict.fromkeys(str(warning.message) for warning in said)]

@@ -82,9 +82,7 @@ def test_table_and_json_say_the_same(result: run.Result) -> None:
     assert "fits: 8 devices of this" in shown and "KV pages" in shown
     values = json.loads(report.as_json(run.Report(result)))
     assert all(line in shown for line in result.kernels) and values["kernels"] == list(result.kernels)
-    assert any(
-        line.startswith("attention, ") and line.endswith("in pages, 1 queries each: xla") for line in result.kernels
-    )
+    assert any(line.startswith("attention, ") and line.endswith(": xla") for line in result.kernels)
     assert values["fits"] is True and values["devices"] == 8
     assert [moment["name"] for moment in values["moments"]] == list(result.compiled)
     for moment in values["moments"]:
@@ -261,7 +259,7 @@ def test_a_configuration_that_the_target_refuses_is_said_so(config: Config) -> N
 
 def test_check_returns_one_when_it_does_not_fit() -> None:
     command = [sys.executable, "-m", "jaxrl", "check", "smoke", "--target", "this", "--json"]
-    command += ["--set", f"EngineConfig.pages={1 << 28}", "--set", "EngineConfig.page_size=4096"]
+    command += ["--set", f"EngineConfig.pages={1 << 36}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout or "{}").get("fits") is False, done.stderr
