@@ -40,7 +40,8 @@ class EngineConfig:
     choose then. For models with experts."""
     reserve_quantile: float = 1.0
     """Admission reserves this quantile of recent response lengths; 1 = the longest possible, never preempts. Below 1 a
-    preempted sequence is prefilled anew, which may change the last bits of its log-probabilities."""
+    preempted sequence is prefilled anew, which may change the last bits of its log-probabilities; with ``kv_dtype`` a
+    number between two levels of 8 bits may then become the other one."""
 
 
 @dataclasses.dataclass(frozen=True)

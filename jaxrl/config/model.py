@@ -72,10 +72,16 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products, in training and in rollout alike."""
     attention: str = "auto"
-    """Who computes attention, over packed rows in training and scoring and over KV pages in rollout: plain JAX, cuDNN
-    on GPUs, the kernels for TPUs, those for Hopper GPUs (on GPUs rollout has plain JAX alone), or "auto": the kernels
-    on a TPU and cuDNN on a GPU, where they take the shapes, and plain JAX elsewhere. What is proven of each is in
-    ``docs/kernels.md``."""
+    """Who computes attention, over packed rows in training and scoring and over KV pages in rollout:
+
+    * "auto": "tpu" or "cudnn" where they run and take the shapes, and "xla" elsewhere;
+    * "xla": plain JAX, everywhere;
+    * "tpu": kernels for TPU v5e, v5p, v6e and 7x;
+    * "cudnn": cuDNN on Hopper and Blackwell GPUs, for packed rows; pages as with "auto";
+    * "mosaic_gpu": kernels for Hopper GPUs, for packed rows; pages as with "auto";
+    * "reference", "tpu_interpreted", "mosaic_gpu_interpreted": everywhere and slowly, for tests.
+
+    What is proven of each is in ``docs/kernels.md``."""
     context_attention: Literal["gather", "ring"] = "gather"
     """How queries meet the keys of a row that MeshConfig.context splits: every device gathers them all, or they travel
     around the devices, each of which then holds one part at a time (``docs/meshes.md``)."""

@@ -38,6 +38,7 @@ from jaxrl.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from jaxrl.train.attention import (
     Crowding,
     check_attention,
+    check_name,
     check_paged_attention,
     packed_kernels,
     paged_kernels,
@@ -256,6 +257,7 @@ def open_session(config: Config, run: RunFolder) -> Session:
         ConfigError: values that the data shows to be wrong, such as prompts longer than the engine takes.
         DataError: problems or demonstrations that cannot be used.
     """
+    check_name(config.model)
     check_processes(config, jax.process_count())
     algorithm.check(config.algorithm, what_is_recorded(config))
     joint_play(config.env, config.engine.max_prompt_tokens)
@@ -288,6 +290,7 @@ def reopen_session(config: Config, run: RunFolder, eval_problems: tuple[Problem,
         TokenizerError, FileNotFoundError: the run folder has no tokenizer.
         ConfigError: ``eval_problems`` longer than the engine takes, or kernels for them that cannot be had.
     """
+    check_name(config.model)
     session = _session(config, run, load_tokenizer(run.tokenizer))
     _check_prompts(config, session.chat, eval_problems)
     if eval_problems:
@@ -306,6 +309,7 @@ def open_offline_session(config: Config, run: RunFolder, texts: Sequence[str], *
     Raises:
         ConfigError, TokenizerError, FileNotFoundError: a model or tokenizer that cannot be used.
     """
+    check_name(config.model)
     if valued and config.lora.rank:
         raise ConfigError(
             f"LoraConfig.rank={config.lora.rank}: a model with a value head is trained whole; set it to 0"

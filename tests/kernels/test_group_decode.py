@@ -119,20 +119,23 @@ def test_cost_is_estimated_by_rows_and_not_by_places_in_parties() -> None:
     assert matrix_flops(jax.make_jaxpr(grouped)(q, *arguments), Data(1.0, 0, 0)) <= 2 * alone
 
 
-@pytest.mark.parametrize(
-    ("backend", "width", "dtype"),
-    [("xla", 4, "float32"), ("xla", 16, "bfloat16"), ("xla", 16, "float32"), ("tpu_interpreted", 4, "float32")],
-)
+@pytest.mark.parametrize(("width", "dtype"), [(4, "float32"), (16, "bfloat16"), (16, "float32")])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_is_bit_identical_in_every_slot_and_company(backend: str, width: int, dtype: str) -> None:
+    """With a plan and with windows as arguments, as an engine calls it."""
     generator = np.random.default_rng(width)
     slots, page, table, shared, heads, kv_heads, head_width = 16, 16, 20, 9, 4, 2, 24
     own_q = generator.normal(size=(heads, head_width))
     own_pages = generator.normal(size=(2, shared + 2, kv_heads, page, head_width))
 
     @jax.jit
-    def run(q: jax.Array, *arguments: jax.Array) -> jax.Array:
-        groups = make_groups(arguments[2], arguments[4], width)
-        return group_decode(q, *arguments[:4], groups, implementation=backend)
+    def run(q: jax.Array, keys: jax.Array, values: jax.Array, *integers: jax.Array) -> jax.Array:
+        table, positions, shared = integers
+        groups, shape = make_groups(table, shared, width), blocks.shape_of(q, keys, table)
+        plan = make_group_plan(positions, groups, shape, windows=[70], implementation=backend)
+        arrays = q, keys, values, table, positions, groups
+        each = jax.lax.map(lambda window: group_decode(*arrays, window=window, plan=plan), jnp.asarray([0, 70]))
+        return jnp.moveaxis(each, 0, 1)
 
     results = []
     for slot, mates, others in ((0, 0, 4), (5, 3, 0), (15, 7, 2), (8, 15, 0), (3, 1, 9)):

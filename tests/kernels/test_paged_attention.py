@@ -75,24 +75,24 @@ def test_case_on_these_devices(case: Case, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("backend", "slots", "count", "narrow"),
-    [
-        ("xla", 8, 1, ""),
-        ("xla", 16, 1, ""),
-        ("xla", 64, 1, ""),
-        ("xla", 4, 24, ""),
-        ("xla", 16, 1, "int8"),
-        ("tpu_interpreted", 16, 1, ""),
-        ("tpu_interpreted", 16, 1, "float8_e4m3fn"),
-    ],
+    ("slots", "count", "narrow", "windows"),
+    [(8, 1, "float8_e4m3fn", ()), (64, 1, "", ()), (4, 24, "", ()), (16, 1, "int8", ()), (16, 1, "", (24,))],
 )
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_is_bit_identical_in_every_slot_and_company(
-    backend: str, slots: int, count: int, narrow: str, dtype: str
+    backend: str, slots: int, count: int, narrow: str, windows: tuple[int, ...], dtype: str
 ) -> None:
+    """Also with a plan for several windows, of which each layer takes its own, as an engine calls it."""
     generator = np.random.default_rng(slots + count)
     page, table, heads, kv_heads, width, length = 16, 20, 4, 2, 24, 37
     pages = slots * table
-    run = jax.jit(functools.partial(paged_attention, implementation=backend))
+
+    @jax.jit
+    def run(q: jax.Array, keys: Pages, values: Pages, page_table: jax.Array, positions: jax.Array) -> jax.Array:
+        plan = make_paged_plan(positions, shape_of(q, keys, page_table), windows=windows, implementation=backend)
+        arrays = q, keys, values, page_table, positions
+        return jnp.stack([paged_attention(*arrays, window=window, plan=plan) for window in (0, *windows)], axis=1)
+
     own_q = generator.normal(size=(count, heads, width))
     own_keys, own_values = generator.normal(size=(2, 3, kv_heads, page, width))
     results = []

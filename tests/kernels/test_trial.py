@@ -60,6 +60,11 @@ def two_per_cent_more(*arguments: Any) -> tuple[jax.Array, jax.Array]:
     return 1.02 * output, log_total
 
 
+def the_usual_scale(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+    *before, _, soft_cap, places, plan = arguments
+    return interval.BACKENDS["xla"].attend(*before, ROWS.head_width**-0.5, soft_cap, places, plan)
+
+
 def a_driver_that_fails(*arguments: Any) -> tuple[jax.Array, jax.Array]:
     raise jax.errors.JaxRuntimeError("INTERNAL: no such instruction\nand much more")
 
@@ -71,6 +76,7 @@ def a_driver_that_fails(*arguments: Any) -> tuple[jax.Array, jax.Array]:
         (segments_alone, "its output is off by"),
         (no_window, "its output is off by"),
         (two_per_cent_more, "its output is off by"),
+        (the_usual_scale, "its output is off by"),
         (a_driver_that_fails, "it raised JaxRuntimeError: INTERNAL: no such instruction$"),
     ],
 )
@@ -120,6 +126,18 @@ def test_pages_out_of_order_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with_row(monkeypatch, paged.BACKENDS, attend)
     assert trial.try_paged_attention("tpu", PAGES).startswith("its output is off by")
+
+
+def test_scores_of_the_model_are_tried_on_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(*arguments: Any) -> tuple:
+        *arrays, options, lists = arguments
+        usual = dataclasses.replace(options, scale=DECODE.head_width**-0.5)
+        return paged.BACKENDS["xla"].attend(*arrays, usual, lists)
+
+    with_row(monkeypatch, paged.BACKENDS, attend)
+    for found in (trial.try_paged_attention("tpu", DECODE, SCORES), trial.try_group_decode("tpu", DECODE, 4, SCORES)):
+        assert found.startswith("its output is off by")
+    assert trial.try_paged_attention("tpu", DECODE) == ""
 
 
 def test_a_log_sum_exp_is_tried_where_rows_decode_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """A whole run on a mesh of eight devices is the run on one device."""
 
 import dataclasses
+import inspect
 import pathlib
 import subprocess
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrl.check import run as check_run
-from jaxrl.config import Config, ConfigError, EngineConfig, ModelConfig, SftConfig, TrainConfig
+from jaxrl.config import Config, ConfigError, DataConfig, EngineConfig, LoraConfig, ModelConfig, SftConfig, TrainConfig
 from jaxrl.mesh import AXES
 from jaxrl.model.packed_attention import packed_attention
 from jaxrl.observe.traces import read_episodes
@@ -19,6 +20,7 @@ from jaxrl.observe.writers import read_metrics
 from jaxrl.records import Batch
 from jaxrl.train import attention, session
 from jaxrl.train.run import RunFolder
+from jaxrl_kernels.interval_attention import backends as interval
 from jaxrl_kernels.paged_attention import backends as paged
 
 SHORT = (
@@ -196,16 +198,27 @@ def test_a_kernel_for_pages_alone_can_be_named(monkeypatch: pytest.MonkeyPatch) 
     jax.eval_shape(lambda end, *qkv: packed_attention(model, end, None)(*qkv, 0), end, *heads)
 
 
-def test_an_unknown_name_is_refused_with_the_one_most_like_it() -> None:
+def test_an_unknown_name_is_refused_with_the_one_most_like_it(tmp_path: pathlib.Path) -> None:
+    data, lora = DataConfig(train=str(tmp_path / "none.jsonl")), LoraConfig(rank=8)
+    config = Config(model=ModelConfig(attention="mosiac_gpu"), data=data, lora=lora)
     model, mesh = ModelConfig(attention="mosiac_gpu"), jax.sharding.AbstractMesh((1,) * len(AXES), AXES)
     message = "attention='mosiac_gpu' names no kernels; did you mean mosaic_gpu.; there are auto, tpu, .*xla"
     for check in (
         lambda: attention.check_attention(model, mesh, [TrainConfig()]),
         lambda: attention.check_paged_attention(EngineConfig(), model, mesh),
         lambda: check_run.configuration("smoke", ["ModelConfig.attention=mosiac_gpu"]),
+        # Before files are read that are not there, and in place of what else is wrong.
+        lambda: session.open_session(config, RunFolder(tmp_path)),
+        lambda: session.reopen_session(config, RunFolder(tmp_path)),
+        lambda: session.open_offline_session(config, RunFolder(tmp_path), [], valued=True),
     ):
         with pytest.raises(ConfigError, match=message):
             check()
+
+
+def test_the_field_says_what_it_may_be() -> None:
+    for name in ("auto", *interval.BACKENDS, *paged.BACKENDS):
+        assert f'"{name}"' in inspect.getsource(ModelConfig)
 
 
 @pytest.fixture(scope="module")
