@@ -314,7 +314,7 @@ def test_memory_is_linear_in_tokens() -> None:
         ({"positions": (1, 3)}, r"positions are int32 \(1, 3\); one integer per token"),
         ({"query_positions": (1, 3)}, r"query_positions are int32 \(1, 3\); one integer per token"),
         ({"name": "cuda"}, "unknown; choose auto, tpu, .*xla"),
-        ({"name": "tpu"}, "needs a TPU, not 'cpu'; choose auto"),
+        ({"name": "tpu"}, "needs a TPU v5 lite or .*not 'cpu'; choose auto"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
