@@ -187,6 +187,8 @@ def test_pages_and_scales_that_do_not_go_together_are_named() -> None:
     arguments = jnp.zeros((2, 2), jnp.int32), jnp.zeros((2, 1), jnp.int32)
     for keys, values, message in (
         (int8, int8, "key pages of int8 have no scales"),
+        (plain.astype("int16"), plain, "key pages of int16 cannot be had; they are float32, bfloat16, float16 or"),
+        (plain, plain.astype("float8_e5m2"), "value pages of float8_e5m2 cannot be had"),
         (Scaled(int8, scales), int8, "value pages of int8 have no scales"),
         (Scaled(plain, scales), plain, "key pages of float32 have scales; only int8 and float8_e4m3fn"),
         (Scaled(int8, scales), plain, "key pages of int8 and value pages of float32"),

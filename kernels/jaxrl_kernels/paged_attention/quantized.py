@@ -16,6 +16,9 @@ import jax.numpy as jnp
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """The largest number of each type that pages can be kept in. Of int8 -128 is not used: levels lie evenly around 0."""
 
+FLOATS = ("float32", "bfloat16", "float16")
+"""Types of pages without scales."""
+
 SMALLEST_SCALE = 2.0**-100
 """Rows of smaller numbers share this scale: quotients and products with it are far from what is flushed to zero."""
 
@@ -82,7 +85,7 @@ def floats(pages: Pages) -> jax.Array:
 
 
 def check_pages(keys: Pages, values: Pages) -> None:
-    """Numbers of a narrow type come with scales, and both keys and values in the same type.
+    """Numbers of a narrow type come with scales, others are floats, and keys and values are in the same type.
 
     Raises:
         ValueError: they do not.
@@ -92,6 +95,8 @@ def check_pages(keys: Pages, values: Pages) -> None:
         if not isinstance(pages, Scaled):
             if narrow:
                 raise ValueError(f"{name} pages of {pages.dtype} have no scales; give them as Scaled(numbers, scales)")
+            if pages.dtype.name not in FLOATS:
+                raise ValueError(f"{name} pages of {pages.dtype} cannot be had; they are {', '.join(FLOATS)} or scaled")
             continue
         if not narrow:
             raise ValueError(f"{name} pages of {pages.dtype} have scales; only {' and '.join(LARGEST)} are scaled")
